@@ -1,0 +1,127 @@
+// Every op schema on one page (TORCH_LIBRARY), and the pybind11 module for what is not a tensor op.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "common/tile_kernels.h"
+#include "common/tile_plan.h"
+#include "common/workspace.h"
+#include "kl/linear_kl.h"
+#include "logprob/linear_logprobs.h"
+#include "preference/preference.h"
+
+namespace rk {
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The schema's flat arguments, gathered into the two sides of the divergence.
+std::tuple<Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                                     double scale, double softcap, double temperature, ScalarType gemm,
+                                     const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias,
+                                     double ref_scale, double ref_softcap, double ref_temperature, ScalarType ref_gemm,
+                                     const Tensor& mask, bool policy_ref) {
+  return linear_kl_cpu({hidden, weight, bias, scale, softcap, temperature, gemm},
+                       {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask,
+                       policy_ref);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(
+    const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, double scale, double softcap, double temperature, ScalarType gemm,
+    const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias, double ref_scale,
+    double ref_softcap, double ref_temperature, ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  return linear_kl_backward_cpu(grad_kl, kl, stats, {hidden, weight, bias, scale, softcap, temperature, gemm},
+                                {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm},
+                                mask, policy_ref, need_hidden, need_weight, need_bias);
+}
+
+}  // namespace
+}  // namespace rk
+
+// A softcap of 0 is none. gemm_dtype: to which the GEMM's operands are rounded.
+TORCH_LIBRARY(rlhf_kernels, m) {
+  m.def(
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, "
+      "float logit_softcap, float temperature, int ignore_index, ScalarType gemm_dtype, bool entropy, bool is_top1, "
+      "bool mean_logit, bool log_sum_sq_probs, bool cache_logits) -> (Tensor logprobs, Tensor max_logit, "
+      "Tensor log_sum, Tensor entropy, Tensor is_top1, Tensor mean_logit, Tensor log_sum_sq_probs, Tensor logit_cache)");
+  m.def(
+      "linear_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_log_sum, Tensor? grad_entropy, Tensor hidden, "
+      "Tensor weight, Tensor targets, Tensor? bias, Tensor max_logit, Tensor log_sum, Tensor entropy, "
+      "Tensor logit_cache, float logit_scale, float logit_softcap, float temperature, int ignore_index, "
+      "ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_kl(Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float logit_softcap, "
+      "float temperature, ScalarType gemm_dtype, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
+      "float ref_logit_scale, float ref_logit_softcap, float ref_temperature, ScalarType ref_gemm_dtype, Tensor mask, "
+      "bool policy_ref) -> (Tensor kl, Tensor stats)");
+  m.def(
+      "linear_kl_backward(Tensor grad_kl, Tensor kl, Tensor stats, Tensor hidden, Tensor weight, Tensor? bias, "
+      "float logit_scale, float logit_softcap, float temperature, ScalarType gemm_dtype, Tensor ref_hidden, "
+      "Tensor ref_weight, Tensor? ref_bias, float ref_logit_scale, float ref_logit_softcap, float ref_temperature, "
+      "ScalarType ref_gemm_dtype, Tensor mask, bool policy_ref, bool need_hidden, bool need_weight, bool need_bias) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor");
+  m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor");
+  m.def(
+      "dpo_loss(Tensor policy_logps, Tensor? ref_logps, Tensor chosen_idxs, Tensor rejected_idxs, float beta, "
+      "int loss_type, float label_smoothing) -> (Tensor losses, Tensor rewards)");
+  m.def(
+      "dpo_loss_backward(Tensor grad_losses, Tensor policy_logps, Tensor? ref_logps, Tensor chosen_idxs, "
+      "Tensor rejected_idxs, float beta, int loss_type, float label_smoothing) -> Tensor");
+  m.def(
+      "bradley_terry_loss(Tensor chosen, Tensor rejected, Tensor? margin, float label_smoothing, "
+      "float center_coefficient) -> Tensor");
+  m.def(
+      "bradley_terry_loss_backward(Tensor grad_losses, Tensor chosen, Tensor rejected, Tensor? margin, "
+      "float label_smoothing, float center_coefficient) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) {
+  m.impl("linear_logprobs", rk::linear_logprobs_cpu);
+  m.impl("linear_logprobs_backward", rk::linear_logprobs_backward_cpu);
+  m.impl("linear_kl", rk::linear_kl);
+  m.impl("linear_kl_backward", rk::linear_kl_backward);
+  m.impl("kl_penalty", rk::kl_penalty_cpu);
+  m.impl("kl_penalty_backward", rk::kl_penalty_backward_cpu);
+  m.impl("dpo_loss", rk::dpo_loss_cpu);
+  m.impl("dpo_loss_backward", rk::dpo_loss_backward_cpu);
+  m.impl("bradley_terry_loss", rk::bradley_terry_loss_cpu);
+  m.impl("bradley_terry_loss_backward", rk::bradley_terry_loss_backward_cpu);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of rlhf_kernels; the ops are under torch.ops.rlhf_kernels.";
+  m.def("has_cuda", [] { return false; }, "Whether CUDA kernels were compiled.");
+  m.def("cpu_isa", [] { return std::string(rk::tile_kernels().name); }, "Instruction set of the CPU kernels in use.");
+  m.def("cpu_isas", [] { return std::string(rk::instruction_sets()); }, "Those this CPU can run, best first.");
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        if (!rk::use_instruction_set(name.c_str())) {
+          throw pybind11::value_error("cpu_isa must be one of " + std::string(rk::instruction_sets()) + "; got " + name);
+        }
+      },
+      "Chooses the instruction set of the CPU kernels, for tests and measurements.");
+  m.def("workspace_budget_mib", [] { return rk::workspace_budget_mib().load(); });
+  m.def("set_workspace_budget_mib", [](int64_t mib) { rk::workspace_budget_mib() = mib; });
+  m.def(
+      "plan_forward",
+      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget, int64_t threads) {
+        const auto p = rk::plan_forward(rows, vocab, hidden, hidden, element_size, 2, budget, threads);
+        return pybind11::make_tuple(p.tile, p.split, p.splits, p.row_chunk, p.row_groups);
+      },
+      "(tile, split, splits, row_chunk, row_groups) of linear_logprobs' forward.");
+  m.def(
+      "plan_backward",
+      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget) {
+        const auto p = rk::plan_backward(rows, vocab, hidden, hidden, hidden, element_size, budget);
+        return pybind11::make_tuple(p.tile, p.vocab_group, p.row_chunk, p.bytes);
+      },
+      "(tile, vocab_group, row_chunk, bytes) of linear_logprobs' backward.");
+}

@@ -1,0 +1,44 @@
+// Checks of an op's arguments: whatever Python passes, no op reads out of bounds. Messages state expected and received.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "common/tile_kernels.h"
+
+namespace rk {
+
+inline void check_head(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [N, D], got ", hidden.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1,
+                    "weight must be [V, D] with V, D >= 1, got ", weight.sizes());
+  TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1), "hidden and weight must share D, got ", hidden.sizes(), " and ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must be [", weight.size(0),
+                    "], got ", bias ? bias->sizes() : at::IntArrayRef{});
+}
+
+inline void check_rows(const char* name, const at::Tensor& tensor, int64_t rows, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == rows, name, " must be [", rows, "], got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
+}
+
+inline Format format_of(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat: return Format::f32;
+    case at::kBFloat16: return Format::bf16;
+    case at::kHalf: return Format::f16;
+    default: TORCH_CHECK_TYPE(false, "native computes in float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+// [rows] floats of a per-row tensor that may be absent, of another dtype, or strided.
+inline at::Tensor float_rows(const std::optional<at::Tensor>& tensor, int64_t rows) {
+  if (!tensor || !tensor->defined()) return at::zeros({rows}, at::kFloat);
+  TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == rows, "a per-row tensor must be [", rows, "], got ",
+                    tensor->sizes());
+  return tensor->detach().to(at::kFloat).contiguous();
+}
+
+}  // namespace rk

@@ -1,0 +1,13 @@
+// Tile kernels for Portable: whatever the build targets by default (SSE2 on x86-64, NEON on arm64).
+#include "common/tile_kernels.h"
+
+#define RK_ISA baseline
+#include "common/pack_tiles.h"
+#include "kl/linear_kl_tiles.h"
+#include "logprob/logprob_tiles.h"
+
+namespace rk {
+extern const TileKernels kTileKernels_baseline;
+const TileKernels kTileKernels_baseline = {"baseline", baseline::logprob_forward, baseline::logprob_backward, baseline::kl_forward, baseline::kl_backward,
+                                     baseline::pack_columns, baseline::store_rows};
+}  // namespace rk

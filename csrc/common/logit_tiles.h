@@ -1,0 +1,119 @@
+// Vector code shared by the tile kernels: final logits from a GEMM's tile, and dlogits handed to the GEMMs behind.
+#ifndef RK_ISA
+#error "include this through common/isa/*.cpp"
+#endif
+#pragma once
+
+#include "common/simd.h"
+#include "common/tile_kernels.h"
+#include "common/tile_plan_constants.h"
+
+namespace rk {
+namespace RK_ISA {
+
+constexpr int kVectors = kRowBlock / kLanes;  // vectors of tokens in a tile's row
+
+enum class Transform { identity, affine, softcap };
+
+static inline Transform kind_of(const LogitTile& t) {
+  if (t.transform.softcap > 0) return Transform::softcap;
+  const bool plain = t.transform.scale == 1 && t.transform.temperature == 1 && t.bias == nullptr;
+  return plain ? Transform::identity : Transform::affine;
+}
+
+// The final logit z of a GEMM's output x, and dz/dx from z.
+template <Transform kind>
+struct LogitMap {
+  float gain, cap, inverse_cap, inverse_temperature, slope;
+
+  explicit LogitMap(const LogitTransform& t)
+      : gain(kind == Transform::softcap ? t.scale / t.softcap : t.scale / t.temperature),
+        cap(t.softcap / t.temperature),
+        inverse_cap(cap > 0 ? 1 / cap : 0),
+        slope(t.scale / t.temperature) {}
+
+  RK_INLINE VecF operator()(VecF x, float bias) const {
+    if constexpr (kind == Transform::identity) return x;
+    const VecF scaled = (x + bias) * gain;
+    return kind == Transform::softcap ? cap * Simd::tanh(scaled) : scaled;
+  }
+  RK_INLINE VecF derivative(VecF z) const {
+    const VecF t = z * inverse_cap;
+    return kind == Transform::softcap ? slope * (1.0f - t * t) : Simd::set(slope);
+  }
+};
+
+static RK_INLINE float bias_of(const LogitTile& t, int64_t row) { return t.bias ? t.bias[t.vocab_begin + row] : 0.0f; }
+
+// Overwrites the tile with final logits.
+template <Transform kind>
+static void finish_logits(const LogitTile& t) {
+  if constexpr (kind == Transform::identity) return;
+  const LogitMap<kind> map(t.transform);
+  for (int64_t row = 0; row < t.count; ++row) {
+    float* z = t.logits + row * kRowBlock;
+    const float bias = bias_of(t, row);
+    for (int j = 0; j < kVectors; ++j) Simd::store(z + j * kLanes, map(Simd::load(z + j * kLanes), bias));
+  }
+}
+
+static inline void finish_logits(const LogitTile& t) {
+  switch (kind_of(t)) {
+    case Transform::identity: return;
+    case Transform::affine: return finish_logits<Transform::affine>(t);
+    case Transform::softcap: return finish_logits<Transform::softcap>(t);
+  }
+}
+
+// Writes dlogits (in the tile's place) to where the two GEMMs behind read them, rounded once to their operand format.
+static inline void emit_gradient(const LogitTile& t, const GradientSink& sink) {
+  if (sink.bias_grad) {
+    for (int64_t row = 0; row < t.count; ++row) {
+      VecF sum{};
+      for (int j = 0; j < kVectors; ++j) sum += Simd::load(t.logits + row * kRowBlock + j * kLanes);
+      float lanes[kLanes];
+      Simd::store(lanes, sum);
+      float total = 0;
+      for (float lane : lanes) total += lane;
+      sink.bias_grad[row] += total;
+    }
+  }
+  if (sink.format == Format::f32) {
+    float* by_vocab = static_cast<float*>(sink.by_vocab);
+    float* by_row = static_cast<float*>(sink.by_row);
+    for (int64_t row = 0; row < t.count; ++row) {
+      __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, t.logits + row * kRowBlock, kRowBlock * sizeof(float));
+    }
+    for (int64_t token = 0; token < kRowBlock; ++token) {
+      for (int64_t row = 0; row < t.count; ++row) {
+        by_row[token * sink.by_row_stride + row] = t.logits[row * kRowBlock + token];
+      }
+    }
+    return;
+  }
+  uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab);
+  uint16_t* by_row = static_cast<uint16_t*>(sink.by_row);
+  // Two vocabulary rows at a time: their bf16 bits side by side make one 32-bit store a token in the other layout.
+  for (int64_t row = 0; row < t.count; row += 2) {
+    const bool pair = row + 1 < t.count;
+    for (int j = 0; j < kVectors; ++j) {
+      const VecU low = Simd::to_bf16_bits(Simd::load(t.logits + row * kRowBlock + j * kLanes));
+      const VecU high = pair ? Simd::to_bf16_bits(Simd::load(t.logits + (row + 1) * kRowBlock + j * kLanes)) : VecU{};
+      const VecH low_half = __builtin_convertvector(low, VecH), high_half = __builtin_convertvector(high, VecH);
+      __builtin_memcpy(by_vocab + row * sink.by_vocab_stride + j * kLanes, &low_half, sizeof(low_half));
+      if (pair) {
+        __builtin_memcpy(by_vocab + (row + 1) * sink.by_vocab_stride + j * kLanes, &high_half, sizeof(high_half));
+      }
+      uint32_t both[kLanes];
+      const VecU packed = low | (high << 16);
+      __builtin_memcpy(both, &packed, sizeof(both));
+      uint16_t* to = by_row + j * kLanes * sink.by_row_stride + row;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        __builtin_memcpy(to + lane * sink.by_row_stride, &both[lane], sizeof(uint32_t));
+      }
+    }
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

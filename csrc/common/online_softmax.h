@@ -1,0 +1,255 @@
+// The inline maths of every kernel, once: streaming softmax statistics, their merge, and gradients of logits.
+//
+// Each function is a template on a maths policy M, which supplies the number type F and a handful of functions on it:
+// a vector of tokens on CPU (common/simd.h), or one float on a GPU and in scalar loops (ScalarMath below):
+//   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::max, M::min, M::select(mask, a, b)
+// Comparing two F gives a mask for M::select. All quantities are in nats.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define RK_INLINE __host__ __device__ __forceinline__
+#else
+#define RK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace rk {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// e^u - 1 - u >= 0 without cancellation, for |u| < 1: u^2 (1/2! + u/3! + ... + u^10/12!), by Horner.
+template <class F>
+RK_INLINE F expm1_minus_identity_series(F u) {
+  F sum = u * (1.0f / 12.0f) + 1.0f;
+  sum = sum * u * (1.0f / 11.0f) + 1.0f;
+  sum = sum * u * (1.0f / 10.0f) + 1.0f;
+  sum = sum * u * (1.0f / 9.0f) + 1.0f;
+  sum = sum * u * (1.0f / 8.0f) + 1.0f;
+  sum = sum * u * (1.0f / 7.0f) + 1.0f;
+  sum = sum * u * (1.0f / 6.0f) + 1.0f;
+  sum = sum * u * (1.0f / 5.0f) + 1.0f;
+  sum = sum * u * (1.0f / 4.0f) + 1.0f;
+  sum = sum * u * (1.0f / 3.0f) + 1.0f;
+  return 0.5f * u * u * sum;
+}
+
+struct ScalarMath {
+  using F = float;
+  static RK_INLINE F set(float x) { return x; }
+  static RK_INLINE F exp(F x) { return ::expf(x); }
+  static RK_INLINE F expm1(F x) { return ::expm1f(x); }
+  static RK_INLINE F expm1_minus_identity(F u) {
+    return ::fabsf(u) < 1.0f ? expm1_minus_identity_series(u) : ::expm1f(u) - u;
+  }
+  static RK_INLINE F max(F a, F b) { return a > b ? a : b; }
+  static RK_INLINE F min(F a, F b) { return a < b ? a : b; }
+  static RK_INLINE F select(bool mask, F a, F b) { return mask ? a : b; }
+};
+
+// ---- softmax statistics ------------------------------------------------------------------------------------------
+
+// What a softmax needs to know of a part of the vocabulary, relative to the part's own maximum m = max z:
+//   sum = S e^(z-m),   shifted = S (z-m) e^(z-m) (for the entropy),   squares = S e^(2(z-m))
+template <class M>
+struct SoftmaxState {
+  using F = typename M::F;
+  F max, sum, shifted, squares;
+
+  static RK_INLINE SoftmaxState empty() { return {M::set(-kInfinity), M::set(0), M::set(0), M::set(0)}; }
+};
+
+// A part whose logits are all -inf has no finite maximum: subtract 0 there, so that exp(-inf - 0) is 0 and not NaN.
+template <class M>
+RK_INLINE typename M::F finite_max(typename M::F max) {
+  return M::select(max == M::set(-kInfinity), M::set(0), max);
+}
+
+// Restates `s` relative to new_max >= s.max. With delta = m - m':
+//   S e^(z-m') = e^delta sum,   S (z-m') e^(z-m') = e^delta (shifted + delta sum)
+template <class M>
+RK_INLINE void rescale(SoftmaxState<M>& s, typename M::F new_max) {
+  using F = typename M::F;
+  const F empty = M::set(-kInfinity);
+  const F delta = M::select(s.max == empty, M::set(0), s.max - new_max);  // an empty part sums to 0 anyway
+  const F factor = M::exp(delta);
+  s.shifted = factor * (s.shifted + delta * s.sum);
+  s.sum = factor * s.sum;
+  s.squares = factor * factor * s.squares;
+  s.max = new_max;
+}
+
+// a <- statistics of both parts.
+template <class M>
+RK_INLINE void merge(SoftmaxState<M>& a, SoftmaxState<M> b) {
+  const typename M::F new_max = M::max(a.max, b.max);
+  rescale<M>(a, new_max);
+  rescale<M>(b, new_max);
+  a.sum = a.sum + b.sum;
+  a.shifted = a.shifted + b.shifted;
+  a.squares = a.squares + b.squares;
+}
+
+// H = -S p log p = log sum - S p (z - m)
+RK_INLINE float entropy_of(const SoftmaxState<ScalarMath>& s) { return ::logf(s.sum) - s.shifted / s.sum; }
+
+// log S p^2
+RK_INLINE float log_sum_sq_probs_of(const SoftmaxState<ScalarMath>& s) { return ::logf(s.squares) - 2 * ::logf(s.sum); }
+
+// ---- gradients with respect to the final logits z -------------------------------------------------------------------
+
+// Upstream gradients of a row and what its softmax was.
+template <class M>
+struct RowGradient {
+  using F = typename M::F;
+  F max, log_sum;                     // logsumexp = max + log_sum, kept apart for precision
+  F grad_logprob, grad_logsumexp;     // d loss / d logprob, d loss / d logsumexp
+  F grad_entropy, entropy;
+};
+
+// For v other than the target: p_v [(g_lse - g_lp) - g_H (log p_v + H)]
+template <class M>
+RK_INLINE typename M::F logit_gradient(typename M::F z, const RowGradient<M>& row, bool with_entropy) {
+  const auto log_p = (z - row.max) - row.log_sum;
+  const auto p = M::exp(log_p);
+  auto g = row.grad_logsumexp - row.grad_logprob;
+  if (with_entropy) {  // log p of an impossible token is -inf, and its p is 0: keep their product 0
+    g = g - row.grad_entropy * (M::max(log_p, M::set(-100.0f)) + row.entropy);
+  }
+  return p * g;
+}
+
+// For the target: g_lp (1 - p_y) is -g_lp expm1(log p_y), exact where p_y is near 1.
+template <class M>
+RK_INLINE typename M::F target_logit_gradient(typename M::F z, RowGradient<M> row, bool with_entropy) {
+  const auto log_p = (z - row.max) - row.log_sum;
+  const auto through_logprob = M::set(0) - row.grad_logprob * M::expm1(log_p);
+  row.grad_logprob = M::set(0);
+  return through_logprob + logit_gradient<M>(z, row, with_entropy);
+}
+
+// ---- KL divergence ----------------------------------------------------------------------------------------------------
+
+// KL(p || q) of p = softmax(z) and q = softmax(y) over a part of the vocabulary, about a centre c (any number):
+// with u = (z - y) - c and the weights w = e^(z - max z) not yet normalised,
+//   second = S w (e^-u - 1 + u) >= 0,   first = S w u.
+// Over the whole vocabulary, divided by S w: S = second, B = S - first = S p (e^-u - 1), and because S q = 1,
+//   log(1 + B) = c - lse(z) + lse(y),   KL = S - (B - log(1 + B)),
+// where both terms are of second order in u: near the reference nothing cancels.
+template <class M>
+struct KlState {
+  using F = typename M::F;
+  F max, sum;              // of the weighing distribution p
+  F other_max, other_sum;  // of q
+  F centre, second, first;
+
+  static RK_INLINE KlState empty() {
+    const F none = M::set(-kInfinity), zero = M::set(0);
+    return {none, zero, none, zero, zero, zero, zero};
+  }
+};
+
+constexpr float kMaxExponent = 60.0f;  // e^60 times a vocabulary stays finite; beyond, kl_of takes the plain difference
+
+// One token's (second, first) contributions, for weight w.
+template <class M>
+RK_INLINE void add_kl_term(KlState<M>& s, typename M::F w, typename M::F z, typename M::F y) {
+  const auto u = (z - y) - s.centre;
+  const auto allowed = w != M::set(0);  // where p is 0 the term's limit is 0, though u may be -inf or NaN
+  const auto minus_u = M::min(M::set(0) - u, M::set(kMaxExponent));
+  s.second = s.second + M::select(allowed, w * M::expm1_minus_identity(minus_u), M::set(0));
+  s.first = s.first + M::select(allowed, w * u, M::set(0));
+}
+
+// Restates `s` about the centre c' = c + delta:
+//   first' = first - delta sum,   second' = second + B expm1(delta) + (expm1(delta) - delta) sum,  B = second - first
+template <class M>
+RK_INLINE void recentre(KlState<M>& s, typename M::F centre) {
+  const auto delta = M::select(s.sum == M::set(0), M::set(0), centre - s.centre);
+  const auto bounded = M::max(M::min(delta, M::set(kMaxExponent)), M::set(-kMaxExponent));
+  s.second = s.second + (s.second - s.first) * M::expm1(bounded) + M::expm1_minus_identity(bounded) * s.sum;
+  s.first = s.first - delta * s.sum;
+  s.centre = centre;
+}
+
+// Restates a (max, sum) pair relative to new_max, and returns the factor.
+template <class M>
+RK_INLINE typename M::F rescale_sum(typename M::F& max, typename M::F& sum, typename M::F new_max) {
+  const auto delta = M::select(max == M::set(-kInfinity), M::set(0), max - new_max);
+  const auto factor = M::exp(delta);
+  sum = factor * sum;
+  max = new_max;
+  return factor;
+}
+
+// a <- both parts, about the centre of the part with the larger maximum.
+template <class M>
+RK_INLINE void merge(KlState<M>& a, KlState<M> b) {
+  const auto new_max = M::max(a.max, b.max);
+  const auto centre = M::select(b.max > a.max, b.centre, a.centre);
+  const auto other_max = M::max(a.other_max, b.other_max);
+  recentre<M>(a, centre);
+  recentre<M>(b, centre);
+  const auto fa = rescale_sum<M>(a.max, a.sum, new_max);
+  const auto fb = rescale_sum<M>(b.max, b.sum, new_max);
+  rescale_sum<M>(a.other_max, a.other_sum, other_max);
+  rescale_sum<M>(b.other_max, b.other_sum, other_max);
+  a.sum = a.sum + b.sum;
+  a.other_sum = a.other_sum + b.other_sum;
+  a.second = fa * a.second + fb * b.second;
+  a.first = fa * a.first + fb * b.first;
+}
+
+struct KlResult {
+  float kl;
+  float shift;  // log p_v - log q_v = ((z_v - y_v) - centre) + shift
+};
+
+// The second-order form where it is consistent with the plain difference within the latter's own rounding error, the
+// plain difference otherwise (far from the reference q may sit where p underflows, and S no longer sees it).
+RK_INLINE KlResult kl_of(const KlState<ScalarMath>& s) {
+  const float log_p_sum = ::logf(s.sum), log_q_sum = ::logf(s.other_sum);
+  const float plain_shift = (s.centre - (s.max - s.other_max)) - (log_p_sum - log_q_sum);
+  const float second = s.second / s.sum, first = s.first / s.sum;
+  const float b = second - first;
+  const float shift = ::log1pf(b);
+  const float noise = 1e-6f * (4 + ::fabsf(s.max) + ::fabsf(s.other_max) + ::fabsf(s.centre));
+  const bool consistent = b > -0.5f && second < 1.0f && ::fabsf(shift - plain_shift) <= noise;
+  if (consistent) {  // B - log(1 + B) = e^x - 1 - x at x = log(1 + B)
+    const float kl = second - ScalarMath::expm1_minus_identity(shift);
+    return {ScalarMath::max(kl, 0.0f), shift};
+  }
+  const float kl = first + plain_shift;
+  return {kl < 0.0f ? 0.0f : kl, plain_shift};
+}
+
+template <class M>
+struct KlRow {
+  using F = typename M::F;
+  F max, log_sum, other_max, other_log_sum;  // of the weighing p and of q
+  F centre, shift, kl, grad;
+};
+
+// d KL(p || q) / d z for the logits z of the weighing distribution p: p_v (d_v - KL), d_v = log p_v - log q_v.
+template <class M>
+RK_INLINE typename M::F kl_gradient_of_weighing(typename M::F z, typename M::F y, const KlRow<M>& row) {
+  const auto p = M::exp((z - row.max) - row.log_sum);
+  const auto d = ((z - y) - row.centre) + row.shift;
+  return M::select(p != M::set(0), row.grad * p * (d - row.kl), M::set(0));
+}
+
+// d KL(p || q) / d y for the logits y of the other one: q_v - p_v, as p_v expm1(-d) or -q_v expm1(d), whichever exponent
+// is not positive.
+template <class M>
+RK_INLINE typename M::F kl_gradient_of_other(typename M::F z, typename M::F y, const KlRow<M>& row) {
+  const auto p = M::exp((z - row.max) - row.log_sum);
+  const auto q = M::exp((y - row.other_max) - row.other_log_sum);
+  const auto d = ((z - y) - row.centre) + row.shift;
+  const auto far = !((d > M::set(-1.0f)) & (d < M::set(1.0f)));  // also where d is NaN: neither allows the token
+  const auto near_d = M::select(far, M::set(0), d);
+  const auto near_value = M::select(d > M::set(0), p * M::expm1(M::set(0) - near_d), M::set(0) - q * M::expm1(near_d));
+  return row.grad * M::select(far, q - p, near_value);
+}
+
+}  // namespace rk

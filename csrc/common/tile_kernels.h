@@ -1,0 +1,95 @@
+// The vector code's interface: what a tile kernel is given, and the table of kernels of the instruction set in use.
+//
+// A logit tile is transposed: `count` vocabulary rows of kRowBlock tokens each, so that a softmax reduces over rows with
+// a vector of tokens, and no vector is ever summed across its lanes. Plain pointers and PODs only: the files that
+// implement these are compiled once an instruction set, and must not instantiate anything shared.
+#pragma once
+
+#include <cstdint>
+
+namespace rk {
+
+enum class Format : int32_t { f32, bf16, f16 };
+
+// What makes final logits of a GEMM's: z = cap tanh((x + bias) scale / cap) / temperature, without tanh where cap is 0.
+struct LogitTransform {
+  float scale = 1, softcap = 0, temperature = 1;
+};
+
+struct LogitTile {
+  float* logits;      // [count][kRowBlock]
+  int64_t vocab_begin, count;
+  const float* bias;  // [vocab] or null
+  LogitTransform transform;
+};
+
+enum LogprobOutputs : int32_t { kPlain = 0, kEntropy = 1, kExtras = 2 };
+
+// Running statistics of kRowBlock rows over one vocabulary split.
+struct LogprobStats {
+  float *max, *sum, *shifted, *squares, *logit_sum;
+  int32_t* argmax;  // first vocabulary index that attains max
+};
+
+struct LogprobForwardTile {
+  LogitTile tile;
+  const int64_t* targets;  // [kRowBlock], -1 where there is none
+  int32_t outputs;
+  LogprobStats stats;
+  float* target_logit;
+};
+
+// Where a gradient tile goes: to both layouts that the two GEMMs behind it read, and into the bias gradient.
+struct GradientSink {
+  Format format;            // f32 or bf16
+  void* by_vocab;           // [count][by_vocab_stride], this block's kRowBlock columns
+  int64_t by_vocab_stride;
+  void* by_row;             // [kRowBlock][by_row_stride], this tile's count columns
+  int64_t by_row_stride;
+  float* bias_grad;         // [count], added to; or null
+};
+
+struct LogprobBackwardTile {
+  LogitTile tile;
+  bool transformed;  // the logits are final ones already (kept from forward)
+  const int64_t* targets;
+  bool with_entropy;
+  const float *max, *log_sum, *grad_logprob, *grad_log_sum, *grad_entropy, *entropy;  // [kRowBlock] each
+  GradientSink sink;
+};
+
+struct KlStats {
+  float *max, *sum, *other_max, *other_sum, *centre, *second, *first;
+};
+
+struct KlForwardTile {
+  LogitTile weighing, other;
+  KlStats stats;
+};
+
+struct KlBackwardTile {
+  LogitTile weighing, other;
+  bool policy_weighs;  // which of the two tiles is the policy's, and gets the gradient
+  const float *max, *log_sum, *other_max, *other_log_sum, *centre, *shift, *kl, *grad;
+  GradientSink sink;
+};
+
+struct TileKernels {
+  const char* name;
+  void (*logprob_forward)(const LogprobForwardTile&);
+  void (*logprob_backward)(const LogprobBackwardTile&);
+  void (*kl_forward)(const KlForwardTile&);
+  void (*kl_backward)(const KlBackwardTile&);
+  // Packs rows [k][columns] (stride in elements) as a GEMM's right operand, kRowBlock columns wide and zero-padded to
+  // it: f32 as [k][64], bf16 as [ceil(k / 2)][64][2] (pairs of rows interleaved).
+  void (*pack_columns)(Format, const void* rows, int64_t stride, int64_t k, int64_t columns, void* packed);
+  // Rounds float rows to `format`.
+  void (*store_rows)(Format, const float* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
+                     int64_t columns);
+};
+
+const TileKernels& tile_kernels();          // of the instruction set in use
+bool use_instruction_set(const char* name);  // false: unknown, or this CPU cannot run it
+const char* instruction_sets();              // names this CPU can run, separated by spaces, best first
+
+}  // namespace rk

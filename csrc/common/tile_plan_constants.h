@@ -1,0 +1,11 @@
+// Constants of tile_plan.h, apart because the vector code may not include the standard library (see tile_kernels.h).
+#pragma once
+
+#include <cstdint>
+
+namespace rk {
+
+// Rows (tokens) of a logit tile: one brgemm call has at most 64 columns, and 64 floats are four 512-bit vectors.
+constexpr int64_t kRowBlock = 64;
+
+}  // namespace rk

@@ -1,0 +1,58 @@
+// kl_penalty on CPU: one pass over the sampled tokens' log-probabilities.
+#include <ATen/Parallel.h>
+
+#include "common/online_softmax.h"
+#include "kl/linear_kl.h"
+
+namespace rk {
+namespace {
+
+using at::Tensor;
+
+// With log_ratio = ref - policy. The derivative is with respect to the policy's log-probability.
+float estimate(float log_ratio, int64_t estimator) {
+  if (estimator == 0) return -log_ratio;
+  if (estimator == 1) return 0.5f * log_ratio * log_ratio;
+  return ScalarMath::expm1_minus_identity(log_ratio);
+}
+
+float derivative(float log_ratio, int64_t estimator) {
+  if (estimator == 0) return 1;
+  if (estimator == 1) return -log_ratio;
+  return -ScalarMath::expm1(log_ratio);
+}
+
+// The ratio's difference is taken in fp32 after reading either dtype exactly.
+template <class F>
+Tensor map_log_ratio(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator, const F& value) {
+  TORCH_CHECK_VALUE(logprobs.sizes() == ref_logprobs.sizes(), "logprobs and ref_logprobs must share a shape, got ",
+                    logprobs.sizes(), " and ", ref_logprobs.sizes());
+  TORCH_CHECK_VALUE(estimator >= 0 && estimator <= 2, "estimator must be 0, 1 or 2, got ", estimator);
+  const Tensor policy = logprobs.detach().to(at::kFloat).contiguous();
+  const Tensor ref = ref_logprobs.detach().to(at::kFloat).contiguous();
+  Tensor out = at::empty(logprobs.sizes(), at::kFloat);
+  const float *p = policy.const_data_ptr<float>(), *r = ref.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, out.numel(), 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = value(i, r[i] - p[i]);
+  });
+  return out;
+}
+
+}  // namespace
+
+Tensor kl_penalty_cpu(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
+  return map_log_ratio(logprobs, ref_logprobs, estimator,
+                       [&](int64_t, float log_ratio) { return estimate(log_ratio, estimator); });
+}
+
+Tensor kl_penalty_backward_cpu(const Tensor& grad, const Tensor& logprobs, const Tensor& ref_logprobs,
+                               int64_t estimator) {
+  TORCH_CHECK_VALUE(grad.sizes() == logprobs.sizes(), "grad must be ", logprobs.sizes(), ", got ", grad.sizes());
+  const Tensor upstream = grad.detach().to(at::kFloat).contiguous();
+  const float* g = upstream.const_data_ptr<float>();
+  return map_log_ratio(logprobs, ref_logprobs, estimator,
+                       [&](int64_t i, float log_ratio) { return g[i] * derivative(log_ratio, estimator); });
+}
+
+}  // namespace rk

@@ -1,0 +1,36 @@
+// The ops of the kl room; their schemas are in bindings.cpp, their contract in rlhf_kernels/kl/__init__.py.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <tuple>
+
+namespace rk {
+
+// One model's side of the divergence.
+struct KlSide {
+  const at::Tensor& hidden;
+  const at::Tensor& weight;
+  const std::optional<at::Tensor>& bias;
+  double logit_scale, logit_softcap, temperature;
+  at::ScalarType gemm_dtype;
+};
+
+// -> kl [N], stats [6, N]: max and log-sum of the weighing distribution, of the other one, centre, shift
+std::tuple<at::Tensor, at::Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const at::Tensor& mask,
+                                                 bool policy_ref);
+
+// -> gradients of the policy's hidden, weight, bias (empty where not needed)
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_kl_backward_cpu(const at::Tensor& grad_kl, const at::Tensor& kl,
+                                                                      const at::Tensor& stats, const KlSide& policy,
+                                                                      const KlSide& ref, const at::Tensor& mask,
+                                                                      bool policy_ref, bool need_hidden,
+                                                                      bool need_weight, bool need_bias);
+
+// Sampled-token estimators, elementwise; estimator 0, 1, 2 is k1, k2, k3.
+at::Tensor kl_penalty_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs, int64_t estimator);
+at::Tensor kl_penalty_backward_cpu(const at::Tensor& grad, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
+                                   int64_t estimator);
+
+}  // namespace rk

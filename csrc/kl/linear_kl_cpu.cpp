@@ -1,0 +1,204 @@
+// linear_kl on CPU: two heads' tiles at a time, policy's and reference's, folded together and never kept.
+#include "kl/linear_kl.h"
+
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "common/counted_rows.h"
+#include "common/head.h"
+#include "common/head_gradient.h"
+#include "common/online_softmax.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+
+namespace rk {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kFields = 7;  // of KlState, in its order
+
+template <class T>
+Head<T> head_of(const KlSide& side) {
+  return Head<T>(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
+                 side.gemm_dtype);
+}
+
+void check(const KlSide& policy, const KlSide& ref, const Tensor& mask) {
+  check_head(policy.hidden, policy.weight, policy.bias);
+  check_head(ref.hidden, ref.weight, ref.bias);
+  format_of(policy.gemm_dtype);
+  format_of(ref.gemm_dtype);
+  TORCH_CHECK_VALUE(policy.weight.size(0) == ref.weight.size(0), "policy and reference must share a vocabulary, got ",
+                    policy.weight.size(0), " and ", ref.weight.size(0));
+  TORCH_CHECK_VALUE(policy.hidden.size(0) == ref.hidden.size(0), "policy and reference must have the same rows, got ",
+                    policy.hidden.size(0), " and ", ref.hidden.size(0));
+  check_rows("mask", mask, policy.hidden.size(0), at::kBool);
+}
+
+// Both models' hidden states, packed for a chunk of rows, and a worker's tiles of both heads.
+template <class T>
+struct Pair {
+  Head<T> policy, ref;
+  Tensor policy_operands, ref_operands;
+  std::vector<T> policy_packed, ref_packed;
+
+  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, int64_t chunk_rows)
+      : policy(head_of<T>(policy_side)),
+        ref(head_of<T>(ref_side)),
+        policy_operands(policy.operands(policy_side.hidden, rows.index)),
+        ref_operands(ref.operands(ref_side.hidden, rows.index)),
+        policy_packed(chunk_rows * policy.depth()),
+        ref_packed(chunk_rows * ref.depth()) {}
+
+  void pack(int64_t first, int64_t blocks) {
+    policy.pack_blocks(policy_operands, first, blocks, policy_packed.data());
+    ref.pack_blocks(ref_operands, first, blocks, ref_packed.data());
+  }
+
+  struct Worker {
+    std::vector<T> policy_scratch, ref_scratch;
+    std::vector<float> policy_logits, ref_logits;
+    int64_t at = -1;
+    typename Head<T>::Rows policy_rows{}, ref_rows{};
+
+    explicit Worker(int64_t tile) : policy_logits(tile * kRowBlock), ref_logits(tile * kRowBlock) {}
+  };
+
+  struct Tiles {
+    LogitTile policy, ref;
+  };
+
+  // `block` counts from the first block packed.
+  Tiles tiles(Worker& w, int64_t v, int64_t count, int64_t block) const {
+    if (w.at != v) {
+      w.policy_rows = policy.rows(v, count, w.policy_scratch);
+      w.ref_rows = ref.rows(v, count, w.ref_scratch);
+      w.at = v;
+    }
+    const T* policy_columns = &policy_packed[block * kRowBlock * policy.depth()];
+    const T* ref_columns = &ref_packed[block * kRowBlock * ref.depth()];
+    return {policy.tile(w.policy_rows, v, count, policy_columns, w.policy_logits.data()),
+            ref.tile(w.ref_rows, v, count, ref_columns, w.ref_logits.data())};
+  }
+};
+
+template <class T>
+void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref, Tensor& kl,
+             Tensor& stats) {
+  const int64_t policy_width = policy_side.weight.size(1), ref_width = ref_side.weight.size(1);
+  const int64_t vocab = policy_side.weight.size(0);
+  const ForwardPlan plan =
+      plan_forward(rows.count(), vocab, policy_width + ref_width, std::max(policy_width, ref_width), sizeof(T), kFields,
+                   workspace_budget_bytes(), at::get_num_threads());
+  const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
+  Pair<T> pair(policy_side, ref_side, rows, std::min(blocks, chunk_blocks) * kRowBlock);
+  std::array<std::vector<float>, 7> results;  // kl, then the six rows of stats
+  for (auto& field : results) field.resize(rows.padded());
+
+  for (int64_t first = 0; first < blocks; first += chunk_blocks) {
+    const int64_t here = std::min(chunk_blocks, blocks - first), chunk_rows = here * kRowBlock;
+    std::array<std::vector<float>, kFields> partials;
+    for (int64_t f = 0; f < kFields; ++f) partials[f].assign(plan.splits * chunk_rows, f == 0 || f == 2 ? -kInfinity : 0);
+    pair.pack(first, here);
+    const int64_t group_blocks = ceil_div(here, plan.row_groups), groups = ceil_div(here, group_blocks);
+    parallel_tasks(plan.splits * groups, [&] {
+      return [&, worker = typename Pair<T>::Worker(plan.tile),
+              releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
+        const int64_t split = task / groups, block_begin = task % groups * group_blocks;
+        const int64_t block_end = std::min(block_begin + group_blocks, here);
+        const int64_t end = std::min((split + 1) * plan.split, vocab);
+        for (int64_t v = split * plan.split; v < end; v += plan.tile) {
+          const int64_t count = std::min(plan.tile, end - v);
+          for (int64_t block = block_begin; block < block_end; ++block) {
+            const auto tiles = pair.tiles(worker, v, count, block);
+            const int64_t i = split * chunk_rows + block * kRowBlock;
+            tile_kernels().kl_forward({policy_ref ? tiles.policy : tiles.ref, policy_ref ? tiles.ref : tiles.policy,
+                                       {&partials[0][i], &partials[1][i], &partials[2][i], &partials[3][i],
+                                        &partials[4][i], &partials[5][i], &partials[6][i]}});
+          }
+        }
+      };
+    });
+    at::parallel_for(0, chunk_rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        auto state = KlState<ScalarMath>::empty();
+        for (int64_t split = 0; split < plan.splits; ++split) {
+          const int64_t i = split * chunk_rows + row;
+          merge<ScalarMath>(state, {partials[0][i], partials[1][i], partials[2][i], partials[3][i], partials[4][i],
+                                    partials[5][i], partials[6][i]});
+        }
+        const KlResult result = kl_of(state);
+        const float values[] = {result.kl,       state.max,    std::log(state.sum), state.other_max,
+                                std::log(state.other_sum), state.centre, result.shift};
+        for (int f = 0; f < 7; ++f) results[f][first * kRowBlock + row] = values[f];
+      }
+    });
+  }
+  rows.scatter(results[0].data(), kl.data_ptr<float>());
+  for (int f = 0; f < 6; ++f) rows.scatter(results[f + 1].data(), stats[f].data_ptr<float>());
+}
+
+template <class T>
+HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const KlSide& policy_side,
+                       const KlSide& ref_side, const CountedRows& rows, bool policy_ref, GradientNeeds needs) {
+  const Head<T> policy_head = head_of<T>(policy_side);
+  const int64_t ref_width = ref_side.weight.size(1), n = kl.size(0);
+  HeadGradient<T> gradient(policy_head, policy_side.hidden, policy_side.weight, policy_side.bias, rows.index, needs,
+                           policy_head.depth() + ref_width, std::max(policy_head.depth(), ref_width));
+  Pair<T> pair(policy_side, ref_side, rows, gradient.plan().row_chunk);
+  // Rows that pad the last block get maxima that make every p and q 0.
+  const float fills[] = {3e38f, 0, 3e38f, 0, 0, 0};
+  std::array<Tensor, 6> row_stats;
+  for (int f = 0; f < 6; ++f) row_stats[f] = rows.gather(stats[f], n, fills[f]);
+  const Tensor row_kl = rows.gather(kl, n, 0), row_grad = rows.gather(grad_kl, n, 0);
+  int64_t first_packed = 0;
+  const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
+    first_packed = first;
+    pair.pack(first, blocks);
+  };
+  return gradient.run(prepare_chunk, [&] {
+    return [&, worker = typename Pair<T>::Worker(gradient.plan().tile)](int64_t v, int64_t count, int64_t block,
+                                                                        const GradientSink& sink) mutable {
+      const auto tiles = pair.tiles(worker, v, count, block - first_packed);
+      const auto at_row = [&](const Tensor& values) { return values.const_data_ptr<float>() + block * kRowBlock; };
+      tile_kernels().kl_backward({policy_ref ? tiles.policy : tiles.ref, policy_ref ? tiles.ref : tiles.policy,
+                                  policy_ref, at_row(row_stats[0]), at_row(row_stats[1]), at_row(row_stats[2]),
+                                  at_row(row_stats[3]), at_row(row_stats[4]), at_row(row_stats[5]), at_row(row_kl),
+                                  at_row(row_grad), sink});
+    };
+  });
+}
+
+bool both_run_on_bf16(const KlSide& a, const KlSide& b) {
+  return runs_on_bf16(a.gemm_dtype) && runs_on_bf16(b.gemm_dtype);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const Tensor& mask, bool policy_ref) {
+  check(policy, ref, mask);
+  const int64_t n = mask.size(0);
+  const auto rows = CountedRows::of_mask(mask);
+  Tensor kl = at::zeros({n}, at::kFloat), stats = at::zeros({6, n}, at::kFloat);
+  both_run_on_bf16(policy, ref) ? forward<at::BFloat16>(policy, ref, rows, policy_ref, kl, stats)
+                                : forward<float>(policy, ref, rows, policy_ref, kl, stats);
+  return {kl, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
+                                                          const KlSide& policy, const KlSide& ref, const Tensor& mask,
+                                                          bool policy_ref, bool need_hidden, bool need_weight,
+                                                          bool need_bias) {
+  check(policy, ref, mask);
+  const auto rows = CountedRows::of_mask(mask);
+  const GradientNeeds needs{need_hidden, need_weight, need_bias};
+  const HeadGradients grads =
+      both_run_on_bf16(policy, ref)
+          ? backward<at::BFloat16>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs)
+          : backward<float>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs);
+  return {or_empty(grads.hidden), or_empty(grads.weight), or_empty(grads.bias)};
+}
+
+}  // namespace rk

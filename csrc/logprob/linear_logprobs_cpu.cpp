@@ -1,0 +1,243 @@
+// linear_logprobs on CPU: stream logit tiles that stay in cache, fold them (forward) or turn them into dlogits (backward).
+#include "logprob/linear_logprobs.h"
+
+#include <cmath>
+#include <vector>
+
+#include "common/counted_rows.h"
+#include "common/head.h"
+#include "common/head_gradient.h"
+#include "common/online_softmax.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+
+namespace rk {
+namespace {
+
+using at::Tensor;
+
+// Statistics of every (split, row), in arrays of `rows` per split and field.
+class Partials {
+ public:
+  Partials(int64_t splits, int64_t rows, int32_t outputs) : rows_(rows), outputs_(outputs) {
+    const int64_t size = splits * rows;
+    max_.assign(size, -kInfinity);
+    sum_.assign(size, 0);
+    if (outputs & kEntropy) shifted_.assign(size, 0);
+    if (outputs & kExtras) {
+      squares_.assign(size, 0);
+      logit_sum_.assign(size, 0);
+      argmax_.assign(size, 0);
+    }
+  }
+
+  LogprobStats at(int64_t split, int64_t row) {
+    const int64_t i = split * rows_ + row;
+    const bool entropy = outputs_ & kEntropy, extras = outputs_ & kExtras;
+    return {&max_[i],
+            &sum_[i],
+            entropy ? &shifted_[i] : nullptr,
+            extras ? &squares_[i] : nullptr,
+            extras ? &logit_sum_[i] : nullptr,
+            extras ? &argmax_[i] : nullptr};
+  }
+
+ private:
+  int64_t rows_;
+  int32_t outputs_;
+  std::vector<float> max_, sum_, shifted_, squares_, logit_sum_;
+  std::vector<int32_t> argmax_;
+};
+
+// What the forward leaves of each counted row.
+struct RowResults {
+  std::vector<float> logprob, max, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, target_logit;
+
+  explicit RowResults(size_t rows) {
+    for (auto* field : {&logprob, &max, &log_sum, &entropy, &is_top1, &mean_logit, &log_sum_sq_probs, &target_logit}) {
+      field->assign(rows, 0);
+    }
+  }
+
+  // Merges the splits in their order.
+  void finish_row(int64_t row, int64_t target, int64_t vocab, int64_t splits, int64_t chunk_row, Partials& partials,
+                  int32_t outputs) {
+    auto state = SoftmaxState<ScalarMath>::empty();
+    float best = -kInfinity;
+    double logit_total = 0;
+    int64_t argmax = 0;
+    for (int64_t split = 0; split < splits; ++split) {
+      const LogprobStats s = partials.at(split, chunk_row);
+      merge<ScalarMath>(state, {*s.max, *s.sum, s.shifted ? *s.shifted : 0, s.squares ? *s.squares : 0});
+      if (!(outputs & kExtras)) continue;
+      logit_total += *s.logit_sum;
+      if (*s.max > best) {
+        best = *s.max;
+        argmax = *s.argmax;
+      }
+    }
+    max[row] = state.max;
+    log_sum[row] = std::log(state.sum);
+    logprob[row] = (target_logit[row] - finite_max<ScalarMath>(state.max)) - log_sum[row];
+    if (outputs & kEntropy) entropy[row] = entropy_of(state);
+    if (!(outputs & kExtras)) return;
+    is_top1[row] = argmax == target ? 1 : 0;
+    mean_logit[row] = static_cast<float>(logit_total / vocab);
+    log_sum_sq_probs[row] = log_sum_sq_probs_of(state);
+  }
+};
+
+template <class T>
+RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs, float* cache) {
+  const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 3 : 0);
+  const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
+                                        workspace_budget_bytes(), at::get_num_threads());
+  RowResults results(rows.targets.size());
+  const Tensor operands = head.operands(hidden, rows.index);
+  const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
+  std::vector<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
+
+  for (int64_t first = 0; first < blocks; first += chunk_blocks) {
+    const int64_t here = std::min(chunk_blocks, blocks - first);
+    Partials partials(plan.splits, here * kRowBlock, outputs);
+    head.pack_blocks(operands, first, here, packed.data());
+    const int64_t group_blocks = ceil_div(here, plan.row_groups), groups = ceil_div(here, group_blocks);
+    parallel_tasks(plan.splits * groups, [&] {
+      return [&, scratch = std::vector<T>(), logits = std::vector<float>(cache ? 0 : plan.tile * kRowBlock),
+              releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
+        const int64_t split = task / groups, block_begin = task % groups * group_blocks;
+        const int64_t block_end = std::min(block_begin + group_blocks, here);
+        const int64_t end = std::min((split + 1) * plan.split, head.vocab());
+        for (int64_t v = split * plan.split; v < end; v += plan.tile) {
+          const int64_t count = std::min(plan.tile, end - v);
+          const auto head_rows = head.rows(v, count, scratch);
+          for (int64_t block = block_begin; block < block_end; ++block) {
+            const int64_t row = (first + block) * kRowBlock;
+            float* to = cache ? cache + ((first + block) * head.vocab() + v) * kRowBlock : logits.data();
+            const T* columns = &packed[block * kRowBlock * head.depth()];
+            tile_kernels().logprob_forward({head.tile(head_rows, v, count, columns, to), &rows.targets[row], outputs,
+                                            partials.at(split, block * kRowBlock), &results.target_logit[row]});
+          }
+        }
+      };
+    });
+    at::parallel_for(0, here * kRowBlock, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = first * kRowBlock + i;
+        results.finish_row(row, rows.targets[row], head.vocab(), plan.splits, i, partials, outputs);
+      }
+    });
+  }
+  return results;
+}
+
+struct Upstream {
+  Tensor logprob, log_sum, entropy;
+  bool has_entropy;
+};
+
+template <class T>
+HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& weight,
+                       const std::optional<Tensor>& bias, const CountedRows& rows, const Upstream& upstream,
+                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const float* cache,
+                       GradientNeeds needs) {
+  HeadGradient<T> gradient(head, hidden, weight, bias, rows.index, needs, head.depth(), head.depth());
+  const Tensor operands = cache ? Tensor() : head.operands(hidden, rows.index);
+  std::vector<T> packed(cache ? 0 : gradient.plan().row_chunk * head.depth());
+  int64_t first_packed = 0;
+  const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
+    first_packed = first;
+    if (!cache) head.pack_blocks(operands, first, blocks, packed.data());
+  };
+  const auto at_row = [](const Tensor& values, int64_t row) { return values.const_data_ptr<float>() + row; };
+  return gradient.run(prepare_chunk, [&] {
+    return [&, scratch = std::vector<T>(), logits = std::vector<float>(gradient.plan().tile * kRowBlock), at_tile = int64_t{-1},
+            head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block, const GradientSink& sink) mutable {
+      LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
+      if (cache) {
+        std::copy_n(cache + (block * head.vocab() + v) * kRowBlock, count * kRowBlock, logits.data());
+      } else {
+        if (at_tile != v) head_rows = head.rows(v, count, scratch);
+        at_tile = v;
+        tile = head.tile(head_rows, v, count, &packed[(block - first_packed) * kRowBlock * head.depth()], logits.data());
+      }
+      const int64_t row = block * kRowBlock;
+      tile_kernels().logprob_backward({tile, cache != nullptr, &rows.targets[row], upstream.has_entropy,
+                                       at_row(max, row), at_row(log_sum, row), at_row(upstream.logprob, row),
+                                       at_row(upstream.log_sum, row), at_row(upstream.entropy, row),
+                                       at_row(entropy, row), sink});
+    };
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cpu(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
+    double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
+    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, bool cache_logits) {
+  check_head(hidden, weight, bias);
+  format_of(gemm_dtype);
+  const int64_t n = hidden.size(0);
+  check_rows("targets", targets, n, at::kLong);
+  const auto rows = CountedRows::of_targets(targets, ignore_index, weight.size(0));
+  const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
+  const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
+  const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
+  Tensor cache = at::empty({cache_logits ? ceil_div(n, kRowBlock) : 0, weight.size(0), kRowBlock}, at::kFloat);
+  float* cache_data = cache_logits ? cache.data_ptr<float>() : nullptr;
+
+  const auto results = [&] {
+    if (runs_on_bf16(gemm_dtype)) {
+      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, cache_data);
+    }
+    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, cache_data);
+  }();
+  const auto give = [&](bool wanted, const std::vector<float>& values) {
+    return wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
+  };
+  return {give(true, results.logprob),
+          give(true, results.max),
+          give(true, results.log_sum),
+          give(want_entropy, results.entropy),
+          give(want_is_top1, results.is_top1),
+          give(want_mean_logit, results.mean_logit),
+          give(want_log_sum_sq_probs, results.log_sum_sq_probs),
+          cache};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
+    const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_log_sum,
+    const std::optional<Tensor>& grad_entropy, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& bias, const Tensor& max_logit, const Tensor& log_sum, const Tensor& entropy,
+    const Tensor& logit_cache, double logit_scale, double logit_softcap, double temperature, int64_t ignore_index,
+    at::ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) {
+  check_head(hidden, weight, bias);
+  const int64_t n = hidden.size(0);
+  check_rows("targets", targets, n, at::kLong);
+  const auto rows = CountedRows::of_targets(targets, ignore_index, weight.size(0));
+  const bool has_entropy = grad_entropy.has_value() && grad_entropy->defined();
+  const Upstream upstream{rows.gather(grad_logprobs, n, 0), rows.gather(grad_log_sum, n, 0),
+                          rows.gather(grad_entropy, n, 0), has_entropy};
+  // Rows that pad the last block have p = exp(z - 3e38) = 0 whatever their logits, so their dlogits are 0.
+  const Tensor max = rows.gather(max_logit, n, 3e38f), sums = rows.gather(log_sum, n, 0);
+  const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
+  const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
+  TORCH_CHECK_VALUE(logit_cache.size(0) == 0 || (logit_cache.size(0) * kRowBlock >= rows.count() &&
+                                                 logit_cache.size(1) == weight.size(0) && logit_cache.is_contiguous()),
+                    "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
+  const float* cache = logit_cache.size(0) ? logit_cache.const_data_ptr<float>() : nullptr;
+  const GradientNeeds needs{need_hidden, need_weight, need_bias};
+
+  const HeadGradients grads = [&] {
+    if (runs_on_bf16(gemm_dtype)) {
+      const Head<at::BFloat16> head(weight, bias, transform, gemm_dtype);
+      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, cache, needs);
+    }
+    const Head<float> head(weight, bias, transform, gemm_dtype);
+    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, cache, needs);
+  }();
+  return {or_empty(grads.hidden), or_empty(grads.weight), or_empty(grads.bias)};
+}
+
+}  // namespace rk

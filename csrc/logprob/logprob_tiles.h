@@ -1,0 +1,143 @@
+// Tile kernels of linear_logprobs: fold a logit tile into running statistics, or turn it into dlogits.
+#ifndef RK_ISA
+#error "include this through common/isa/*.cpp"
+#endif
+#pragma once
+
+#include "common/logit_tiles.h"
+
+namespace rk {
+namespace RK_ISA {
+
+static inline void pick_targets(const LogprobForwardTile& a) {
+  for (int64_t token = 0; token < kRowBlock; ++token) {
+    const int64_t row = a.targets[token] - a.tile.vocab_begin;
+    if (row >= 0 && row < a.tile.count) a.target_logit[token] = a.tile.logits[row * kRowBlock + token];
+  }
+}
+
+template <int outputs>
+static void fold_statistics(const LogprobForwardTile& a) {
+  constexpr bool entropy = (outputs & kEntropy) != 0, extras = (outputs & kExtras) != 0;
+  const float* tile = a.tile.logits;
+  VecF tile_max[kVectors];
+  for (VecF& m : tile_max) m = Simd::set(-kInfinity);
+  VecI tile_argmax[kVectors] = {};
+  VecF logit_sum[kVectors] = {};
+  for (int64_t row = 0; row < a.tile.count; ++row) {
+    for (int j = 0; j < kVectors; ++j) {
+      const VecF z = Simd::load(tile + row * kRowBlock + j * kLanes);
+      if constexpr (extras) {
+        tile_argmax[j] = z > tile_max[j] ? VecI{} + static_cast<int32_t>(row) : tile_argmax[j];
+        logit_sum[j] += z;
+      }
+      tile_max[j] = Simd::max(tile_max[j], z);
+    }
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t at = j * kLanes;
+    auto running = SoftmaxState<Simd>::empty();
+    running.max = Simd::load(a.stats.max + at);
+    running.sum = Simd::load(a.stats.sum + at);
+    if constexpr (entropy) running.shifted = Simd::load(a.stats.shifted + at);
+    if constexpr (extras) {
+      running.squares = Simd::load(a.stats.squares + at);
+      VecI argmax;
+      __builtin_memcpy(&argmax, a.stats.argmax + at, sizeof(argmax));
+      argmax = tile_max[j] > running.max ? tile_argmax[j] + static_cast<int32_t>(a.tile.vocab_begin) : argmax;
+      __builtin_memcpy(a.stats.argmax + at, &argmax, sizeof(argmax));
+      Simd::store(a.stats.logit_sum + at, Simd::load(a.stats.logit_sum + at) + logit_sum[j]);
+    }
+    auto part = SoftmaxState<Simd>::empty();
+    part.max = Simd::max(running.max, tile_max[j]);  // fold about the common maximum: the merge then scales `running`
+    const VecF shift = finite_max<Simd>(part.max);
+    for (int64_t row = 0; row < a.tile.count; ++row) {
+      const VecF delta = Simd::load(tile + row * kRowBlock + at) - shift;
+      const VecF e = Simd::exp(delta);
+      part.sum += e;
+      if constexpr (entropy) part.shifted += e * Simd::max(delta, Simd::set(-100.0f));  // 0 * -inf is 0 here
+      if constexpr (extras) part.squares += e * e;
+    }
+    merge<Simd>(running, part);
+    Simd::store(a.stats.max + at, running.max);
+    Simd::store(a.stats.sum + at, running.sum);
+    if constexpr (entropy) Simd::store(a.stats.shifted + at, running.shifted);
+    if constexpr (extras) Simd::store(a.stats.squares + at, running.squares);
+  }
+}
+
+static void logprob_forward(const LogprobForwardTile& a) {
+  finish_logits(a.tile);
+  pick_targets(a);
+  switch (a.outputs) {
+    case kPlain: return fold_statistics<kPlain>(a);
+    case kEntropy: return fold_statistics<kEntropy>(a);
+    case kExtras: return fold_statistics<kExtras>(a);
+    default: return fold_statistics<kEntropy | kExtras>(a);
+  }
+}
+
+template <Transform kind, bool with_entropy>
+static void differentiate(const LogprobBackwardTile& a) {
+  const LogitMap<kind> map(a.tile.transform);
+  float* tile = a.tile.logits;
+
+  // Targets first, from the untouched tile: few, one by one, in a lane of a vector so that the maths is the same code.
+  float target_dz[kRowBlock];
+  const auto row_of = [&](int64_t at) {
+    RowGradient<Simd> row;
+    row.max = Simd::load(a.max + at);
+    row.log_sum = Simd::load(a.log_sum + at);
+    row.grad_logprob = Simd::load(a.grad_logprob + at);
+    row.grad_logsumexp = Simd::load(a.grad_log_sum + at);
+    row.grad_entropy = with_entropy ? Simd::load(a.grad_entropy + at) : VecF{};
+    row.entropy = with_entropy ? Simd::load(a.entropy + at) : VecF{};
+    return row;
+  };
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t at = j * kLanes;
+    float z_target[kLanes] = {};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = a.targets[at + lane] - a.tile.vocab_begin;
+      if (row < 0 || row >= a.tile.count) continue;
+      const float x = tile[row * kRowBlock + at + lane];
+      float z[kLanes];
+      Simd::store(z, a.transformed ? Simd::set(x) : map(Simd::set(x), bias_of(a.tile, row)));
+      z_target[lane] = z[0];
+    }
+    const VecF z = Simd::load(z_target);
+    Simd::store(target_dz + at, target_logit_gradient<Simd>(z, row_of(at), with_entropy) * map.derivative(z));
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t at = j * kLanes;
+    const RowGradient<Simd> row_gradient = row_of(at);
+    for (int64_t row = 0; row < a.tile.count; ++row) {
+      float* here = tile + row * kRowBlock + at;
+      const VecF x = Simd::load(here);
+      const VecF z = a.transformed ? x : map(x, bias_of(a.tile, row));
+      Simd::store(here, logit_gradient<Simd>(z, row_gradient, with_entropy) * map.derivative(z));
+    }
+  }
+  for (int64_t token = 0; token < kRowBlock; ++token) {
+    const int64_t row = a.targets[token] - a.tile.vocab_begin;
+    if (row >= 0 && row < a.tile.count) tile[row * kRowBlock + token] = target_dz[token];
+  }
+}
+
+static void logprob_backward(const LogprobBackwardTile& a) {
+  switch (kind_of(a.tile)) {
+    case Transform::identity:
+      a.with_entropy ? differentiate<Transform::identity, true>(a) : differentiate<Transform::identity, false>(a);
+      break;
+    case Transform::affine:
+      a.with_entropy ? differentiate<Transform::affine, true>(a) : differentiate<Transform::affine, false>(a);
+      break;
+    case Transform::softcap:
+      a.with_entropy ? differentiate<Transform::softcap, true>(a) : differentiate<Transform::softcap, false>(a);
+      break;
+  }
+  emit_gradient(a.tile, a.sink);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

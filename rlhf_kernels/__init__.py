@@ -1,0 +1,27 @@
+"""Losses of RLHF from hidden states, without the `[tokens, vocab]` matrix. Every public name is listed here."""
+
+from ._dispatch import available_backends
+from ._extension import build_info
+from ._workspace import set_workspace_budget
+from .bradley_terry import bradley_terry_loss
+from .dpo import DPOLoss, LinearDPOLoss, dpo_loss, linear_dpo_loss
+from .kl import kl_penalty, linear_kl
+from .logprob import LinearLogprobs, SequenceLogprobs, linear_logprobs, sequence_logprobs
+
+__all__ = [
+    "DPOLoss",
+    "LinearDPOLoss",
+    "LinearLogprobs",
+    "SequenceLogprobs",
+    "available_backends",
+    "bradley_terry_loss",
+    "build_info",
+    "dpo_loss",
+    "kl_penalty",
+    "linear_dpo_loss",
+    "linear_kl",
+    "linear_logprobs",
+    "sequence_logprobs",
+    "set_workspace_budget",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,58 @@
+"""`resolve_backend`: the one place that chooses which implementation runs."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from . import _extension
+
+BACKENDS = ("auto", "reference", "native", "triton")
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_warned: set[str] = set()
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when `backend` can run on tensors of this device and GEMM dtype; otherwise the reason it cannot."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return "this version of rlhf_kernels has no Triton kernels"
+    if not _extension.native_available():
+        return _extension.why_not_native() or "the compiled extension is not loaded"
+    if device.type != "cpu" and not (device.type == "cuda" and _extension.native_has_cuda()):
+        return f"the compiled extension has no kernels for {device.type} tensors"
+    if dtype not in _NATIVE_DTYPES:
+        return f"native computes in float32, bfloat16 or float16, not {dtype} (reference serves float64)"
+    return None
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Returns "reference" or "native". An explicit backend that cannot run raises and lists those that can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        reason = why_not("native", device, dtype)
+        if reason is None:
+            return "native"
+        if dtype != torch.float64 and not torch.compiler.is_compiling():
+            _warn_once(reason)
+        return "reference"
+    reason = why_not(backend, device, dtype)
+    if reason is not None:
+        able = [b for b in BACKENDS[1:] if why_not(b, device, dtype) is None]
+        raise ValueError(f"backend={backend!r} cannot run here: {reason}. Backends that can: {', '.join(able)}")
+    return backend
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"rlhf_kernels falls back to the slower reference backend: {reason}", stacklevel=4)
+
+
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Names of the backends that can run on tensors of `device` and `dtype`, best last."""
+    device = torch.device(device)
+    return tuple(b for b in ("reference", "triton", "native") if why_not(b, device, dtype) is None)

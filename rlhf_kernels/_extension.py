@@ -1,0 +1,121 @@
+"""Loads the compiled part, `rlhf_kernels._C`, and says plainly what was built and why something was not.
+
+The build leaves `_build_report.json` beside this file. It is read before `_C` is, because an extension compiled against
+another torch would at best end in an undefined symbol: what does not fit is not loaded, and told in words.
+"""
+
+import importlib
+import json
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall .   (in the source directory)"
+
+
+def _read_report() -> dict[str, Any]:
+    path = Path(__file__).with_name("_build_report.json")
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {"native": False, "native_reason": f"nothing was compiled here yet; run: {_REBUILD}"}
+    except ValueError as error:
+        return {"native": False, "native_reason": f"{path} is damaged ({error}); run: {_REBUILD}"}
+    return report
+
+
+def _abi(version: str | None) -> str | None:
+    """What of a version decides whether compiled code fits: 2.13 of 2.13.1+cpu, but all of a nightly."""
+    if version is None or "dev" in version or version.endswith("git"):
+        return version
+    return ".".join(version.split(".")[:2])
+
+
+def _misfit(report: dict[str, Any]) -> str | None:
+    built, running = report.get("torch"), torch.__version__
+    if _abi(built) != _abi(running):
+        return f"it was compiled against torch {built}, and torch {running} is running; rebuild it: {_REBUILD}"
+    # Without CUDA the extension touches nothing in which torch's CPU and CUDA builds differ.
+    if report.get("cuda") and _abi(report.get("torch_cuda")) != _abi(torch.version.cuda):
+        built, running = report.get("torch_cuda"), torch.version.cuda or "no CUDA"
+        return f"it was compiled for torch with CUDA {built}, and this torch has {running}; rebuild it: {_REBUILD}"
+    built, running = report.get("python"), sys.implementation.cache_tag
+    if built != running:
+        return f"it was compiled for {built}, and this is {running}; rebuild it: {_REBUILD}"
+    return None
+
+
+def _load(report: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
+    """The loaded extension, or None and why. Silent where it was never built, a warning where it was and is no use."""
+    if not report["native"]:
+        output = [f"  | {line[:200]}" for line in report.get("compiler_output", [])]
+        return None, "\n".join([str(report["native_reason"]), *output])
+    reason = _misfit(report)
+    if reason is None:
+        try:
+            return importlib.import_module(f"{__package__}._C"), None  # registers the torch.ops.rlhf_kernels
+        except ImportError as error:
+            reason = f"the loader refused it ({error}); rebuild it: {_REBUILD}"
+    warnings.warn(f"rlhf_kernels runs without its compiled part: {reason}", RuntimeWarning, stacklevel=3)
+    return None, reason
+
+
+_report = _read_report()
+_native, _native_reason = _load(_report)
+
+
+def native_available() -> bool:
+    return _native is not None
+
+
+def native_has_cuda() -> bool:
+    return _native is not None and bool(_native.has_cuda())
+
+
+def why_not_native() -> str | None:
+    """Why the compiled part is not there, in words; None when it is."""
+    return _native_reason
+
+
+def module() -> ModuleType:
+    """`rlhf_kernels._C`; to be asked for only where `native_available()`."""
+    if _native is None:
+        raise RuntimeError(f"the compiled part of rlhf_kernels is not there: {_native_reason}")
+    return _native
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")  # from its metadata: importing it takes seconds
+    except metadata.PackageNotFoundError:
+        return "not installed (pip install triton)"
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation consists of and, where something is missing, the reason. Made to be printed.
+
+    `native`: the compiled C++ is loaded; `cuda`: it holds the CUDA kernels; `cpu_isa`: the instruction set it chose on
+    this machine; `triton`: its version or why it is not there.
+    """
+    from . import __version__
+    from ._workspace import workspace_budget_bytes
+
+    cuda_reason = None if native_has_cuda() else _report.get("cuda_reason") or "the compiled part is not loaded"
+    return {
+        "version": __version__,
+        "torch_running": torch.__version__,
+        "torch_compiled": _report.get("torch"),
+        "compiler": _report.get("compiler"),
+        "native": native_available(),
+        "native_reason": _native_reason,
+        "cuda": native_has_cuda(),
+        "cuda_reason": cuda_reason,
+        "cpu_isa": _native.cpu_isa() if _native else None,
+        "workspace_budget_mib": _native.workspace_budget_mib() if _native else workspace_budget_bytes() >> 20,
+        "triton": _triton(),
+    }

@@ -1,0 +1,54 @@
+"""The one definition of a logit: what an LM head does between hidden states and the softmax."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogitTransform(NamedTuple):
+    """`(x * scale)`, soft-capped to `cap * tanh(x / cap)` where `softcap > 0`, divided by `temperature`."""
+
+    scale: float
+    softcap: float  # 0 means no soft cap
+    temperature: float
+
+    @classmethod
+    def checked(cls, temperature: float, logit_scale: float, logit_softcap: float | None) -> LogitTransform:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        if not math.isfinite(logit_scale):
+            raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+        if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+            raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
+        return cls(float(logit_scale), float(logit_softcap or 0.0), float(temperature))
+
+    def apply(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        if self.softcap:
+            x = self.softcap * torch.tanh(x / self.softcap)
+        return x / self.temperature
+
+
+def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype the head's GEMM reads: autocast's where it is on, otherwise the promoted type of its inputs.
+
+    Logits themselves are fp32 (fp64 for fp64 inputs) whatever this is.
+    """
+    promoted = torch.promote_types(hidden.dtype, weight.dtype)
+    device_type = hidden.device.type
+    if promoted != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return promoted
+
+
+def logit_dtype(gemm: torch.dtype) -> torch.dtype:
+    return torch.float64 if gemm == torch.float64 else torch.float32
+
+
+def rounded_upcast(x: Tensor, gemm: torch.dtype) -> Tensor:
+    """`x` as the GEMM reads it, held in the logits' dtype so that products are exact and sums are not rounded."""
+    return x.to(gemm).to(logit_dtype(gemm))

@@ -1,0 +1,43 @@
+"""Row bookkeeping of the reference backends: which rows count, and chunks that keep logits inside the workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ._workspace import workspace_budget_bytes
+
+# One chunk's logits, their shifted copy, exponentials and the gradient of each live at the same time.
+_COPIES_OF_LOGITS = 4
+
+
+def map_counted_rows(
+    per_row: Callable[..., tuple[Tensor, ...]],
+    counted: Tensor,
+    rows: tuple[Tensor, ...],
+    shared: tuple[Tensor | None, ...],
+    vocab_size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Applies `per_row(*rows, *shared)` to the rows where `counted` [N] is true and returns zeros elsewhere.
+
+    `rows` are tensors of N rows, `shared` are passed whole. Rows go through in chunks whose logits fit the workspace
+    budget, and each chunk is recomputed in backward, so nothing `[N, vocab]` is ever held. Rows that do not count are
+    never read: their output and gradient are exactly zero even where the inputs or the upstream hold NaN.
+    """
+    if torch.compiler.is_compiling():  # a data-dependent number of rows would break the graph: mask instead
+        rows = tuple(torch.where(counted.view(-1, *[1] * (r.dim() - 1)), r, torch.zeros_like(r)) for r in rows)
+        outs = checkpoint(per_row, *rows, *shared, use_reentrant=False, preserve_rng_state=False)
+        return tuple(torch.where(counted, out, torch.zeros_like(out)) for out in outs)
+
+    index = counted.nonzero().squeeze(1)
+    chunk = max(1, workspace_budget_bytes() // (_COPIES_OF_LOGITS * vocab_size * dtype.itemsize))
+    parts = [
+        checkpoint(per_row, *(r[part] for r in rows), *shared, use_reentrant=False, preserve_rng_state=False)
+        for part in index.split(chunk)
+    ]
+    zeros = counted.new_zeros(counted.shape, dtype=dtype)
+    return tuple(zeros.index_put((index,), torch.cat(outs)) for outs in zip(*parts, strict=True))

@@ -1,0 +1,15 @@
+"""The Bradley-Terry loss in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def bradley_terry_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, label_smoothing: float, center_coefficient: float
+) -> Tensor:
+    """chosen [P], rejected [P], margin [P] or None -> losses [P]."""
+    d = chosen - rejected if margin is None else chosen - rejected - margin
+    losses = -(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d)
+    return losses + center_coefficient * (chosen + rejected) ** 2

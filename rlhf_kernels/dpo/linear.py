@@ -1,0 +1,138 @@
+"""`linear_dpo_loss`: hidden states in, scalar loss out. It owns no loss maths; it joins log-probs to `dpo_loss`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_same_device, check_targets, check_vector
+from .._logits import LogitTransform
+from .._workspace import workspace_budget_bytes
+from ..logprob import _sequence_logprobs
+from .pairwise import check_loss_options, dpo_loss
+from .reference import LOSS_TYPES
+
+
+class LinearDPOLoss(NamedTuple):
+    """`loss` scalar; `chosen_rewards`, `rejected_rewards` [P] and `policy_logps`, `ref_logps` [S] without gradient."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    policy_logps: Tensor
+    ref_logps: Tensor | None
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    chosen_idxs: Tensor | None = None,
+    rejected_idxs: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    gamma: float = 0.5,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    backend: str = "auto",
+) -> LinearDPOLoss:
+    r"""Mean DPO loss over pairs, from the last hidden states of policy and reference.
+
+        loss = mean_P dpo_loss(sequence_logprobs(hidden, weight, labels), ref_logps, chosen_idxs, rejected_idxs)
+
+    Args:
+        hidden: [S, T, D], the policy's last hidden states. weight: [V, D], bias: [V] or None, its LM head.
+        labels: [S, T] int64, -100 where masked; shifted inside (position t predicts labels[:, t + 1]).
+        ref_logps: [S] precomputed sums under the reference; or else ref_hidden [S, T, D'] and ref_weight [V, D'] (and
+            ref_bias), from which they are computed without gradient. Neither for reference-free types.
+        chosen_idxs, rejected_idxs: [P] int64 pairs; default: first half chosen, second half rejected.
+        beta, loss_type, label_smoothing, gamma: as in `dpo_loss`.
+        temperature, logit_scale, logit_softcap, backend: as in `linear_logprobs`, for policy and reference alike.
+
+    Returns:
+        LinearDPOLoss. Where the logits of all sequences fit the workspace budget in fp32, they are kept for backward
+        and one GEMM of four is saved.
+
+    Raises:
+        ValueError: odd S without index pairs, both or no references, P = 0, and as `dpo_loss`.
+        TypeError, IndexError: as `linear_logprobs` and `dpo_loss`.
+
+    Source: Rafailov et al. (2023), arXiv:2305.18290; the other types are listed in `dpo_loss`.
+    """
+    check_loss_options(beta, loss_type, label_smoothing, gamma)
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden must be [S, T, D], got {tuple(hidden.shape)}")
+    check_targets(labels, hidden, "labels")
+    kind = LOSS_TYPES[loss_type]
+    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, kind.reference_free, loss_type)
+    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs)
+
+    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    logits_bytes = 4 * labels.numel() * weight.shape[0]
+    keep = needs_grad and logits_bytes <= workspace_budget_bytes()
+    policy, counts = _sequence_logprobs(
+        hidden, weight, labels, bias, transform, True, False, -100, backend, cache_logits=keep
+    )
+    if ref_hidden is not None and ref_weight is not None:
+        with torch.no_grad():
+            ref_logps, _ = _sequence_logprobs(
+                ref_hidden, ref_weight, labels, ref_bias, transform, True, False, -100, backend
+            )
+    if ref_logps is not None:
+        ref_logps = ref_logps.detach()
+    losses, rewards = dpo_loss(
+        policy, ref_logps, chosen, rejected, beta, loss_type=loss_type, label_smoothing=label_smoothing,
+        token_counts=counts, gamma=gamma, backend=backend,
+    )  # fmt: skip
+    return LinearDPOLoss(losses.mean(), rewards[chosen], rewards[rejected], policy.detach(), ref_logps)
+
+
+def _pairs(hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None) -> tuple[Tensor, Tensor]:
+    if (chosen is None) != (rejected is None):
+        raise ValueError("pass both chosen_idxs and rejected_idxs, or neither")
+    if chosen is None or rejected is None:
+        size = hidden.shape[0]
+        if size % 2:
+            raise ValueError(
+                f"without index pairs the first half is chosen and the second rejected: S must be even, got {size}"
+            )
+        chosen = torch.arange(size // 2, device=hidden.device)
+        rejected = chosen + size // 2
+    if chosen.numel() == 0:
+        raise ValueError("no pairs: the mean loss of an empty batch is undefined")
+    return chosen, rejected
+
+
+def _check_reference(
+    hidden: Tensor,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    reference_free: bool,
+    loss_type: str,
+) -> None:
+    if (ref_hidden is None) != (ref_weight is None):
+        raise ValueError("pass both ref_hidden and ref_weight, or neither")
+    given = (ref_logps is not None) + (ref_hidden is not None)
+    if reference_free and given:
+        raise ValueError(f"loss_type={loss_type!r} takes no reference")
+    if not reference_free and given != 1:
+        raise ValueError(
+            f"loss_type={loss_type!r} needs one reference: ref_logps, or ref_hidden with ref_weight; got {'both' if given else 'none'}"
+        )
+    if ref_logps is not None:
+        check_vector("ref_logps", ref_logps, hidden.shape[0])
+        check_same_device(hidden=hidden, ref_logps=ref_logps)
+    if ref_hidden is not None and ref_hidden.shape[:2] != hidden.shape[:2]:
+        raise ValueError(f"ref_hidden must be {(*hidden.shape[:2], 'D')}, got {tuple(ref_hidden.shape)}")

@@ -1,0 +1,134 @@
+"""The pairwise losses of the DPO family, from per-response log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_same_device, check_vector
+from .._dispatch import resolve_backend
+from . import ops, reference
+
+
+class DPOLoss(NamedTuple):
+    """`losses` [P], and `rewards` [S] = beta * (log pi - log pi_ref), detached."""
+
+    losses: Tensor
+    rewards: Tensor
+
+
+def dpo_loss(
+    policy_logps: Tensor,
+    ref_logps: Tensor | None,
+    chosen_idxs: Tensor,
+    rejected_idxs: Tensor,
+    beta: float = 0.1,
+    *,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    token_counts: Tensor | None = None,
+    gamma: float = 0.5,
+    backend: str = "auto",
+) -> DPOLoss:
+    r"""Direct preference optimisation over pairs of responses, each response computed once.
+
+    With h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected) and eps = label_smoothing:
+
+        sigmoid   -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)      DPO, arXiv:2305.18290, eq. 7; cDPO with eps
+        hinge     max(0, 1 - beta h)                                         SLiC-HF, arXiv:2305.10425; RSO, arXiv:2309.06657
+        ipo       (h - 1 / (2 beta))^2, h of sums                            IPO, arXiv:2310.12036, eq. 17
+        ipo_mean  the same, each log-ratio divided by its tokens             as in TRL
+        robust    (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)   arXiv:2403.00409, eq. 12
+        simpo     -log sigma(beta (h - gamma)), h of token means, no reference            arXiv:2405.14734, eq. 6
+
+    The gradient of "sigmoid" is -beta sigma(-mu) (grad log pi(chosen) - grad log pi(rejected)), mu = beta h.
+
+    Args:
+        policy_logps: [S] log-probabilities of the responses in nats, e.g. from `sequence_logprobs`.
+        ref_logps: [S] of the reference; None for reference-free types (simpo), and only for those.
+        chosen_idxs, rejected_idxs: [P] int64 into [0, S). One response may serve in many pairs: four ranked responses
+            make six pairs.
+        beta: >= 0; > 0 for ipo and ipo_mean. At 0 the sigmoid loss is log 2 with zero gradient.
+        loss_type: see above.
+        label_smoothing: eps in [0, 0.5), for sigmoid, robust and simpo.
+        token_counts: [S] number of response tokens, for ipo_mean and simpo.
+        gamma: SimPO's target margin in units of beta (its gamma/beta ratio).
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        DPOLoss(losses [P], rewards [S] detached), fp32 (fp64 for fp64 inputs), nats.
+
+    Raises:
+        ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range.
+        TypeError: unsupported dtype. IndexError: an index outside [0, S).
+    """
+    check_loss_options(beta, loss_type, label_smoothing, gamma)
+    kind = reference.LOSS_TYPES[loss_type]
+    check_vector("policy_logps", policy_logps)
+    size = policy_logps.shape[0]
+    if kind.reference_free != (ref_logps is None):
+        need = "takes no reference: pass ref_logps=None" if kind.reference_free else "needs ref_logps [S]"
+        raise ValueError(f"loss_type={loss_type!r} {need}")
+    if ref_logps is not None:
+        check_vector("ref_logps", ref_logps, size)
+    if kind.per_token and token_counts is None:
+        raise ValueError(f"loss_type={loss_type!r} is length-normalised and needs token_counts [S]")
+    if token_counts is not None and token_counts.shape != policy_logps.shape:
+        raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
+    _check_pairs(chosen_idxs, rejected_idxs, size)
+    check_same_device(
+        policy_logps=policy_logps, ref_logps=ref_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs,
+        token_counts=token_counts,
+    )  # fmt: skip
+
+    dtype = policy_logps.dtype if ref_logps is None else torch.promote_types(policy_logps.dtype, ref_logps.dtype)
+    chosen_backend = resolve_backend(backend, policy_logps.device, dtype)
+    if chosen_backend == "native" and kind.compiled:
+        pairs = (policy_logps, ref_logps, chosen_idxs, rejected_idxs)
+        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), loss_type, float(label_smoothing)))
+    dtype = torch.promote_types(dtype, torch.float32)
+    ref = None if ref_logps is None else ref_logps.to(dtype)
+    return DPOLoss(
+        *reference.dpo_loss(
+            policy_logps.to(dtype),
+            ref,
+            chosen_idxs,
+            rejected_idxs,
+            beta,
+            loss_type,
+            label_smoothing,
+            token_counts,
+            gamma,
+        )
+    )
+
+
+def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamma: float) -> None:
+    check_choice("loss_type", loss_type, tuple(reference.LOSS_TYPES))
+    kind = reference.LOSS_TYPES[loss_type]
+    if not (math.isfinite(beta) and beta >= 0):
+        raise ValueError(f"beta must be finite and >= 0, got {beta}")
+    if kind.positive_beta and beta == 0:
+        raise ValueError(f"loss_type={loss_type!r} is undefined at beta=0: it aims at a margin of 1 / (2 beta)")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if label_smoothing and not kind.smoothing:
+        able = ", ".join(name for name, k in reference.LOSS_TYPES.items() if k.smoothing)
+        raise ValueError(f"label_smoothing is defined for {able}; loss_type={loss_type!r} takes 0")
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma must be finite, got {gamma}")
+
+
+def _check_pairs(chosen: Tensor, rejected: Tensor, size: int) -> None:
+    for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
+        if idxs.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {idxs.dtype}")
+        if idxs.dim() != 1 or idxs.shape != chosen.shape:
+            raise ValueError(f"{name} must be [{chosen.numel()}] like chosen_idxs, got {tuple(idxs.shape)}")
+        if idxs.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = (idxs < 0) | (idxs >= size)
+            if bool(wrong.any()):
+                raise IndexError(f"{name} must lie in [0, {size}), got {idxs[wrong][0].tolist()}")

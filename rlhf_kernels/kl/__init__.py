@@ -1,0 +1,130 @@
+"""KL divergence between policy and reference: exact over the vocabulary, or estimated from the sampled token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_floating, check_head, check_same_device
+from .._dispatch import resolve_backend
+from .._logits import LogitTransform, gemm_dtype
+from . import ops, reference
+
+__all__ = ["kl_penalty", "linear_kl"]
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    direction: str = "policy_ref",
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ref_logit_scale: float | None = None,
+    ref_logit_softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Exact KL divergence per token over the whole vocabulary, from hidden states.
+
+        policy_ref: KL(policy || ref) = sum_v p_v (log p_v - log q_v)     p = policy, q = reference
+        ref_policy: KL(ref || policy) = sum_v q_v (log q_v - log p_v)
+
+    "policy_ref" is the penalty of RLHF (the literature's reverse KL). A small KL does not cancel: at 1e-8 nats it is
+    still exact to a few percent in fp32 and never negative.
+
+    Args:
+        hidden: [..., D], weight: [V, D], bias: [V] or None, of the policy; the gradient goes to these.
+        ref_hidden: [..., D'], ref_weight: [V, D'], ref_bias: [V] or None; D' may differ. No gradient.
+        mask: [...] bool, True where the token counts; None counts all. The rest gives exactly 0, costs no matmul.
+        direction: "policy_ref" or "ref_policy".
+        temperature: divides both models' logits; logit_scale and logit_softcap as in `linear_logprobs`.
+        ref_logit_scale, ref_logit_softcap: the reference's own; None takes the policy's.
+        backend: "auto", "reference", "native" or "triton".
+
+    Returns:
+        [...] fp32 (fp64 for fp64 inputs) in nats, >= 0.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, unknown direction or backend.
+        TypeError: a dtype that is not supported.
+
+    Source: Kullback & Leibler (1951); the cancellation-free form is derived in `kl/reference.py`.
+    """
+    check_head(hidden, weight, bias)
+    check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    check_same_device(hidden=hidden, ref_hidden=ref_hidden)
+    check_choice("direction", direction, ops.DIRECTIONS)
+    shape = hidden.shape[:-1]
+    if ref_hidden.shape[:-1] != shape:
+        raise ValueError(f"ref_hidden must be {(*shape, 'D')} like hidden, got {tuple(ref_hidden.shape)}")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"policy and reference must share a vocabulary: weight has {weight.shape[0]} rows, "
+            f"ref_weight {ref_weight.shape[0]}"
+        )
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(f"mask must be {tuple(shape)} like hidden without D, got {tuple(mask.shape)}")
+    check_same_device(hidden=hidden, mask=mask)
+
+    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
+    ref_transform = LogitTransform.checked(
+        temperature,
+        logit_scale if ref_logit_scale is None else ref_logit_scale,
+        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
+    )
+    gemm, ref_gemm = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
+    chosen = resolve_backend(backend, hidden.device, torch.promote_types(gemm, ref_gemm))
+    implementation = ops.linear_kl if chosen == "native" else reference.linear_kl
+    kl = implementation(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, gemm,
+        ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias, ref_transform, ref_gemm,
+        mask.reshape(-1), direction,
+    )  # fmt: skip
+    return kl.view(shape)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *, backend: str = "auto") -> Tensor:
+    r"""Estimates KL(policy || ref) from the log-probabilities of tokens sampled from the policy.
+
+    With log r = ref_logprobs - logprobs:
+
+        k1 = -log r                  unbiased, any sign: the per-token penalty of PPO
+        k2 = (log r)^2 / 2           biased, >= 0
+        k3 = (r - 1) - log r         unbiased, >= 0: GRPO's
+
+    Args:
+        logprobs, ref_logprobs: same shape, nats; any supported floating dtype.
+        estimator: "k1", "k2" or "k3".
+        backend: "auto", "reference" or "native".
+
+    Returns:
+        The logprobs' shape, fp32 (fp64 for fp64 inputs), nats. Differentiable in both arguments. This is the gradient
+        of the estimator itself; note that the expected gradient of k1 is zero and that of k3 is KL(ref || policy)'s.
+
+    Raises:
+        ValueError: shapes or devices differ, unknown estimator. TypeError: unsupported dtype.
+
+    Source: Schulman (2020), "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+    """
+    check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_choice("estimator", estimator, ops.ESTIMATORS)
+    check_same_device(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    if logprobs.shape != ref_logprobs.shape:
+        raise ValueError(
+            f"logprobs and ref_logprobs must share a shape, got {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)}"
+        )
+    dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
+    if resolve_backend(backend, logprobs.device, dtype) == "native":
+        return ops.kl_penalty(logprobs, ref_logprobs, estimator)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return reference.kl_penalty(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)

@@ -1,0 +1,82 @@
+"""Exact full-vocabulary KL and the sampled-token estimators, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._logits import LogitTransform, logit_dtype, rounded_upcast
+from .._rows import map_counted_rows
+
+
+def expm1_minus_identity(u: Tensor) -> Tensor:
+    """e^u - 1 - u >= 0 without cancellation: for |u| < 1 the Taylor series u^2 (1/2! + u/3! + ... + u^10/12!)."""
+    small = u.abs() < 1
+    v = torch.where(small, u, 0.0)
+    series = torch.full_like(v, 1.0)
+    for n in range(12, 2, -1):  # Horner: 1 + v/3 (1 + v/4 (1 + ...)), times v^2 / 2
+        series = 1.0 + series * v / n
+    return torch.where(small, 0.5 * v * v * series, torch.expm1(torch.where(small, 0.0, u)) - u)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Schulman (2020), "Approximating KL Divergence", with log r = ref_logprobs - logprobs, x ~ policy:
+
+    k1 = -log r                  unbiased, any sign
+    k2 = (log r)^2 / 2           biased, >= 0
+    k3 = (r - 1) - log r         unbiased, >= 0
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio * log_ratio
+    return expm1_minus_identity(log_ratio)
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    gemm: torch.dtype,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    ref_transform: LogitTransform,
+    ref_gemm: torch.dtype,
+    mask: Tensor,
+    direction: str,
+) -> Tensor:
+    """hidden [N, D], weight [V, D], ref_hidden [N, D'], ref_weight [V, D'], mask [N] bool -> KL [N] in nats.
+
+    With d = log p - log q of the distribution p that weighs and the other one q:
+
+        KL(p || q) = sum_v p_v d_v = sum_v p_v (e^(-d_v) - 1 + d_v) = sum_v (q_v - p_v + p_v d_v)
+
+    The sums are equal because sum_v p_v e^(-d_v) = sum_v q_v = 1. Every term of the second is >= 0 and of second
+    order in d, so a small KL is not the difference of large numbers; the third serves terms with |d| >= 1, where the
+    second could overflow.
+    """
+    dtype = logit_dtype(torch.promote_types(gemm, ref_gemm))
+    weight, bias = rounded_upcast(weight, gemm), None if bias is None else bias.to(dtype)
+    ref_weight = rounded_upcast(ref_weight.detach(), ref_gemm)
+    ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
+
+    def per_row(hidden, ref_hidden, weight, bias, ref_weight, ref_bias):  # type: ignore[no-untyped-def]
+        x = (rounded_upcast(hidden, gemm) @ weight.T).to(dtype)
+        y = (rounded_upcast(ref_hidden, ref_gemm) @ ref_weight.T).to(dtype)
+        log_p = transform.apply(x if bias is None else x + bias).log_softmax(-1)
+        log_q = ref_transform.apply(y if ref_bias is None else y + ref_bias).log_softmax(-1)
+        if direction == "ref_policy":
+            log_p, log_q = log_q, log_p
+        p, q = log_p.exp(), log_q.exp()
+        d = torch.where(log_p.isneginf(), 0.0, log_p - log_q)  # a token that p does not allow adds q_v alone
+        near = (d.abs() < 1) & ~log_p.isneginf()
+        terms = torch.where(near, p * expm1_minus_identity(-torch.where(near, d, 0.0)), q - p + p * d)
+        return (terms.sum(-1),)
+
+    (kl,) = map_counted_rows(
+        per_row, mask, (hidden, ref_hidden.detach()), (weight, bias, ref_weight, ref_bias), weight.shape[0], dtype
+    )
+    return kl

@@ -1,0 +1,88 @@
+"""`torch.ops.rlhf_kernels.linear_logprobs`: shapes for tracing, and autograd. The kernels are in csrc/logprob."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+from .._logits import LogitTransform
+from .reference import OPTIONAL_OUTPUTS
+
+CACHE_ROWS = 64  # rows of a cached logit tile; csrc/common/tile_plan.h kRowBlock
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    gemm: torch.dtype,
+    cache_logits: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Same contract as `reference.linear_logprobs`, through the compiled op."""
+    logprobs, max_logit, log_sum, *optional, _ = torch.ops.rlhf_kernels.linear_logprobs(
+        hidden, weight, targets, bias, *transform, ignore_index, gemm, *(n in outputs for n in OPTIONAL_OUTPUTS),
+        cache_logits,
+    )  # fmt: skip
+    entropy, is_top1, mean_logit, log_sum_sq = optional
+    optional = (entropy, is_top1.detach(), mean_logit.detach(), log_sum_sq.detach())
+    # The logsumexp's gradient travels through log_sum alone: see _backward.
+    kept = (value if name in outputs else None for name, value in zip(OPTIONAL_OUTPUTS, optional, strict=True))
+    return logprobs, max_logit.detach() + log_sum, *kept
+
+
+def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, *flags):  # type: ignore[no-untyped-def]
+    *wanted, cache_logits = flags
+    per_row = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3)]
+    optional = [hidden.new_empty(hidden.shape[0] if want else 0, dtype=torch.float32) for want in wanted]
+    blocks = (hidden.shape[0] + CACHE_ROWS - 1) // CACHE_ROWS if cache_logits else 0
+    cache = hidden.new_empty((blocks, weight.shape[0], CACHE_ROWS), dtype=torch.float32)
+    return *per_row, *optional, cache
+
+
+def _fake_backward(
+    grad_logprobs, grad_log_sum, grad_entropy, hidden, weight, targets, bias, max_logit, log_sum, entropy, cache,
+    logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
+        return hidden.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+
+    return empty_like(hidden, need_hidden), empty_like(weight, need_weight), empty_like(bias, need_bias)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, targets, bias, *options = inputs
+    _, max_logit, log_sum, entropy, *_, cache = output
+    ctx.save_for_backward(hidden, weight, targets, bias, max_logit, log_sum, entropy, cache)
+    ctx.options = options[:5]  # scale, softcap, temperature, ignore_index, gemm dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
+    none = (None,) * 14
+    if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
+        return none
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    grad_hidden, grad_weight, grad_bias = torch.ops.rlhf_kernels.linear_logprobs_backward(
+        grad_logprobs, grad_log_sum, grad_entropy, *ctx.saved_tensors, *ctx.options, *need
+    )
+    grads = (grad_hidden if need[0] else None, grad_weight if need[1] else None, None, grad_bias if need[2] else None)
+    return grads + none[4:]
+
+
+def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(
+        "linear_logprobs (native) is differentiable once; use backend='reference' for second derivatives"
+    )
+
+
+if _extension.native_available():
+    torch.library.register_fake("rlhf_kernels::linear_logprobs", _fake)
+    torch.library.register_fake("rlhf_kernels::linear_logprobs_backward", _fake_backward)
+    torch.library.register_autograd("rlhf_kernels::linear_logprobs", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("rlhf_kernels::linear_logprobs_backward", _refuse_double_backward)
