@@ -31,36 +31,36 @@ def _read_report() -> dict[str, Any]:
 
 def _abi(version: str | None) -> str | None:
     """What of a version decides whether compiled code fits: 2.13 of 2.13.1+cpu, but all of a nightly."""
-    if version is None or "dev" in version or version.endswith("git"):
+    if version is None or "dev" in version or "git" in version:
         return version
     return ".".join(version.split(".")[:2])
 
 
 def _misfit(report: dict[str, Any]) -> str | None:
-    built, running = report.get("torch"), torch.__version__
-    if _abi(built) != _abi(running):
-        return f"it was compiled against torch {built}, and torch {running} is running; rebuild it: {_REBUILD}"
+    built, cuda_built, python = report.get("torch"), report.get("torch_cuda"), report.get("python")
+    if _abi(built) != _abi(torch.__version__):
+        return f"it was compiled against torch {built}, and torch {torch.__version__} is running"
     # Without CUDA the extension touches nothing in which torch's CPU and CUDA builds differ.
-    if report.get("cuda") and _abi(report.get("torch_cuda")) != _abi(torch.version.cuda):
-        built, running = report.get("torch_cuda"), torch.version.cuda or "no CUDA"
-        return f"it was compiled for torch with CUDA {built}, and this torch has {running}; rebuild it: {_REBUILD}"
-    built, running = report.get("python"), sys.implementation.cache_tag
-    if built != running:
-        return f"it was compiled for {built}, and this is {running}; rebuild it: {_REBUILD}"
+    if report.get("cuda") and _abi(cuda_built) != _abi(torch.version.cuda):
+        running = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+        return f"it was compiled for CUDA {cuda_built}, and the torch that is running has {running}"
+    if python != sys.implementation.cache_tag:
+        return f"it was compiled for {python}, and {sys.implementation.cache_tag} is running"
     return None
 
 
 def _load(report: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     """The loaded extension, or None and why. Silent where it was never built, a warning where it was and is no use."""
     if not report["native"]:
-        output = [f"  | {line[:200]}" for line in report.get("compiler_output", [])]
-        return None, "\n".join([str(report["native_reason"]), *output])
+        errors = [line.strip()[:200] for line in report.get("compiler_output", []) if "error" in line]
+        return None, ": ".join([str(report["native_reason"]), *errors[:1]])
     reason = _misfit(report)
     if reason is None:
         try:
             return importlib.import_module(f"{__package__}._C"), None  # registers the torch.ops.rlhf_kernels
         except ImportError as error:
-            reason = f"the loader refused it ({error}); rebuild it: {_REBUILD}"
+            reason = f"the loader refused it ({error})"
+    reason = f"{reason}; rebuild it: {_REBUILD}"
     warnings.warn(f"rlhf_kernels runs without its compiled part: {reason}", RuntimeWarning, stacklevel=3)
     return None, reason
 
@@ -100,7 +100,7 @@ def build_info() -> dict[str, Any]:
     """What this installation consists of and, where something is missing, the reason. Made to be printed.
 
     `native`: the compiled C++ is loaded; `cuda`: it holds the CUDA kernels; `cpu_isa`: the instruction set it chose on
-    this machine; `triton`: its version or why it is not there.
+    this machine; `compiler_output`: the last lines of a failed compilation; `triton`: its version or why not.
     """
     from . import __version__
     from ._workspace import workspace_budget_bytes
@@ -108,9 +108,10 @@ def build_info() -> dict[str, Any]:
     cuda_reason = None if native_has_cuda() else _report.get("cuda_reason") or "the compiled part is not loaded"
     return {
         "version": __version__,
-        "torch_running": torch.__version__,
+        "torch_running": str(torch.__version__),
         "torch_compiled": _report.get("torch"),
         "compiler": _report.get("compiler"),
+        "compiler_output": _report.get("compiler_output"),
         "native": native_available(),
         "native_reason": _native_reason,
         "cuda": native_has_cuda(),

@@ -1,0 +1,89 @@
+# Each target sets up what it needs on a machine with Python 3.11+, pip and a C++ compiler.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+WORKERS ?= $(shell echo $$(($(CORES) < 8 ? $(CORES) : 8)))
+CSRC := $(shell find csrc -type f)
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests of the compiled part fail, rather than skip, where it is missing.
+export RLHF_KERNELS_REQUIRE_NATIVE := 1
+
+.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min clean distclean
+
+install: $(STAMP)
+
+# Some systems ship venv without ensurepip; then pip is put in from outside.
+define make_venv
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (PYTHON=/path/to/it)" >&2; exit 1; }
+	$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(1) 2>/dev/null || \
+		{ $(PYTHON) -m venv --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
+endef
+
+# torch first: the extension is compiled against it. A second run compiles only what changed.
+$(STAMP): constraints.txt pyproject.toml setup.py MANIFEST.in $(CSRC)
+	$(call make_venv,$(VENV))
+	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
+	RLHF_KERNELS_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		-e '.[trainer,triton,bench,peers,dev]'
+	$(BIN)/python -c 'import json, rlhf_kernels as rk; print(json.dumps(rk.build_info(), indent=1))'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/rlhf demo $(DEMO_ARGS)
+
+# A worker per core, so a thread per worker: more would only take turns.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
+
+CPP_FILES = $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+lint: lint-ruff lint-format lint-types lint-cpp
+
+lint-ruff: $(STAMP)
+	$(BIN)/ruff check
+
+lint-format: $(STAMP)
+	$(BIN)/ruff format --check
+
+lint-types: $(STAMP)
+	$(BIN)/mypy
+
+lint-cpp: $(STAMP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+# The oldest torch that is promised, in a venv of its own. The tests are copied away from the sources, so that they
+# import what was installed. (On Linux this torch brings some GB of CUDA libraries, unless pip finds a CPU build.)
+MIN := .venv-torch-min
+check-torch-min:
+	$(call make_venv,$(MIN))
+	rm -rf build/lib* build/torch-min
+	mkdir -p build/torch-min/tests
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > build/torch-min/constraints.txt
+	$(MIN)/bin/python -m pip install -q -c build/torch-min/constraints.txt 'torch==2.11.*' 'setuptools>=77' wheel ninja \
+		pybind11 numpy pytest pytest-xdist hypothesis
+	RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=0 $(MIN)/bin/python -m pip install -q --no-deps --no-build-isolation \
+		--force-reinstall .
+	cp -R pyproject.toml build/torch-min/
+	cp -R tests/kernels build/torch-min/tests/
+	cd build/torch-min && $(CURDIR)/$(MIN)/bin/python -c 'import rlhf_kernels as rk; print(rk.__file__, rk.build_info())'
+	cd build/torch-min && OMP_NUM_THREADS=1 $(CURDIR)/$(MIN)/bin/python -m pytest -q -n $(WORKERS) tests $(TEST_ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f rlhf_kernels/_C.* rlhf_kernels/_build_report.json $(STAMP)
+	find rlhf_kernels python tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV) $(MIN)
