@@ -29,12 +29,14 @@ std::tuple<Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight,
                        policy_ref);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(
-    const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& hidden, const Tensor& weight,
-    const OptionalTensor& bias, double scale, double softcap, double temperature, ScalarType gemm,
-    const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias, double ref_scale,
-    double ref_softcap, double ref_temperature, ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
-    bool need_hidden, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
+                                                      const Tensor& hidden, const Tensor& weight,
+                                                      const OptionalTensor& bias, double scale, double softcap,
+                                                      double temperature, ScalarType gemm, const Tensor& ref_hidden,
+                                                      const Tensor& ref_weight, const OptionalTensor& ref_bias,
+                                                      double ref_scale, double ref_softcap, double ref_temperature,
+                                                      ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
+                                                      bool need_hidden, bool need_weight, bool need_bias) {
   return linear_kl_backward_cpu(grad_kl, kl, stats, {hidden, weight, bias, scale, softcap, temperature, gemm},
                                 {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm},
                                 mask, policy_ref, need_hidden, need_weight, need_bias);
@@ -49,7 +51,8 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, "
       "float logit_softcap, float temperature, int ignore_index, ScalarType gemm_dtype, bool entropy, bool is_top1, "
       "bool mean_logit, bool log_sum_sq_probs, bool cache_logits) -> (Tensor logprobs, Tensor max_logit, "
-      "Tensor log_sum, Tensor entropy, Tensor is_top1, Tensor mean_logit, Tensor log_sum_sq_probs, Tensor logit_cache)");
+      "Tensor log_sum, Tensor entropy, Tensor is_top1, Tensor mean_logit, Tensor log_sum_sq_probs, Tensor "
+      "logit_cache)");
   m.def(
       "linear_logprobs_backward(Tensor? grad_logprobs, Tensor? grad_log_sum, Tensor? grad_entropy, Tensor hidden, "
       "Tensor weight, Tensor targets, Tensor? bias, Tensor max_logit, Tensor log_sum, Tensor entropy, "
@@ -104,7 +107,8 @@ PYBIND11_MODULE(_C, m) {
       "set_cpu_isa",
       [](const std::string& name) {
         if (!rk::use_instruction_set(name.c_str())) {
-          throw pybind11::value_error("cpu_isa must be one of " + std::string(rk::instruction_sets()) + "; got " + name);
+          throw pybind11::value_error("cpu_isa must be one of " + std::string(rk::instruction_sets()) + "; got " +
+                                      name);
         }
       },
       "Chooses the instruction set of the CPU kernels, for tests and measurements.");

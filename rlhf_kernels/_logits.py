@@ -18,11 +18,11 @@ class LogitTransform(NamedTuple):
 
     @classmethod
     def checked(cls, temperature: float, logit_scale: float, logit_softcap: float | None) -> LogitTransform:
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        if not math.isfinite(logit_scale):
+        if not -math.inf < logit_scale < math.inf:
             raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-        if logit_softcap is not None and not (math.isfinite(logit_softcap) and logit_softcap > 0):
+        if logit_softcap is not None and not 0 < logit_softcap < math.inf:
             raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
         return cls(float(logit_scale), float(logit_softcap or 0.0), float(temperature))
 
@@ -47,6 +47,27 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def logit_dtype(gemm: torch.dtype) -> torch.dtype:
     return torch.float64 if gemm == torch.float64 else torch.float32
+
+
+class _ExactProduct(torch.autograd.Function):
+    """x [N, D], weight [V, D] -> x @ weight.T [N, V] in their own dtype, whatever autocast says now or in backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            return grad @ weight, grad.T @ x
+
+
+def raw_logits(hidden: Tensor, weight: Tensor, gemm: torch.dtype) -> Tensor:
+    """hidden [N, D], weight [V, D] (already upcast) -> [N, V], operands rounded to `gemm`, sums not."""
+    return _ExactProduct.apply(rounded_upcast(hidden, gemm), weight)
 
 
 def rounded_upcast(x: Tensor, gemm: torch.dtype) -> Tensor:

@@ -38,7 +38,11 @@ inline at::Tensor or_empty(const at::Tensor& tensor) { return tensor.defined() ?
 // c [m][64] (+)= a [m][k] b, b packed [k][64]; one thread, fp32 sums.
 template <class T>
 void gemm_tile(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride, bool add) {
-  at::native::cpublas::brgemm(m, kRowBlock, k, a_stride, kRowBlock, c_stride, add, a, b, c, !std::is_same_v<T, float>);
+  constexpr int64_t kDepthBlock = 512;  // 64 columns of it stay in L1
+  for (int64_t at = 0; at < k; at += kDepthBlock) {
+    at::native::cpublas::brgemm(m, kRowBlock, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride,
+                                add || at > 0, a + at, b + at * kRowBlock, c, !std::is_same_v<T, float>);
+  }
 }
 
 // Frees the matrix unit for others; at the end of a thread's GEMMs.
@@ -89,7 +93,8 @@ class Head {
   // Hidden states as contiguous operands [n, depth()], rounded to the GEMM's dtype, of the rows listed.
   at::Tensor operands(const at::Tensor& hidden, const at::Tensor& rows) const {
     const at::Tensor picked = hidden.detach().index_select(0, rows);
-    if (picked.scalar_type() == c10::CppTypeToScalarType<T>::value && gemm_ == picked.scalar_type() && depth_ == width_) {
+    if (picked.scalar_type() == c10::CppTypeToScalarType<T>::value && gemm_ == picked.scalar_type() &&
+        depth_ == width_) {
       return picked;
     }
     at::Tensor out = at::zeros({picked.size(0), depth_}, c10::CppTypeToScalarType<T>::value);

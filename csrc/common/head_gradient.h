@@ -24,7 +24,8 @@ struct GradientNeeds {
 template <class T>
 class HeadGradient {
  public:
-  // `rows` [n]: which rows of `hidden` count; `recomputed_sizes_sum`, `widest`: of all heads whose tiles are recomputed.
+  // `rows` [n]: which rows of `hidden` count; `recomputed_sizes_sum`, `widest`: of all heads whose tiles are
+  // recomputed.
   HeadGradient(const Head<T>& head, const at::Tensor& hidden, const at::Tensor& weight,
                const std::optional<at::Tensor>& bias, const at::Tensor& rows, GradientNeeds needs,
                int64_t recomputed_sizes_sum, int64_t widest)
@@ -42,7 +43,7 @@ class HeadGradient {
         by_row_stride_(plan_.vocab_group + kPad) {
     needs_.bias = needs.bias && bias && bias->defined();
     if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
-    if (needs_.hidden) sums_ = at::zeros({round_up(count_, kRowBlock), padded_width_}, at::kFloat);
+    if (needs_.hidden) sums_ = at::zeros({round_up(count_, kRowBlock), padded_width_ + kPad}, at::kFloat);
     if (needs_.bias) bias_sums_ = at::zeros({head.vocab()}, at::kFloat);
     if (needs_.bias) bias_dtype_ = bias->scalar_type();
   }
@@ -63,7 +64,6 @@ class HeadGradient {
 
     for (int64_t begin = 0; begin < head_.vocab(); begin += plan_.vocab_group) {
       const int64_t group = std::min(plan_.vocab_group, head_.vocab() - begin);
-      if (needs_.hidden) pack_head(begin, group, packed_head.data());
       for (int64_t first = 0; first == 0 || first < blocks; first += chunk_blocks) {
         const int64_t here = std::min(chunk_blocks, blocks - first);
         const bool resident = begin > 0 && chunk_blocks >= blocks;  // the only chunk stays packed for all groups
@@ -71,7 +71,7 @@ class HeadGradient {
           prepare_chunk(first, here);
           if (needs_.weight) pack_rows(operands, first * kRowBlock, here * kRowBlock, packed_rows.data());
         }
-        recompute(begin, group, first, here, by_vocab.data(), by_row.data(), make_tiler);
+        recompute(begin, group, first, here, by_vocab.data(), by_row.data(), packed_head.data(), make_tiler);
         multiply(begin, group, first, here, blocks, by_vocab.data(), by_row.data(), packed_rows.data(),
                  packed_head.data(), weight_sums.data());
       }
@@ -83,18 +83,16 @@ class HeadGradient {
  private:
   // Strides that are powers of two would map a tile's rows to few sets of the cache.
   static constexpr int64_t kPad = 32;
+  // Output rows of one GEMM: small enough that its operand, and the slice of dW it fills, stay in L2 over all columns.
+  static constexpr int64_t kWeightTile = 128, kRowTile = 128;
 
-  void pack_head(int64_t begin, int64_t group, T* packed) const {
-    parallel_tasks(ceil_div(group, plan_.tile), [&] {
-      return [&, scratch = std::vector<T>()](int64_t task) mutable {
-        const int64_t from = task * plan_.tile, count = std::min(plan_.tile, group - from);
-        const auto rows = head_.rows(begin + from, count, scratch);
-        for (int64_t d = 0; d < padded_width_; d += kRowBlock) {
-          T* to = packed + d * plan_.vocab_group + from * kRowBlock;  // a tile starts at an even row
-          tile_kernels().pack_columns(kFormat<T>, rows.data + d, rows.stride, count, std::min(kRowBlock, width_ - d), to);
-        }
-      };
-    });
+  // One tile of the head as the right operand of dH's GEMM, in blocks of kRowBlock columns of the whole group.
+  void pack_head(int64_t begin, int64_t from, int64_t count, std::vector<T>& scratch, T* packed) const {
+    const auto rows = head_.rows(begin + from, count, scratch);
+    for (int64_t d = 0; d < padded_width_; d += kRowBlock) {
+      T* to = packed + d * plan_.vocab_group + from * kRowBlock;  // a tile starts at an even row
+      tile_kernels().pack_columns(kFormat<T>, rows.data + d, rows.stride, count, std::min(kRowBlock, width_ - d), to);
+    }
   }
 
   void pack_rows(const at::Tensor& operands, int64_t begin, int64_t count, T* packed) const {
@@ -112,25 +110,25 @@ class HeadGradient {
   }
 
   template <class MakeTiler>
-  void recompute(int64_t begin, int64_t group, int64_t first, int64_t blocks, T* by_vocab, T* by_row,
+  void recompute(int64_t begin, int64_t group, int64_t first, int64_t blocks, T* by_vocab, T* by_row, T* packed_head,
                  const MakeTiler& make_tiler) {
     // A task takes several blocks, so that the head's tile is read from memory once and then from cache.
     constexpr int64_t kBlocksPerTask = 4;
     const int64_t block_groups = ceil_div(blocks, kBlocksPerTask), tiles = ceil_div(group, plan_.tile);
     std::vector<float> bias_parts(needs_.bias ? group * blocks : 0, 0.0f);
     parallel_tasks(tiles * block_groups, [&] {
-      return [&, tiler = make_tiler(), releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
+      return [&, tiler = make_tiler(), scratch = std::vector<T>(),
+              releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t from = task / block_groups * plan_.tile, count = std::min(plan_.tile, group - from);
         const int64_t block_begin = task % block_groups * kBlocksPerTask;
         for (int64_t block = block_begin; block < std::min(block_begin + kBlocksPerTask, blocks); ++block) {
-          const GradientSink sink{kFormat<T>,
-                                  by_vocab + from * by_vocab_stride_ + block * kRowBlock,
-                                  by_vocab_stride_,
-                                  by_row + block * kRowBlock * by_row_stride_ + from,
-                                  by_row_stride_,
-                                  needs_.bias ? bias_parts.data() + block * group + from : nullptr};
+          const GradientSink sink{kFormat<T>,       by_vocab + from * by_vocab_stride_ + block * kRowBlock,
+                                  by_vocab_stride_, by_row + block * kRowBlock * by_row_stride_ + from,
+                                  by_row_stride_,   needs_.bias ? bias_parts.data() + block * group + from : nullptr};
           tiler(begin + from, count, first + block, sink);
         }
+        // Here, where the tile is in cache; once, with the tile's first blocks of the first chunk.
+        if (needs_.hidden && first == 0 && block_begin == 0) pack_head(begin, from, count, scratch, packed_head);
       };
     });
     if (!needs_.bias) return;
@@ -144,17 +142,16 @@ class HeadGradient {
   void multiply(int64_t begin, int64_t group, int64_t first, int64_t blocks, int64_t all_blocks, T* by_vocab, T* by_row,
                 const T* packed_rows, const T* packed_head, float* weight_sums) {
     const int64_t columns = padded_width_ / kRowBlock, rows = blocks * kRowBlock;
-    const int64_t weight_tiles = needs_.weight ? ceil_div(group, plan_.tile) : 0;
-    constexpr int64_t kRowTile = 4 * kRowBlock;
+    const int64_t weight_tiles = needs_.weight ? ceil_div(group, kWeightTile) : 0;
     const int64_t row_tiles = needs_.hidden ? ceil_div(rows, kRowTile) : 0;
     const int64_t depth = round_up(group, kGemmDepthStep<T>);  // an odd last vocabulary row is paired with zeros
     const bool last = first + blocks >= all_blocks, accumulate = all_blocks > blocks;
     parallel_tasks((weight_tiles + row_tiles) * columns, [&] {
-      return [&, out = std::vector<float>(plan_.tile * kRowBlock),
+      return [&, out = std::vector<float>(kWeightTile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t index = task / columns, d = task % columns * kRowBlock;
         if (index < weight_tiles) {
-          const int64_t from = index * plan_.tile, count = std::min(plan_.tile, group - from);
+          const int64_t from = index * kWeightTile, count = std::min(kWeightTile, group - from);
           float* to = accumulate ? weight_sums + from * padded_width_ + d : out.data();
           const int64_t stride = accumulate ? padded_width_ : kRowBlock;
           if (rows > 0) {
@@ -166,8 +163,9 @@ class HeadGradient {
           if (last) store(gradients_.weight, begin + from, count, d, to, stride);
         } else {
           const int64_t from = (index - weight_tiles) * kRowTile, count = std::min(kRowTile, rows - from);
-          gemm_tile<T>(count, depth, by_row + from * by_row_stride_, by_row_stride_, packed_head + d * plan_.vocab_group,
-                       sums_.template data_ptr<float>() + (first * kRowBlock + from) * padded_width_ + d, padded_width_,
+          gemm_tile<T>(count, depth, by_row + from * by_row_stride_, by_row_stride_,
+                       packed_head + d * plan_.vocab_group,
+                       sums_.template data_ptr<float>() + (first * kRowBlock + from) * sums_.size(1) + d, sums_.size(1),
                        begin > 0);
         }
       };

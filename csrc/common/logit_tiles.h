@@ -65,6 +65,57 @@ static inline void finish_logits(const LogitTile& t) {
   }
 }
 
+static inline void emit_f32(const LogitTile& t, const GradientSink& sink) {
+  float* by_vocab = static_cast<float*>(sink.by_vocab);
+  float* by_row = static_cast<float*>(sink.by_row);
+  for (int64_t row = 0; row < t.count; ++row) {
+    __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, t.logits + row * kRowBlock, kRowBlock * sizeof(float));
+  }
+  for (int64_t token = 0; token < kRowBlock; ++token) {
+    for (int64_t row = 0; row < t.count; ++row) {
+      by_row[token * sink.by_row_stride + row] = t.logits[row * kRowBlock + token];
+    }
+  }
+}
+
+constexpr int64_t kSquare = 2 * kLanes;  // vocabulary rows of a square that is transposed in registers
+
+// The bf16 bits of two vocabulary rows side by side make a 32-bit number a token, and 16 such pairs of rows a square of
+// 16 x 16: transposed in registers, a token stores kSquare neighbours at once.
+template <bool full>
+static RK_INLINE void emit_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
+  uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab) + first * sink.by_vocab_stride + at;
+  uint16_t* by_row = static_cast<uint16_t*>(sink.by_row) + at * sink.by_row_stride + first;
+  const float* from = t.logits + first * kRowBlock + at;
+  const int64_t rows = t.count - first;
+  const auto bits_of = [&](int64_t row) {
+    if (!full && row >= rows) return VecU{};  // an odd last row is paired with zeros
+    const VecU bits = Simd::to_bf16_bits(Simd::load(from + row * kRowBlock));
+    const VecH half = __builtin_convertvector(bits, VecH);
+    __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, &half, sizeof(half));
+    return bits;
+  };
+  VecU pairs[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const VecU low = bits_of(2 * i), high = bits_of(2 * i + 1);
+    pairs[i] = low | (high << 16);
+  }
+  transpose(pairs);
+  const int64_t bytes = full ? kSquare * sizeof(uint16_t) : (rows + 1) / 2 * sizeof(uint32_t);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    __builtin_memcpy(by_row + lane * sink.by_row_stride, &pairs[lane], bytes);
+  }
+}
+
+static inline void emit_bf16(const LogitTile& t, const GradientSink& sink) {
+  for (int64_t first = 0; first < t.count; first += kSquare) {
+    const bool full = t.count - first >= kSquare;
+    for (int64_t at = 0; at < kRowBlock; at += kLanes) {
+      full ? emit_square<true>(t, first, at, sink) : emit_square<false>(t, first, at, sink);
+    }
+  }
+}
+
 // Writes dlogits (in the tile's place) to where the two GEMMs behind read them, rounded once to their operand format.
 static inline void emit_gradient(const LogitTile& t, const GradientSink& sink) {
   if (sink.bias_grad) {
@@ -78,41 +129,7 @@ static inline void emit_gradient(const LogitTile& t, const GradientSink& sink) {
       sink.bias_grad[row] += total;
     }
   }
-  if (sink.format == Format::f32) {
-    float* by_vocab = static_cast<float*>(sink.by_vocab);
-    float* by_row = static_cast<float*>(sink.by_row);
-    for (int64_t row = 0; row < t.count; ++row) {
-      __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, t.logits + row * kRowBlock, kRowBlock * sizeof(float));
-    }
-    for (int64_t token = 0; token < kRowBlock; ++token) {
-      for (int64_t row = 0; row < t.count; ++row) {
-        by_row[token * sink.by_row_stride + row] = t.logits[row * kRowBlock + token];
-      }
-    }
-    return;
-  }
-  uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab);
-  uint16_t* by_row = static_cast<uint16_t*>(sink.by_row);
-  // Two vocabulary rows at a time: their bf16 bits side by side make one 32-bit store a token in the other layout.
-  for (int64_t row = 0; row < t.count; row += 2) {
-    const bool pair = row + 1 < t.count;
-    for (int j = 0; j < kVectors; ++j) {
-      const VecU low = Simd::to_bf16_bits(Simd::load(t.logits + row * kRowBlock + j * kLanes));
-      const VecU high = pair ? Simd::to_bf16_bits(Simd::load(t.logits + (row + 1) * kRowBlock + j * kLanes)) : VecU{};
-      const VecH low_half = __builtin_convertvector(low, VecH), high_half = __builtin_convertvector(high, VecH);
-      __builtin_memcpy(by_vocab + row * sink.by_vocab_stride + j * kLanes, &low_half, sizeof(low_half));
-      if (pair) {
-        __builtin_memcpy(by_vocab + (row + 1) * sink.by_vocab_stride + j * kLanes, &high_half, sizeof(high_half));
-      }
-      uint32_t both[kLanes];
-      const VecU packed = low | (high << 16);
-      __builtin_memcpy(both, &packed, sizeof(both));
-      uint16_t* to = by_row + j * kLanes * sink.by_row_stride + row;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        __builtin_memcpy(to + lane * sink.by_row_stride, &both[lane], sizeof(uint32_t));
-      }
-    }
-  }
+  sink.format == Format::f32 ? emit_f32(t, sink) : emit_bf16(t, sink);
 }
 
 }  // namespace RK_ISA

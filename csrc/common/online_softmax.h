@@ -103,8 +103,8 @@ RK_INLINE float log_sum_sq_probs_of(const SoftmaxState<ScalarMath>& s) { return 
 template <class M>
 struct RowGradient {
   using F = typename M::F;
-  F max, log_sum;                     // logsumexp = max + log_sum, kept apart for precision
-  F grad_logprob, grad_logsumexp;     // d loss / d logprob, d loss / d logsumexp
+  F max, log_sum;                  // logsumexp = max + log_sum, kept apart for precision
+  F grad_logprob, grad_logsumexp;  // d loss / d logprob, d loss / d logsumexp
   F grad_entropy, entropy;
 };
 
@@ -129,7 +129,8 @@ RK_INLINE typename M::F target_logit_gradient(typename M::F z, RowGradient<M> ro
   return through_logprob + logit_gradient<M>(z, row, with_entropy);
 }
 
-// ---- KL divergence ----------------------------------------------------------------------------------------------------
+// ---- KL divergence
+// ----------------------------------------------------------------------------------------------------
 
 // KL(p || q) of p = softmax(z) and q = softmax(y) over a part of the vocabulary, about a centre c (any number):
 // with u = (z - y) - c and the weights w = e^(z - max z) not yet normalised,
@@ -208,20 +209,19 @@ struct KlResult {
 
 // The second-order form where it is consistent with the plain difference within the latter's own rounding error, the
 // plain difference otherwise (far from the reference q may sit where p underflows, and S no longer sees it).
+// In double: a row has few of these operations, and their terms may be large where the KL is not.
 RK_INLINE KlResult kl_of(const KlState<ScalarMath>& s) {
-  const float log_p_sum = ::logf(s.sum), log_q_sum = ::logf(s.other_sum);
-  const float plain_shift = (s.centre - (s.max - s.other_max)) - (log_p_sum - log_q_sum);
-  const float second = s.second / s.sum, first = s.first / s.sum;
-  const float b = second - first;
-  const float shift = ::log1pf(b);
-  const float noise = 1e-6f * (4 + ::fabsf(s.max) + ::fabsf(s.other_max) + ::fabsf(s.centre));
-  const bool consistent = b > -0.5f && second < 1.0f && ::fabsf(shift - plain_shift) <= noise;
-  if (consistent) {  // B - log(1 + B) = e^x - 1 - x at x = log(1 + B)
-    const float kl = second - ScalarMath::expm1_minus_identity(shift);
-    return {ScalarMath::max(kl, 0.0f), shift};
+  const double max_difference = static_cast<double>(s.max) - s.other_max;
+  const double plain_shift = s.centre - max_difference - ::log(static_cast<double>(s.sum) / s.other_sum);
+  const double second = static_cast<double>(s.second) / s.sum, first = static_cast<double>(s.first) / s.sum;
+  const double b = second - first;
+  const double noise = 1e-6 * (4 + ::fabs(s.max) + ::fabs(s.other_max) + ::fabs(s.centre));
+  if (b > -0.5 && second < 1 && ::fabs(::log1p(b) - plain_shift) <= noise) {
+    const double kl = second - (b - ::log1p(b));
+    return {kl > 0 ? static_cast<float>(kl) : 0.0f, static_cast<float>(::log1p(b))};
   }
-  const float kl = first + plain_shift;
-  return {kl < 0.0f ? 0.0f : kl, plain_shift};
+  const double kl = first + plain_shift;
+  return {kl < 0 ? 0.0f : static_cast<float>(kl), static_cast<float>(plain_shift)};
 }
 
 template <class M>
@@ -239,8 +239,8 @@ RK_INLINE typename M::F kl_gradient_of_weighing(typename M::F z, typename M::F y
   return M::select(p != M::set(0), row.grad * p * (d - row.kl), M::set(0));
 }
 
-// d KL(p || q) / d y for the logits y of the other one: q_v - p_v, as p_v expm1(-d) or -q_v expm1(d), whichever exponent
-// is not positive.
+// d KL(p || q) / d y for the logits y of the other one: q_v - p_v, as p_v expm1(-d) or -q_v expm1(d), whichever
+// exponent is not positive.
 template <class M>
 RK_INLINE typename M::F kl_gradient_of_other(typename M::F z, typename M::F y, const KlRow<M>& row) {
   const auto p = M::exp((z - row.max) - row.log_sum);

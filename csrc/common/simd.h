@@ -107,5 +107,39 @@ struct Simd {
   }
 };
 
+// Exchanges the off-diagonal blocks of size `half` between two rows of a matrix: one step of its transposition.
+template <int half>
+static RK_INLINE void exchange(VecU& a, VecU& b) {
+#define RK_LOW(k) (((k) & half) ? 16 + (k) - half : (k))
+#define RK_HIGH(k) (((k) & half) ? 16 + (k) : (k) + half)
+#define RK_ALL(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#if defined(__clang__)
+  const VecU low = __builtin_shufflevector(a, b, RK_ALL(RK_LOW));
+  const VecU high = __builtin_shufflevector(a, b, RK_ALL(RK_HIGH));
+#else
+  const VecU low = __builtin_shuffle(a, b, VecU{RK_ALL(RK_LOW)});
+  const VecU high = __builtin_shuffle(a, b, VecU{RK_ALL(RK_HIGH)});
+#endif
+#undef RK_LOW
+#undef RK_HIGH
+#undef RK_ALL
+  a = low;
+  b = high;
+}
+
+template <int half>
+static RK_INLINE void exchange_all(VecU (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    if ((i & half) == 0) exchange<half>(rows[i], rows[i + half]);
+  }
+}
+
+static RK_INLINE void transpose(VecU (&rows)[kLanes]) {
+  exchange_all<8>(rows);
+  exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+}
+
 }  // namespace RK_ISA
 }  // namespace rk

@@ -1,7 +1,7 @@
 // The vector code's interface: what a tile kernel is given, and the table of kernels of the instruction set in use.
 //
-// A logit tile is transposed: `count` vocabulary rows of kRowBlock tokens each, so that a softmax reduces over rows with
-// a vector of tokens, and no vector is ever summed across its lanes. Plain pointers and PODs only: the files that
+// A logit tile is transposed: `count` vocabulary rows of kRowBlock tokens each, so that a softmax reduces over rows
+// with a vector of tokens, and no vector is ever summed across its lanes. Plain pointers and PODs only: the files that
 // implement these are compiled once an instruction set, and must not instantiate anything shared.
 #pragma once
 
@@ -17,7 +17,7 @@ struct LogitTransform {
 };
 
 struct LogitTile {
-  float* logits;      // [count][kRowBlock]
+  float* logits;  // [count][kRowBlock]
   int64_t vocab_begin, count;
   const float* bias;  // [vocab] or null
   LogitTransform transform;
@@ -41,12 +41,12 @@ struct LogprobForwardTile {
 
 // Where a gradient tile goes: to both layouts that the two GEMMs behind it read, and into the bias gradient.
 struct GradientSink {
-  Format format;            // f32 or bf16
-  void* by_vocab;           // [count][by_vocab_stride], this block's kRowBlock columns
+  Format format;   // f32 or bf16
+  void* by_vocab;  // [count][by_vocab_stride], this block's kRowBlock columns
   int64_t by_vocab_stride;
-  void* by_row;             // [kRowBlock][by_row_stride], this tile's count columns
+  void* by_row;  // [kRowBlock][by_row_stride], this tile's count columns
   int64_t by_row_stride;
-  float* bias_grad;         // [count], added to; or null
+  float* bias_grad;  // [count], added to; or null
 };
 
 struct LogprobBackwardTile {
@@ -88,7 +88,7 @@ struct TileKernels {
                      int64_t columns);
 };
 
-const TileKernels& tile_kernels();          // of the instruction set in use
+const TileKernels& tile_kernels();           // of the instruction set in use
 bool use_instruction_set(const char* name);  // false: unknown, or this CPU cannot run it
 const char* instruction_sets();              // names this CPU can run, separated by spaces, best first
 

@@ -22,13 +22,14 @@ inline int64_t vocab_tile(int64_t hidden_size, int64_t element_size) {
 
 struct ForwardPlan {
   int64_t tile;
-  int64_t split, splits;  // a split is the part of the vocabulary whose statistics one task folds; splits merge in order
+  int64_t split,
+      splits;          // a split is the part of the vocabulary whose statistics one task folds; splits merge in order
   int64_t row_chunk;   // rows whose packed hidden states and partial statistics are held at a time
   int64_t row_groups;  // tasks a split is divided into: more tasks than threads, results the same
 };
 
-// `stats`: floats a row leaves per split. `hidden_sizes_sum`: of all hidden states packed (policy's, and reference's for
-// the KL); `widest_hidden`: the largest of them.
+// `stats`: floats a row leaves per split. `hidden_sizes_sum`: of all hidden states packed (policy's, and reference's
+// for the KL); `widest_hidden`: the largest of them.
 inline ForwardPlan plan_forward(int64_t rows, int64_t vocab, int64_t hidden_sizes_sum, int64_t widest_hidden,
                                 int64_t element_size, int64_t stats, int64_t budget, int64_t threads) {
   ForwardPlan plan{};
@@ -65,7 +66,7 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t vocab, int64_t hidden_si
                                   int64_t widest_hidden, int64_t element_size, int64_t budget) {
   BackwardPlan plan{};
   plan.tile = vocab_tile(widest_hidden, element_size);
-  plan.vocab_group = std::min(round_up(2048, plan.tile), round_up(vocab, plan.tile));
+  plan.vocab_group = std::min(round_up(1024, plan.tile), round_up(vocab, plan.tile));
   plan.row_chunk = round_up(std::max<int64_t>(rows, 1), kRowBlock);
   const auto bytes = [&] { return backward_bytes(plan, rows, hidden_size, recomputed_sizes_sum, element_size); };
   // Shrink what is larger until it fits three quarters; the rest is the threads' tiles.

@@ -100,7 +100,8 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
   for (int64_t first = 0; first < blocks; first += chunk_blocks) {
     const int64_t here = std::min(chunk_blocks, blocks - first), chunk_rows = here * kRowBlock;
     std::array<std::vector<float>, kFields> partials;
-    for (int64_t f = 0; f < kFields; ++f) partials[f].assign(plan.splits * chunk_rows, f == 0 || f == 2 ? -kInfinity : 0);
+    for (int64_t f = 0; f < kFields; ++f)
+      partials[f].assign(plan.splits * chunk_rows, f == 0 || f == 2 ? -kInfinity : 0);
     pair.pack(first, here);
     const int64_t group_blocks = ceil_div(here, plan.row_groups), groups = ceil_div(here, group_blocks);
     parallel_tasks(plan.splits * groups, [&] {
@@ -114,7 +115,8 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
           for (int64_t block = block_begin; block < block_end; ++block) {
             const auto tiles = pair.tiles(worker, v, count, block);
             const int64_t i = split * chunk_rows + block * kRowBlock;
-            tile_kernels().kl_forward({policy_ref ? tiles.policy : tiles.ref, policy_ref ? tiles.ref : tiles.policy,
+            tile_kernels().kl_forward({policy_ref ? tiles.policy : tiles.ref,
+                                       policy_ref ? tiles.ref : tiles.policy,
                                        {&partials[0][i], &partials[1][i], &partials[2][i], &partials[3][i],
                                         &partials[4][i], &partials[5][i], &partials[6][i]}});
           }
@@ -130,8 +132,9 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
                                     partials[5][i], partials[6][i]});
         }
         const KlResult result = kl_of(state);
-        const float values[] = {result.kl,       state.max,    std::log(state.sum), state.other_max,
-                                std::log(state.other_sum), state.centre, result.shift};
+        const float values[] = {
+            result.kl,    state.max,   std::log(state.sum), state.other_max, std::log(state.other_sum),
+            state.centre, result.shift};
         for (int f = 0; f < 7; ++f) results[f][first * kRowBlock + row] = values[f];
       }
     });
@@ -194,10 +197,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl,
   check(policy, ref, mask);
   const auto rows = CountedRows::of_mask(mask);
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
-  const HeadGradients grads =
-      both_run_on_bf16(policy, ref)
-          ? backward<at::BFloat16>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs)
-          : backward<float>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs);
+  const HeadGradients grads = both_run_on_bf16(policy, ref)
+                                  ? backward<at::BFloat16>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs)
+                                  : backward<float>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs);
   return {or_empty(grads.hidden), or_empty(grads.weight), or_empty(grads.bias)};
 }
 

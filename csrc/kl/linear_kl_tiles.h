@@ -19,12 +19,23 @@ static KlState<Simd> fold_pair(const float* weighing, const float* other, int64_
   }
   part.centre = part.centre - part.centre == VecF{} ? part.centre : VecF{};  // q = 0 at p's maximum: any centre will do
   const VecF shift = finite_max<Simd>(part.max), other_shift = finite_max<Simd>(part.other_max);
-  for (int64_t row = 0; row < count; ++row) {
-    const VecF z = Simd::load(weighing + row * kRowBlock), y = Simd::load(other + row * kRowBlock);
-    const VecF w = Simd::exp(z - shift);
-    part.sum += w;
-    part.other_sum += Simd::exp(y - other_shift);
-    add_kl_term<Simd>(part, w, z, y);
+  // In two levels, few terms at a time: far from the reference a KL is a sum of large terms of both signs.
+  constexpr int64_t kTermsAtATime = 16;
+  for (int64_t begin = 0; begin < count; begin += kTermsAtATime) {
+    const int64_t end = begin + kTermsAtATime < count ? begin + kTermsAtATime : count;
+    auto few = KlState<Simd>::empty();
+    few.centre = part.centre;
+    for (int64_t row = begin; row < end; ++row) {
+      const VecF z = Simd::load(weighing + row * kRowBlock), y = Simd::load(other + row * kRowBlock);
+      const VecF w = Simd::exp(z - shift);
+      few.sum += w;
+      few.other_sum += Simd::exp(y - other_shift);
+      add_kl_term<Simd>(few, w, z, y);
+    }
+    part.sum += few.sum;
+    part.other_sum += few.other_sum;
+    part.second += few.second;
+    part.first += few.first;
   }
   return part;
 }
@@ -63,7 +74,8 @@ static void differentiate_kl(const KlBackwardTile& a) {
     for (int64_t v = 0; v < policy.count; ++v) {
       const int64_t here = v * kRowBlock + at;
       const VecF z = Simd::load(a.weighing.logits + here), y = Simd::load(a.other.logits + here);
-      const VecF dz = a.policy_weighs ? kl_gradient_of_weighing<Simd>(z, y, row) : kl_gradient_of_other<Simd>(z, y, row);
+      const VecF dz =
+          a.policy_weighs ? kl_gradient_of_weighing<Simd>(z, y, row) : kl_gradient_of_other<Simd>(z, y, row);
       Simd::store(policy.logits + here, dz * map.derivative(a.policy_weighs ? z : y));
     }
   }

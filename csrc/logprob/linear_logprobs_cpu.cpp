@@ -1,7 +1,9 @@
-// linear_logprobs on CPU: stream logit tiles that stay in cache, fold them (forward) or turn them into dlogits (backward).
+// linear_logprobs on CPU: stream logit tiles that stay in cache, fold them (forward) or turn them into dlogits
+// (backward).
 #include "logprob/linear_logprobs.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <vector>
 
 #include "common/counted_rows.h"
@@ -151,15 +153,17 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
   };
   const auto at_row = [](const Tensor& values, int64_t row) { return values.const_data_ptr<float>() + row; };
   return gradient.run(prepare_chunk, [&] {
-    return [&, scratch = std::vector<T>(), logits = std::vector<float>(gradient.plan().tile * kRowBlock), at_tile = int64_t{-1},
-            head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block, const GradientSink& sink) mutable {
+    return [&, scratch = std::vector<T>(), logits = std::vector<float>(gradient.plan().tile * kRowBlock),
+            at_tile = int64_t{-1}, head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block,
+                                                                         const GradientSink& sink) mutable {
       LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
       if (cache) {
         std::copy_n(cache + (block * head.vocab() + v) * kRowBlock, count * kRowBlock, logits.data());
       } else {
         if (at_tile != v) head_rows = head.rows(v, count, scratch);
         at_tile = v;
-        tile = head.tile(head_rows, v, count, &packed[(block - first_packed) * kRowBlock * head.depth()], logits.data());
+        tile =
+            head.tile(head_rows, v, count, &packed[(block - first_packed) * kRowBlock * head.depth()], logits.data());
       }
       const int64_t row = block * kRowBlock;
       tile_kernels().logprob_backward({tile, cache != nullptr, &rows.targets[row], upstream.has_entropy,
@@ -168,6 +172,16 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
                                        at_row(entropy, row), sink});
     };
   });
+}
+
+// Pages that are never written are never committed: the cache is sized by all rows, and only those that count use it.
+Tensor lazily_zeroed(at::IntArrayRef sizes) {
+  const int64_t count = c10::multiply_integers(sizes);
+  if (count == 0) return at::empty(sizes, at::kFloat);
+  void* data = std::calloc(count, sizeof(float));
+  TORCH_CHECK(data != nullptr, "out of memory: ", count * sizeof(float), " bytes to keep logits for backward; ",
+              "a smaller rk.set_workspace_budget recomputes them instead");
+  return at::from_blob(data, sizes, [](void* p) { std::free(p); }, at::kFloat);
 }
 
 }  // namespace
@@ -184,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  Tensor cache = at::empty({cache_logits ? ceil_div(n, kRowBlock) : 0, weight.size(0), kRowBlock}, at::kFloat);
+  Tensor cache = lazily_zeroed({cache_logits ? ceil_div(n, kRowBlock) : 0, weight.size(0), kRowBlock});
   float* cache_data = cache_logits ? cache.data_ptr<float>() : nullptr;
 
   const auto results = [&] {

@@ -31,8 +31,7 @@ RK_INLINE LossAndSlope pair_loss(PairLoss type, float h, float beta, float smoot
     case PairLoss::sigmoid:
       return {(1 - smoothing) * minus_log_sigmoid(mu) + smoothing * minus_log_sigmoid(-mu),
               beta * (smoothing * sigmoid(mu) - (1 - smoothing) * sigmoid(-mu))};
-    case PairLoss::hinge:
-      return {::fmaxf(1 - mu, 0.0f), mu < 1 ? -beta : 0.0f};
+    case PairLoss::hinge: return {::fmaxf(1 - mu, 0.0f), mu < 1 ? -beta : 0.0f};
     case PairLoss::ipo: {
       const float off = h - 1 / (2 * beta);
       return {off * off, 2 * off};

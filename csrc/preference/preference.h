@@ -1,5 +1,5 @@
-// The ops of the preference room; their schemas are in bindings.cpp, their contracts in rlhf_kernels/dpo/pairwise.py and
-// rlhf_kernels/bradley_terry/__init__.py.
+// The ops of the preference room; their schemas are in bindings.cpp, their contracts in rlhf_kernels/dpo/pairwise.py
+// and rlhf_kernels/bradley_terry/__init__.py.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -24,8 +24,7 @@ at::Tensor bradley_terry_loss_cpu(const at::Tensor& chosen, const at::Tensor& re
                                   double center_coefficient);
 // -> gradients of chosen and rejected [P]
 std::tuple<at::Tensor, at::Tensor> bradley_terry_loss_backward_cpu(const at::Tensor& grad_losses,
-                                                                   const at::Tensor& chosen,
-                                                                   const at::Tensor& rejected,
+                                                                   const at::Tensor& chosen, const at::Tensor& rejected,
                                                                    const std::optional<at::Tensor>& margin,
                                                                    double label_smoothing, double center_coefficient);
 

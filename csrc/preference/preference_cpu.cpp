@@ -28,7 +28,8 @@ struct Pairs {
     for (const Tensor* idxs : {&chosen, &rejected}) {
       for (int64_t i = 0; i < idxs->size(0); ++i) {
         const int64_t at = idxs->const_data_ptr<int64_t>()[i];
-        TORCH_CHECK_INDEX(at >= 0 && at < policy.size(0), "a pair's index must lie in [0, ", policy.size(0), "), got ", at);
+        TORCH_CHECK_INDEX(at >= 0 && at < policy.size(0), "a pair's index must lie in [0, ", policy.size(0), "), got ",
+                          at);
       }
     }
   }

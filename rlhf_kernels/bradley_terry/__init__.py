@@ -51,7 +51,7 @@ def bradley_terry_loss(
     check_same_device(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if not (math.isfinite(center_coefficient) and center_coefficient >= 0):
+    if not 0 <= center_coefficient < math.inf:
         raise ValueError(f"center_coefficient must be finite and >= 0, got {center_coefficient}")
     dtype = torch.promote_types(chosen_rewards.dtype, rejected_rewards.dtype)
     options = (float(label_smoothing), float(center_coefficient))

@@ -12,4 +12,5 @@ def bradley_terry_loss(
     """chosen [P], rejected [P], margin [P] or None -> losses [P]."""
     d = chosen - rejected if margin is None else chosen - rejected - margin
     losses = -(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d)
-    return losses + center_coefficient * (chosen + rejected) ** 2
+    # Left out at 0: a squared reward may overflow, and 0 * inf is not 0.
+    return losses + center_coefficient * (chosen + rejected) ** 2 if center_coefficient else losses

@@ -74,7 +74,7 @@ def linear_dpo_loss(
         raise ValueError(f"hidden must be [S, T, D], got {tuple(hidden.shape)}")
     check_targets(labels, hidden, "labels")
     kind = LOSS_TYPES[loss_type]
-    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, kind.reference_free, loss_type)
+    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, kind.reference_free, loss_type)
     chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs)
 
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
@@ -119,17 +119,21 @@ def _check_reference(
     ref_logps: Tensor | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
     reference_free: bool,
     loss_type: str,
 ) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("pass both ref_hidden and ref_weight, or neither")
+    if ref_bias is not None and ref_hidden is None:
+        raise ValueError("ref_bias belongs to ref_hidden and ref_weight, which were not given")
     given = (ref_logps is not None) + (ref_hidden is not None)
     if reference_free and given:
         raise ValueError(f"loss_type={loss_type!r} takes no reference")
     if not reference_free and given != 1:
         raise ValueError(
-            f"loss_type={loss_type!r} needs one reference: ref_logps, or ref_hidden with ref_weight; got {'both' if given else 'none'}"
+            f"loss_type={loss_type!r} needs one reference, ref_logps or else ref_hidden with ref_weight; "
+            f"got {'both' if given else 'none'}"
         )
     if ref_logps is not None:
         check_vector("ref_logps", ref_logps, hidden.shape[0])

@@ -37,12 +37,12 @@ def dpo_loss(
 
     With h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected) and eps = label_smoothing:
 
-        sigmoid   -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)      DPO, arXiv:2305.18290, eq. 7; cDPO with eps
-        hinge     max(0, 1 - beta h)                                         SLiC-HF, arXiv:2305.10425; RSO, arXiv:2309.06657
-        ipo       (h - 1 / (2 beta))^2, h of sums                            IPO, arXiv:2310.12036, eq. 17
-        ipo_mean  the same, each log-ratio divided by its tokens             as in TRL
-        robust    (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)   arXiv:2403.00409, eq. 12
-        simpo     -log sigma(beta (h - gamma)), h of token means, no reference            arXiv:2405.14734, eq. 6
+        sigmoid   -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)
+        hinge     max(0, 1 - beta h)
+        ipo       (h - 1 / (2 beta))^2, h of sums
+        ipo_mean  the same, each log-ratio divided by its number of tokens
+        robust    (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)
+        simpo     sigmoid's, of h - gamma; h of token means, no reference
 
     The gradient of "sigmoid" is -beta sigma(-mu) (grad log pi(chosen) - grad log pi(rejected)), mu = beta h.
 
@@ -64,6 +64,10 @@ def dpo_loss(
     Raises:
         ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range.
         TypeError: unsupported dtype. IndexError: an index outside [0, S).
+
+    Source: sigmoid: Rafailov et al. (2023), arXiv:2305.18290, eq. 7, and with eps Mitchell's cDPO; hinge: SLiC-HF,
+    arXiv:2305.10425, and RSO, arXiv:2309.06657; ipo: Azar et al. (2023), arXiv:2310.12036, eq. 17; robust: Chowdhury et
+    al. (2024), arXiv:2403.00409, eq. 12; simpo: Meng et al. (2024), arXiv:2405.14734, eq. 6.
     """
     check_loss_options(beta, loss_type, label_smoothing, gamma)
     kind = reference.LOSS_TYPES[loss_type]
@@ -109,7 +113,7 @@ def dpo_loss(
 def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamma: float) -> None:
     check_choice("loss_type", loss_type, tuple(reference.LOSS_TYPES))
     kind = reference.LOSS_TYPES[loss_type]
-    if not (math.isfinite(beta) and beta >= 0):
+    if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0, got {beta}")
     if kind.positive_beta and beta == 0:
         raise ValueError(f"loss_type={loss_type!r} is undefined at beta=0: it aims at a margin of 1 / (2 beta)")
@@ -118,7 +122,7 @@ def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamm
     if label_smoothing and not kind.smoothing:
         able = ", ".join(name for name, k in reference.LOSS_TYPES.items() if k.smoothing)
         raise ValueError(f"label_smoothing is defined for {able}; loss_type={loss_type!r} takes 0")
-    if not math.isfinite(gamma):
+    if not -math.inf < gamma < math.inf:
         raise ValueError(f"gamma must be finite, got {gamma}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._logits import LogitTransform, logit_dtype, rounded_upcast
+from .._logits import LogitTransform, logit_dtype, raw_logits, rounded_upcast
 from .._rows import map_counted_rows
 
 
@@ -64,8 +64,8 @@ def linear_kl(
     ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
 
     def per_row(hidden, ref_hidden, weight, bias, ref_weight, ref_bias):  # type: ignore[no-untyped-def]
-        x = (rounded_upcast(hidden, gemm) @ weight.T).to(dtype)
-        y = (rounded_upcast(ref_hidden, ref_gemm) @ ref_weight.T).to(dtype)
+        x = raw_logits(hidden, weight, gemm).to(dtype)
+        y = raw_logits(ref_hidden, ref_weight, ref_gemm).to(dtype)
         log_p = transform.apply(x if bias is None else x + bias).log_softmax(-1)
         log_q = ref_transform.apply(y if ref_bias is None else y + ref_bias).log_softmax(-1)
         if direction == "ref_policy":

@@ -111,12 +111,14 @@ def _linear_logprobs(
         if not torch.compiler.is_compiling():
             check_target_range(targets, weight.shape[0], ignore_index)
         results = reference.linear_logprobs(*flat, *options)
-    return LinearLogprobs(*(None if r is None else r.view(targets.shape) for r in results))
+    logprobs, logsumexp, *optional = (None if r is None else r.view(targets.shape) for r in results)
+    assert logprobs is not None and logsumexp is not None  # only the others are optional
+    return LinearLogprobs(logprobs, logsumexp, *optional)
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """labels [B, T] in the HF convention -> targets [B, T]: position t predicts token t + 1, the last one nothing."""
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
 
 
 def sequence_logprobs(

@@ -44,10 +44,10 @@ def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature
     return *per_row, *optional, cache
 
 
-def _fake_backward(
+def _fake_backward(  # type: ignore[no-untyped-def]
     grad_logprobs, grad_log_sum, grad_entropy, hidden, weight, targets, bias, max_logit, log_sum, entropy, cache,
     logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
         return hidden.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
 
@@ -58,13 +58,15 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, targets, bias, *options = inputs
     _, max_logit, log_sum, entropy, *_, cache = output
     ctx.save_for_backward(hidden, weight, targets, bias, max_logit, log_sum, entropy, cache)
-    ctx.options = options[:5]  # scale, softcap, temperature, ignore_index, gemm dtype
+    ctx.options, ctx.has_entropy = options[:5], options[5]  # scale, softcap, temperature, ignore_index, gemm dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
     """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
     none = (None,) * 14
+    if not ctx.has_entropy:  # an output that was not asked for is empty, and so is the gradient that tracing gives it
+        grad_entropy = None
     if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
         return none
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._logits import LogitTransform, logit_dtype, rounded_upcast
+from .._logits import LogitTransform, logit_dtype, raw_logits, rounded_upcast
 from .._rows import map_counted_rows
 
 # The optional outputs, in the order in which they are returned after (logprobs, logsumexp).
@@ -22,7 +22,7 @@ def linear_logprobs(
     outputs: tuple[str, ...],
     gemm: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """hidden [N, D], weight [V, D], targets [N], bias [V] -> (logprobs, logsumexp, *optional outputs), each [N] or None.
+    """hidden [N, D], weight [V, D], targets [N], bias [V] -> (logprobs, logsumexp, *optional outputs), each [N].
 
     With logits z [V] of a row, m = max z, and p = softmax(z):
 
@@ -38,7 +38,7 @@ def linear_logprobs(
     weight, bias = rounded_upcast(weight, gemm), None if bias is None else bias.to(dtype)
 
     def per_row(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        logits = rounded_upcast(hidden, gemm) @ weight.T
+        logits = raw_logits(hidden, weight, gemm)
         z = transform.apply(logits if bias is None else logits + bias)
         m = z.detach().amax(-1)
         shifted = z - torch.where(m.isneginf(), 0.0, m)[:, None]  # a row of -inf has no finite maximum to subtract

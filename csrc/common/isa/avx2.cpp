@@ -18,8 +18,9 @@
 
 namespace rk {
 extern const TileKernels kTileKernels_avx2;
-const TileKernels kTileKernels_avx2 = {"avx2", avx2::logprob_forward, avx2::logprob_backward, avx2::kl_forward, avx2::kl_backward,
-                                     avx2::pack_columns, avx2::store_rows};
+const TileKernels kTileKernels_avx2 = {"avx2",           avx2::logprob_forward, avx2::logprob_backward,
+                                       avx2::kl_forward, avx2::kl_backward,     avx2::pack_columns,
+                                       avx2::store_rows};
 }  // namespace rk
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -18,8 +18,9 @@
 
 namespace rk {
 extern const TileKernels kTileKernels_avx512;
-const TileKernels kTileKernels_avx512 = {"avx512", avx512::logprob_forward, avx512::logprob_backward, avx512::kl_forward, avx512::kl_backward,
-                                     avx512::pack_columns, avx512::store_rows};
+const TileKernels kTileKernels_avx512 = {"avx512",           avx512::logprob_forward, avx512::logprob_backward,
+                                         avx512::kl_forward, avx512::kl_backward,     avx512::pack_columns,
+                                         avx512::store_rows};
 }  // namespace rk
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,6 +8,7 @@
 
 namespace rk {
 extern const TileKernels kTileKernels_baseline;
-const TileKernels kTileKernels_baseline = {"baseline", baseline::logprob_forward, baseline::logprob_backward, baseline::kl_forward, baseline::kl_backward,
-                                     baseline::pack_columns, baseline::store_rows};
+const TileKernels kTileKernels_baseline = {"baseline",           baseline::logprob_forward, baseline::logprob_backward,
+                                           baseline::kl_forward, baseline::kl_backward,     baseline::pack_columns,
+                                           baseline::store_rows};
 }  // namespace rk

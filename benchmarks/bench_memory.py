@@ -1,0 +1,26 @@
+"""Peak extra memory of a step besides the gradients themselves, each in a fresh process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# dtype, what, largest number of MiB that is good enough: the budget of 64, plus the fp32 dH (4 N D bytes).
+STEPS = [
+    ("bfloat16", "fused", 64 + 4),
+    ("bfloat16", "eager", None),
+    ("float32", "fused", 64 + 4),
+    ("float32", "eager", None),
+]
+
+
+@pytest.mark.parametrize(("dtype", "what", "limit_mib"), STEPS)
+def test_peak(record, dtype, what, limit_mib):
+    def measure() -> dict:
+        program = Path(__file__).with_name("peak_memory.py")
+        done = subprocess.run([sys.executable, program, what, dtype], capture_output=True, text=True, check=True)
+        row = {"what": f"peak extra MiB, {dtype} 1024x1024x151936, total", "against": what}
+        return {**row, "ratio": round(float(done.stdout)), "target": limit_mib}
+
+    record(measure)
