@@ -2,11 +2,12 @@
 #include "common/tile_kernels.h"
 
 #if defined(__x86_64__)
+#include <cmath>
+#include <limits>
+
 #define RK_ISA avx512
 // To the end of the file: templates are compiled with the options in force there. Nothing of the standard library may
 // follow, or its inline functions would be emitted for this instruction set and used by everyone.
-#include <cmath>
-#include <limits>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
 #else
