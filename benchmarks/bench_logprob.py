@@ -4,11 +4,10 @@ import importlib.util
 
 import pytest
 import torch
-from peers import Case, forwards, totals
 
 import rlhf_kernels as rk
+from benchmarks.peers import Case, forwards, totals
 
-BF16 = {"n": 1024, "d": 1024, "v": 151936}
 has_trl = importlib.util.find_spec("trl") is not None
 
 
@@ -23,25 +22,25 @@ def error_of(case: Case) -> float:
 def test_forward_bf16(compare):
     case = Case(torch.bfloat16)
     targets = {"bare GEMM": 1.35, "eager": 0.4}
-    compare("log-probs bf16 1024x1024x151936, forward", forwards(case), targets, rounds=9, error=error_of(case))
+    compare("log-probs bf16 1024x1024x151936, forward", forwards(case), targets, rounds=7, error=error_of(case))
 
 
 def test_total_bf16(compare):
     case = Case(torch.bfloat16)
     targets = {"bare GEMMs": 1.35, "eager": 0.5}
-    compare("log-probs bf16 1024x1024x151936, total", totals(case), targets, rounds=9, error=error_of(case))
+    compare("log-probs bf16 1024x1024x151936, total", totals(case), targets, rounds=7, error=error_of(case))
 
 
 @pytest.mark.skipif(not has_trl, reason="TRL is not installed: pip install '.[peers]'")
 def test_total_bf16_against_trl(compare):
     case = Case(torch.bfloat16)
-    compare("log-probs bf16 1024x1024x151936, total", totals(case), {"TRL": 0.1}, rounds=3, error=error_of(case))
+    compare("log-probs bf16 1024x1024x151936, total", totals(case), {"TRL": 0.1}, rounds=2, error=error_of(case))
 
 
 def test_total_fp32(compare):
     case = Case(torch.float32)
     targets = {"bare GEMMs": None, "eager": 1.3}
-    compare("log-probs fp32 1024x1024x151936, total", totals(case), targets, rounds=5, error=error_of(case))
+    compare("log-probs fp32 1024x1024x151936, total", totals(case), targets, rounds=3, error=error_of(case))
 
 
 def test_total_fp16(compare):
@@ -56,4 +55,4 @@ def test_masked(compare, masked):
     whole, part = Case(torch.bfloat16), Case(torch.bfloat16, masked=masked)
     contenders = {"fused": totals(part)["fused"], "unmasked": totals(whole)["fused"]}
     what = f"log-probs bf16, {masked:.0%} of tokens masked, total"
-    compare(what, contenders, {"unmasked": round(1 - masked + 0.2, 2)}, rounds=7)
+    compare(what, contenders, {"unmasked": round(1 - masked + 0.2, 2)}, rounds=5)

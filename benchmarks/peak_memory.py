@@ -1,4 +1,4 @@
-"""Prints the peak extra MiB of one step besides its gradients: `peak_memory.py fused|eager|TRL bfloat16|float32`.
+"""`python -m benchmarks.peak_memory fused|eager|TRL bfloat16|float32`: peak extra MiB of a step besides its gradients.
 
 A process of its own, because a process keeps memory that it once had. Linux only: it reads, and resets, VmHWM.
 """
@@ -7,7 +7,8 @@ import ctypes
 import sys
 
 import torch
-from peers import Case, totals
+
+from benchmarks.peers import Case, totals
 
 
 def status_mib(field: str) -> float:

@@ -56,8 +56,8 @@ def table(results: dict) -> str:
         f"Machine: {machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}. {versions}. "
         f"Commit {results['commit']}.",
         "",
-        "A ratio is the fused op's median time over the other's, both taking turns in one process; below 1 it is faster. "
-        " Rows in MiB are peak memory beyond inputs and gradients, each of a process of its own.",
+        "A ratio is the fused op's median time over the other's, both taking turns in one process; below 1 it is "
+        "faster. Rows in MiB are peak memory beyond inputs and gradients, each of a process of its own.",
         "",
         "| what | against | ratio or MiB | target | error against fp64, nats |",
         "| --- | --- | ---: | ---: | ---: |",

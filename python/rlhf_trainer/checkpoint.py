@@ -1,0 +1,77 @@
+"""Output folders: everything is written beside its place and moved there whole, so a folder that exists is complete."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import UsageError
+
+# Every run writes its configuration under this name first, so that a folder can be told to be a run's.
+CONFIG_FILE = "rlhf_config.yaml"
+
+
+def partial_folder(output_dir: str | Path) -> Path:
+    """Where a run works until it is done: a sibling, so that the final move is a rename within one file system."""
+    output_dir = Path(output_dir).absolute()
+    return output_dir.with_name(output_dir.name + ".partial")
+
+
+def check_free(output_dir: str | Path, overwrite: bool) -> None:
+    """Raises UsageError if a run into `output_dir` would replace anything it may not replace."""
+    output_dir, partial = Path(output_dir).absolute(), partial_folder(output_dir)
+    if not is_taken(output_dir) and not partial.exists():
+        return
+    if not overwrite:
+        if is_taken(output_dir):
+            raise UsageError(f"output_dir {output_dir} exists; choose another one, or pass --overwrite to replace it")
+        raise UsageError(
+            f"{partial} is there: a run into {output_dir} is going on, or stopped before its end (its metrics are in "
+            "that folder). Choose another output_dir, or pass --overwrite to delete what it left"
+        )
+    for folder in (output_dir, partial):
+        if is_taken(folder) and not (folder / CONFIG_FILE).is_file():
+            raise UsageError(
+                f"{folder} is not the output of a run (it has no {CONFIG_FILE}), so --overwrite leaves it alone; "
+                "choose another output_dir"
+            )
+
+
+def is_taken(path: Path) -> bool:
+    """Whether there is anything at `path` but an empty folder."""
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
+
+
+def open_output(output_dir: str | Path, overwrite: bool, config_text: str) -> Path:
+    """Makes the folder a run works in and returns it. What `output_dir` holds stays there until `commit_output`."""
+    check_free(output_dir, overwrite)
+    partial = partial_folder(output_dir)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)  # fails if another run has just made it
+    (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+    return partial
+
+
+def commit_output(output_dir: str | Path, overwrite: bool) -> Path:
+    """Moves the finished folder into place; an old one is deleted only when the new one is there."""
+    output_dir, partial = Path(output_dir).absolute(), partial_folder(output_dir)
+    if not is_taken(output_dir):
+        return partial.rename(output_dir)
+    if not overwrite:
+        raise UsageError(f"output_dir {output_dir} appeared during the run; this run's output is in {partial}")
+    old = output_dir.with_name(output_dir.name + ".replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    output_dir.rename(old)
+    partial.rename(output_dir)
+    shutil.rmtree(old)
+    return output_dir
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load. fp32: small updates do not survive bf16."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,85 @@
+"""A small language of restaurant reviews, and the reward that the demo hides from the model.
+
+A prompt names a dish and a place: "review of the soup at the harbour :". A review is one to four sentences, such as
+"the soup was warm . the waiter was rude .". Its writer is as often pleased as not, sentence by sentence.
+
+The hidden reward of a review: +1 for every kind word, -1 for every unkind word. Nobody tells the model. It sees pairs
+of its own reviews, of which a judge preferred one; the judge is a Bradley-Terry judge, who prefers a to b with
+probability sigma(reward(a) - reward(b)), and so is sometimes wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+DISHES = ["soup", "bread", "fish", "salad", "cake", "tea", "rice", "curry", "pie", "stew", "pasta", "coffee"]
+PLACES = ["harbour", "market", "station", "garden", "museum", "castle", "bridge", "library", "mill", "square"]
+STAFF = ["waiter", "cook", "host", "service"]
+ROOM = ["room", "table", "view", "music"]
+DISH_WORDS = ["warm", "rich", "fresh", "tasty", "lovely"], ["cold", "bland", "stale", "salty", "awful"]
+STAFF_WORDS = ["kind", "quick", "cheerful", "helpful"], ["rude", "slow", "gloomy", "careless"]
+ROOM_WORDS = ["bright", "pretty", "cosy", "pleasant"], ["dirty", "ugly", "dull", "dreadful"]
+RETURN = "i will happily return .", "i will sadly not return ."
+KIND = {*DISH_WORDS[0], *STAFF_WORDS[0], *ROOM_WORDS[0], "happily"}
+UNKIND = {*DISH_WORDS[1], *STAFF_WORDS[1], *ROOM_WORDS[1], "sadly"}
+END, UNKNOWN = "<end>", "<unknown>"
+
+
+def all_prompts() -> list[str]:
+    return [f"review of the {dish} at the {place} :" for dish, place in itertools.product(DISHES, PLACES)]
+
+
+def write_review(prompt: str, rng: random.Random) -> str:
+    """A review as people write it here: each sentence pleased or displeased by the toss of a coin."""
+
+    def says(thing: str, words: tuple[list[str], list[str]]) -> str:
+        return f"the {thing} was {rng.choice(rng.choice(words))} ."
+
+    sentences = [says(prompt.split()[3], DISH_WORDS)]
+    if rng.random() < 0.6:
+        sentences.append(says(rng.choice(STAFF), STAFF_WORDS))
+    if rng.random() < 0.6:
+        sentences.append(says(rng.choice(ROOM), ROOM_WORDS))
+    if rng.random() < 0.6:
+        sentences.append(rng.choice(RETURN))
+    return " ".join(sentences)
+
+
+def is_grammatical(prompt: str, review: str) -> bool:
+    """Whether `write_review` could have written this for the prompt."""
+
+    def says(things: list[str], words: tuple[list[str], list[str]]) -> str:
+        return f"the ({'|'.join(things)}) was ({'|'.join(words[0] + words[1])}) [.]"
+
+    dish, staff, room = says([prompt.split()[3]], DISH_WORDS), says(STAFF, STAFF_WORDS), says(ROOM, ROOM_WORDS)
+    return re.fullmatch(f"{dish}( {staff})?( {room})?( {RETURN[0]}| {RETURN[1]})?", review) is not None
+
+
+def hidden_reward(review: str) -> int:
+    """+1 for every kind word, -1 for every unkind word."""
+    words = review.split()
+    return sum(word in KIND for word in words) - sum(word in UNKIND for word in words)
+
+
+def prefers_first(first: str, second: str, rng: random.Random) -> bool:
+    """A Bradley-Terry judge: prefers the first with probability sigma(reward(first) - reward(second))."""
+    return rng.random() < 1.0 / (1.0 + math.exp(hidden_reward(second) - hidden_reward(first)))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    texts = [*all_prompts(), *RETURN, "was", *STAFF, *ROOM, *KIND, *UNKIND]
+    vocabulary = [END, UNKNOWN, *sorted({word for text in texts for word in text.split()})]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token=UNKNOWN, padding_side="left"
+    )

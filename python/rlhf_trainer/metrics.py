@@ -1,0 +1,63 @@
+"""Where metrics go: one line of metrics.jsonl a step, accelerate's trackers, one progress bar."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from tqdm.auto import tqdm
+
+from .errors import UsageError
+
+
+def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
+    """Devices and processes as `accelerate launch` or `torchrun` set them up; precision stays with `FusedLM`."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    builtin = {str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS}
+    for name in report_to:  # accelerate leaves a missing tracker out without a word
+        if name not in builtin and name != "all":
+            raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(sorted(builtin))}")
+    accelerator = Accelerator(mixed_precision="no", log_with=report_to or None, project_dir=str(folder))
+    missing = [n for n in report_to if n != "all" and n not in {str(tracker) for tracker in accelerator.log_with}]
+    if missing:
+        raise UsageError(f"report_to: {missing[0]} is not installed here; installed: {', '.join(installed) or 'none'}")
+    return accelerator
+
+
+class MetricsLog:
+    """Writes each step's metrics to `folder`/metrics.jsonl, the trackers, and the progress bar, on the main process."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, run_name: str, config: dict) -> None:
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        if accelerator.log_with:
+            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
+            accelerator.init_trackers(run_name, config=plain)
+        self.file = (folder / "metrics.jsonl").open("x", encoding="utf-8") if self.is_main else None
+        self.bar = tqdm(total=total_steps, desc=run_name, unit="step", disable=not self.is_main)
+
+    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+            self.file.flush()
+        if self.accelerator.log_with:
+            self.accelerator.log(metrics, step=step)
+
+    def advance(self, **shown: Any) -> None:
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints without breaking the bar."""
+        if self.is_main:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        if self.accelerator.log_with:
+            self.accelerator.end_training()

@@ -1,0 +1,134 @@
+"""linear_kl as it is called: layouts, leading shapes, budget, second derivatives, errors."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from rlhf_kernels import testing as T
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["columns", "rows", "transposed", "expanded", "weight transposed", "mask expanded"])
+def test_layouts(backend, device, name, dtype):
+    """The strides models hand over, on both sides."""
+    inputs = T.make_kl_inputs(66, 48, 300, dtype=dtype, masked=0.3, device=device)
+
+    def laid_out(t):
+        return {
+            "columns": lambda: torch.stack([t, t + 1], -1).flatten(1)[:, ::2],
+            "rows": lambda: t.repeat_interleave(2, 0)[::2],
+            "transposed": lambda: t.T.contiguous().T,
+            "expanded": lambda: t[:1].expand(66, 48),
+        }.get(name, lambda: t)()
+
+    changed = inputs._replace(hidden=laid_out(inputs.hidden), ref_hidden=laid_out(inputs.ref_hidden))
+    if name == "weight transposed":
+        weights = {k: getattr(inputs, k).T.contiguous().T for k in ("weight", "ref_weight")}
+        changed = inputs._replace(**weights)
+    if name == "mask expanded":
+        changed = inputs._replace(mask=torch.ones(1, dtype=torch.bool, device=device).expand(66))
+    T.check_linear_kl(functools.partial(rk.linear_kl, backend=backend), changed)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0)])
+def test_leading_shapes(backend, device, shape):
+    n = int(torch.tensor(shape).prod()) if shape else 1
+    inputs = T.make_kl_inputs(n, 16, 33, ref_d=8, device=device)
+    flat = rk.linear_kl(*inputs[:4], backend=backend)
+    leaf = inputs.hidden.view(*shape, 16).requires_grad_()
+    mask = torch.ones(shape, dtype=torch.bool, device=device)
+    kl = rk.linear_kl(leaf, inputs.weight, inputs.ref_hidden.view(*shape, 8), inputs.ref_weight, mask, backend=backend)
+    assert kl.shape == shape
+    torch.testing.assert_close(kl.flatten(), flat, rtol=1e-6, atol=1e-6)
+    kl.sum().backward()
+    assert leaf.grad.shape == leaf.shape
+
+
+def test_upstream_from_a_sum_is_expanded(backend, device):
+    inputs = T.make_kl_inputs(65, 16, 300, device=device)
+    grads = []
+    for reduce in (torch.sum, lambda kl: kl @ torch.ones(65, device=device)):
+        leaves = T.leaves_of(inputs[:2])
+        grads.append(torch.autograd.grad(reduce(rk.linear_kl(*leaves, *inputs[2:4], backend=backend)), leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_budget_of_8_mebibytes_is_still_right(backend, device, small_budget):
+    """Rows go through in several chunks, in forward (wide hidden states) and in backward (many rows of dlogits)."""
+    op = functools.partial(rk.linear_kl, backend=backend)
+    for n, d, ref_d, v in ((1000, 64, 48, 2100), (1700, 64, 1040, 40)):
+        for dtype in (torch.float32, torch.bfloat16):
+            T.check_linear_kl(op, T.make_kl_inputs(n, d, v, ref_d=ref_d, dtype=dtype, masked=0.2, device=device))
+
+
+def test_the_same_gradient_twice_has_the_same_bits(backend, device):
+    inputs = T.make_kl_inputs(130, 64, 2050, dtype=torch.bfloat16, device=device)
+
+    def grads():
+        leaves = T.leaves_of(inputs[:2])
+        return torch.autograd.grad(rk.linear_kl(*leaves, *inputs[2:4], backend=backend).sum(), leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(grads(), grads(), strict=True))
+
+
+@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("kl", [None, 1e-3])
+def test_gradcheck_of_the_reference(device, direction, kl):
+    inputs = T.make_kl_inputs(3, 2, 4, kl=kl, dtype=torch.float64, bias=True, masked=0.25, device=device)
+    inputs = T.KLInputs(*(t.clone() for t in inputs))  # numeric differences must not move the reference's tensors too
+    leaves = T.leaves_of((inputs.hidden, inputs.weight, inputs.bias))
+
+    def op(hidden, weight, bias):
+        return rk.linear_kl(
+            hidden, weight, inputs.ref_hidden, inputs.ref_weight, inputs.mask, bias=bias, ref_bias=inputs.ref_bias,
+            direction=direction, logit_softcap=3.0, temperature=0.8, backend="reference",
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(op, leaves)
+    assert torch.autograd.gradgradcheck(op, leaves)
+
+
+def test_double_backward_of_native_says_what_to_do(native, device):
+    inputs = T.make_kl_inputs(5, 4, 7, device=device)
+    leaves = T.leaves_of(inputs[:2])
+    kl = rk.linear_kl(*leaves, *inputs[2:4], backend=native)
+    (grad,) = torch.autograd.grad(kl.sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden": lambda t: t[:, :3]}, ValueError, r"share D.*\(6, 3\).*\(9, 4\)"),
+        ({"hidden": lambda t: t[:5]}, ValueError, r"ref_hidden must be \(5, .*\(6, 5\)"),
+        ({"ref_hidden": lambda t: t[:, :3]}, ValueError, r"ref_hidden and ref_weight must share D"),
+        ({"ref_hidden": lambda t: t.long()}, TypeError, "ref_hidden must be .*int64"),
+        ({"ref_weight": lambda t: t[:8]}, ValueError, "share a vocabulary.*9.*8"),
+        ({"ref_weight": lambda t: t[0]}, ValueError, r"ref_weight must be \[V, D\]"),
+        ({"bias": lambda t: t[:8]}, ValueError, r"bias must be \[9\], got \(8,\)"),
+        ({"ref_bias": lambda t: t[:8]}, ValueError, r"ref_bias must be \[9\], got \(8,\)"),
+        ({"mask": lambda t: t.int()}, TypeError, "mask must be bool, got torch.int32"),
+        ({"mask": lambda t: t[:5]}, ValueError, r"mask must be \(6,\).*\(5,\)"),
+        ({"mask": lambda t: t.to("meta")}, ValueError, "one device.*meta"),
+        ({"ref_hidden": lambda t: t.to("meta"), "ref_weight": lambda t: t.to("meta")}, ValueError, "one device.*meta"),
+        ({"direction": "reverse"}, ValueError, "policy_ref, ref_policy.*'reverse'"),
+        ({"temperature": 0.0}, ValueError, "temperature must be"),
+        ({"ref_logit_softcap": -1.0}, ValueError, "logit_softcap must be"),
+        ({"ref_logit_scale": math.nan}, ValueError, "logit_scale must be"),
+    ],
+)
+def test_wrong_use_raises(backend, device, changes, error, message):
+    tensors = T.make_kl_inputs(6, 4, 9, ref_d=5, bias=True, masked=0.5, device=device)._asdict()
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name]) if callable(change) else change
+    if "ref_weight" in changes:  # whose bias must fit it
+        tensors["ref_bias"] = None
+    with pytest.raises(error, match=message):
+        rk.linear_kl(**tensors, backend=backend)
