@@ -39,13 +39,13 @@ def test_total_bf16_against_trl(compare):
 
 def test_total_fp32(compare):
     case = Case(torch.float32)
-    targets = {"bare GEMMs": None, "eager": 1.3}
+    targets = {"eager": 1.3}
     compare("log-probs fp32 1024x1024x151936, total", totals(case), targets, rounds=3, error=error_of(case))
 
 
 def test_total_fp16(compare):
     case = Case(torch.float16, v=50257)
-    targets = {"bare GEMMs": None, "eager": None}
+    targets = {"eager": None}
     compare("log-probs fp16 1024x1024x50257, total", totals(case), targets, rounds=3, error=error_of(case))
 
 

@@ -25,8 +25,25 @@ def pytest_addoption(parser):
     )
 
 
+def keep(row: dict, config: pytest.Config) -> None:
+    """Into the table, and into the file at once, so that a run that is interrupted leaves what it measured.
+
+    A file of the same machine, versions and commit is added to: suites may be run one by one.
+    """
+    ROWS.append(row)
+    if not (path := config.getoption("--save-results")):
+        return
+    here, rows = environment(), []
+    if Path(path).exists():
+        saved = json.loads(Path(path).read_text())
+        rows = saved.pop("rows")
+        rows = rows if saved == here else []
+    rows = [old for old in rows if (old["what"], old["against"]) != (row["what"], row["against"])]
+    Path(path).write_text(json.dumps({**here, "rows": [*rows, row]}, indent=1) + "\n")
+
+
 @pytest.fixture
-def compare(benchmark):
+def compare(benchmark, request):
     """compare(what, contenders, targets, rounds): times contenders["fused"] with pytest-benchmark, the others in turn.
 
     `targets` maps a contender's name to the largest ratio fused / contender that is good enough, or to None.
@@ -50,17 +67,17 @@ def compare(benchmark):
             ratio = fused_s / statistics.median(times_s[name])
             row = {"what": what, "against": name, "ratio": round(ratio, 3), "target": target, **extra}
             benchmark.extra_info[f"ratio to {name}"] = row["ratio"]
-            ROWS.append(row)
+            keep(row, request.config)
 
     return run
 
 
 @pytest.fixture
-def record(benchmark):
+def record(benchmark, request):
     """record(row): adds a row that is not a ratio of times."""
 
     def add(measure: Callable[[], dict]) -> None:
-        ROWS.append(benchmark.pedantic(measure, rounds=1))
+        keep(benchmark.pedantic(measure, rounds=1), request.config)
 
     return add
 
@@ -79,7 +96,6 @@ def pytest_terminal_summary(terminalreporter, config):
             line(**{key: shown[key] for key in ("what", "against", "ratio", "target", "verdict")})
         )
     if path := config.getoption("--save-results"):
-        Path(path).write_text(json.dumps({**environment(), "rows": ROWS}, indent=1) + "\n")
         terminalreporter.write_line(f"saved to {path}")
 
 

@@ -237,8 +237,8 @@ def assert_no_worse_than_eager(
 
     fp32 eager torch is what people train with today, so its errors in this very tensor are errors nobody has missed;
     the factor 2 covers another order of summation and the 1e-6 the few ulps of results of size 1 to 10. It holds for
-    the worst element and for the root mean square. A maximum over few rows is luck (and moves with eager's number of
-    threads): over a thousand it comes to six root mean squares, so it counts as at least that many.
+    the worst element, and with 4e-7 for the root mean square of 32 or more. A maximum over few rows is luck (and moves
+    with eager's number of threads): over a thousand it comes to six root mean squares, so it counts as at least that.
     Statistics that are only logged name the `size` of the terms that they are sums of. A search over thousands of tiny
     inputs needs some `slack`: it finds those where eager was lucky. Infinities must agree exactly; NaN is never right.
     """
@@ -246,13 +246,13 @@ def assert_no_worse_than_eager(
     infinite = truth.isinf()
     assert torch.equal(kernel.double()[infinite], truth[infinite]), f"{what}: infinities differ from the truth's"
     if not infinite.all():  # nor empty
-        off, allowed = ((x.double() - truth)[~infinite] for x in (kernel, eager))
-        (worst, rms), (eager_worst, eager_rms) = (
-            (error.abs().max().item(), error.pow(2).mean().sqrt().item()) for error in (off, allowed)
-        )
-        limit, rms_limit = ((2 * x + 1e-6 * size) * slack for x in (max(eager_worst, 6 * eager_rms), eager_rms))
-        assert worst <= limit, f"{what}: off by {worst:.2e}, eager by {eager_worst:.2e}, limit {limit:.2e}"
-        assert rms <= rms_limit, f"{what}: off by {rms:.2e} rms, eager by {eager_rms:.2e}, limit {rms_limit:.2e}"
+        errors = [(x.double() - truth)[~infinite] for x in (kernel, eager)]
+        worst, allowed = (error.abs().max().item() for error in errors)
+        rms, allowed_rms = (error.pow(2).mean().sqrt().item() for error in errors)
+        limit = (2 * max(allowed, 6 * allowed_rms) + 1e-6 * size) * slack
+        assert worst <= limit, f"{what}: off by {worst:.2e}, eager by {allowed:.2e}, limit {limit:.2e}"
+        limit = (2 * allowed_rms + 4e-7 * size) * slack
+        assert rms <= limit or truth.numel() < 32, f"{what}: off by {rms:.2e} rms, eager by {allowed_rms:.2e}"
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

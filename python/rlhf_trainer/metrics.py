@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, LoggerType
 from tqdm.auto import tqdm
 
 from .errors import UsageError
@@ -16,14 +17,17 @@ from .errors import UsageError
 def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
     """Devices and processes as `accelerate launch` or `torchrun` set them up; precision stays with `FusedLM`."""
     installed = [str(tracker) for tracker in get_available_trackers()]
-    builtin = {str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS}
+    shipped = [str(name) for name in LoggerType.list()]
+    known = sorted({*map(str, LOGGER_TYPE_TO_CLASS), "all"})
     for name in report_to:  # accelerate leaves a missing tracker out without a word
-        if name not in builtin and name != "all":
-            raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(sorted(builtin))}")
+        if name not in known:
+            raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(known)}")
+        if name in shipped and name not in [*installed, "all"]:
+            raise UsageError(f"report_to: {name} is not installed here; installed: {', '.join(installed) or 'none'}")
     accelerator = Accelerator(mixed_precision="no", log_with=report_to or None, project_dir=str(folder))
-    missing = [n for n in report_to if n != "all" and n not in {str(tracker) for tracker in accelerator.log_with}]
-    if missing:
-        raise UsageError(f"report_to: {missing[0]} is not installed here; installed: {', '.join(installed) or 'none'}")
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UsageError(f"{kind}: one process, or several by DDP, is what is supported now; launch without {kind}")
     return accelerator
 
 

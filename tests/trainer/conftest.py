@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,10 +13,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import rlhf_kernels
+import rlhf_trainer
 from rlhf_trainer.config import DPOConfig
 from rlhf_trainer.dpo import train_dpo
 
@@ -48,7 +54,7 @@ CHATML = (
 )
 
 # Weights are drawn wide and caps low, so that logits spread over several nats: with the usual near-uniform start, a
-# forgotten scale, cap or bias would go unnoticed. Dropout stays at each family's default (GPT-2: 0.1): to be turned off.
+# forgotten scale, cap or bias would go unnoticed. Dropout stays at each family's default (GPT-2: 0.1).
 COMMON = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 LLAMA_LIKE = COMMON | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -174,3 +180,32 @@ def train(tmp_path):
         return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     return run
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs `python ...` in tmp_path, with the packages under test, one thread and no network."""
+    roots = [str(Path(package.__file__).parents[1]) for package in (rlhf_trainer, rlhf_kernels)]
+    path = os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")])
+    changes = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*words, **environment):
+        return subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | changes | environment, capture_output=True,
+            text=True, timeout=150,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def yaml_config(model_folder, rows, write_jsonl, tmp_path):
+    """A YAML file for 10 pairs, with a bad row among them."""
+    data = write_jsonl([*rows(10), {"prompt": "a", "chosen": "b"}])
+    config = {
+        "model_name_or_path": model_folder("llama"), "dataset": data, "output_dir": "out", "ref_cache_dir": "cache",
+        "batch_size": 6, "micro_batch_size": 2, "learning_rate": "1e-3", "warmup_steps": 2, "num_train_epochs": 2,
+        "max_prompt_length": 48, "max_length": 96,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path / "run.yaml"

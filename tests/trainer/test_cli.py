@@ -1,0 +1,66 @@
+"""`rlhf` as a user runs it: processes, exit codes, files."""
+
+import json
+from pathlib import Path
+
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rlhf_trainer
+from rlhf_trainer.cli import main
+from rlhf_trainer.dpo import PAIR_METRICS
+
+
+def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
+    refused = python("-m", "rlhf_trainer", "dpo", "--config", "run.yaml")
+    assert refused.returncode == 2
+    assert "row 11, field 'rejected': missing; the row has: prompt, chosen" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+    done = python("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--skip_invalid_rows", "--beta", "0.25")
+    assert done.returncode == 0, done.stderr
+    assert "1 invalid rows skipped" in done.stdout
+    assert done.stderr.count("rlhf-dpo: 100%") >= 1 and "Loading weights" not in done.stderr  # one bar, its own
+    output = tmp_path / "out"
+    assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained(output).chat_template
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    keys = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
+    assert all(set(record) == keys for record in records)
+    assert yaml.safe_load((output / "rlhf_config.yaml").read_text())["beta"] == 0.25
+
+    again = python("-m", "rlhf_trainer", "dpo", "--config", str(output / "rlhf_config.yaml"))
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "rlhf COMMAND" in capsys.readouterr().out
+    assert main(["dqo"]) == 2
+    assert "unknown command 'dqo'" in capsys.readouterr().err
+
+
+def test_a_wrong_config_is_a_message_not_a_traceback(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("betta: 1\n")
+    assert main(["dpo", "--config", str(tmp_path / "x.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rlhf dpo: ") and "unknown key 'betta'" in error
+
+
+def test_importing_the_trainer_sees_only_public_names_of_the_kernels():
+    """Floor 2 uses what `import rlhf_kernels as rk` shows, nothing behind it."""
+    import ast
+
+    import rlhf_kernels as rk
+
+    for path in Path(rlhf_trainer.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("rlhf_kernels"), path
+            if isinstance(node, ast.Import):
+                assert all(a.name == "rlhf_kernels" for a in node.names if a.name.startswith("rlhf_kernels")), path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rk":
+                assert node.attr in rk.__all__ or node.attr == "__version__", (path, node.attr)

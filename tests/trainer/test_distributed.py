@@ -1,0 +1,43 @@
+"""Several processes, over gloo on this machine: the same numbers as one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_trainer.dpo import PAIR_METRICS
+from rlhf_trainer.errors import UsageError
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_two_processes_train_as_one(yaml_config, tmp_path, python):
+    """DDP: gradients, those of the head too, are of the whole batch; 3 micro-batches do not divide by 2 processes."""
+    run = ("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--skip_invalid_rows", "--output_dir")
+    for name, launch in (("one", ()), ("two", LAUNCH)):
+        done = python(*launch, *run, name, ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("saved to") == 1  # by the main process alone
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 4
+    assert abs(one[-1]["loss"] - one[0]["loss"]) > 0.05
+    for a, b in zip(one, two, strict=True):
+        for key in (*PAIR_METRICS, "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
+
+
+def test_a_head_sharded_on_its_own(python):
+    """FSDP2: the head's weight is whole inside its own call only, in forward and backward, where it is used."""
+    done = python(*LAUNCH, str(Path(__file__).with_name("sharded_head.py")))
+    assert done.returncode == 0, done.stderr
+    assert "all gradients equal" in done.stdout
+
+
+def test_sharded_training_is_refused_in_words(train, monkeypatch):
+    """The loss can run under FSDP, but saving what it shards is not written yet."""
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", "FSDP")
+    with pytest.raises(UsageError, match="FSDP: one process, or several by DDP"):
+        train(model_name_or_path="m", dataset="d")
