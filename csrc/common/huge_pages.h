@@ -1,5 +1,4 @@
-// A head's gradient, or logits kept for backward, are hundreds of megabytes written once: with 4 KiB pages, their faults
-// take as long as a GEMM.
+// A head's gradient is hundreds of megabytes written once: with 4 KiB pages, their faults take as long as a GEMM.
 #pragma once
 
 #include <cstddef>

@@ -9,7 +9,6 @@
 #include "common/counted_rows.h"
 #include "common/head.h"
 #include "common/head_gradient.h"
-#include "common/huge_pages.h"
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
@@ -182,7 +181,6 @@ Tensor lazily_zeroed(at::IntArrayRef sizes) {
   void* data = std::calloc(count, sizeof(float));
   TORCH_CHECK(data != nullptr, "out of memory: ", count * sizeof(float), " bytes to keep logits for backward; ",
               "a smaller rk.set_workspace_budget recomputes them instead");
-  advise_huge_pages(data, count * sizeof(float));
   return at::from_blob(data, sizes, [](void* p) { std::free(p); }, at::kFloat);
 }
 
