@@ -18,10 +18,6 @@ NATIVE_REQUIRED = (
     os.environ.get("CI", "").lower() in ("1", "true") or os.environ.get("RLHF_KERNELS_REQUIRE_NATIVE") == "1"
 )
 
-# pytest-xdist runs one process a core: with more threads than that, they mostly wait for each other (6 times slower).
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
-
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
@@ -72,8 +68,11 @@ def small_budget():
     rk.set_workspace_budget(64)
 
 
-@pytest.fixture
-def restore_threads():
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The shapes here are too small for more, which would mostly wait for each other and for pytest-xdist's workers.
+    Tests about threads set their own number; it is put back here."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ SELECTIONS = {
 
 
 @pytest.fixture(params=[1, 2, 3])
-def threads(request, restore_threads):
+def threads(request):
     torch.set_num_threads(request.param)
     return request.param
 
@@ -152,7 +152,7 @@ def test_linear_kl(native, device, references, threads, dtype, direction, kl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_have_the_same_bits_for_any_number_of_threads(native, device, restore_threads, dtype):
+def test_gradients_have_the_same_bits_for_any_number_of_threads(native, device, dtype):
     head = T.make_head(200, 64, 4100, dtype=dtype, bias=True, masked=0.3, device=device)
     inputs = T.make_kl_inputs(200, 64, 2100, dtype=dtype, bias=True, device=device)
     upstream = T.randn(200, seed=4, device=device)

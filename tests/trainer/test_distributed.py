@@ -13,9 +13,10 @@ LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 def test_two_processes_train_as_one(yaml_config, tmp_path, python):
     """DDP: gradients, those of the head too, are of the whole batch; 3 micro-batches do not divide by 2 processes."""
-    run = ("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--skip_invalid_rows", "--output_dir")
+    run = ("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--skip_invalid_rows")
     for name, launch in (("one", ()), ("two", LAUNCH)):
-        done = python(*launch, *run, name, ACCELERATE_USE_CPU="true")
+        folders = ("--output_dir", name, "--ref_cache_dir", f"cache-{name}")  # each computes its own reference
+        done = python(*launch, *run, *folders, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("saved to") == 1  # by the main process alone
     one, two = (

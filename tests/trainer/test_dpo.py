@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_kernels as rk
+from rlhf_trainer.batching import Share
 from rlhf_trainer.config import DPOConfig
-from rlhf_trainer.dpo import PAIR_METRICS
+from rlhf_trainer.data import pad_sequences
+from rlhf_trainer.dpo import PAIR_METRICS, pair_metrics
 from rlhf_trainer.errors import UsageError
 
 STEP_METRICS = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
@@ -130,6 +132,21 @@ def test_metrics_of_a_step(model_folder, rows, write_jsonl, train):
     assert second["rewards/margins"] > 0.01
     assert 0.5 < second["rewards/accuracies"] <= 1.0
     assert second["tokens_per_second"] > 0
+
+
+def test_a_tie_is_not_accurate_and_a_share_weighs_what_it_is_worth():
+    """Three pairs, one right, one wrong, one tied; half of a batch."""
+    chosen, rejected = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
+    batch = pad_sequences([([1], [2, 3])] * 6, pad_id=0)
+    result = rk.LinearDPOLoss(torch.tensor(0.7), chosen, rejected, logps, None)
+    *means, tokens = pair_metrics(result, batch, Share([0, 1, 2], 0.5)).tolist()
+    named = dict(zip(PAIR_METRICS, means, strict=True))
+    expected = {"loss": 0.7, "rewards/chosen": 0.5, "rewards/rejected": 0.5, "rewards/accuracies": 1 / 3}
+    expected |= {"rewards/margins": 0.0, "logps/chosen": -2.0, "logps/rejected": -5.0}
+    assert named == pytest.approx({name: value / 2 for name, value in expected.items()})
+    assert tokens == 18
+    assert pair_metrics(result, batch, Share([0, 1, 2], 0.0))[-1] == 0  # a repeated micro-batch adds no tokens
 
 
 def test_accumulation_equals_one_big_batch(model_folder, rows, write_jsonl, train):
