@@ -106,7 +106,7 @@ def environment() -> dict:
             line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     peers = {name: installed.get(name, "not installed") for name in ("trl", "liger-kernel")}
     built = rk.build_info()
     return {
