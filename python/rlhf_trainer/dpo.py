@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
@@ -171,7 +172,15 @@ def evaluate(policy: nn.Module, data: PairSet, config: DPOConfig, accelerator: A
     return {f"eval/{name}": mean for name, mean in zip(PAIR_METRICS, means, strict=True)}
 
 
-def load_set(config, tokenizer, source: str, split: str, accelerator: Accelerator, seed: int | None) -> PairSet:
+def load_set(
+    config: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    accelerator: Accelerator,
+    seed: int | None,
+) -> PairSet:
+    """Reads, reports and plans one data set; seed None keeps its order."""
     data = load_pairs(
         source, tokenizer, split=split, max_prompt_length=config.max_prompt_length, max_length=config.max_length,
         skip_invalid_rows=config.skip_invalid_rows,

@@ -190,10 +190,17 @@ def python(tmp_path):
     changes = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def run(*words, **environment):
-        return subprocess.run(
-            [sys.executable, *words], cwd=tmp_path, env=os.environ | changes | environment, capture_output=True,
-            text=True, timeout=150,
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=tmp_path, env=os.environ | changes | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not kill: a launcher then ends the workers it started
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     return run
 
