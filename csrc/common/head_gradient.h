@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "common/head.h"
-#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 
@@ -43,10 +42,7 @@ class HeadGradient {
         by_vocab_stride_(plan_.row_chunk + kPad),
         by_row_stride_(plan_.vocab_group + kPad) {
     needs_.bias = needs.bias && bias && bias->defined();
-    if (needs_.weight) {
-      gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
-      advise_huge_pages(gradients_.weight.mutable_data_ptr(), gradients_.weight.nbytes());
-    }
+    if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
     if (needs_.hidden) sums_ = at::zeros({round_up(count_, kRowBlock), padded_width_ + kPad}, at::kFloat);
     if (needs_.bias) bias_sums_ = at::zeros({head.vocab()}, at::kFloat);
     if (needs_.bias) bias_dtype_ = bias->scalar_type();
