@@ -231,28 +231,22 @@ def plain_linear_kl(
 
 
 def assert_no_worse_than_eager(
-    kernel: Tensor, eager: Tensor, truth: Tensor, what: str = "value", *, size: float = 1.0, slack: float = 1.0
+    kernel: Tensor, eager: Tensor, truth: Tensor, what: str = "value", *, slack: float = 1.0
 ) -> None:
-    """|kernel - truth| <= (2 |eager - truth| + 1e-6 size) slack, both against fp64 on the same inputs.
+    """max |kernel - truth| <= (2 max |eager - truth| + 1e-6) slack, both against fp64 on the same inputs.
 
     fp32 eager torch is what people train with today, so its errors in this very tensor are errors nobody has missed;
-    the factor 2 covers another order of summation and the 1e-6 the few ulps of results of size 1 to 10. It holds for
-    the worst element, and with 4e-7 for the root mean square of 32 or more. A maximum over few rows is luck (and moves
-    with eager's number of threads): over a thousand it comes to six root mean squares, so it counts as at least that.
-    Statistics that are only logged name the `size` of the terms that they are sums of. A search over thousands of tiny
-    inputs needs some `slack`: it finds those where eager was lucky. Infinities must agree exactly; NaN is never right.
+    the factor 2 covers another order of summation and the 1e-6 the few ulps of results of size 1 to 10. A search over
+    thousands of tiny inputs needs some `slack`: it finds those where eager was lucky. Infinities must agree exactly;
+    NaN is never right.
     """
     assert kernel.shape == truth.shape, f"{what}: shape {tuple(kernel.shape)}, expected {tuple(truth.shape)}"
     infinite = truth.isinf()
     assert torch.equal(kernel.double()[infinite], truth[infinite]), f"{what}: infinities differ from the truth's"
     if not infinite.all():  # nor empty
-        errors = [(x.double() - truth)[~infinite] for x in (kernel, eager)]
-        worst, allowed = (error.abs().max().item() for error in errors)
-        rms, allowed_rms = (error.pow(2).mean().sqrt().item() for error in errors)
-        limit = (2 * max(allowed, 6 * allowed_rms) + 1e-6 * size) * slack
+        worst, allowed = ((x.double() - truth)[~infinite].abs().max().item() for x in (kernel, eager))
+        limit = (2 * allowed + 1e-6) * slack
         assert worst <= limit, f"{what}: off by {worst:.2e}, eager by {allowed:.2e}, limit {limit:.2e}"
-        limit = (2 * allowed_rms + 4e-7 * size) * slack
-        assert rms <= limit or truth.numel() < 32, f"{what}: off by {rms:.2e} rms, eager by {allowed_rms:.2e}"
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -299,13 +293,14 @@ def gradients(outputs: Sequence[Tensor], upstreams: Sequence[Tensor], leaves: Se
 
 def check_gradients(found: Sequence[Sequence[Any]], gemm: torch.dtype, slack: float = 1.0) -> None:
     """`found`: gradients of hidden, weight and bias of the kernel, of fp32 eager, and in truth. Each of the kernel's is
-    inside `slack` times `gradient_limit`, or twice what storing the truth in its dtype costs."""
+    inside `slack` times `gradient_limit`, or within twice what storing the truth in its dtype costs: that is below
+    the limit but for float16 gradients under 6e-5, which have fewer bits the smaller they are."""
     for name, got, plain, exact in zip(("hidden", "weight", "bias"), *found, strict=True):
         if got is None:
             continue
         error, limit = relative_error(got, exact), gradient_limit(relative_error(plain, exact), gemm, got.dtype)
-        rounding = relative_error(exact.to(got.dtype), exact)  # large where float16 has only subnormal numbers left
-        limit = 1e-12 if gemm == torch.float64 else max(limit, 2 * rounding) * slack
+        storing = relative_error(exact.to(got.dtype), exact)
+        limit = 1e-12 if gemm == torch.float64 else max(limit * slack, 2 * storing)
         assert error <= limit, f"d/d{name} ({got.dtype}): relative error {error:.2e}, limit {limit:.2e}"
 
 
@@ -338,7 +333,6 @@ def check_linear_logprobs(
         for x, dtype in ((exact_leaves, torch.float64), (plain_leaves, torch.float32))
     )
     logit_options = {key: value for key, value in options.items() if key != "ignore_index"}
-    largest = truth.logsumexp.detach().abs().amax().item() if targets.numel() else 0.0
     result_dtype = torch.float64 if gemm == torch.float64 else torch.float32
     for name in LinearLogprobs._fields:
         value, plain, exact = (getattr(result, name) for result in (got, eager, truth))
@@ -355,8 +349,7 @@ def check_linear_logprobs(
         elif gemm == torch.float64:
             torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
         else:
-            size = max(1.0, largest) if name in ("mean_logit", "log_sum_sq_probs") else 1.0
-            assert_no_worse_than_eager(value.detach(), plain.detach(), exact.detach(), name, size=size, slack=slack)
+            assert_no_worse_than_eager(value.detach(), plain.detach(), exact.detach(), name, slack=slack)
 
     through = [name for name in upstream if name not in OUTPUTS or name in outputs]
     ups = [randn(*targets.shape, seed=seed + i, device=hidden.device) for i, _ in enumerate(through)]

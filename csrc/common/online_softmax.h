@@ -94,8 +94,10 @@ RK_INLINE void merge(SoftmaxState<M>& a, SoftmaxState<M> b) {
 // H = -S p log p = log sum - S p (z - m)
 RK_INLINE float entropy_of(const SoftmaxState<ScalarMath>& s) { return ::logf(s.sum) - s.shifted / s.sum; }
 
-// log S p^2
-RK_INLINE float log_sum_sq_probs_of(const SoftmaxState<ScalarMath>& s) { return ::logf(s.squares) - 2 * ::logf(s.sum); }
+// log S p^2: in double, since the terms are larger than their difference
+RK_INLINE float log_sum_sq_probs_of(const SoftmaxState<ScalarMath>& s) {
+  return static_cast<float>(::log(static_cast<double>(s.squares)) - 2 * ::log(static_cast<double>(s.sum)));
+}
 
 // ---- gradients with respect to the final logits z -------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ namespace RK_ISA {
 
 constexpr int kLanes = 16;
 typedef float VecF __attribute__((vector_size(64)));
+typedef double VecD __attribute__((vector_size(128)));
 typedef int32_t VecI __attribute__((vector_size(64)));
 typedef uint32_t VecU __attribute__((vector_size(64)));
 typedef uint16_t VecH __attribute__((vector_size(32)));

@@ -27,7 +27,8 @@ enum LogprobOutputs : int32_t { kPlain = 0, kEntropy = 1, kExtras = 2 };
 
 // Running statistics of kRowBlock rows over one vocabulary split.
 struct LogprobStats {
-  float *max, *sum, *shifted, *squares, *logit_sum;
+  float *max, *sum, *shifted, *squares;
+  double* logit_sum;
   int32_t* argmax;  // first vocabulary index that attains max
 };
 

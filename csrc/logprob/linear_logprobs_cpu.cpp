@@ -47,7 +47,8 @@ class Partials {
  private:
   int64_t rows_;
   int32_t outputs_;
-  std::vector<float> max_, sum_, shifted_, squares_, logit_sum_;
+  std::vector<float> max_, sum_, shifted_, squares_;
+  std::vector<double> logit_sum_;
   std::vector<int32_t> argmax_;
 };
 
@@ -91,7 +92,7 @@ struct RowResults {
 
 template <class T>
 RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs, float* cache) {
-  const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 3 : 0);
+  const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
   const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
                                         workspace_budget_bytes(), at::get_num_threads());
   RowResults results(rows.targets.size());

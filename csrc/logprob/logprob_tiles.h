@@ -16,21 +16,20 @@ static inline void pick_targets(const LogprobForwardTile& a) {
   }
 }
 
+// Maximum and its place, first; then the sums about the maximum, in two levels: few terms at a time, so that rounding
+// grows with the square root of kTermsAtATime and of the number of such parts, not of the tile.
 template <int outputs>
 static void fold_statistics(const LogprobForwardTile& a) {
   constexpr bool entropy = (outputs & kEntropy) != 0, extras = (outputs & kExtras) != 0;
+  constexpr int64_t kTermsAtATime = 16;
   const float* tile = a.tile.logits;
   VecF tile_max[kVectors];
   for (VecF& m : tile_max) m = Simd::set(-kInfinity);
   VecI tile_argmax[kVectors] = {};
-  VecF logit_sum[kVectors] = {};
   for (int64_t row = 0; row < a.tile.count; ++row) {
     for (int j = 0; j < kVectors; ++j) {
       const VecF z = Simd::load(tile + row * kRowBlock + j * kLanes);
-      if constexpr (extras) {
-        tile_argmax[j] = z > tile_max[j] ? VecI{} + static_cast<int32_t>(row) : tile_argmax[j];
-        logit_sum[j] += z;
-      }
+      if constexpr (extras) tile_argmax[j] = z > tile_max[j] ? VecI{} + static_cast<int32_t>(row) : tile_argmax[j];
       tile_max[j] = Simd::max(tile_max[j], z);
     }
   }
@@ -46,23 +45,35 @@ static void fold_statistics(const LogprobForwardTile& a) {
       __builtin_memcpy(&argmax, a.stats.argmax + at, sizeof(argmax));
       argmax = tile_max[j] > running.max ? tile_argmax[j] + static_cast<int32_t>(a.tile.vocab_begin) : argmax;
       __builtin_memcpy(a.stats.argmax + at, &argmax, sizeof(argmax));
-      Simd::store(a.stats.logit_sum + at, Simd::load(a.stats.logit_sum + at) + logit_sum[j]);
     }
     auto part = SoftmaxState<Simd>::empty();
     part.max = Simd::max(running.max, tile_max[j]);  // fold about the common maximum: the merge then scales `running`
     const VecF shift = finite_max<Simd>(part.max);
-    for (int64_t row = 0; row < a.tile.count; ++row) {
-      const VecF delta = Simd::load(tile + row * kRowBlock + at) - shift;
-      const VecF e = Simd::exp(delta);
-      part.sum += e;
-      if constexpr (entropy) part.shifted += e * Simd::max(delta, Simd::set(-100.0f));  // 0 * -inf is 0 here
-      if constexpr (extras) part.squares += e * e;
+    VecD logits{};
+    for (int64_t begin = 0; begin < a.tile.count; begin += kTermsAtATime) {
+      const int64_t end = begin + kTermsAtATime < a.tile.count ? begin + kTermsAtATime : a.tile.count;
+      VecF sum{}, shifted{}, squares{}, few{};
+      for (int64_t row = begin; row < end; ++row) {
+        const VecF z = Simd::load(tile + row * kRowBlock + at), delta = z - shift;
+        const VecF e = Simd::exp(delta);
+        sum += e;
+        if constexpr (entropy) shifted += e * Simd::max(delta, Simd::set(-100.0f));  // 0 * -inf is 0 here
+        if constexpr (extras) squares += e * e;
+        if constexpr (extras) few += z;
+      }
+      part.sum += sum;
+      if constexpr (entropy) part.shifted += shifted;
+      if constexpr (extras) part.squares += squares;
+      if constexpr (extras) logits += __builtin_convertvector(few, VecD);
     }
     merge<Simd>(running, part);
     Simd::store(a.stats.max + at, running.max);
     Simd::store(a.stats.sum + at, running.sum);
     if constexpr (entropy) Simd::store(a.stats.shifted + at, running.shifted);
-    if constexpr (extras) Simd::store(a.stats.squares + at, running.squares);
+    if constexpr (extras) {
+      Simd::store(a.stats.squares + at, running.squares);
+      for (int lane = 0; lane < kLanes; ++lane) a.stats.logit_sum[at + lane] += logits[lane];
+    }
   }
 }
 

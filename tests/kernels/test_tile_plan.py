@@ -2,8 +2,6 @@
 
 import pytest
 
-from rlhf_kernels import _extension
-
 MIB = 1 << 20
 HEADS = [  # V, D: tiny; GPT-2; Llama 3 8B; Gemma 2 2B; Qwen 3; wider than any tile's budget
     (1, 1),
@@ -16,10 +14,10 @@ HEADS = [  # V, D: tiny; GPT-2; Llama 3 8B; Gemma 2 2B; Qwen 3; wider than any t
 
 
 @pytest.fixture
-def compiled():
-    if not _extension.native_available():
-        pytest.skip(str(_extension.why_not_native()))
-    return _extension.module()
+def compiled(native):
+    from rlhf_kernels import _C
+
+    return _C
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
