@@ -1,4 +1,4 @@
-"""`python benchmarks/report.py`: docs/performance.md and docs/images/cpu.svg from benchmarks/results/cpu.json."""
+"""`python benchmarks/report.py`: docs/performance.md and docs/images/cpu-*.svg from benchmarks/results/cpu-*.json."""
 
 from __future__ import annotations
 
@@ -11,30 +11,39 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL = "log-probs bf16 1024x1024x151936, total"
-MEMORY = "peak extra MiB, bfloat16 1024x1024x151936, total"
+# Title, row of the table that it shows, and the contender whose time is 1 (None: the row is in MiB).
+PANELS = [
+    ("bf16: time, four bare GEMMs = 1", "log-probs bf16 1024x1024x151936, total", "bare GEMMs"),
+    ("fp32: time, four bare GEMMs = 1", "log-probs fp32 1024x1024x151936, total", "bare GEMMs"),
+    ("fp32: peak extra memory, MiB", "peak extra MiB, float32 1024x1024x151936, total", None),
+    ("bf16: peak extra memory, MiB", "peak extra MiB, bfloat16 1024x1024x151936, total", None),
+]
 INK = "#7d8590"  # readable on white and on black
 COLOURS = {"bare GEMMs": "#9aa4b0", "fused": "#2f81f7", "eager": "#d29922", "TRL": "#bc8cff"}
 
 
-def ratios(rows: list[dict], what: str) -> dict[str, float]:
-    return {row["against"]: row["ratio"] for row in rows if row["what"] == what}
+def bars_of(rows: list[dict], what: str, unit: str | None) -> dict[str, float]:
+    """Contender -> time in units of `unit`'s, or MiB; empty where the row was not measured against `unit`."""
+    of = {row["against"]: row["ratio"] for row in rows if row["what"] == what}
+    if unit is None:
+        return of
+    if unit not in of:
+        return {}
+    fused = of[unit]
+    return {unit: 1.0, "fused": fused} | {name: fused / ratio for name, ratio in of.items() if name != unit}
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    to, mib = ratios(rows, TOTAL), ratios(rows, MEMORY)
-    fused = to["bare GEMMs"]
-    times = {"bare GEMMs": 1.0, "fused": fused} | {name: fused / to[name] for name in ("eager", "TRL") if name in to}
+    panels = [(title, bars, unit) for title, what, unit in PANELS if len(bars := bars_of(rows, what, unit)) > 1]
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "rlhf_kernels", "font.size": 11})
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 2.5))
-    panels = [
-        (times, "time, four bare GEMMs = 1", "{:.2f}"),
-        ({"fused": mib["fused"], "eager": mib["eager"]}, "peak extra memory, MiB", "{:,.0f}"),
-    ]
-    for axis, (values, title, label) in zip(axes, panels, strict=True):
+    height = 0.9 + 0.4 * max(len(bars) for _, bars, _ in panels)
+    figure, axes = plt.subplots((len(panels) + 1) // 2, 2, figsize=(9.2, height * ((len(panels) + 1) // 2)))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, values, unit) in zip(axes.flat, panels, strict=False):
         names = list(values)[::-1]
         bars = axis.barh(names, [values[n] for n in names], color=[COLOURS[n] for n in names], height=0.62)
-        axis.bar_label(bars, [label.format(values[n]) for n in names], padding=4, color=INK)
+        axis.bar_label(bars, [f"{values[n]:.2f}" if unit else f"{values[n]:,.0f}" for n in names], padding=4, color=INK)
         axis.set_title(title, color=INK, fontsize=11, loc="left")
         axis.set_xlim(0, 1.18 * max(values.values()))
         axis.tick_params(colors=INK, length=0)
@@ -45,40 +54,42 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
-def table(results: dict) -> str:
+def section(results: dict, picture: str) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     machine = results["machine"]
     lines = [
-        "# Performance",
+        f"## {machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}",
         "",
-        "Written by `python benchmarks/report.py` from `benchmarks/results/cpu.json`, which "
-        "`make bench BENCH_ARGS=--save-results=benchmarks/results/cpu.json` wrote.",
-        f"Machine: {machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}. {versions}. "
-        f"Commit {results['commit']}.",
+        f"{versions}. Commit {results['commit']}.",
         "",
-        "A ratio is the fused op's median time over the other's, both taking turns in one process; below 1 it is "
-        "faster. Rows in MiB are peak memory beyond inputs and gradients, each of a process of its own.",
+        f"![Forward plus backward on this machine](images/{picture})",
         "",
         "| what | against | ratio or MiB | target | error against fp64, nats |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
     for row in results["rows"]:
         target = "" if row["target"] is None else f"<= {row['target']}"
-        cells = [
-            row["what"],
-            row["against"],
-            str(row["ratio"]),
-            target,
-            f"{row['error']:.1e}" if "error" in row else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        error = f"{row['error']:.1e}" if "error" in row else ""
+        lines.append(f"| {row['what']} | {row['against']} | {row['ratio']} | {target} | {error} |")
+    return [*lines, ""]
 
 
 def main() -> None:
-    results = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
-    draw(results["rows"], ROOT / "docs/images/cpu.svg")
-    (ROOT / "docs/performance.md").write_text(table(results))
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/report.py` from `benchmarks/results/cpu-*.json`; a file is what "
+        "`make bench BENCH_ARGS=--save-results=FILE` wrote on one machine.",
+        "",
+        "A ratio is the fused op's median time over the other's, both taking turns in one process; below 1 it is "
+        "faster. Rows in MiB are peak memory beyond inputs and gradients, each of a process of its own.",
+        "",
+    ]
+    for path in sorted((ROOT / "benchmarks/results").glob("cpu-*.json")):
+        results = json.loads(path.read_text())
+        draw(results["rows"], ROOT / f"docs/images/{path.stem}.svg")
+        lines += section(results, f"{path.stem}.svg")
+    (ROOT / "docs/performance.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
