@@ -11,7 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min clean distclean
+.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min cuda-check clean \
+	distclean
 
 install: $(STAMP)
 
@@ -23,7 +24,7 @@ define make_venv
 endef
 
 # torch first: the extension is compiled against it. A second run compiles only what changed.
-$(STAMP): constraints.txt pyproject.toml setup.py MANIFEST.in $(CSRC)
+$(STAMP): constraints.txt pyproject.toml setup.py setup_cuda.py MANIFEST.in $(CSRC)
 	$(call make_venv,$(VENV))
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
 	RLHF_KERNELS_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
@@ -80,10 +81,30 @@ check-torch-min:
 	cd build/torch-min && $(CURDIR)/$(MIN)/bin/python -c 'import rlhf_kernels as rk; print(rk.__file__, rk.build_info())'
 	cd build/torch-min && OMP_NUM_THREADS=1 $(CURDIR)/$(MIN)/bin/python -m pytest -q -n $(WORKERS) tests $(TEST_ARGS)
 
+# Compiles, links and imports the CUDA part, none of which takes a GPU, and prints what its kernels use. nvcc must be
+# there; torch's CUDA build (5 GB, once) brings the rest. === is without a tag, so a CPU build that pip knows is not it.
+# CONTRIBUTING.md says what CUDA_TORCH is for another CUDA.
+CUDA_VENV := .venv-cuda
+CUDA_TORCH ?= torch===2.11.0
+CUDA_STAMP := $(CUDA_VENV)/.installed
+CUDA_CHECK := $(CURDIR)/$(CUDA_VENV)/bin/python $(CURDIR)/tests/packaging/cuda_check.py
+cuda-check: $(CUDA_STAMP)
+	cd $(CUDA_VENV) && $(CUDA_CHECK)
+
+$(CUDA_STAMP): Makefile pyproject.toml setup.py setup_cuda.py MANIFEST.in $(CSRC) $(shell find rlhf_kernels -name '*.py')
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (PYTHON=/path/to/it)" >&2; exit 1; }
+	$(PYTHON) setup_cuda.py
+	$(call make_venv,$(CUDA_VENV))
+	$(CUDA_VENV)/bin/python -m pip install -q $(CUDA_TORCH) 'setuptools>=77' wheel ninja pybind11 numpy
+	rm -rf build/lib*
+	PYTORCH_NVCC='$(CUDA_CHECK) nvcc' RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=1 $(CUDA_VENV)/bin/python -m pip \
+		install -q --no-deps --no-build-isolation --force-reinstall .
+	touch $@
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f rlhf_kernels/_C.* rlhf_kernels/_build_report.json $(STAMP)
+	rm -f rlhf_kernels/_C.* rlhf_kernels/_build_report.json $(STAMP) $(CUDA_STAMP)
 	find rlhf_kernels python tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) $(MIN)
+	rm -rf $(VENV) $(MIN) $(CUDA_VENV)

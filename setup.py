@@ -15,8 +15,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # build backends do not look there
+import setup_cuda
+
 try:
     import torch
+
+    os.environ.update(setup_cuda.environment() if torch.version.cuda else {})  # which cpp_extension reads at once
     from torch.utils import cpp_extension
 except ModuleNotFoundError:
     torch = None
@@ -39,38 +44,31 @@ def check_request():
         raise SystemExit(f"rlhf_kernels compiles against the torch it runs with, >= 2.11; run: {how}")
 
 
-def csrc(suffix):
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob(f"*.{suffix}"))
-
-
-def why_no_cuda():
-    if CUDA == "0":
-        return "RLHF_KERNELS_CUDA=0 was set when it was installed"
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__}, with which it was compiled, has no CUDA"
-    if not Path(cpp_extension.CUDA_HOME or "", "bin", "nvcc").exists():
-        return "nvcc was not found when it was installed (CUDA_HOME says where)"
-    return None if csrc("cu") else "this version has no CUDA sources (csrc/**/*.cu)"
+def csrc(*suffixes):
+    return sorted(str(p.relative_to(ROOT)) for suffix in suffixes for p in (ROOT / "csrc").rglob(f"*.{suffix}"))
 
 
 def extension():
     compiler = subprocess.getoutput(f"{cpp_extension.get_cxx_compiler()} --version").partition("\n")[0]
-    REPORT.update(torch=torch.__version__, torch_cuda=torch.version.cuda, compiler=compiler, cuda_reason=why_no_cuda())
+    REPORT.update(torch=torch.__version__, torch_cuda=torch.version.cuda, compiler=compiler)
+    REPORT["cuda_reason"] = setup_cuda.why_not(CUDA, torch)
     if CUDA == "1" and REPORT["cuda_reason"]:
         raise SystemExit(f"RLHF_KERNELS_CUDA=1, but {REPORT['cuda_reason']}.")
     jobs = min(os.cpu_count() or 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 31)  # 2 GiB each
     os.environ.setdefault("MAX_JOBS", str(max(1, jobs)))
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # unset, torch would ask this machine's GPU
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     # No -march: wheels travel. Files that need AVX2 or AVX-512 ask for it by pragma and are chosen at run time.
     cxx = ["-std=c++20", "-O3", "-g0", *openmp, "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     flags = {"cxx": [*cxx, "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]}
-    kind, sources, macros = cpp_extension.CppExtension, csrc("cpp"), []
-    if not REPORT["cuda_reason"]:
-        kind, sources, macros = cpp_extension.CUDAExtension, sources + csrc("cu"), [("RLHF_KERNELS_CUDA", "1")]
-        flags["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
-    options = {"extra_compile_args": flags, "extra_link_args": openmp, "define_macros": macros, "depends": csrc("h")}
-    return kind("rlhf_kernels._C", sources, include_dirs=[str(ROOT / "csrc")], **options)
+    options = {"extra_compile_args": flags, "extra_link_args": openmp, "depends": csrc("h", "cuh")}
+    options["include_dirs"] = [str(ROOT / "csrc")]
+    if REPORT["cuda_reason"]:
+        sources = [path for path in csrc("cpp") if not path.endswith("_cuda.cpp") and "common/cuda/" not in path]
+        return cpp_extension.CppExtension("rlhf_kernels._C", sources, **options)
+    flags["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+    options["define_macros"] = [("RLHF_KERNELS_CUDA", "1")]
+    module = cpp_extension.CUDAExtension("rlhf_kernels._C", csrc("cpp", "cu"), **options)
+    return setup_cuda.complete(module, torch.version.cuda)
 
 
 class BuildExt(cpp_extension.BuildExtension if torch else build_ext):

@@ -6,9 +6,19 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from benchmarks.peers import Case, forwards, totals
+from benchmarks.peers import Case, bf16_vocab, forwards, totals
 
 has_trl = importlib.util.find_spec("trl") is not None
+
+
+@pytest.fixture(scope="module")
+def bf16_case():
+    return Case(torch.bfloat16, v=bf16_vocab())
+
+
+def name(case: Case, what: str) -> str:
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[case.dtype]
+    return f"log-probs {dtype} {case.n}x{case.d}x{case.v}, {what}"
 
 
 def error_of(case: Case) -> float:
@@ -19,34 +29,43 @@ def error_of(case: Case) -> float:
     return float(f"{(found - truth).abs().max():.1e}")
 
 
-def test_forward_bf16(compare):
-    case = Case(torch.bfloat16)
+def test_forward_bf16(compare, bf16_case):
     targets = {"bare GEMM": 1.35, "eager": 0.4}
-    compare("log-probs bf16 1024x1024x151936, forward", forwards(case), targets, rounds=7, error=error_of(case))
+    compare(name(bf16_case, "forward"), forwards(bf16_case), targets, rounds=7, error=error_of(bf16_case))
 
 
-def test_total_bf16(compare):
-    case = Case(torch.bfloat16)
+def test_total_bf16(compare, bf16_case):
     targets = {"bare GEMMs": 1.35, "eager": 0.5}
-    compare("log-probs bf16 1024x1024x151936, total", totals(case), targets, rounds=7, error=error_of(case))
+    compare(name(bf16_case, "total"), totals(bf16_case), targets, rounds=7, error=error_of(bf16_case))
 
 
 @pytest.mark.skipif(not has_trl, reason="TRL is not installed: pip install '.[peers]'")
-def test_total_bf16_against_trl(compare):
-    case = Case(torch.bfloat16)
-    compare("log-probs bf16 1024x1024x151936, total", totals(case), {"TRL": 0.1}, rounds=2, error=error_of(case))
+def test_total_bf16_against_trl(compare, bf16_case):
+    compare(name(bf16_case, "total"), totals(bf16_case), {"TRL": 0.1}, rounds=2, error=error_of(bf16_case))
+
+
+def test_forward_fp32(compare):
+    case = Case(torch.float32)
+    targets = {"bare GEMM": None, "eager": None}
+    compare(name(case, "forward"), forwards(case), targets, rounds=3, error=error_of(case))
 
 
 def test_total_fp32(compare):
     case = Case(torch.float32)
     targets = {"bare GEMMs": None, "eager": 1.3}
-    compare("log-probs fp32 1024x1024x151936, total", totals(case), targets, rounds=3, error=error_of(case))
+    compare(name(case, "total"), totals(case), targets, rounds=3, error=error_of(case))
+
+
+@pytest.mark.skipif(not has_trl, reason="TRL is not installed: pip install '.[peers]'")
+def test_total_fp32_against_trl(compare):
+    case = Case(torch.float32)
+    compare(name(case, "total"), totals(case), {"TRL": None}, rounds=2, error=error_of(case))
 
 
 def test_total_fp16(compare):
-    case = Case(torch.float16, v=50257)
+    case = Case(torch.float16, v=min(50257, bf16_vocab()))
     targets = {"eager": None}
-    compare("log-probs fp16 1024x1024x50257, total", totals(case), targets, rounds=3, error=error_of(case))
+    compare(name(case, "total"), totals(case), targets, rounds=3, error=error_of(case))
 
 
 @pytest.mark.parametrize("masked", [0.25, 0.5, 0.75])

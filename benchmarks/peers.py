@@ -6,6 +6,7 @@ leave gradients behind, in fresh memory as a training step does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from rlhf_kernels.testing import randn
 
+VOCAB = 151936  # Qwen's
 GEMM_TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full speed, small enough to stay in cache
 
 
@@ -25,7 +27,7 @@ class Case:
     dtype: torch.dtype
     n: int = 1024
     d: int = 1024
-    v: int = 151936  # Qwen's vocabulary
+    v: int = VOCAB
     masked: float = 0.0
 
     def __post_init__(self) -> None:
@@ -39,6 +41,22 @@ class Case:
 
     def backward(self, logprobs: Tensor) -> None:
         logprobs.sum().backward()
+
+
+def bf16_vocab() -> int:
+    """`VOCAB`, or a 64th of it where torch multiplies bf16 many times slower than fp32 (x86 without AVX-512, which has
+    no bf16 instructions): the whole would keep eager torch busy for an hour."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        dlogits, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 256, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            dlogits @ weight
+            times.append(time.perf_counter() - start)
+        return sorted(times)[2]
+
+    return VOCAB if seconds(torch.bfloat16) < 5 * seconds(torch.float32) else VOCAB // 64
 
 
 def eager_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -105,7 +123,7 @@ class DPOCase:
     s: int = 4
     t: int = 256
     d: int = 1024
-    v: int = 151936
+    v: int = VOCAB
 
     def __post_init__(self) -> None:
         shape = (self.s, self.t, self.d)
@@ -129,7 +147,7 @@ def dpo_steps(case: DPOCase) -> dict[str, Callable[[], None]]:
         logits_mib = 4 * case.labels.numel() * case.v >> 20
         rk.set_workspace_budget(2 * logits_mib)
         fused()
-        rk.set_workspace_budget(64)
+        rk.set_workspace_budget(None)
 
     def eager() -> None:
         def sums(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -11,30 +12,33 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-# Title, row of the table that it shows, and the contender whose time is 1 (None: the row is in MiB).
+# Title, the rows of the table that it shows, and the contender whose time is 1 (None: the rows are in MiB).
 PANELS = [
-    ("bf16: time, four bare GEMMs = 1", "log-probs bf16 1024x1024x151936, total", "bare GEMMs"),
-    ("fp32: time, four bare GEMMs = 1", "log-probs fp32 1024x1024x151936, total", "bare GEMMs"),
-    ("fp32: peak extra memory, MiB", "peak extra MiB, float32 1024x1024x151936, total", None),
-    ("bf16: peak extra memory, MiB", "peak extra MiB, bfloat16 1024x1024x151936, total", None),
+    ("bf16, V = {v}: time, four bare GEMMs = 1", r"log-probs bf16 1024x1024x(\d+), total", "bare GEMMs"),
+    ("bf16, V = {v}: peak extra memory, MiB", r"peak extra MiB, bfloat16 1024x1024x(\d+), total", None),
+    ("fp32, V = {v}: time, four bare GEMMs = 1", r"log-probs fp32 1024x1024x(\d+), total", "bare GEMMs"),
+    ("fp32, V = {v}: peak extra memory, MiB", r"peak extra MiB, float32 1024x1024x(\d+), total", None),
 ]
 INK = "#7d8590"  # readable on white and on black
 COLOURS = {"bare GEMMs": "#9aa4b0", "fused": "#2f81f7", "eager": "#d29922", "TRL": "#bc8cff"}
 
 
-def bars_of(rows: list[dict], what: str, unit: str | None) -> dict[str, float]:
-    """Contender -> time in units of `unit`'s, or MiB; empty where the row was not measured against `unit`."""
-    of = {row["against"]: row["ratio"] for row in rows if row["what"] == what}
+def panel_of(rows: list[dict], title: str, what: str, unit: str | None) -> tuple[str, dict[str, float], str | None]:
+    """The title, and contender -> time in units of `unit`'s, or MiB; empty where `unit` was not measured."""
+    matches = [(match, row) for row in rows if (match := re.fullmatch(what, row["what"]))]
+    of = {row["against"]: row["ratio"] for _, row in matches}
+    title = title.format(v=matches[0][0][1] if matches else "")
     if unit is None:
-        return of
+        return title, of, unit
     if unit not in of:
-        return {}
+        return title, {}, unit
     fused = of[unit]
-    return {unit: 1.0, "fused": fused} | {name: fused / ratio for name, ratio in of.items() if name != unit}
+    others = {name: fused / ratio for name, ratio in of.items() if name != unit}
+    return title, {unit: 1.0, "fused": fused} | others, unit
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    panels = [(title, bars, unit) for title, what, unit in PANELS if len(bars := bars_of(rows, what, unit)) > 1]
+    panels = [panel for parts in PANELS if len((panel := panel_of(rows, *parts))[1]) > 1]
     plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "rlhf_kernels", "font.size": 11})
     height = 0.9 + 0.4 * max(len(bars) for _, bars, _ in panels)
     figure, axes = plt.subplots((len(panels) + 1) // 2, 2, figsize=(9.2, height * ((len(panels) + 1) // 2)))

@@ -18,17 +18,18 @@ using at::ScalarType;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The schema's flat arguments, gathered into the two sides of the divergence.
+// The schemas' flat arguments, gathered into the two sides of the divergence.
+template <decltype(linear_kl_cpu) op>
 std::tuple<Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
                                      double scale, double softcap, double temperature, ScalarType gemm,
                                      const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias,
                                      double ref_scale, double ref_softcap, double ref_temperature, ScalarType ref_gemm,
                                      const Tensor& mask, bool policy_ref) {
-  return linear_kl_cpu({hidden, weight, bias, scale, softcap, temperature, gemm},
-                       {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask,
-                       policy_ref);
+  return op({hidden, weight, bias, scale, softcap, temperature, gemm},
+            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref);
 }
 
+template <decltype(linear_kl_backward_cpu) op>
 std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
                                                       const Tensor& hidden, const Tensor& weight,
                                                       const OptionalTensor& bias, double scale, double softcap,
@@ -37,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(const Tensor& grad_kl, con
                                                       double ref_scale, double ref_softcap, double ref_temperature,
                                                       ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
                                                       bool need_hidden, bool need_weight, bool need_bias) {
-  return linear_kl_backward_cpu(grad_kl, kl, stats, {hidden, weight, bias, scale, softcap, temperature, gemm},
-                                {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm},
-                                mask, policy_ref, need_hidden, need_weight, need_bias);
+  return op(grad_kl, kl, stats, {hidden, weight, bias, scale, softcap, temperature, gemm},
+            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref,
+            need_hidden, need_weight, need_bias);
 }
 
 }  // namespace
@@ -85,22 +86,36 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "float label_smoothing, float center_coefficient) -> (Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) {
-  m.impl("linear_logprobs", rk::linear_logprobs_cpu);
-  m.impl("linear_logprobs_backward", rk::linear_logprobs_backward_cpu);
-  m.impl("linear_kl", rk::linear_kl);
-  m.impl("linear_kl_backward", rk::linear_kl_backward);
-  m.impl("kl_penalty", rk::kl_penalty_cpu);
-  m.impl("kl_penalty_backward", rk::kl_penalty_backward_cpu);
-  m.impl("dpo_loss", rk::dpo_loss_cpu);
-  m.impl("dpo_loss_backward", rk::dpo_loss_backward_cpu);
-  m.impl("bradley_terry_loss", rk::bradley_terry_loss_cpu);
-  m.impl("bradley_terry_loss_backward", rk::bradley_terry_loss_backward_cpu);
-}
+#define RK_IMPLEMENT(m, device)                                                          \
+  m.impl("linear_logprobs", rk::linear_logprobs_##device);                               \
+  m.impl("linear_logprobs_backward", rk::linear_logprobs_backward_##device);             \
+  m.impl("linear_kl", rk::linear_kl<rk::linear_kl_##device>);                            \
+  m.impl("linear_kl_backward", rk::linear_kl_backward<rk::linear_kl_backward_##device>); \
+  m.impl("kl_penalty", rk::kl_penalty_##device);                                         \
+  m.impl("kl_penalty_backward", rk::kl_penalty_backward_##device);                       \
+  m.impl("dpo_loss", rk::dpo_loss_##device);                                             \
+  m.impl("dpo_loss_backward", rk::dpo_loss_backward_##device);                           \
+  m.impl("bradley_terry_loss", rk::bradley_terry_loss_##device);                         \
+  m.impl("bradley_terry_loss_backward", rk::bradley_terry_loss_backward_##device)
+
+#if defined(RK_CUDA_ON_HOST)  // tests execute the CUDA sources on CPU tensors
+TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) { RK_IMPLEMENT(m, cuda); }
+#else
+TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) { RK_IMPLEMENT(m, cpu); }
+#if defined(RLHF_KERNELS_CUDA)
+TORCH_LIBRARY_IMPL(rlhf_kernels, CUDA, m) { RK_IMPLEMENT(m, cuda); }
+#endif
+#endif
+
+#if defined(RLHF_KERNELS_CUDA)
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rlhf_kernels; the ops are under torch.ops.rlhf_kernels.";
-  m.def("has_cuda", [] { return false; }, "Whether CUDA kernels were compiled.");
+  m.def("has_cuda", [] { return kHasCuda; }, "Whether CUDA kernels were compiled.");
   m.def("cpu_isa", [] { return std::string(rk::tile_kernels().name); }, "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", [] { return std::string(rk::instruction_sets()); }, "Those this CPU can run, best first.");
   m.def(
@@ -112,8 +127,7 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "Chooses the instruction set of the CPU kernels, for tests and measurements.");
-  m.def("workspace_budget_mib", [] { return rk::workspace_budget_mib().load(); });
-  m.def("set_workspace_budget_mib", [](int64_t mib) { rk::workspace_budget_mib() = mib; });
+  m.def("set_workspace_budget_mib", [](int64_t mib) { rk::workspace_budget_mib() = mib; }, "0: the device's default.");
   m.def(
       "plan_forward",
       [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget, int64_t threads) {
@@ -128,4 +142,13 @@ PYBIND11_MODULE(_C, m) {
         return pybind11::make_tuple(p.tile, p.vocab_group, p.row_chunk, p.bytes);
       },
       "(tile, vocab_group, row_chunk, bytes) of linear_logprobs' backward.");
+  m.def(
+      "plan_device",
+      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t heads, int64_t element_size, bool cast_weight,
+         bool copy_hidden, bool backward, int64_t l2_bytes, int64_t budget) {
+        const rk::DeviceHeads sizes{hidden, heads * hidden, heads, element_size, cast_weight, copy_hidden};
+        const auto p = rk::plan_device(sizes, rows, vocab, hidden, backward, l2_bytes, budget);
+        return pybind11::make_tuple(p.tile, p.vocab_group, p.row_chunk, p.bytes);
+      },
+      "(tile, vocab_group, row_chunk, bytes) on CUDA; heads: 1, or 2 of the same width for the KL.");
 }

@@ -103,7 +103,7 @@ def build_info() -> dict[str, Any]:
     this machine; `compiler_output`: the last lines of a failed compilation; `triton`: its version or why not.
     """
     from . import __version__
-    from ._workspace import workspace_budget_bytes
+    from ._workspace import workspace_budget_mib
 
     cuda_reason = None if native_has_cuda() else _report.get("cuda_reason") or "the compiled part is not loaded"
     return {
@@ -117,6 +117,6 @@ def build_info() -> dict[str, Any]:
         "cuda": native_has_cuda(),
         "cuda_reason": cuda_reason,
         "cpu_isa": _native.cpu_isa() if _native else None,
-        "workspace_budget_mib": _native.workspace_budget_mib() if _native else workspace_budget_bytes() >> 20,
+        "workspace_budget_mib": {device: workspace_budget_mib(device) for device in ("cpu", "cuda")},
         "triton": _triton(),
     }

@@ -34,7 +34,7 @@ def map_counted_rows(
         return tuple(torch.where(counted, out, torch.zeros_like(out)) for out in outs)
 
     index = counted.nonzero().squeeze(1)
-    chunk = max(1, workspace_budget_bytes() // (_COPIES_OF_LOGITS * vocab_size * dtype.itemsize))
+    chunk = max(1, workspace_budget_bytes(counted.device) // (_COPIES_OF_LOGITS * vocab_size * dtype.itemsize))
     parts = [
         checkpoint(per_row, *(r[part] for r in rows), *shared, use_reentrant=False, preserve_rng_state=False)
         for part in index.split(chunk)

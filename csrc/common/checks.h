@@ -35,7 +35,7 @@ inline Format format_of(at::ScalarType dtype) {
 
 // [rows] floats of a per-row tensor that may be absent, of another dtype, or strided.
 inline at::Tensor float_rows(const std::optional<at::Tensor>& tensor, int64_t rows) {
-  if (!tensor || !tensor->defined()) return at::zeros({rows}, at::kFloat);
+  if (!tensor || !tensor->defined()) return at::zeros({rows}, at::kFloat);  // on CPU; CUDA kernels take null instead
   TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == rows, "a per-row tensor must be [", rows, "], got ",
                     tensor->sizes());
   return tensor->detach().to(at::kFloat).contiguous();

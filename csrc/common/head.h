@@ -29,12 +29,6 @@ inline bool runs_on_bf16(at::ScalarType gemm) {
   return gemm == at::kBFloat16 && at::native::cpublas::could_pack(at::kBFloat16);
 }
 
-inline LogitTransform transform_of(double scale, double softcap, double temperature) {
-  return {static_cast<float>(scale), static_cast<float>(softcap), static_cast<float>(temperature)};
-}
-
-inline at::Tensor or_empty(const at::Tensor& tensor) { return tensor.defined() ? tensor : at::empty({0}, at::kFloat); }
-
 // c [m][64] (+)= a [m][k] b, b packed [k][64]; one thread, fp32 sums.
 template <class T>
 void gemm_tile(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride, bool add) {

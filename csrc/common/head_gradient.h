@@ -7,19 +7,12 @@
 
 #include <vector>
 
+#include "common/gradients.h"
 #include "common/head.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 
 namespace rk {
-
-struct HeadGradients {
-  at::Tensor hidden, weight, bias;  // empty where not needed
-};
-
-struct GradientNeeds {
-  bool hidden, weight, bias;
-};
 
 template <class T>
 class HeadGradient {
@@ -38,7 +31,7 @@ class HeadGradient {
         width_(head.width()),
         padded_width_(round_up(width_, kRowBlock)),
         plan_(plan_backward(count_, head.vocab(), width_, recomputed_sizes_sum, widest, sizeof(T),
-                            workspace_budget_bytes())),
+                            workspace_budget_bytes(kCpuBudgetMib))),
         by_vocab_stride_(plan_.row_chunk + kPad),
         by_row_stride_(plan_.vocab_group + kPad) {
     needs_.bias = needs.bias && bias && bias->defined();

@@ -13,35 +13,7 @@ namespace RK_ISA {
 
 constexpr int kVectors = kRowBlock / kLanes;  // vectors of tokens in a tile's row
 
-enum class Transform { identity, affine, softcap };
-
-static inline Transform kind_of(const LogitTile& t) {
-  if (t.transform.softcap > 0) return Transform::softcap;
-  const bool plain = t.transform.scale == 1 && t.transform.temperature == 1 && t.bias == nullptr;
-  return plain ? Transform::identity : Transform::affine;
-}
-
-// The final logit z of a GEMM's output x, and dz/dx from z.
-template <Transform kind>
-struct LogitMap {
-  float gain, cap, inverse_cap, inverse_temperature, slope;
-
-  explicit LogitMap(const LogitTransform& t)
-      : gain(kind == Transform::softcap ? t.scale / t.softcap : t.scale / t.temperature),
-        cap(t.softcap / t.temperature),
-        inverse_cap(cap > 0 ? 1 / cap : 0),
-        slope(t.scale / t.temperature) {}
-
-  RK_INLINE VecF operator()(VecF x, float bias) const {
-    if constexpr (kind == Transform::identity) return x;
-    const VecF scaled = (x + bias) * gain;
-    return kind == Transform::softcap ? cap * Simd::tanh(scaled) : scaled;
-  }
-  RK_INLINE VecF derivative(VecF z) const {
-    const VecF t = z * inverse_cap;
-    return kind == Transform::softcap ? slope * (1.0f - t * t) : Simd::set(slope);
-  }
-};
+static inline Transform kind_of(const LogitTile& t) { return kind_of(t.transform, t.bias != nullptr); }
 
 static RK_INLINE float bias_of(const LogitTile& t, int64_t row) { return t.bias ? t.bias[t.vocab_begin + row] : 0.0f; }
 
@@ -49,7 +21,7 @@ static RK_INLINE float bias_of(const LogitTile& t, int64_t row) { return t.bias 
 template <Transform kind>
 static void finish_logits(const LogitTile& t) {
   if constexpr (kind == Transform::identity) return;
-  const LogitMap<kind> map(t.transform);
+  const LogitMap<Simd, kind> map(t.transform);
   for (int64_t row = 0; row < t.count; ++row) {
     float* z = t.logits + row * kRowBlock;
     const float bias = bias_of(t, row);

@@ -2,18 +2,14 @@
 //
 // Each function is a template on a maths policy M, which supplies the number type F and a handful of functions on it:
 // a vector of tokens on CPU (common/simd.h), or one float on a GPU and in scalar loops (ScalarMath below):
-//   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::max, M::min, M::select(mask, a, b)
+//   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::tanh, M::max, M::min, M::select(mask, a, b)
 // Comparing two F gives a mask for M::select. All quantities are in nats.
 #pragma once
 
 #include <cmath>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define RK_INLINE __host__ __device__ __forceinline__
-#else
-#define RK_INLINE inline __attribute__((always_inline))
-#endif
+#include "common/logit_transform.h"
 
 namespace rk {
 
@@ -43,9 +39,37 @@ struct ScalarMath {
   static RK_INLINE F expm1_minus_identity(F u) {
     return ::fabsf(u) < 1.0f ? expm1_minus_identity_series(u) : ::expm1f(u) - u;
   }
+  static RK_INLINE F tanh(F x) { return ::tanhf(x); }
   static RK_INLINE F max(F a, F b) { return a > b ? a : b; }
   static RK_INLINE F min(F a, F b) { return a < b ? a : b; }
   static RK_INLINE F select(bool mask, F a, F b) { return mask ? a : b; }
+};
+
+// ---- final logits --------------------------------------------------------------------------------------------------
+
+// The final logit z of a GEMM's output x, and dz/dx from z.
+template <class M, Transform kind>
+struct LogitMap {
+  using F = typename M::F;
+  float gain, cap, inverse_cap, slope;
+
+  RK_INLINE explicit LogitMap(const LogitTransform& t)
+      : gain(kind == Transform::softcap ? t.scale / t.softcap : t.scale / t.temperature),
+        cap(t.softcap / t.temperature),
+        inverse_cap(cap > 0 ? 1 / cap : 0),
+        slope(t.scale / t.temperature) {}
+
+  RK_INLINE F operator()(F x, float bias) const {
+    if constexpr (kind == Transform::identity) return x;
+    const F scaled = (x + bias) * gain;
+    if constexpr (kind == Transform::softcap) return cap * M::tanh(scaled);
+    return scaled;
+  }
+  RK_INLINE F derivative(F z) const {
+    if constexpr (kind != Transform::softcap) return M::set(slope);
+    const F t = z * inverse_cap;
+    return slope * (1.0f - t * t);
+  }
 };
 
 // ---- softmax statistics ------------------------------------------------------------------------------------------
@@ -91,6 +115,11 @@ RK_INLINE void merge(SoftmaxState<M>& a, SoftmaxState<M> b) {
   a.squares = a.squares + b.squares;
 }
 
+// log p of the logit z, of a row's whole vocabulary
+RK_INLINE float logprob_of(const SoftmaxState<ScalarMath>& s, float z) {
+  return (z - finite_max<ScalarMath>(s.max)) - ::logf(s.sum);
+}
+
 // H = -S p log p = log sum - S p (z - m)
 RK_INLINE float entropy_of(const SoftmaxState<ScalarMath>& s) { return ::logf(s.sum) - s.shifted / s.sum; }
 
@@ -131,8 +160,7 @@ RK_INLINE typename M::F target_logit_gradient(typename M::F z, RowGradient<M> ro
   return through_logprob + logit_gradient<M>(z, row, with_entropy);
 }
 
-// ---- KL divergence
-// ----------------------------------------------------------------------------------------------------
+// ---- KL divergence -------------------------------------------------------------------------------------------------
 
 // KL(p || q) of p = softmax(z) and q = softmax(y) over a part of the vocabulary, about a centre c (any number):
 // with u = (z - y) - c and the weights w = e^(z - max z) not yet normalised,

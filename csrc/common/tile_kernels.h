@@ -7,14 +7,11 @@
 
 #include <cstdint>
 
+#include "common/logit_transform.h"
+
 namespace rk {
 
 enum class Format : int32_t { f32, bf16, f16 };
-
-// What makes final logits of a GEMM's: z = cap tanh((x + bias) scale / cap) / temperature, without tanh where cap is 0.
-struct LogitTransform {
-  float scale = 1, softcap = 0, temperature = 1;
-};
 
 struct LogitTile {
   float* logits;  // [count][kRowBlock]

@@ -6,11 +6,17 @@
 
 namespace rk {
 
+// 0: not set, so that each kind of device has its own default.
 inline std::atomic<int64_t>& workspace_budget_mib() {
-  static std::atomic<int64_t> mib{64};
+  static std::atomic<int64_t> mib{0};
   return mib;
 }
 
-inline int64_t workspace_budget_bytes() { return workspace_budget_mib() << 20; }
+constexpr int64_t kCpuBudgetMib = 64, kCudaBudgetMib = 256;
+
+inline int64_t workspace_budget_bytes(int64_t default_mib) {
+  const int64_t mib = workspace_budget_mib();
+  return (mib ? mib : default_mib) << 20;
+}
 
 }  // namespace rk

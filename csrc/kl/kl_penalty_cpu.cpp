@@ -1,33 +1,17 @@
 // kl_penalty on CPU: one pass over the sampled tokens' log-probabilities.
 #include <ATen/Parallel.h>
 
-#include "common/online_softmax.h"
-#include "kl/linear_kl.h"
+#include "kl/kl_checks.h"
 
 namespace rk {
 namespace {
 
 using at::Tensor;
 
-// With log_ratio = ref - policy. The derivative is with respect to the policy's log-probability.
-float estimate(float log_ratio, int64_t estimator) {
-  if (estimator == 0) return -log_ratio;
-  if (estimator == 1) return 0.5f * log_ratio * log_ratio;
-  return ScalarMath::expm1_minus_identity(log_ratio);
-}
-
-float derivative(float log_ratio, int64_t estimator) {
-  if (estimator == 0) return 1;
-  if (estimator == 1) return -log_ratio;
-  return -ScalarMath::expm1(log_ratio);
-}
-
 // The ratio's difference is taken in fp32 after reading either dtype exactly.
 template <class F>
 Tensor map_log_ratio(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator, const F& value) {
-  TORCH_CHECK_VALUE(logprobs.sizes() == ref_logprobs.sizes(), "logprobs and ref_logprobs must share a shape, got ",
-                    logprobs.sizes(), " and ", ref_logprobs.sizes());
-  TORCH_CHECK_VALUE(estimator >= 0 && estimator <= 2, "estimator must be 0, 1 or 2, got ", estimator);
+  check_penalty(logprobs, ref_logprobs, estimator);
   const Tensor policy = logprobs.detach().to(at::kFloat).contiguous();
   const Tensor ref = ref_logprobs.detach().to(at::kFloat).contiguous();
   Tensor out = at::empty(logprobs.sizes(), at::kFloat);
@@ -42,8 +26,9 @@ Tensor map_log_ratio(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t
 }  // namespace
 
 Tensor kl_penalty_cpu(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
-  return map_log_ratio(logprobs, ref_logprobs, estimator,
-                       [&](int64_t, float log_ratio) { return estimate(log_ratio, estimator); });
+  return map_log_ratio(logprobs, ref_logprobs, estimator, [&](int64_t, float log_ratio) {
+    return kl_estimate(static_cast<KlEstimator>(estimator), log_ratio);
+  });
 }
 
 Tensor kl_penalty_backward_cpu(const Tensor& grad, const Tensor& logprobs, const Tensor& ref_logprobs,
@@ -51,8 +36,9 @@ Tensor kl_penalty_backward_cpu(const Tensor& grad, const Tensor& logprobs, const
   TORCH_CHECK_VALUE(grad.sizes() == logprobs.sizes(), "grad must be ", logprobs.sizes(), ", got ", grad.sizes());
   const Tensor upstream = grad.detach().to(at::kFloat).contiguous();
   const float* g = upstream.const_data_ptr<float>();
-  return map_log_ratio(logprobs, ref_logprobs, estimator,
-                       [&](int64_t i, float log_ratio) { return g[i] * derivative(log_ratio, estimator); });
+  return map_log_ratio(logprobs, ref_logprobs, estimator, [&](int64_t i, float log_ratio) {
+    return g[i] * kl_estimate_slope(static_cast<KlEstimator>(estimator), log_ratio);
+  });
 }
 
 }  // namespace rk

@@ -33,4 +33,10 @@ at::Tensor kl_penalty_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logp
 at::Tensor kl_penalty_backward_cpu(const at::Tensor& grad, const at::Tensor& logprobs, const at::Tensor& ref_logprobs,
                                    int64_t estimator);
 
+// The same on CUDA.
+decltype(linear_kl_cpu) linear_kl_cuda;
+decltype(linear_kl_backward_cpu) linear_kl_backward_cuda;
+decltype(kl_penalty_cpu) kl_penalty_cuda;
+decltype(kl_penalty_backward_cpu) kl_penalty_backward_cuda;
+
 }  // namespace rk

@@ -11,6 +11,7 @@
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "kl/kl_checks.h"
 
 namespace rk {
 namespace {
@@ -23,18 +24,6 @@ template <class T>
 Head<T> head_of(const KlSide& side) {
   return Head<T>(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
                  side.gemm_dtype);
-}
-
-void check(const KlSide& policy, const KlSide& ref, const Tensor& mask) {
-  check_head(policy.hidden, policy.weight, policy.bias);
-  check_head(ref.hidden, ref.weight, ref.bias);
-  format_of(policy.gemm_dtype);
-  format_of(ref.gemm_dtype);
-  TORCH_CHECK_VALUE(policy.weight.size(0) == ref.weight.size(0), "policy and reference must share a vocabulary, got ",
-                    policy.weight.size(0), " and ", ref.weight.size(0));
-  TORCH_CHECK_VALUE(policy.hidden.size(0) == ref.hidden.size(0), "policy and reference must have the same rows, got ",
-                    policy.hidden.size(0), " and ", ref.hidden.size(0));
-  check_rows("mask", mask, policy.hidden.size(0), at::kBool);
 }
 
 // Both models' hidden states, packed for a chunk of rows, and a worker's tiles of both heads.
@@ -91,7 +80,7 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
   const int64_t vocab = policy_side.weight.size(0);
   const ForwardPlan plan =
       plan_forward(rows.count(), vocab, policy_width + ref_width, std::max(policy_width, ref_width), sizeof(T), kFields,
-                   workspace_budget_bytes(), at::get_num_threads());
+                   workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
   Pair<T> pair(policy_side, ref_side, rows, std::min(blocks, chunk_blocks) * kRowBlock);
   std::array<std::vector<float>, 7> results;  // kl, then the six rows of stats
@@ -181,7 +170,7 @@ bool both_run_on_bf16(const KlSide& a, const KlSide& b) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const Tensor& mask, bool policy_ref) {
-  check(policy, ref, mask);
+  check_kl(policy, ref, mask);
   const int64_t n = mask.size(0);
   const auto rows = CountedRows::of_mask(mask);
   Tensor kl = at::zeros({n}, at::kFloat), stats = at::zeros({6, n}, at::kFloat);
@@ -194,13 +183,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl,
                                                           const KlSide& policy, const KlSide& ref, const Tensor& mask,
                                                           bool policy_ref, bool need_hidden, bool need_weight,
                                                           bool need_bias) {
-  check(policy, ref, mask);
+  check_kl(policy, ref, mask);
   const auto rows = CountedRows::of_mask(mask);
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
   const HeadGradients grads = both_run_on_bf16(policy, ref)
                                   ? backward<at::BFloat16>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs)
                                   : backward<float>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs);
-  return {or_empty(grads.hidden), or_empty(grads.weight), or_empty(grads.bias)};
+  return grads.tensors(policy.hidden);
 }
 
 }  // namespace rk

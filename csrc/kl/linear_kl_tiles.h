@@ -59,7 +59,7 @@ static void kl_forward(const KlForwardTile& a) {
 template <Transform kind>
 static void differentiate_kl(const KlBackwardTile& a) {
   const LogitTile& policy = a.policy_weighs ? a.weighing : a.other;
-  const LogitMap<kind> map(policy.transform);
+  const LogitMap<Simd, kind> map(policy.transform);
   for (int j = 0; j < kVectors; ++j) {
     const int64_t at = j * kLanes;
     KlRow<Simd> row;

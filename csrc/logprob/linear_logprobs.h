@@ -24,4 +24,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(
     double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype, bool need_hidden,
     bool need_weight, bool need_bias);
 
+// The same on CUDA.
+decltype(linear_logprobs_cpu) linear_logprobs_cuda;
+decltype(linear_logprobs_backward_cpu) linear_logprobs_backward_cuda;
+
 }  // namespace rk

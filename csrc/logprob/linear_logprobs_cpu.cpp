@@ -81,7 +81,7 @@ struct RowResults {
     }
     max[row] = state.max;
     log_sum[row] = std::log(state.sum);
-    logprob[row] = (target_logit[row] - finite_max<ScalarMath>(state.max)) - log_sum[row];
+    logprob[row] = logprob_of(state, target_logit[row]);
     if (outputs & kEntropy) entropy[row] = entropy_of(state);
     if (!(outputs & kExtras)) return;
     is_top1[row] = argmax == target ? 1 : 0;
@@ -94,7 +94,7 @@ template <class T>
 RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs, float* cache) {
   const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
   const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
-                                        workspace_budget_bytes(), at::get_num_threads());
+                                        workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   RowResults results(rows.targets.size());
   const Tensor operands = head.operands(hidden, rows.index);
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
     const Head<float> head(weight, bias, transform, gemm_dtype);
     return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, cache, needs);
   }();
-  return {or_empty(grads.hidden), or_empty(grads.weight), or_empty(grads.bias)};
+  return grads.tensors(hidden);
 }
 
 }  // namespace rk

@@ -90,7 +90,7 @@ static void logprob_forward(const LogprobForwardTile& a) {
 
 template <Transform kind, bool with_entropy>
 static void differentiate(const LogprobBackwardTile& a) {
-  const LogitMap<kind> map(a.tile.transform);
+  const LogitMap<Simd, kind> map(a.tile.transform);
   float* tile = a.tile.logits;
 
   // Targets first, from the untouched tile: few, one by one, in a lane of a vector so that the maths is the same code.

@@ -21,10 +21,7 @@ struct Pairs {
         chosen(chosen_in.contiguous()),
         rejected(rejected_in.contiguous()),
         type(static_cast<PairLoss>(loss_type)) {
-    TORCH_CHECK_VALUE(loss_type >= 0 && loss_type < kPairLosses, "loss_type must be in [0, ", kPairLosses, "), got ",
-                      loss_type);
-    check_rows("chosen_idxs", chosen, chosen.size(0), at::kLong);
-    check_rows("rejected_idxs", rejected, chosen.size(0), at::kLong);
+    check_pairs(chosen, rejected, loss_type);
     for (const Tensor* idxs : {&chosen, &rejected}) {
       for (int64_t i = 0; i < idxs->size(0); ++i) {
         const int64_t at = idxs->const_data_ptr<int64_t>()[i];

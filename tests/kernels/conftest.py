@@ -65,7 +65,7 @@ def small_budget():
     """The smallest workspace: many chunks and tiles even at the sizes of a test."""
     rk.set_workspace_budget(8)
     yield 8
-    rk.set_workspace_budget(64)
+    rk.set_workspace_budget(None)
 
 
 @pytest.fixture(autouse=True)

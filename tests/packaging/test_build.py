@@ -122,7 +122,7 @@ def test_import_is_light(installed, tmp_path):
 
 
 def test_sdist_holds_all_that_a_wheel_needs(unpacked_sdist, tmp_path):
-    needed = files(ROOT, "csrc/**/*", "setup.py", "pyproject.toml", "LICENSE", "README.md")
+    needed = files(ROOT, "csrc/**/*", "setup*.py", "pyproject.toml", "LICENSE", "README.md")
     assert needed.items() <= files(unpacked_sdist, "**/*").items()
     hook("build_wheel", unpacked_sdist, tmp_path, RLHF_KERNELS_NATIVE=0)  # compiling is tested above, from equal files
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
@@ -160,7 +160,7 @@ def test_editable_without_compiled_part(tmp_path):
     """The report of an editable install lies in the source tree, and a `_C` it does not speak of is gone."""
     for name in ("rlhf_kernels", "python", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=IGNORED)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "setup_cuda.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path / "tree")
     stale = tmp_path / "tree" / "rlhf_kernels" / "_C.of-an-earlier-build.so"
     stale.touch()
@@ -170,7 +170,6 @@ def test_editable_without_compiled_part(tmp_path):
 
 
 def test_cuda_on_request_fails_loudly_where_it_cannot_be(tmp_path):
-    """Here for want of CUDA in torch, of nvcc or of CUDA sources: whichever this machine lacks first."""
     before = "import torch; torch.version.cuda = None"
     told = hook("build_wheel", ROOT, tmp_path, before=before, ok=False, RLHF_KERNELS_CUDA=1, **scratch(tmp_path))
     assert told.splitlines()[-1].startswith("RLHF_KERNELS_CUDA=1, but torch") and "has no CUDA" in told

@@ -1,0 +1,36 @@
+// What the host side of an op asks of the device that its tensors live on.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if !defined(RK_CUDA_ON_HOST)
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <ATen/cuda/CUDAGraphsUtils.cuh>
+#endif
+
+namespace rk::cuda {
+
+// Makes the tensor's device the current one for a scope.
+class DeviceScope {
+ public:
+#if defined(RK_CUDA_ON_HOST)
+  explicit DeviceScope(const at::Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+  bool capturing() const { return false; }
+  int64_t l2_bytes() const { return 1 << 20; }
+#else
+  explicit DeviceScope(const at::Tensor& tensor) : guard_(tensor.device()) {}
+  cudaStream_t stream() const { return at::cuda::getCurrentCUDAStream(); }
+  bool capturing() const { return at::cuda::currentStreamCaptureStatusMayInitCtx() != at::cuda::CaptureStatus::None; }
+  int64_t l2_bytes() const { return at::cuda::getCurrentDeviceProperties()->l2CacheSize; }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+#endif
+};
+
+}  // namespace rk::cuda

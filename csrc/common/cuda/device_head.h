@@ -1,0 +1,125 @@
+// An LM head on a CUDA device: hands out tiles of raw logits, and operands in the GEMM's format.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+
+#include <optional>
+
+#include "common/checks.h"
+#include "common/cuda/copies.h"
+#include "common/cuda/device.h"
+#include "common/cuda/device_rows.h"
+#include "common/cuda/gemm.h"
+#include "common/cuda/tile.h"
+#include "common/tile_plan.h"
+#include "common/workspace.h"
+
+namespace rk::cuda {
+
+inline at::ScalarType dtype_of(Format format) {
+  return format == Format::f32 ? at::kFloat : format == Format::bf16 ? at::kBFloat16 : at::kHalf;
+}
+
+// Scratch of one call, from torch's allocator: what the GEMM library works in, at most an eighth of the budget.
+class Scratch {
+ public:
+  Scratch(const at::Tensor& like, const DeviceScope& device)
+      : budget_(workspace_budget_bytes(kCudaBudgetMib)), options_(like.options().dtype(at::kByte)) {
+    const int64_t bytes = std::min(kGemmWorkspaceBytes, budget_ / 8);
+    gemm_workspace_ = at::empty({bytes}, options_);
+    context_ = {gemm_workspace_.data_ptr(), bytes, at::globalContext().allowTF32CuBLAS(), device.stream()};
+  }
+
+  int64_t budget_left() const { return budget_ - gemm_workspace_.numel(); }
+  const GemmContext& gemm_context() const { return context_; }
+  at::Tensor floats(at::IntArrayRef sizes) const { return at::empty(sizes, options_.dtype(at::kFloat)); }
+  at::Tensor of(Format format, at::IntArrayRef sizes) const {
+    return at::empty(sizes, options_.dtype(dtype_of(format)));
+  }
+  at::Tensor bytes(int64_t count) const { return at::empty({count}, options_); }
+
+ private:
+  int64_t budget_;
+  at::TensorOptions options_;
+  at::Tensor gemm_workspace_;
+  GemmContext context_;
+};
+
+// A matrix that a GEMM reads: rows of `stride` elements.
+struct Operand {
+  const void* data;
+  int64_t stride;
+};
+
+class DeviceHead {
+ public:
+  // `gemm`: the dtype to which operands are rounded (autocast's, or the promoted type).
+  DeviceHead(const at::Tensor& weight, const std::optional<at::Tensor>& bias, LogitTransform transform,
+             at::ScalarType gemm, cudaStream_t stream)
+      : weight_(weight.detach()),
+        bias_(bias ? bias->detach().to(at::kFloat).contiguous() : at::Tensor()),
+        transform_(transform),
+        format_(format_of(gemm)),
+        stream_(stream),
+        direct_(weight.scalar_type() == gemm && weight.stride(1) == 1 && weight.stride(0) >= weight.size(1)) {}
+
+  int64_t vocab() const { return weight_.size(0); }
+  int64_t width() const { return weight_.size(1); }
+  Format format() const { return format_; }
+  bool casts() const { return !direct_; }
+  const at::Tensor& weight() const { return weight_; }
+
+  // Rows [begin, begin + count) of the head: in place, or cast into `scratch` [count][D].
+  Operand slice(int64_t begin, int64_t count, const at::Tensor& scratch) const {
+    const int64_t size = weight_.element_size();
+    const char* from = static_cast<const char*>(weight_.const_data_ptr()) + begin * weight_.stride(0) * size;
+    if (direct_) return {from, weight_.stride(0)};
+    gather_rows({from, weight_.stride(0), weight_.stride(1), format_of(weight_.scalar_type()), nullptr, count, width(),
+                 scratch.data_ptr(), width(), width(), format_},
+                stream_);
+    return {scratch.data_ptr(), width()};
+  }
+
+  bool reads_in_place(const at::Tensor& hidden, const DeviceRows& rows) const {
+    return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.stride(1) == 1 &&
+           hidden.stride(0) >= hidden.size(1);
+  }
+
+  // Hidden states of the rows that count, [count][D]: the tensor itself, or a copy in which other rows are zero.
+  at::Tensor operands(const at::Tensor& hidden, const DeviceRows& rows, const Scratch& scratch) const {
+    if (reads_in_place(hidden, rows)) return hidden.detach();
+    at::Tensor out = scratch.of(format_, {rows.count, width()});
+    gather_rows({hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), format_of(hidden.scalar_type()),
+                 rows.index_data(), rows.count, width(), out.data_ptr(), width(), width(), format_},
+                stream_);
+    return out;
+  }
+
+  // Raw logits of operand rows [row, row + rows) against a slice of `count` vocabulary rows from `begin` on.
+  Tile tile(const GemmContext& context, const at::Tensor& operands, int64_t row, int64_t rows, Operand slice,
+            int64_t begin, int64_t count, float* to, int64_t to_stride, int64_t nominal_rows) const {
+    const char* from = static_cast<const char*>(operands.const_data_ptr());
+    gemm(context, {rows, count, width(), from + row * operands.stride(0) * size_of(format_), operands.stride(0), false,
+                   slice.data, slice.stride, true, to, to_stride, false, format_, Format::f32, nominal_rows});
+    return tile_of(to, to_stride, begin, count);
+  }
+
+  Tile tile_of(const float* logits, int64_t stride, int64_t begin, int64_t count) const {
+    return {logits,
+            stride,
+            static_cast<int32_t>(count),
+            begin,
+            bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
+            transform_};
+  }
+
+ private:
+  at::Tensor weight_, bias_;
+  LogitTransform transform_;
+  Format format_;
+  cudaStream_t stream_;
+  bool direct_;
+};
+
+}  // namespace rk::cuda

@@ -1,0 +1,126 @@
+// linear_logprobs on CUDA: vendor GEMMs make logit tiles that stay in L2, row kernels fold them (forward) or turn them
+// into dlogits (backward).
+#include "common/cuda/device_gradient.h"
+#include "logprob/linear_logprobs.h"
+#include "logprob/logprob_kernels.h"
+
+namespace rk {
+namespace {
+
+using at::Tensor;
+using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch;
+
+constexpr int64_t kCacheRows = kRowBlock;  // the shape of a logit cache is the CPU's; here it holds rows of V logits
+
+DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
+                    const DeviceScope& device, bool backward) {
+  const DeviceHeads heads{
+      head.width(), head.width(), 1, cuda::size_of(head.format()), head.casts(), !head.reads_in_place(hidden, rows)};
+  return plan_device(heads, rows.count, head.vocab(), head.width(), backward, device.l2_bytes(), scratch.budget_left());
+}
+
+std::optional<Tensor> float_vector(const std::optional<Tensor>& values, int64_t rows) {
+  if (!values || !values->defined() || values->numel() == 0) return std::nullopt;
+  return float_rows(values, rows);
+}
+
+const float* data_of(const std::optional<Tensor>& values) { return values ? values->const_data_ptr<float>() : nullptr; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cuda(
+    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
+    double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
+    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, bool cache_logits) {
+  check_head(hidden, weight, bias);
+  const int64_t n = hidden.size(0), vocab = weight.size(0);
+  check_rows("targets", targets, n, at::kLong);
+  const DeviceScope device(hidden);
+  const Scratch scratch(hidden, device);
+  const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
+  const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
+                        device.stream());
+  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false);
+  const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
+  const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
+
+  const Tensor operands = head.operands(hidden, rows, scratch);
+  const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.width()});
+  const Tensor tile = scratch.floats({cache_logits ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
+  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, vocab, kCacheRows});
+  const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
+  auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
+  for (int64_t begin = 0; begin < vocab; begin += plan.tile) {
+    const int64_t columns = std::min(plan.tile, vocab - begin);
+    const Operand slice = head.slice(begin, columns, cast);
+    for (int64_t row = 0; row < rows.count; row += plan.row_chunk) {
+      const int64_t here = std::min(plan.row_chunk, rows.count - row);
+      float* to = cache_logits ? cache.data_ptr<float>() + row * vocab + begin : tile.data_ptr<float>();
+      const auto logits = head.tile(scratch.gemm_context(), operands, row, here, slice, begin, columns, to,
+                                    cache_logits ? vocab : plan.tile, plan.row_chunk);
+      cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
+    }
+  }
+
+  // Rows that do not count are exactly 0.
+  const auto results = [&](bool wanted) { return scratch.floats({wanted ? n : 0}).zero_(); };
+  const Tensor logprobs = results(true), max_logit = results(true), log_sum = results(true),
+               entropy = results(want_entropy), is_top1 = results(want_is_top1), mean_logit = results(want_mean_logit),
+               log_sum_sq_probs = results(want_log_sum_sq_probs);
+  const auto to = [](const Tensor& values) { return values.numel() ? values.data_ptr<float>() : nullptr; };
+  cuda::finish_logprobs(
+      state, rows.count, rows.index_data(), rows.target_data(), vocab,
+      {to(logprobs), to(max_logit), to(log_sum), to(entropy), to(is_top1), to(mean_logit), to(log_sum_sq_probs)},
+      device.stream());
+  return {logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, cache};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
+    const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_log_sum,
+    const std::optional<Tensor>& grad_entropy, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+    const std::optional<Tensor>& bias, const Tensor& max_logit, const Tensor& log_sum, const Tensor& entropy,
+    const Tensor& logit_cache, double logit_scale, double logit_softcap, double temperature, int64_t ignore_index,
+    at::ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) {
+  check_head(hidden, weight, bias);
+  const int64_t n = hidden.size(0), vocab = weight.size(0);
+  check_rows("targets", targets, n, at::kLong);
+  TORCH_CHECK_VALUE(logit_cache.numel() == 0 || (logit_cache.size(0) * kCacheRows >= n &&
+                                                 logit_cache.size(1) == vocab && logit_cache.is_contiguous()),
+                    "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
+  const DeviceScope device(hidden);
+  const Scratch scratch(hidden, device);
+  const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
+  const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
+                        device.stream());
+  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, true);
+
+  const auto max_values = float_rows(max_logit, n), sums = float_rows(log_sum, n);
+  const auto of_logprobs = float_vector(grad_logprobs, n), of_log_sum = float_vector(grad_log_sum, n);
+  const auto of_entropy = float_vector(grad_entropy, n);
+  const auto entropies = of_entropy ? float_vector(entropy, n) : std::nullopt;
+  const cuda::LogprobUpstream upstream{max_values.const_data_ptr<float>(),
+                                       sums.const_data_ptr<float>(),
+                                       data_of(entropies),
+                                       data_of(of_logprobs),
+                                       data_of(of_log_sum),
+                                       data_of(of_entropy),
+                                       rows.index_data(),
+                                       rows.target_data()};
+
+  const Tensor operands = head.operands(hidden, rows, scratch);
+  const float* cache = logit_cache.numel() ? logit_cache.const_data_ptr<float>() : nullptr;
+  const Tensor tile = scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
+  cuda::DeviceGradient gradient(head, hidden, bias, rows, operands, {need_hidden, need_weight, need_bias}, plan,
+                                scratch);
+  const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, int64_t row, int64_t here,
+                                 const cuda::DlogitsSink& sink) {
+    const auto logits = cache ? head.tile_of(cache + row * vocab + begin, vocab, begin, columns)
+                              : head.tile(scratch.gemm_context(), operands, row, here, slice, begin, columns,
+                                          tile.data_ptr<float>(), plan.tile, plan.row_chunk);
+    cuda::differentiate_logprobs(logits, row, here, upstream, sink.dz, sink.dz_stride, sink.format, sink.unrounded,
+                                 sink.unrounded_stride, device.stream());
+  };
+  return gradient.run(differentiate).tensors(hidden);
+}
+
+}  // namespace rk
