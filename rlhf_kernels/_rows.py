@@ -10,9 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ._workspace import workspace_budget_bytes
 
-# One chunk's logits, their shifted copy, exponentials and the gradient of each live at the same time.
-_COPIES_OF_LOGITS = 4
-
 
 def map_counted_rows(
     per_row: Callable[..., tuple[Tensor, ...]],
@@ -21,12 +18,16 @@ def map_counted_rows(
     shared: tuple[Tensor | None, ...],
     vocab_size: int,
     dtype: torch.dtype,
+    copies_of_logits: int = 4,
 ) -> tuple[Tensor, ...]:
     """Applies `per_row(*rows, *shared)` to the rows where `counted` [N] is true and returns zeros elsewhere.
 
     `rows` are tensors of N rows, `shared` are passed whole. Rows go through in chunks whose logits fit the workspace
     budget, and each chunk is recomputed in backward, so nothing `[N, vocab]` is ever held. Rows that do not count are
     never read: their output and gradient are exactly zero even where the inputs or the upstream hold NaN.
+
+    `copies_of_logits`: tensors of a chunk's [rows, vocab] that live at the same time: by default the logits, their
+    shifted copy, exponentials and a gradient.
     """
     if torch.compiler.is_compiling():  # a data-dependent number of rows would break the graph: mask instead
         rows = tuple(torch.where(counted.view(-1, *[1] * (r.dim() - 1)), r, torch.zeros_like(r)) for r in rows)
@@ -34,7 +35,7 @@ def map_counted_rows(
         return tuple(torch.where(counted, out, torch.zeros_like(out)) for out in outs)
 
     index = counted.nonzero().squeeze(1)
-    chunk = max(1, workspace_budget_bytes(counted.device) // (_COPIES_OF_LOGITS * vocab_size * dtype.itemsize))
+    chunk = max(1, workspace_budget_bytes(counted.device) // (copies_of_logits * vocab_size * dtype.itemsize))
     parts = [
         checkpoint(per_row, *(r[part] for r in rows), *shared, use_reentrant=False, preserve_rng_state=False)
         for part in index.split(chunk)

@@ -84,46 +84,58 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t vocab, int64_t hidden_si
 
 // On a GPU: a tile of logits and the slice of the head behind it share the L2 cache, a third each.
 struct DevicePlan {
-  int64_t tile;         // vocabulary rows of a logit tile; follows from the head and the device alone
-  int64_t row_chunk;    // rows of a tile, at most; also the size for which the GEMM's algorithm is chosen
-  int64_t vocab_group;  // backward: vocabulary rows whose dlogits are held at a time
-  int64_t bytes;        // of scratch: tiles, dlogits, and copies of operands that cannot be read in place
+  int64_t tile;          // vocabulary rows of a logit tile
+  int64_t row_chunk;     // rows of a tile, at most; also the size for which the GEMM's algorithm is chosen
+  int64_t vocab_group;   // backward: vocabulary rows whose dlogits are held at a time
+  int64_t rows_at_once;  // rows whose operands and dlogits are held; below all rows, dW needs an fp32 accumulator
+  int64_t bytes;         // of scratch
 };
 
 struct DeviceHeads {
   int64_t widest, hidden_sizes_sum;  // of all heads whose logits are computed: one, or two for the KL
   int64_t count;
   int64_t element_size;  // of the GEMM's operands
-  bool cast_weight;      // the head is not in the GEMM's format: its slices are copied
+  bool cast_weight;      // a head is not in the GEMM's format: its slices are copied
   bool copy_hidden;      // hidden states are gathered or cast
 };
 
 inline DevicePlan plan_device(const DeviceHeads& heads, int64_t rows, int64_t vocab, int64_t hidden_size, bool backward,
                               int64_t l2_bytes, int64_t budget) {
-  constexpr int64_t kStep = 128;
+  constexpr int64_t kStep = 128, kLargestGroup = 8192;  // the GEMMs that consume a larger group gain nothing
+  constexpr int64_t kStateBytes = 32;                   // a row's running statistics
   const int64_t share = l2_bytes / 3;
   const auto steps = [](int64_t x, int64_t least, int64_t most) { return std::clamp(x / kStep * kStep, least, most); };
   DevicePlan plan{};
   plan.tile = std::min(steps(share / (heads.widest * heads.element_size), 2 * kStep, 64 * kStep), round_up(vocab, 8));
   plan.row_chunk = steps(share / (4 * plan.tile * heads.count), kStep, 64 * kStep);
-  const int64_t held_rows = std::min(plan.row_chunk, std::max<int64_t>(rows, 1));
+  plan.vocab_group = backward ? std::max<int64_t>(1, kLargestGroup / plan.tile) * plan.tile : plan.tile;
+  plan.vocab_group = std::min(plan.vocab_group, round_up(vocab, plan.tile));
+  plan.rows_at_once = std::max<int64_t>(rows, 1);
   const auto bytes = [&] {
-    const int64_t tiles = heads.count * held_rows * plan.tile * 4;
-    const int64_t hidden = heads.copy_hidden ? rows * heads.hidden_sizes_sum * heads.element_size : 0;
-    const int64_t dlogits = rows * plan.vocab_group * heads.element_size;
-    const int64_t slice = std::max(plan.tile, plan.vocab_group) * hidden_size;
-    // A slice of the head cast, and the same slice of its gradient before it is rounded to the head's own format.
-    const int64_t cast = heads.cast_weight ? slice * (heads.element_size + (backward ? 4 : 0)) : 0;
-    return tiles + hidden + dlogits + cast;
+    const int64_t buffers = heads.count + (backward ? 1 : 0);  // backward: unrounded dlogits, where there is a bias
+    const int64_t tiles = buffers * std::min(plan.row_chunk, plan.rows_at_once) * plan.tile * 4;
+    const int64_t hidden = heads.copy_hidden ? plan.rows_at_once * heads.hidden_sizes_sum * heads.element_size : 0;
+    const int64_t kept = backward ? plan.rows_at_once * plan.vocab_group * heads.element_size  // dlogits
+                                  : plan.rows_at_once * kStateBytes;
+    const int64_t slices = plan.vocab_group * heads.hidden_sizes_sum;
+    const int64_t cast = heads.cast_weight ? slices * heads.element_size : 0;
+    const bool sums = backward && (heads.cast_weight || plan.rows_at_once < rows);
+    return tiles + hidden + kept + cast + (sums ? plan.vocab_group * hidden_size * 4 : 0);
   };
-  if (backward) {
-    constexpr int64_t kLargestGroup = 8192;  // beyond it, the GEMMs that consume a group gain nothing
-    plan.vocab_group = std::max(plan.tile, kLargestGroup / plan.tile * plan.tile);
-    plan.vocab_group = std::min(plan.vocab_group, round_up(vocab, plan.tile));
-    while (bytes() > budget && plan.vocab_group > plan.tile) plan.vocab_group -= plan.tile;
-    while (bytes() > budget && plan.tile > kStep) {
-      plan.tile = std::max(kStep, plan.tile / 2 / kStep * kStep);
-      plan.vocab_group = plan.tile;
+  // Groups shrink first, which costs least; tiles last, on which a row's bits may depend.
+  const auto half = [](int64_t x, int64_t step) { return std::max(step, ceil_div(x / 2, step) * step); };
+  while (bytes() > budget) {
+    if (plan.vocab_group > plan.tile) {
+      plan.vocab_group = half(plan.vocab_group, plan.tile);
+    } else if (plan.rows_at_once > plan.row_chunk) {
+      plan.rows_at_once = half(plan.rows_at_once, plan.row_chunk);
+    } else if (plan.row_chunk > kStep) {
+      plan.row_chunk = half(plan.row_chunk, kStep);
+      plan.rows_at_once = std::min(plan.rows_at_once, plan.row_chunk);
+    } else if (plan.tile > kStep) {
+      plan.vocab_group = plan.tile = half(plan.tile, kStep);
+    } else {
+      break;
     }
   }
   plan.bytes = bytes();

@@ -9,13 +9,14 @@ using M = DeviceMath;
 
 template <Transform kind, Transform other_kind>
 __global__ void __launch_bounds__(kThreads)
-    fold(Tile weighing, Tile other, bool aligned, bool other_aligned, bool first, KlRowState* rows) {
+    fold(Tile weighing, Tile other, LogitMap<M, kind> map, LogitMap<M, other_kind> other_map, bool aligned,
+         bool other_aligned, bool first, KlRowState* rows) {
   const int64_t row = blockIdx.x;
   auto state = KlState<M>::empty();
   for (int32_t begin = 0; begin < weighing.columns; begin += kBlockChunk) {
     float z[kChunk], y[kChunk];
-    load_chunk<kind>(weighing, row, begin, aligned, z);
-    load_chunk<other_kind>(other, row, begin, other_aligned, y);
+    load_chunk(weighing, map, row, begin, aligned, z);
+    load_chunk(other, other_map, row, begin, other_aligned, y);
     auto part = KlState<M>::empty();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -63,6 +64,7 @@ template <Transform other_kind, bool policy_weighs>
 struct KlGradient {
   KlUpstream upstream;
   Tile other;  // the tile of the model that is not the policy, of the same rows and vocabulary entries
+  LogitMap<M, other_kind> map;
   KlRow<M> gradient;
   const float* logits;
 
@@ -77,8 +79,7 @@ struct KlGradient {
   __device__ float operator()(float policy, int64_t vocab) const {
     const int64_t column = vocab - other.vocab_begin;
     if (column >= other.columns) return 0;
-    const float reference =
-        LogitMap<M, other_kind>(other.transform)(logits[column], other.bias ? other.bias[vocab] : 0);
+    const float reference = map(logits[column], other.bias ? other.bias[vocab] : 0.0f);
     return policy_weighs ? kl_gradient_of_weighing<M>(policy, reference, gradient)
                          : kl_gradient_of_other<M>(reference, policy, gradient);
   }
@@ -91,8 +92,9 @@ void fold_kl(const Tile& weighing, const Tile& other, int64_t count, bool first,
   if (count == 0) return;
   with_kind(weighing.kind(), [&](auto kind) {
     with_kind(other.kind(), [&](auto other_kind) {
-      RK_LAUNCH((fold<decltype(kind)::value, decltype(other_kind)::value>), count, kThreads, stream, weighing, other,
-                weighing.aligned(), other.aligned(), first, rows);
+      constexpr Transform k = decltype(kind)::value, o = decltype(other_kind)::value;
+      RK_LAUNCH((fold<k, o>), count, kThreads, stream, weighing, other, LogitMap<M, k>(weighing.transform),
+                LogitMap<M, o>(other.transform), weighing.aligned(), other.aligned(), first, rows);
     });
   });
 }
@@ -113,8 +115,9 @@ void differentiate_kl(const Tile& weighing, const Tile& other, bool policy_weigh
   };
   with_kind(reference.kind(), [&](auto kind) {
     constexpr Transform k = decltype(kind)::value;
-    policy_weighs ? run(KlGradient<k, true>{upstream, reference, {}, nullptr})
-                  : run(KlGradient<k, false>{upstream, reference, {}, nullptr});
+    const LogitMap<M, k> map(reference.transform);
+    policy_weighs ? run(KlGradient<k, true>{upstream, reference, map, {}, nullptr})
+                  : run(KlGradient<k, false>{upstream, reference, map, {}, nullptr});
   });
 }
 

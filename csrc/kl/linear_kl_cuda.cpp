@@ -10,26 +10,33 @@ namespace {
 using at::Tensor;
 using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::Tile;
 
-// A side's head, its operands, and room for its tile. Each side multiplies in its own format.
+// A side's head and room for its operands, its slice and its tile. Each side multiplies in its own format.
 struct Side {
+  const KlSide& from;
   DeviceHead head;
-  Tensor operands, cast, tile;
+  Tensor room, cast, tile;
 
   Side(const KlSide& side, const DeviceScope& device)
-      : head(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
+      : from(side),
+        head(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
              side.gemm_dtype, device.stream()) {}
 
-  void make_room(const KlSide& side, const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch,
-                 bool with_cast) {
-    operands = head.operands(side.hidden, rows, scratch);
-    cast = scratch.of(head.format(), {head.casts() && with_cast ? plan.tile : 0, head.width()});
+  bool copies(const DeviceRows& rows) const { return !head.reads_in_place(from.hidden, rows); }
+
+  void make_room(const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch, bool for_operands) {
+    room = head.room(from.hidden, rows, for_operands ? plan.rows_at_once : 0, scratch);
+    cast = scratch.of(head.format(), {head.casts() && for_operands ? plan.tile : 0, head.width()});
     tile = scratch.floats({std::min(plan.row_chunk, rows.count), plan.tile});
   }
 
-  Tile logits(const Scratch& scratch, const DevicePlan& plan, int64_t begin, int64_t columns, Operand slice,
-              int64_t row, int64_t here) const {
-    return head.tile(scratch.gemm_context(), operands, row, here, slice, begin, columns, tile.data_ptr<float>(),
-                     plan.tile, plan.row_chunk);
+  Operand operands(const DeviceRows& rows, int64_t first, int64_t count) const {
+    return head.operands(from.hidden, rows, first, count, room);
+  }
+
+  Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t rows, Operand slice,
+              int64_t begin, int64_t columns) const {
+    return head.tile(scratch.gemm_context(), operands, rows, slice, begin, columns, tile.data_ptr<float>(), plan.tile,
+                     plan.row_chunk);
   }
 };
 
@@ -42,16 +49,12 @@ struct Pair {
       : policy(policy_side, device), ref(ref_side, device) {
     const int64_t size = std::max(cuda::size_of(policy.head.format()), cuda::size_of(ref.head.format()));
     const DeviceHeads heads{
-        std::max(policy.head.width(), ref.head.width()),
-        policy.head.width() + ref.head.width(),
-        2,
-        size,
-        policy.head.casts() || ref.head.casts(),
-        !policy.head.reads_in_place(policy_side.hidden, rows) || !ref.head.reads_in_place(ref_side.hidden, rows)};
+        std::max(policy.head.width(), ref.head.width()), policy.head.width() + ref.head.width(), 2, size,
+        policy.head.casts() || ref.head.casts(),         policy.copies(rows) || ref.copies(rows)};
     plan = plan_device(heads, rows.count, policy.head.vocab(), policy.head.width(), backward, device.l2_bytes(),
                        scratch.budget_left());
-    policy.make_room(policy_side, rows, plan, scratch, !backward);  // in backward, DeviceGradient casts its slices
-    ref.make_room(ref_side, rows, plan, scratch, true);
+    policy.make_room(rows, plan, scratch, !backward);  // in backward, DeviceGradient has the policy's operands
+    ref.make_room(rows, plan, scratch, true);
   }
 };
 
@@ -67,16 +70,23 @@ std::tuple<Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSid
   const int64_t vocab = pair.policy.head.vocab(), n = mask.size(0);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::KlRowState)));
   auto* state = static_cast<cuda::KlRowState*>(states.data_ptr());
-  for (int64_t begin = 0; begin < vocab; begin += pair.plan.tile) {
-    const int64_t columns = std::min(pair.plan.tile, vocab - begin);
-    const Operand slice = pair.policy.head.slice(begin, columns, pair.policy.cast);
-    const Operand ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
-    for (int64_t row = 0; row < rows.count; row += pair.plan.row_chunk) {
-      const int64_t here = std::min(pair.plan.row_chunk, rows.count - row);
-      const Tile policy = pair.policy.logits(scratch, pair.plan, begin, columns, slice, row, here);
-      const Tile ref = pair.ref.logits(scratch, pair.plan, begin, columns, ref_slice, row, here);
-      cuda::fold_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, here, begin == 0, state + row,
-                    device.stream());
+  for (int64_t first = 0; first < rows.count; first += pair.plan.rows_at_once) {
+    const int64_t end = std::min(first + pair.plan.rows_at_once, rows.count);
+    const Operand operands = pair.policy.operands(rows, first, end - first);
+    const Operand ref_operands = pair.ref.operands(rows, first, end - first);
+    for (int64_t begin = 0; begin < vocab; begin += pair.plan.tile) {
+      const int64_t columns = std::min(pair.plan.tile, vocab - begin);
+      const Operand slice = pair.policy.head.slice(begin, columns, pair.policy.cast);
+      const Operand ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
+      for (int64_t row = first; row < end; row += pair.plan.row_chunk) {
+        const int64_t here = std::min(pair.plan.row_chunk, end - row);
+        const Tile policy = pair.policy.logits(scratch, pair.plan, pair.policy.head.part(operands, row - first), here,
+                                               slice, begin, columns);
+        const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - first), here,
+                                         ref_slice, begin, columns);
+        cuda::fold_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, here, begin == 0, state + row,
+                      device.stream());
+      }
     }
   }
   const Tensor kl = scratch.floats({n}).zero_(), stats = scratch.floats({6, n}).zero_();
@@ -98,21 +108,26 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl
   const Tensor grad_values = float_rows(grad_kl, n), kl_values = float_rows(kl, n), all_stats = stats.contiguous();
   const cuda::KlUpstream upstream{grad_values.const_data_ptr<float>(), kl_values.const_data_ptr<float>(),
                                   all_stats.const_data_ptr<float>(), n, rows.index_data()};
-  cuda::DeviceGradient gradient(pair.policy.head, policy_side.hidden, policy_side.bias, rows, pair.policy.operands,
+  cuda::DeviceGradient gradient(pair.policy.head, policy_side.hidden, policy_side.bias, rows,
                                 {need_hidden, need_weight, need_bias}, pair.plan, scratch);
-  int64_t sliced = -1;
-  Operand ref_slice{};
-  const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, int64_t row, int64_t here,
-                                 const cuda::DlogitsSink& sink) {
+  int64_t chunk = 0, sliced = -1;
+  Operand ref_operands{}, ref_slice{};
+  const auto prepare = [&](int64_t first, int64_t count) {
+    chunk = first;
+    ref_operands = pair.ref.operands(rows, first, count);
+  };
+  const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
+                                 int64_t here, const cuda::DlogitsSink& sink) {
     if (sliced != begin) ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
     sliced = begin;
-    const Tile policy = pair.policy.logits(scratch, pair.plan, begin, columns, slice, row, here);
-    const Tile ref = pair.ref.logits(scratch, pair.plan, begin, columns, ref_slice, row, here);
+    const Tile policy = pair.policy.logits(scratch, pair.plan, operands, here, slice, begin, columns);
+    const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), here, ref_slice,
+                                     begin, columns);
     cuda::differentiate_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, policy_ref, row, here, upstream,
                            sink.dz, sink.dz_stride, sink.format, sink.unrounded, sink.unrounded_stride,
                            device.stream());
   };
-  return gradient.run(differentiate).tensors(policy_side.hidden);
+  return gradient.run(prepare, differentiate).tensors(policy_side.hidden);
 }
 
 }  // namespace rk

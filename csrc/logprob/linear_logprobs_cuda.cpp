@@ -12,11 +12,13 @@ using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda
 
 constexpr int64_t kCacheRows = kRowBlock;  // the shape of a logit cache is the CPU's; here it holds rows of V logits
 
+// `kept_bytes`: of the budget, what a logit cache takes.
 DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
-                    const DeviceScope& device, bool backward) {
+                    const DeviceScope& device, bool backward, int64_t kept_bytes) {
   const DeviceHeads heads{
       head.width(), head.width(), 1, cuda::size_of(head.format()), head.casts(), !head.reads_in_place(hidden, rows)};
-  return plan_device(heads, rows.count, head.vocab(), head.width(), backward, device.l2_bytes(), scratch.budget_left());
+  const int64_t budget = std::max(scratch.budget_left() - kept_bytes, scratch.budget_left() / 8);
+  return plan_device(heads, rows.count, head.vocab(), head.width(), backward, device.l2_bytes(), budget);
 }
 
 std::optional<Tensor> float_vector(const std::optional<Tensor>& values, int64_t rows) {
@@ -40,25 +42,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
   const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
                         device.stream());
-  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false);
+  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, vocab, kCacheRows});
+  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
 
-  const Tensor operands = head.operands(hidden, rows, scratch);
+  const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
   const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.width()});
   const Tensor tile = scratch.floats({cache_logits ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
-  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, vocab, kCacheRows});
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
   auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
-  for (int64_t begin = 0; begin < vocab; begin += plan.tile) {
-    const int64_t columns = std::min(plan.tile, vocab - begin);
-    const Operand slice = head.slice(begin, columns, cast);
-    for (int64_t row = 0; row < rows.count; row += plan.row_chunk) {
-      const int64_t here = std::min(plan.row_chunk, rows.count - row);
-      float* to = cache_logits ? cache.data_ptr<float>() + row * vocab + begin : tile.data_ptr<float>();
-      const auto logits = head.tile(scratch.gemm_context(), operands, row, here, slice, begin, columns, to,
-                                    cache_logits ? vocab : plan.tile, plan.row_chunk);
-      cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
+  for (int64_t first = 0; first < rows.count; first += plan.rows_at_once) {
+    const int64_t end = std::min(first + plan.rows_at_once, rows.count);
+    const Operand operands = head.operands(hidden, rows, first, end - first, room);
+    for (int64_t begin = 0; begin < vocab; begin += plan.tile) {
+      const int64_t columns = std::min(plan.tile, vocab - begin);
+      const Operand slice = head.slice(begin, columns, cast);
+      for (int64_t row = first; row < end; row += plan.row_chunk) {
+        const int64_t here = std::min(plan.row_chunk, end - row);
+        float* to = cache_logits ? cache.data_ptr<float>() + row * vocab + begin : tile.data_ptr<float>();
+        const auto logits = head.tile(scratch.gemm_context(), head.part(operands, row - first), here, slice, begin,
+                                      columns, to, cache_logits ? vocab : plan.tile, plan.row_chunk);
+        cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
+      }
     }
   }
 
@@ -92,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
   const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
   const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
                         device.stream());
-  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, true);
+  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, true, logit_cache.nbytes());
 
   const auto max_values = float_rows(max_logit, n), sums = float_rows(log_sum, n);
   const auto of_logprobs = float_vector(grad_logprobs, n), of_log_sum = float_vector(grad_log_sum, n);
@@ -107,20 +113,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
                                        rows.index_data(),
                                        rows.target_data()};
 
-  const Tensor operands = head.operands(hidden, rows, scratch);
   const float* cache = logit_cache.numel() ? logit_cache.const_data_ptr<float>() : nullptr;
   const Tensor tile = scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
-  cuda::DeviceGradient gradient(head, hidden, bias, rows, operands, {need_hidden, need_weight, need_bias}, plan,
-                                scratch);
-  const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, int64_t row, int64_t here,
-                                 const cuda::DlogitsSink& sink) {
+  cuda::DeviceGradient gradient(head, hidden, bias, rows, {need_hidden, need_weight, need_bias}, plan, scratch);
+  const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
+                                 int64_t here, const cuda::DlogitsSink& sink) {
     const auto logits = cache ? head.tile_of(cache + row * vocab + begin, vocab, begin, columns)
-                              : head.tile(scratch.gemm_context(), operands, row, here, slice, begin, columns,
+                              : head.tile(scratch.gemm_context(), operands, here, slice, begin, columns,
                                           tile.data_ptr<float>(), plan.tile, plan.row_chunk);
     cuda::differentiate_logprobs(logits, row, here, upstream, sink.dz, sink.dz_stride, sink.format, sink.unrounded,
                                  sink.unrounded_stride, device.stream());
   };
-  return gradient.run(differentiate).tensors(hidden);
+  return gradient.run([](int64_t, int64_t) {}, differentiate).tensors(hidden);
 }
 
 }  // namespace rk

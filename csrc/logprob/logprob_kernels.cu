@@ -24,13 +24,13 @@ __device__ inline void merge_parts(Part& a, const Part& b) {
 
 template <Transform kind, int outputs>
 __global__ void __launch_bounds__(kThreads)
-    fold(Tile tile, bool aligned, const int64_t* targets, bool first, LogprobRow* rows) {
+    fold(Tile tile, LogitMap<M, kind> map, bool aligned, const int64_t* targets, bool first, LogprobRow* rows) {
   constexpr bool entropy = (outputs & kEntropy) != 0, extras = (outputs & kExtras) != 0;
   const int64_t row = blockIdx.x;
   Part part{SoftmaxState<M>::empty(), INT32_MAX, 0.0f, 0.0};
   for (int32_t begin = 0; begin < tile.columns; begin += kBlockChunk) {
     float z[kChunk];
-    load_chunk<kind>(tile, row, begin, aligned, z);
+    load_chunk(tile, map, row, begin, aligned, z);
     float chunk_max = part.softmax.max;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t target = targets[row] - tile.vocab_begin;
   if (target >= 0 && target < tile.columns) {
     const float bias = tile.bias ? tile.bias[targets[row]] : 0.0f;
-    target_logit = LogitMap<M, kind>(tile.transform)(tile.logits[row * tile.stride + target], bias);
+    target_logit = map(tile.logits[row * tile.stride + target], bias);
   }
   if (!first) {
     Part running{{state.max, state.sum, state.shifted, state.squares}, state.argmax, 0.0f, state.logit_sum};
@@ -120,13 +120,19 @@ void fold_logprobs(const Tile& tile, int64_t count, const int64_t* targets, int3
   const bool aligned = tile.aligned();
   with_kind(tile.kind(), [&](auto kind) {
     constexpr Transform k = decltype(kind)::value;
+    const LogitMap<M, k> map(tile.transform);
     switch (outputs) {
-      case kPlain: RK_LAUNCH((fold<k, kPlain>), count, kThreads, stream, tile, aligned, targets, first, rows); break;
-      case kEntropy:
-        RK_LAUNCH((fold<k, kEntropy>), count, kThreads, stream, tile, aligned, targets, first, rows);
+      case kPlain:
+        RK_LAUNCH((fold<k, kPlain>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
         break;
-      case kExtras: RK_LAUNCH((fold<k, kExtras>), count, kThreads, stream, tile, aligned, targets, first, rows); break;
-      default: RK_LAUNCH((fold<k, kEntropy | kExtras>), count, kThreads, stream, tile, aligned, targets, first, rows);
+      case kEntropy:
+        RK_LAUNCH((fold<k, kEntropy>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
+        break;
+      case kExtras:
+        RK_LAUNCH((fold<k, kExtras>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
+        break;
+      default:
+        RK_LAUNCH((fold<k, kEntropy | kExtras>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
     }
   });
 }

@@ -9,14 +9,29 @@ from .._logits import LogitTransform, logit_dtype, raw_logits, rounded_upcast
 from .._rows import map_counted_rows
 
 
+class _Expm1MinusIdentity(torch.autograd.Function):
+    """A function of its own so that autograd keeps u, and not every step of the series."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(u)
+        small = u.abs() < 1
+        v = torch.where(small, u, 0.0)
+        series = torch.full_like(v, 1.0)
+        for n in range(12, 2, -1):  # Horner: 1 + v/3 (1 + v/4 (1 + ...)), times v^2 / 2
+            series = 1.0 + series * v / n
+        return torch.where(small, 0.5 * v * v * series, torch.expm1(torch.where(small, 0.0, u)) - u)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        (u,) = ctx.saved_tensors
+        return grad * torch.expm1(u)
+
+
 def expm1_minus_identity(u: Tensor) -> Tensor:
     """e^u - 1 - u >= 0 without cancellation: for |u| < 1 the Taylor series u^2 (1/2! + u/3! + ... + u^10/12!)."""
-    small = u.abs() < 1
-    v = torch.where(small, u, 0.0)
-    series = torch.full_like(v, 1.0)
-    for n in range(12, 2, -1):  # Horner: 1 + v/3 (1 + v/4 (1 + ...)), times v^2 / 2
-        series = 1.0 + series * v / n
-    return torch.where(small, 0.5 * v * v * series, torch.expm1(torch.where(small, 0.0, u)) - u)
+    result: Tensor = _Expm1MinusIdentity.apply(u)  # type: ignore[no-untyped-call]
+    return result
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -77,6 +92,7 @@ def linear_kl(
         return (terms.sum(-1),)
 
     (kl,) = map_counted_rows(
-        per_row, mask, (hidden, ref_hidden.detach()), (weight, bias, ref_weight, ref_bias), weight.shape[0], dtype
-    )
+        per_row, mask, (hidden, ref_hidden.detach()), (weight, bias, ref_weight, ref_bias), weight.shape[0], dtype,
+        copies_of_logits=16,  # of two models, with their masks, and the gradients of most
+    )  # fmt: skip
     return kl

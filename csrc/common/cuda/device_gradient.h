@@ -24,9 +24,8 @@ struct DlogitsSink {
 class DeviceGradient {
  public:
   DeviceGradient(const DeviceHead& head, const at::Tensor& hidden, const std::optional<at::Tensor>& bias,
-                 const DeviceRows& rows, const at::Tensor& operands, GradientNeeds needs, const DevicePlan& plan,
-                 const Scratch& scratch)
-      : head_(head), hidden_(hidden), rows_(rows), operands_(operands), needs_(needs), plan_(plan), scratch_(scratch) {
+                 const DeviceRows& rows, GradientNeeds needs, const DevicePlan& plan, const Scratch& scratch)
+      : head_(head), hidden_(hidden), rows_(rows), needs_(needs), plan_(plan), scratch_(scratch) {
     needs_.bias = needs.bias && bias && bias->defined();
     const at::Tensor& weight = head.weight();
     if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
@@ -35,65 +34,80 @@ class DeviceGradient {
       bias_sums_ = scratch.floats({head.vocab()}).zero_();
       bias_dtype_ = bias->scalar_type();
     }
+    // Rounded once: sums over several chunks of rows, or of a format that the GEMM does not write, are fp32 until then.
     const Format stored = format_of(weight.scalar_type());
-    rounds_weight_ = stored != Format::f32 && stored != head.format();
+    sums_weight_ = plan.rows_at_once < rows.count || (stored != Format::f32 && stored != head.format());
   }
 
-  // differentiate(begin, count, slice, row, rows, sink): writes the dlogits of vocabulary entries [begin, begin +
-  // count) and operand rows [row, row + rows) to the sink; `slice` holds those entries of the head.
-  template <class Differentiate>
-  HeadGradients run(const Differentiate& differentiate) {
+  // prepare(first, rows): a chunk of rows begins.
+  // differentiate(begin, columns, slice, operands, row, rows, sink): writes the dlogits of vocabulary entries
+  // [begin, begin + columns), which `slice` holds, and rows [row, row + rows), of which `operands` are the first, to
+  // the sink.
+  template <class Prepare, class Differentiate>
+  HeadGradients run(const Prepare& prepare, const Differentiate& differentiate) {
     const Format format = head_.format();
     const int64_t vocab = head_.vocab(), width = head_.width(), count = rows_.count;
+    const int64_t held = std::min(plan_.rows_at_once, count);
     const at::Tensor cast = scratch_.of(format, {head_.casts() ? plan_.vocab_group : 0, width});
-    const at::Tensor weight_sums = scratch_.floats({needs_.weight && rounds_weight_ ? plan_.vocab_group : 0, width});
-    const at::Tensor dz = scratch_.of(format, {std::max<int64_t>(count, 1), plan_.vocab_group});
+    const at::Tensor room = head_.room(hidden_, rows_, plan_.rows_at_once, scratch_);
+    const at::Tensor weight_sums = scratch_.floats({needs_.weight && sums_weight_ ? plan_.vocab_group : 0, width});
+    const at::Tensor dz = scratch_.of(format, {held, plan_.vocab_group});
     const at::Tensor unrounded = scratch_.floats({needs_.bias ? std::min(plan_.row_chunk, count) : 0, plan_.tile});
-    if (count == 0) return finish();
 
-    for (int64_t begin = 0; begin < vocab; begin += plan_.vocab_group) {
+    for (int64_t begin = 0; begin < vocab && count > 0; begin += plan_.vocab_group) {
       const int64_t group = std::min(plan_.vocab_group, vocab - begin);
       const Operand slice = head_.slice(begin, group, cast);
-      for (int64_t from = 0; from < group; from += plan_.tile) {
-        const int64_t columns = std::min(plan_.tile, group - from);
-        for (int64_t row = 0; row < count; row += plan_.row_chunk) {
-          const int64_t here = std::min(plan_.row_chunk, count - row);
-          const Operand part{at(slice.data, from * slice.stride), slice.stride};
-          differentiate(begin + from, columns, part, row, here,
-                        DlogitsSink{const_cast<void*>(at(dz.data_ptr(), row * dz.stride(0) + from)), dz.stride(0),
-                                    format, needs_.bias ? unrounded.data_ptr<float>() : nullptr, plan_.tile});
-          if (needs_.bias) {
-            add_column_sums(unrounded.const_data_ptr<float>(), plan_.tile, here, columns,
-                            bias_sums_.data_ptr<float>() + begin + from, scratch_.gemm_context().stream);
+      for (int64_t first = 0; first < count; first += held) {
+        const int64_t rows = std::min(held, count - first);
+        if (begin == 0 || held < count) {  // the only chunk stays for all groups
+          prepare(first, rows);
+          operands_ = head_.operands(hidden_, rows_, first, rows, room);
+        }
+        for (int64_t from = 0; from < group; from += plan_.tile) {
+          const int64_t columns = std::min(plan_.tile, group - from);
+          for (int64_t row = 0; row < rows; row += plan_.row_chunk) {
+            const int64_t here = std::min(plan_.row_chunk, rows - row);
+            void* to = static_cast<char*>(dz.data_ptr()) + (row * dz.stride(0) + from) * size_of(format);
+            differentiate(
+                begin + from, columns, head_.part(slice, from), head_.part(operands_, row), first + row, here,
+                DlogitsSink{to, dz.stride(0), format, needs_.bias ? unrounded.data_ptr<float>() : nullptr, plan_.tile});
+            if (needs_.bias) {
+              add_column_sums(unrounded.const_data_ptr<float>(), plan_.tile, here, columns,
+                              bias_sums_.data_ptr<float>() + begin + from, scratch_.gemm_context().stream);
+            }
           }
         }
+        if (needs_.weight) multiply_weight(begin, group, rows, first, dz, weight_sums);
+        if (needs_.hidden) {
+          gemm(scratch_.gemm_context(),
+               {rows, width, group, dz.const_data_ptr(), dz.stride(0), false, slice.data, slice.stride, false,
+                sums_.data_ptr<float>() + first * width, width, begin > 0, format, Format::f32, rows});
+        }
       }
-      if (needs_.weight) multiply_weight(begin, group, dz, weight_sums);
-      if (needs_.hidden) {
-        gemm(scratch_.gemm_context(),
-             {count, width, group, dz.const_data_ptr(), dz.stride(0), false, slice.data, slice.stride, false,
-              sums_.data_ptr(), width, begin > 0, format, Format::f32, count});
-      }
+      if (needs_.weight && sums_weight_) round_weight(begin, group, weight_sums);
     }
     return finish();
   }
 
  private:
-  const void* at(const void* data, int64_t elements) const {
-    return static_cast<const char*>(data) + elements * size_of(head_.format());
+  char* weight_rows(int64_t begin) const {
+    const at::Tensor& out = gradients_.weight;
+    return static_cast<char*>(out.data_ptr()) + begin * head_.width() * out.element_size();
   }
 
-  void multiply_weight(int64_t begin, int64_t group, const at::Tensor& dz, const at::Tensor& weight_sums) const {
-    const at::Tensor& out = gradients_.weight;
-    const Format format = head_.format(), stored = format_of(out.scalar_type());
+  void multiply_weight(int64_t begin, int64_t group, int64_t rows, int64_t first, const at::Tensor& dz,
+                       const at::Tensor& weight_sums) const {
+    const Format format = head_.format();
+    void* to = sums_weight_ ? weight_sums.data_ptr() : weight_rows(begin);
+    gemm(scratch_.gemm_context(), {group, head_.width(), rows, dz.const_data_ptr(), dz.stride(0), true, operands_.data,
+                                   operands_.stride, false, to, head_.width(), first > 0, format,
+                                   sums_weight_ ? Format::f32 : format_of(gradients_.weight.scalar_type()), group});
+  }
+
+  void round_weight(int64_t begin, int64_t group, const at::Tensor& weight_sums) const {
     const int64_t width = head_.width();
-    void* to = static_cast<char*>(out.data_ptr()) + begin * width * size_of(stored);
-    gemm(scratch_.gemm_context(),
-         {group, width, rows_.count, dz.const_data_ptr(), dz.stride(0), true, operands_.const_data_ptr(),
-          operands_.stride(0), false, rounds_weight_ ? weight_sums.data_ptr() : to, width, false, format,
-          rounds_weight_ ? Format::f32 : stored, group});
-    if (!rounds_weight_) return;
-    gather_rows({weight_sums.const_data_ptr(), width, 1, Format::f32, nullptr, group, width, to, width, width, stored},
+    gather_rows({weight_sums.const_data_ptr(), width, 1, Format::f32, nullptr, group, width, weight_rows(begin), width,
+                 width, format_of(gradients_.weight.scalar_type())},
                 scratch_.gemm_context().stream);
   }
 
@@ -112,14 +126,14 @@ class DeviceGradient {
   const DeviceHead& head_;
   const at::Tensor& hidden_;
   const DeviceRows& rows_;
-  const at::Tensor& operands_;
   GradientNeeds needs_;
   DevicePlan plan_;
   const Scratch& scratch_;
   HeadGradients gradients_;
   at::Tensor sums_, bias_sums_;
   at::ScalarType bias_dtype_ = at::kFloat;
-  bool rounds_weight_ = false;
+  Operand operands_{};
+  bool sums_weight_ = false;
 };
 
 }  // namespace rk::cuda

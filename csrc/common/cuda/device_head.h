@@ -86,22 +86,33 @@ class DeviceHead {
            hidden.stride(0) >= hidden.size(1);
   }
 
-  // Hidden states of the rows that count, [count][D]: the tensor itself, or a copy in which other rows are zero.
-  at::Tensor operands(const at::Tensor& hidden, const DeviceRows& rows, const Scratch& scratch) const {
-    if (reads_in_place(hidden, rows)) return hidden.detach();
-    at::Tensor out = scratch.of(format_, {rows.count, width()});
-    gather_rows({hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), format_of(hidden.scalar_type()),
-                 rows.index_data(), rows.count, width(), out.data_ptr(), width(), width(), format_},
-                stream_);
-    return out;
+  // Room for operands() of `rows_at_once` rows, if they have to be copied.
+  at::Tensor room(const at::Tensor& hidden, const DeviceRows& rows, int64_t rows_at_once,
+                  const Scratch& scratch) const {
+    return scratch.of(format_, {reads_in_place(hidden, rows) ? 0 : std::min(rows_at_once, rows.count), width()});
   }
 
-  // Raw logits of operand rows [row, row + rows) against a slice of `count` vocabulary rows from `begin` on.
-  Tile tile(const GemmContext& context, const at::Tensor& operands, int64_t row, int64_t rows, Operand slice,
-            int64_t begin, int64_t count, float* to, int64_t to_stride, int64_t nominal_rows) const {
-    const char* from = static_cast<const char*>(operands.const_data_ptr());
-    gemm(context, {rows, count, width(), from + row * operands.stride(0) * size_of(format_), operands.stride(0), false,
-                   slice.data, slice.stride, true, to, to_stride, false, format_, Format::f32, nominal_rows});
+  // Hidden states of the rows that count from the `first` of them on: in place, or copied to `room`, where a row that
+  // does not count is zero.
+  Operand operands(const at::Tensor& hidden, const DeviceRows& rows, int64_t first, int64_t count,
+                   const at::Tensor& room) const {
+    if (reads_in_place(hidden, rows)) return part({hidden.const_data_ptr(), hidden.stride(0)}, first);
+    gather_rows({hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), format_of(hidden.scalar_type()),
+                 rows.index_data() + first, count, width(), room.data_ptr(), width(), width(), format_},
+                stream_);
+    return {room.data_ptr(), width()};
+  }
+
+  // The operand's rows from `row` on.
+  Operand part(Operand whole, int64_t row) const {
+    return {static_cast<const char*>(whole.data) + row * whole.stride * size_of(format_), whole.stride};
+  }
+
+  // Raw logits of `rows` operands against a slice of `count` vocabulary rows from `begin` on.
+  Tile tile(const GemmContext& context, Operand operands, int64_t rows, Operand slice, int64_t begin, int64_t count,
+            float* to, int64_t to_stride, int64_t nominal_rows) const {
+    gemm(context, {rows, count, width(), operands.data, operands.stride, false, slice.data, slice.stride, true, to,
+                   to_stride, false, format_, Format::f32, nominal_rows});
     return tile_of(to, to_stride, begin, count);
   }
 

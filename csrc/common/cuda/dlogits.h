@@ -32,14 +32,13 @@ __device__ inline void store_dlogits(const float (&d)[kVector], int32_t column, 
 // 0); `gradient(z, vocab)` is d loss / d z of the final logit z.
 template <Transform kind, class Out, class Gradient>
 __global__ void __launch_bounds__(kThreads)
-    differentiate_row(Tile tile, bool aligned, int64_t first_row, Gradient gradient, Out* dz, int64_t dz_stride,
-                      bool dz_aligned, float* unrounded, int64_t unrounded_stride) {
+    differentiate_row(Tile tile, LogitMap<DeviceMath, kind> map, bool aligned, int64_t first_row, Gradient gradient,
+                      Out* dz, int64_t dz_stride, bool dz_aligned, float* unrounded, int64_t unrounded_stride) {
   const int64_t row = blockIdx.x;
   const bool counts = gradient.start(first_row + row);
-  const LogitMap<DeviceMath, kind> map(tile.transform);
   for (int32_t begin = 0; begin < tile.columns; begin += kBlockChunk) {
     float z[kChunk];
-    load_chunk<kind>(tile, row, begin, aligned, z);
+    load_chunk(tile, map, row, begin, aligned, z);
 #pragma unroll
     for (int i = 0; i < kChunk; i += kVector) {
       const int32_t column = column_of(begin, i);
@@ -62,10 +61,12 @@ void differentiate(const Tile& tile, int64_t row, int64_t count, const Gradient&
   const bool dz_aligned =
       reinterpret_cast<uintptr_t>(dz) % (kVector * size_of(format)) == 0 && dz_stride % kVector == 0;
   with_kind(tile.kind(), [&](auto kind) {
+    constexpr Transform k = decltype(kind)::value;
+    const LogitMap<DeviceMath, k> map(tile.transform);
     with_type(format, [&](auto out) {
       using Out = typename decltype(out)::type;
-      RK_LAUNCH((differentiate_row<decltype(kind)::value, Out, Gradient>), count, kThreads, stream, tile, aligned, row,
-                gradient, static_cast<Out*>(dz), dz_stride, dz_aligned, unrounded, unrounded_stride);
+      RK_LAUNCH((differentiate_row<k, Out, Gradient>), count, kThreads, stream, tile, map, aligned, row, gradient,
+                static_cast<Out*>(dz), dz_stride, dz_aligned, unrounded, unrounded_stride);
     });
   });
 }

@@ -79,9 +79,9 @@ uint32_t alignment_of(const void* data, int64_t stride, Format format) {
 using Key = std::tuple<int, int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<uint32_t, 3>,
                        std::array<bool, 4>, Format, Format, int64_t>;
 
-cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context, const GemmArgs& args,
+cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context, const GemmArgs& args, int64_t m,
                             const std::array<uint32_t, 3>& alignments) {
-  const Problem problem(context, args, args.nominal_m);
+  const Problem problem(context, args, m);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -101,7 +101,7 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context
       cublasLtMatmulAlgoGetHeuristic(library, problem.operation.handle, problem.first.handle, problem.second.handle,
                                      problem.result.handle, problem.result.handle, preference.handle, 1, &best, &found);
   if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
-    throw std::runtime_error("cuBLASLt has no algorithm for a product of [" + std::to_string(args.nominal_m) + ", " +
+    throw std::runtime_error("cuBLASLt has no algorithm for a product of [" + std::to_string(m) + ", " +
                              std::to_string(args.k) + "] and [" + std::to_string(args.k) + ", " +
                              std::to_string(args.n) + "]: " + cublasLtGetStatusString(status));
   }
@@ -151,16 +151,23 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
     handle = of_device;
     auto known = shared.algorithms.find(key);
     if (known == shared.algorithms.end()) {
-      known = shared.algorithms.emplace(key, choose(handle, context, args, alignments)).first;
+      known = shared.algorithms.emplace(key, choose(handle, context, args, args.nominal_m, alignments)).first;
     }
     algorithm = known->second;
   }
   const Problem problem(context, args, args.m);
   const float alpha = 1, beta = args.accumulate ? 1 : 0;
-  check(cublasLtMatmul(handle, problem.operation.handle, &alpha, args.b, problem.first.handle, args.a,
-                       problem.second.handle, &beta, args.c, problem.result.handle, args.c, problem.result.handle,
-                       &algorithm, context.workspace, static_cast<size_t>(context.workspace_bytes), context.stream),
-        "cublasLtMatmul");
+  const auto multiply = [&] {
+    return cublasLtMatmul(handle, problem.operation.handle, &alpha, args.b, problem.first.handle, args.a,
+                          problem.second.handle, &beta, args.c, problem.result.handle, args.c, problem.result.handle,
+                          &algorithm, context.workspace, static_cast<size_t>(context.workspace_bytes), context.stream);
+  };
+  auto status = multiply();
+  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {  // an algorithm may refuse an m that it was not chosen for
+    algorithm = choose(handle, context, args, args.m, alignments);
+    status = multiply();
+  }
+  check(status, "cublasLtMatmul");
 }
 
 }  // namespace rk::cuda

@@ -18,8 +18,9 @@ inline void check(cudaError_t status, const char* what) {
 
 // RK_LAUNCH(kernel, blocks, threads, stream, arguments...); a template's arguments go in parentheses with its name.
 #if defined(RK_CUDA_ON_HOST)
-#define RK_LAUNCH(kernel, blocks, threads, stream, ...) \
-  rk_cuda_on_host::launch([&] { kernel(__VA_ARGS__); }, static_cast<unsigned>(blocks), static_cast<unsigned>(threads))
+#define RK_LAUNCH(kernel, blocks, threads, stream, ...)                                                          \
+  rk_cuda_on_host::launch([] { return rk_cuda_on_host::Site{__FILE__, #kernel}; }, [&] { kernel(__VA_ARGS__); }, \
+                          blocks, threads)
 #else
 #define RK_LAUNCH(kernel, blocks, threads, stream, ...)                                                  \
   do {                                                                                                   \

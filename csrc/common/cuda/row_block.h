@@ -36,8 +36,8 @@ __device__ inline int32_t column_of(int32_t begin, int i) {
 
 // A thread's final logits of a chunk of its block's row; -inf beyond the tile.
 template <Transform kind>
-__device__ inline void load_chunk(const Tile& tile, int64_t row, int32_t begin, bool aligned, float (&z)[kChunk]) {
-  const LogitMap<DeviceMath, kind> map(tile.transform);
+__device__ inline void load_chunk(const Tile& tile, const LogitMap<DeviceMath, kind>& map, int64_t row, int32_t begin,
+                                  bool aligned, float (&z)[kChunk]) {
   const float* from = tile.logits + row * tile.stride;
 #pragma unroll
   for (int i = 0; i < kChunk; i += kVector) {
