@@ -11,8 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min cuda-check clean \
-	distclean
+.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min cuda-on-host \
+	cuda-check clean distclean
 
 install: $(STAMP)
 
@@ -64,7 +64,7 @@ lint-types: $(STAMP)
 lint-cpp: $(STAMP)
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
-# The oldest torch that is promised, in a venv of its own. The tests are copied away from the sources, so that they
+# The oldest torch that is promised, in a venv of its own. The tests are copied away from the package, so that they
 # import what was installed. (On Linux this torch brings some GB of CUDA libraries, unless pip finds a CPU build.)
 MIN := .venv-torch-min
 check-torch-min:
@@ -76,10 +76,28 @@ check-torch-min:
 		pybind11 numpy pytest pytest-xdist hypothesis
 	RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=0 $(MIN)/bin/python -m pip install -q --no-deps --no-build-isolation \
 		--force-reinstall .
-	cp -R pyproject.toml build/torch-min/
+	cp -R pyproject.toml csrc build/torch-min/
 	cp -R tests/kernels build/torch-min/tests/
 	cd build/torch-min && $(CURDIR)/$(MIN)/bin/python -c 'import rlhf_kernels as rk; print(rk.__file__, rk.build_info())'
 	cd build/torch-min && OMP_NUM_THREADS=1 $(CURDIR)/$(MIN)/bin/python -m pytest -q -n $(WORKERS) tests $(TEST_ARGS)
+
+# Executes the CUDA kernels on the host (tests/cuda_on_host): the kernels' own tests; every template instance under
+# AddressSanitizer, with threads and blocks in descending order; again as under graph capture, where rows are masked and
+# not compacted; and defects planted to see that the tests turn red.
+# Left out: CPU threads, which no kernel sees, and comparisons of budgets, which are long and about the host's loops.
+ON_HOST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+ON_HOST_EACH := tests/cuda_on_host/test_every_kernel.py
+ON_HOST_TESTS := $(ON_HOST_EACH) $(foreach name,batch_invariance bradley_terry compile dpo dpo_errors kl_penalty \
+	linear_dpo linear_kl linear_kl_use linear_logprobs linear_logprobs_rows sequence_logprobs,tests/kernels/test_$(name).py)
+cuda-on-host: $(STAMP)
+	$(BIN)/python tests/cuda_on_host/build.py
+	$(BIN)/python tests/cuda_on_host/build.py --asan
+	$(ON_HOST) -p tests.cuda_on_host.plugin --every-kernel -n $(WORKERS) -m 'not slow and not fuzz' \
+		-k 'not reference and not budgets_agree and not number_of_threads and not whatever_the_budget' $(ON_HOST_TESTS)
+	env RK_CUDA_ON_HOST_SCHEDULE=1 $$($(BIN)/python tests/cuda_on_host/build.py --asan --environment) $(ON_HOST) \
+		-p tests.cuda_on_host.plugin --every-kernel --capture=sys -n $(WORKERS) -m cuda_on_host $(ON_HOST_EACH)
+	env RK_CUDA_ON_HOST_CAPTURING=1 $(ON_HOST) -p tests.cuda_on_host.plugin -n $(WORKERS) -m cuda_on_host $(ON_HOST_EACH)
+	$(ON_HOST) -n $(WORKERS) -m cuda_on_host tests/cuda_on_host/test_planted_defects.py
 
 # Compiles, links and imports the CUDA part, none of which takes a GPU, and prints what its kernels use. nvcc must be
 # there; torch's CUDA build (5 GB, once) brings the rest. === is without a tag, so a CPU build that pip knows is not it.

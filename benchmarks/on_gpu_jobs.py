@@ -274,7 +274,7 @@ class Job:
 
     def call(self, contender: Contender) -> Tensor:
         with torch.no_grad():
-            return contender.run(*self.inputs())
+            return contender.run(*(tensor.detach() for tensor in self.inputs()))  # some decide by requires_grad
 
     def step(self, contender: Contender) -> None:
         contender.run(*self.inputs()).sum().backward()

@@ -148,7 +148,8 @@ PYBIND11_MODULE(_C, m) {
          bool copy_hidden, bool backward, int64_t l2_bytes, int64_t budget) {
         const rk::DeviceHeads sizes{hidden, heads * hidden, heads, element_size, cast_weight, copy_hidden};
         const auto p = rk::plan_device(sizes, rows, vocab, hidden, backward, l2_bytes, budget);
-        return pybind11::make_tuple(p.tile, p.vocab_group, p.row_chunk, p.rows_at_once, p.bytes);
+        return pybind11::make_tuple(p.tile, p.nominal_rows, p.vocab_group, p.row_chunk, p.rows_at_once, p.bytes);
       },
-      "(tile, vocab_group, row_chunk, rows_at_once, bytes) on CUDA; heads: 1, or 2 of the same width for the KL.");
+      "(tile, nominal_rows, vocab_group, row_chunk, rows_at_once, bytes) on CUDA; heads: 1, or 2 of the same width for "
+      "the KL.");
 }

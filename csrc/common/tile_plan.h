@@ -10,6 +10,9 @@ namespace rk {
 
 constexpr int64_t kTilesPerSplit = 8;
 
+// Floats of a row, or rows of a tile, of kept logits: a multiple of 256 bytes apart.
+constexpr int64_t cached_vocab(int64_t vocab) { return (vocab + 63) / 64 * 64; }
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
@@ -85,7 +88,8 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t vocab, int64_t hidden_si
 // On a GPU: a tile of logits and the slice of the head behind it share the L2 cache, a third each.
 struct DevicePlan {
   int64_t tile;          // vocabulary rows of a logit tile
-  int64_t row_chunk;     // rows of a tile, at most; also the size for which the GEMM's algorithm is chosen
+  int64_t nominal_rows;  // for which the GEMM's algorithm is chosen; like `tile`, follows from head and device alone
+  int64_t row_chunk;     // rows of a tile, at most
   int64_t vocab_group;   // backward: vocabulary rows whose dlogits are held at a time
   int64_t rows_at_once;  // rows whose operands and dlogits are held; below all rows, dW needs an fp32 accumulator
   int64_t bytes;         // of scratch
@@ -107,7 +111,7 @@ inline DevicePlan plan_device(const DeviceHeads& heads, int64_t rows, int64_t vo
   const auto steps = [](int64_t x, int64_t least, int64_t most) { return std::clamp(x / kStep * kStep, least, most); };
   DevicePlan plan{};
   plan.tile = std::min(steps(share / (heads.widest * heads.element_size), 2 * kStep, 64 * kStep), round_up(vocab, 8));
-  plan.row_chunk = steps(share / (4 * plan.tile * heads.count), kStep, 64 * kStep);
+  plan.row_chunk = plan.nominal_rows = steps(share / (4 * plan.tile * heads.count), kStep, 64 * kStep);
   plan.vocab_group = backward ? std::max<int64_t>(1, kLargestGroup / plan.tile) * plan.tile : plan.tile;
   plan.vocab_group = std::min(plan.vocab_group, round_up(vocab, plan.tile));
   plan.rows_at_once = std::max<int64_t>(rows, 1);

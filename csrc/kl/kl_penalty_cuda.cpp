@@ -10,6 +10,7 @@ using at::Tensor;
 
 Tensor run(const Tensor& logprobs, const Tensor& ref_logprobs, const std::optional<Tensor>& grad, int64_t estimator) {
   check_penalty(logprobs, ref_logprobs, estimator);
+  cuda::check_same_device(logprobs, {ref_logprobs, grad});
   const cuda::DeviceScope device(logprobs);
   const auto floats = [](const Tensor& values) { return values.detach().to(at::kFloat).contiguous(); };
   const Tensor policy = floats(logprobs), ref = floats(ref_logprobs), upstream = grad ? floats(*grad) : Tensor();

@@ -36,7 +36,7 @@ struct Side {
   Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t rows, Operand slice,
               int64_t begin, int64_t columns) const {
     return head.tile(scratch.gemm_context(), operands, rows, slice, begin, columns, tile.data_ptr<float>(), plan.tile,
-                     plan.row_chunk);
+                     plan.nominal_rows);
   }
 };
 
@@ -58,11 +58,16 @@ struct Pair {
   }
 };
 
+void check_devices(const KlSide& policy, const KlSide& ref, const Tensor& mask) {
+  cuda::check_same_device(mask, {policy.hidden, policy.weight, policy.bias, ref.hidden, ref.weight, ref.bias});
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSide& ref_side, const Tensor& mask,
                                           bool policy_ref) {
   check_kl(policy_side, ref_side, mask);
+  check_devices(policy_side, ref_side, mask);
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
@@ -100,11 +105,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl
                                                            const Tensor& mask, bool policy_ref, bool need_hidden,
                                                            bool need_weight, bool need_bias) {
   check_kl(policy_side, ref_side, mask);
+  check_devices(policy_side, ref_side, mask);
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
   const Pair pair(policy_side, ref_side, rows, scratch, device, true);
   const int64_t n = mask.size(0);
+  cuda::check_same_device(mask, {grad_kl, kl, stats});
   const Tensor grad_values = float_rows(grad_kl, n), kl_values = float_rows(kl, n), all_stats = stats.contiguous();
   const cuda::KlUpstream upstream{grad_values.const_data_ptr<float>(), kl_values.const_data_ptr<float>(),
                                   all_stats.const_data_ptr<float>(), n, rows.index_data()};

@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  Tensor cache = lazily_zeroed({cache_logits ? ceil_div(n, kRowBlock) : 0, weight.size(0), kRowBlock});
+  Tensor cache = lazily_zeroed({cache_logits ? ceil_div(n, kRowBlock) : 0, cached_vocab(weight.size(0)), kRowBlock});
   float* cache_data = cache_logits ? cache.data_ptr<float>() : nullptr;
 
   const auto results = [&] {
@@ -238,9 +238,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
   const Tensor max = rows.gather(max_logit, n, 3e38f), sums = rows.gather(log_sum, n, 0);
   const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  TORCH_CHECK_VALUE(logit_cache.size(0) == 0 || (logit_cache.size(0) * kRowBlock >= rows.count() &&
-                                                 logit_cache.size(1) == weight.size(0) && logit_cache.is_contiguous()),
-                    "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
+  TORCH_CHECK_VALUE(
+      logit_cache.size(0) == 0 || (logit_cache.size(0) * kRowBlock >= rows.count() &&
+                                   logit_cache.size(1) == cached_vocab(weight.size(0)) && logit_cache.is_contiguous()),
+      "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
   const float* cache = logit_cache.size(0) ? logit_cache.const_data_ptr<float>() : nullptr;
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
 

@@ -37,12 +37,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   check_head(hidden, weight, bias);
   const int64_t n = hidden.size(0), vocab = weight.size(0);
   check_rows("targets", targets, n, at::kLong);
+  cuda::check_same_device(hidden, {weight, targets, bias});
   const DeviceScope device(hidden);
   const Scratch scratch(hidden, device);
   const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
   const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
                         device.stream());
-  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, vocab, kCacheRows});
+  const int64_t cache_stride = cached_vocab(vocab);
+  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, cache_stride, kCacheRows});
+  cache.zero_();  // what pads it and rows that do not count, nothing writes
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
@@ -60,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       const Operand slice = head.slice(begin, columns, cast);
       for (int64_t row = first; row < end; row += plan.row_chunk) {
         const int64_t here = std::min(plan.row_chunk, end - row);
-        float* to = cache_logits ? cache.data_ptr<float>() + row * vocab + begin : tile.data_ptr<float>();
+        float* to = cache_logits ? cache.data_ptr<float>() + row * cache_stride + begin : tile.data_ptr<float>();
         const auto logits = head.tile(scratch.gemm_context(), head.part(operands, row - first), here, slice, begin,
-                                      columns, to, cache_logits ? vocab : plan.tile, plan.row_chunk);
+                                      columns, to, cache_logits ? cache_stride : plan.tile, plan.nominal_rows);
         cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
       }
     }
@@ -90,9 +93,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
   check_head(hidden, weight, bias);
   const int64_t n = hidden.size(0), vocab = weight.size(0);
   check_rows("targets", targets, n, at::kLong);
-  TORCH_CHECK_VALUE(logit_cache.numel() == 0 || (logit_cache.size(0) * kCacheRows >= n &&
-                                                 logit_cache.size(1) == vocab && logit_cache.is_contiguous()),
-                    "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
+  cuda::check_same_device(
+      hidden, {weight, targets, bias, max_logit, log_sum, logit_cache, grad_logprobs, grad_log_sum, grad_entropy});
+  TORCH_CHECK_VALUE(
+      logit_cache.numel() == 0 || (logit_cache.size(0) * kCacheRows >= n &&
+                                   logit_cache.size(1) == cached_vocab(vocab) && logit_cache.is_contiguous()),
+      "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
   const DeviceScope device(hidden);
   const Scratch scratch(hidden, device);
   const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
@@ -118,9 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
   cuda::DeviceGradient gradient(head, hidden, bias, rows, {need_hidden, need_weight, need_bias}, plan, scratch);
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
-    const auto logits = cache ? head.tile_of(cache + row * vocab + begin, vocab, begin, columns)
-                              : head.tile(scratch.gemm_context(), operands, here, slice, begin, columns,
-                                          tile.data_ptr<float>(), plan.tile, plan.row_chunk);
+    const auto logits =
+        cache ? head.tile_of(cache + row * cached_vocab(vocab) + begin, cached_vocab(vocab), begin, columns)
+              : head.tile(scratch.gemm_context(), operands, here, slice, begin, columns, tile.data_ptr<float>(),
+                          plan.tile, plan.nominal_rows);
     cuda::differentiate_logprobs(logits, row, here, upstream, sink.dz, sink.dz_stride, sink.format, sink.unrounded,
                                  sink.unrounded_stride, device.stream());
   };

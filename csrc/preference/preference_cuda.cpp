@@ -24,6 +24,7 @@ struct Pairs {
     const bool has_ref = ref_in && ref_in->defined();
     if (has_ref) ref = float_rows(ref_in, policy.size(0));
     check_pairs(chosen, rejected, loss_type);
+    cuda::check_same_device(policy, {ref_in, chosen, rejected});
     args = {data_of(policy),
             has_ref ? data_of(ref) : nullptr,
             chosen.const_data_ptr<int64_t>(),
@@ -45,6 +46,7 @@ struct Rewards {
   Rewards(const Tensor& chosen_in, const Tensor& rejected_in, const std::optional<Tensor>& margin_in,
           double label_smoothing, double center_coefficient)
       : chosen(float_rows(chosen_in, chosen_in.size(0))), rejected(float_rows(rejected_in, chosen_in.size(0))) {
+    cuda::check_same_device(chosen, {rejected, margin_in});
     const bool has_margin = margin_in && margin_in->defined();
     if (has_margin) margin = float_rows(margin_in, chosen.size(0));
     args = {data_of(chosen),
@@ -73,6 +75,7 @@ Tensor dpo_loss_backward_cuda(const Tensor& grad_losses, const Tensor& policy, c
                               double label_smoothing) {
   const cuda::DeviceScope device(policy);
   const Pairs pairs(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
+  cuda::check_same_device(policy, {grad_losses});
   const Tensor upstream = float_rows(grad_losses, pairs.args.pairs), grad = pairs.floats(pairs.args.responses);
   cuda::dpo_backward(pairs.args, data_of(upstream), grad.data_ptr<float>(), device.stream());
   return grad;
@@ -92,6 +95,7 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_backward_cuda(const Tensor& grad_l
                                                             double label_smoothing, double center_coefficient) {
   const cuda::DeviceScope device(chosen);
   const Rewards rewards(chosen, rejected, margin, label_smoothing, center_coefficient);
+  cuda::check_same_device(chosen, {grad_losses});
   const Tensor upstream = float_rows(grad_losses, rewards.args.pairs);
   const Tensor grad_chosen = at::empty_like(rewards.chosen), grad_rejected = at::empty_like(rewards.chosen);
   cuda::bradley_terry_backward(rewards.args, data_of(upstream), grad_chosen.data_ptr<float>(),

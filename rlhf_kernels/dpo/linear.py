@@ -80,7 +80,10 @@ def linear_dpo_loss(
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     logits_bytes = 4 * labels.numel() * weight.shape[0]
-    keep = needs_grad and logits_bytes <= workspace_budget_bytes(hidden.device)
+    budget = workspace_budget_bytes(hidden.device)
+    if hidden.is_cuda:
+        budget = budget * 3 // 4  # the rest is the GEMM library's and the tiles'
+    keep = needs_grad and logits_bytes <= budget
     policy, counts = _sequence_logprobs(
         hidden, weight, labels, bias, transform, True, False, -100, backend, cache_logits=keep
     )

@@ -63,7 +63,8 @@ def dpo_loss(
 
     Raises:
         ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range.
-        TypeError: unsupported dtype. IndexError: an index outside [0, S).
+        TypeError: unsupported dtype. IndexError: an index outside [0, S); on a GPU, where looking would wait for the
+            device, its pair's loss is NaN instead (native).
 
     Source: sigmoid: Rafailov et al. (2023), arXiv:2305.18290, eq. 7, and with eps Mitchell's cDPO; hinge: SLiC-HF,
     arXiv:2305.10425, and RSO, arXiv:2309.06657; ipo: Azar et al. (2023), arXiv:2310.12036, eq. 17; robust: Chowdhury et

@@ -47,7 +47,8 @@ def _fake_kl_backward(grad_kl, kl, stats, hidden, weight, bias, *rest):  # type:
     *_, need_hidden, need_weight, need_bias = rest
 
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+        unneeded = tensor is None or not needed
+        return hidden.new_empty(0, dtype=torch.float32) if unneeded else tensor.new_empty(tensor.shape)
 
     return empty_like(hidden, need_hidden), empty_like(weight, need_weight), empty_like(bias, need_bias)
 

@@ -9,7 +9,7 @@ from .. import _extension
 from .._logits import LogitTransform
 from .reference import OPTIONAL_OUTPUTS
 
-CACHE_ROWS = 64  # rows of a cached logit tile; csrc/common/tile_plan.h kRowBlock
+CACHE_ROWS, CACHE_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h kRowBlock, cached_vocab
 
 
 def linear_logprobs(
@@ -40,7 +40,8 @@ def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature
     per_row = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3)]
     optional = [hidden.new_empty(hidden.shape[0] if want else 0, dtype=torch.float32) for want in wanted]
     blocks = (hidden.shape[0] + CACHE_ROWS - 1) // CACHE_ROWS if cache_logits else 0
-    cache = hidden.new_empty((blocks, weight.shape[0], CACHE_ROWS), dtype=torch.float32)
+    columns = (weight.shape[0] + CACHE_COLUMNS - 1) // CACHE_COLUMNS * CACHE_COLUMNS
+    cache = hidden.new_empty((blocks, columns, CACHE_ROWS), dtype=torch.float32)
     return *per_row, *optional, cache
 
 
@@ -49,7 +50,8 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
-        return hidden.new_empty(0) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+        unneeded = tensor is None or not needed
+        return hidden.new_empty(0, dtype=torch.float32) if unneeded else tensor.new_empty(tensor.shape)
 
     return empty_like(hidden, need_hidden), empty_like(weight, need_weight), empty_like(bias, need_bias)
 

@@ -67,7 +67,7 @@ GPUS = [40 * MIB, 50 * MIB, 126 * MIB]  # L2 of A100, H100 and H200, B200
 def test_a_gpus_scratch_fits_the_budget(compiled, rows, l2, vocab, hidden, heads, copies, backward):
     for element_size, budget in ((2, 256), (4, 256), (2, 64)):
         sizes = (rows, vocab, hidden, heads, element_size, copies, copies, backward, l2, budget * MIB)
-        tile, group, chunk, held, scratch = compiled.plan_device(*sizes)
+        tile, _, group, chunk, held, scratch = compiled.plan_device(*sizes)
         assert tile >= 1 and group % tile == 0 and chunk >= 1 and held >= 1
         if backward or not copies:  # forward keeps 32 bytes a row, whatever is held
             assert scratch <= budget * MIB, f"{scratch / MIB:.0f} MiB of {budget}"
@@ -76,16 +76,21 @@ def test_a_gpus_scratch_fits_the_budget(compiled, rows, l2, vocab, hidden, heads
 @pytest.mark.parametrize("l2", GPUS)
 @pytest.mark.parametrize(("vocab", "hidden"), HEADS)
 def test_a_gpus_tile_and_its_slice_of_the_head_stay_in_l2(compiled, vocab, hidden, l2):
-    plans = {compiled.plan_device(n, vocab, hidden, 1, 2, False, False, False, l2, 256 * MIB)[:3] for n in (1, 8192)}
-    assert len(plans) == 1, "tiles follow from the head and the device, not from the batch"
-    tile, _, chunk = plans.pop()
+    plans = {
+        compiled.plan_device(rows, vocab, hidden, 1, 2, False, copies, False, l2, budget * MIB)[:2]
+        for rows in (1, 8192)
+        for copies in (False, True)
+        for budget in (64, 256)
+    }
+    assert len(plans) == 1, "tiles follow from the head and the device, not from the batch, its mask or the budget"
+    tile, rows = plans.pop()
     slice_bytes = tile * hidden * 2
-    assert 4 * tile * chunk + (slice_bytes if hidden < 65536 else 0) <= l2
+    assert 4 * tile * rows + (slice_bytes if hidden < 65536 else 0) <= l2
 
 
 def test_the_usual_case_needs_no_second_pass(compiled):
     """8192 tokens of Llama 3 8B: operands in place, dlogits of several tiles at a time, dW written as it is."""
-    tile, group, chunk, held, scratch = compiled.plan_device(
+    tile, _, group, chunk, held, scratch = compiled.plan_device(
         8192, 128256, 4096, 1, 2, False, False, True, 50 * MIB, 224 * MIB
     )
     assert held == 8192 and group >= 4 * tile and chunk >= 1024

@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <initializer_list>
+#include <optional>
 
 #if !defined(RK_CUDA_ON_HOST)
 #include <ATen/cuda/CUDAContext.h>
@@ -14,13 +17,21 @@
 
 namespace rk::cuda {
 
+// Kernels follow pointers: one to another device's memory, or the host's, would take the whole process down.
+inline void check_same_device(const at::Tensor& first, std::initializer_list<std::optional<at::Tensor>> others) {
+  for (const auto& other : others) {
+    TORCH_CHECK_VALUE(!other || !other->defined() || other->device() == first.device(),
+                      "all tensors must be on one device, got ", first.device(), " and ", other->device());
+  }
+}
+
 // Makes the tensor's device the current one for a scope.
 class DeviceScope {
  public:
 #if defined(RK_CUDA_ON_HOST)
   explicit DeviceScope(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
-  bool capturing() const { return false; }
+  bool capturing() const { return std::getenv("RK_CUDA_ON_HOST_CAPTURING") != nullptr; }
   int64_t l2_bytes() const { return 1 << 20; }
 #else
   explicit DeviceScope(const at::Tensor& tensor) : guard_(tensor.device()) {}

@@ -81,7 +81,7 @@ class DeviceGradient {
         if (needs_.hidden) {
           gemm(scratch_.gemm_context(),
                {rows, width, group, dz.const_data_ptr(), dz.stride(0), false, slice.data, slice.stride, false,
-                sums_.data_ptr<float>() + first * width, width, begin > 0, format, Format::f32, rows});
+                sums_.data_ptr<float>() + first * width, width, begin > 0, format, Format::f32, 0});
         }
       }
       if (needs_.weight && sums_weight_) round_weight(begin, group, weight_sums);
@@ -101,7 +101,7 @@ class DeviceGradient {
     void* to = sums_weight_ ? weight_sums.data_ptr() : weight_rows(begin);
     gemm(scratch_.gemm_context(), {group, head_.width(), rows, dz.const_data_ptr(), dz.stride(0), true, operands_.data,
                                    operands_.stride, false, to, head_.width(), first > 0, format,
-                                   sums_weight_ ? Format::f32 : format_of(gradients_.weight.scalar_type()), group});
+                                   sums_weight_ ? Format::f32 : format_of(gradients_.weight.scalar_type()), 0});
   }
 
   void round_weight(int64_t begin, int64_t group, const at::Tensor& weight_sums) const {

@@ -21,6 +21,12 @@ inline at::ScalarType dtype_of(Format format) {
   return format == Format::f32 ? at::kFloat : format == Format::bf16 ? at::kBFloat16 : at::kHalf;
 }
 
+// By either of torch's settings, the older allow_tf32 and fp32_precision.
+inline bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 // Scratch of one call, from torch's allocator: what the GEMM library works in, at most an eighth of the budget.
 class Scratch {
  public:
@@ -28,7 +34,7 @@ class Scratch {
       : budget_(workspace_budget_bytes(kCudaBudgetMib)), options_(like.options().dtype(at::kByte)) {
     const int64_t bytes = std::min(kGemmWorkspaceBytes, budget_ / 8);
     gemm_workspace_ = at::empty({bytes}, options_);
-    context_ = {gemm_workspace_.data_ptr(), bytes, at::globalContext().allowTF32CuBLAS(), device.stream()};
+    context_ = {gemm_workspace_.data_ptr(), bytes, allows_tf32(), device.stream()};
   }
 
   int64_t budget_left() const { return budget_ - gemm_workspace_.numel(); }
@@ -81,9 +87,10 @@ class DeviceHead {
     return {scratch.data_ptr(), width()};
   }
 
+  // Only what looks to a GEMM as a copy would: its algorithm, and so a row's bits, may depend on strides and alignment.
   bool reads_in_place(const at::Tensor& hidden, const DeviceRows& rows) const {
-    return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.stride(1) == 1 &&
-           hidden.stride(0) >= hidden.size(1);
+    return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.is_contiguous() &&
+           reinterpret_cast<uintptr_t>(hidden.const_data_ptr()) % 256 == 0;
   }
 
   // Room for operands() of `rows_at_once` rows, if they have to be copied.

@@ -22,8 +22,8 @@ struct GemmArgs {
   int64_t c_stride;
   bool accumulate;
   Format operands, result;  // result: f32 or the operands' format, rounded once
-  // The number of rows for which the algorithm is chosen. Products of the same n, k, strides and formats that also
-  // share it run the same algorithm whatever their m, without splitting k: a row's bits do not depend on the others.
+  // Positive: the number of rows for which the algorithm is chosen. Products of the same n, k, strides and formats that
+  // also share it run the same algorithm whatever their m: a row's bits do not depend on the others. 0: chosen for m.
   int64_t nominal_m;
 };
 

@@ -75,12 +75,16 @@ uint32_t alignment_of(const void* data, int64_t stride, Format format) {
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
 
+// Where bits may not depend on the batch they may not depend on the budget either: as much as the smallest one gives.
+constexpr int64_t kFixedWorkspaceBytes = int64_t{1} << 20;
+constexpr size_t kMostAlgorithms = 1024;  // the sizes of masked batches differ from step to step
+
 // What an algorithm is chosen for: everything but m.
 using Key = std::tuple<int, int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<uint32_t, 3>,
                        std::array<bool, 4>, Format, Format, int64_t>;
 
 cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context, const GemmArgs& args, int64_t m,
-                            const std::array<uint32_t, 3>& alignments) {
+                            int64_t workspace_bytes, const std::array<uint32_t, 3>& alignments) {
   const Problem problem(context, args, m);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
@@ -88,7 +92,7 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context
     check(cublasLtMatmulPreferenceSetAttribute(preference.handle, attribute, &value, sizeof(value)),
           "cublasLtMatmulPreferenceSetAttribute");
   };
-  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(context.workspace_bytes));
+  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(workspace_bytes));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignments[1]);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignments[0]);
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignments[2]);
@@ -131,16 +135,19 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
   const std::array<uint32_t, 3> alignments{alignment_of(args.a, args.a_stride, args.operands),
                                            alignment_of(args.b, args.b_stride, args.operands),
                                            alignment_of(args.c, args.c_stride, args.result)};
+  const int64_t chosen_for = args.nominal_m > 0 ? args.nominal_m : args.m;
+  const int64_t workspace_bytes =
+      args.nominal_m > 0 ? std::min(kFixedWorkspaceBytes, context.workspace_bytes) : context.workspace_bytes;
   const Key key{device,
                 args.n,
                 args.k,
-                args.nominal_m,
+                chosen_for,
                 {args.a_stride, args.b_stride, args.c_stride},
                 alignments,
                 {args.a_transposed, args.b_transposed, args.accumulate, context.allow_tf32},
                 args.operands,
                 args.result,
-                context.workspace_bytes};
+                workspace_bytes};
   cublasLtHandle_t handle = nullptr;
   cublasLtMatmulAlgo_t algorithm;
   {
@@ -151,7 +158,9 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
     handle = of_device;
     auto known = shared.algorithms.find(key);
     if (known == shared.algorithms.end()) {
-      known = shared.algorithms.emplace(key, choose(handle, context, args, args.nominal_m, alignments)).first;
+      if (shared.algorithms.size() >= kMostAlgorithms) shared.algorithms.clear();
+      const auto found = choose(handle, context, args, chosen_for, workspace_bytes, alignments);
+      known = shared.algorithms.emplace(key, found).first;
     }
     algorithm = known->second;
   }
@@ -163,8 +172,9 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
                           &algorithm, context.workspace, static_cast<size_t>(context.workspace_bytes), context.stream);
   };
   auto status = multiply();
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {  // an algorithm may refuse an m that it was not chosen for
-    algorithm = choose(handle, context, args, args.m, alignments);
+  // An algorithm may refuse an m that it was not chosen for.
+  if (args.m != chosen_for && (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)) {
+    algorithm = choose(handle, context, args, args.m, workspace_bytes, alignments);
     status = multiply();
   }
   check(status, "cublasLtMatmul");
