@@ -67,6 +67,7 @@ def extension():
         return cpp_extension.CppExtension("rlhf_kernels._C", sources, **options)
     flags["nvcc"] = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
     options["define_macros"] = [("RLHF_KERNELS_CUDA", "1")]
+    REPORT["cuda_arches"] = os.environ["TORCH_CUDA_ARCH_LIST"]
     module = cpp_extension.CUDAExtension("rlhf_kernels._C", csrc("cpp", "cu"), **options)
     return setup_cuda.complete(module, torch.version.cuda)
 

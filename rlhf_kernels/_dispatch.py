@@ -21,8 +21,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return "this version of rlhf_kernels has no Triton kernels"
     if not _extension.native_available():
         return _extension.why_not_native() or "the compiled extension is not loaded"
-    if device.type != "cpu" and not (device.type == "cuda" and _extension.native_has_cuda()):
-        return f"the compiled extension has no kernels for {device.type} tensors"
+    if (reason := _extension.why_not_on(device)) is not None:
+        return reason
     if dtype not in _NATIVE_DTYPES:
         return f"native computes in float32, bfloat16 or float16, not {dtype} (reference serves float64)"
     return None

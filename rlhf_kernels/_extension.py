@@ -6,6 +6,7 @@ another torch would at best end in an undefined symbol: what does not fit is not
 
 import importlib
 import json
+import re
 import sys
 import warnings
 from importlib import metadata
@@ -75,6 +76,25 @@ def native_available() -> bool:
 
 def native_has_cuda() -> bool:
     return _native is not None and bool(_native.has_cuda())
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why the compiled part, which is there, has no kernels for tensors of this device; None when it has."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda" or not native_has_cuda():
+        return f"the compiled extension has no kernels for {device.type} tensors"
+    if torch.compiler.is_compiling():  # a device's properties are not to be traced
+        return None
+    arches = re.findall(r"(\d+)\.(\d+)", _report.get("cuda_arches") or "")
+    oldest = min(((int(major), int(minor)) for major, minor in arches), default=(0, 0))
+    found = torch.cuda.get_device_capability(device)
+    if found >= oldest:
+        return None
+    return (
+        f"its CUDA kernels were compiled for compute capability {oldest[0]}.{oldest[1]} and newer, and this GPU has "
+        f"{found[0]}.{found[1]} (TORCH_CUDA_ARCH_LIST chooses when it is compiled)"
+    )
 
 
 def why_not_native() -> str | None:

@@ -50,8 +50,9 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
-        unneeded = tensor is None or not needed
-        return hidden.new_empty(0, dtype=torch.float32) if unneeded else tensor.new_empty(tensor.shape)
+        if tensor is None or not needed:
+            return hidden.new_empty(0, dtype=torch.float32)
+        return tensor.new_empty(tensor.shape)
 
     return empty_like(hidden, need_hidden), empty_like(weight, need_weight), empty_like(bias, need_bias)
 

@@ -156,3 +156,21 @@ def test_importing_is_light():
 def test_testing_needs_no_test_framework():
     code = "import sys, rlhf_kernels.testing; assert 'pytest' not in sys.modules and 'hypothesis' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arches", "capability", "reason"),
+    [
+        ("8.0;9.0+PTX", (9, 0), None),
+        ("8.0;9.0+PTX", (10, 0), None),  # by PTX
+        ("8.0;9.0+PTX", (7, 5), "8.0 and newer, and this GPU has 7.5"),
+        ("9.0", (8, 6), "9.0 and newer, and this GPU has 8.6"),
+        ("Hopper", (7, 0), None),  # names are torch's business
+    ],
+)
+def test_a_gpu_older_than_the_kernels_is_told_before_one_starts(monkeypatch, arches, capability, reason):
+    monkeypatch.setattr(_extension, "_report", {"cuda_arches": arches})
+    monkeypatch.setattr(_extension, "native_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said = _extension.why_not_on(torch.device("cuda"))
+    assert said is None if reason is None else reason in said
