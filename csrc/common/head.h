@@ -32,7 +32,8 @@ inline bool runs_on_bf16(at::ScalarType gemm) {
 // c [m][64] (+)= a [m][k] b, b packed [k][64]; one thread, fp32 sums.
 template <class T>
 void gemm_tile(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride, bool add) {
-  // 64 columns of a depth block stay in the nearest cache. For float short blocks also halve the rounding of long sums.
+  // 64 columns of a depth block stay in the nearest cache. For float, shorter blocks also round long sums a little
+  // less.
   constexpr int64_t kDepthBlock = std::is_same_v<T, float> ? 256 : 512;
   for (int64_t at = 0; at < k; at += kDepthBlock) {
     at::native::cpublas::brgemm(m, kRowBlock, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride,

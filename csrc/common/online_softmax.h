@@ -90,6 +90,15 @@ RK_INLINE typename M::F finite_max(typename M::F max) {
   return M::select(max == M::set(-kInfinity), M::set(0), max);
 }
 
+// One logit's terms, with delta = z - max.
+template <class M, bool with_entropy, bool with_squares>
+RK_INLINE void add_softmax_term(SoftmaxState<M>& s, typename M::F delta) {
+  const auto e = M::exp(delta);
+  s.sum = s.sum + e;
+  if constexpr (with_entropy) s.shifted = s.shifted + e * M::max(delta, M::set(-100.0f));  // 0 * -inf is 0 here
+  if constexpr (with_squares) s.squares = s.squares + e * e;
+}
+
 // Restates `s` relative to new_max >= s.max. With delta = m - m':
 //   S e^(z-m') = e^delta sum,   S (z-m') e^(z-m') = e^delta (shifted + delta sum)
 template <class M>
@@ -181,9 +190,23 @@ struct KlState {
   }
 };
 
+// First pass over a part: its maxima, and as its centre u where p has its mass, and u should be smallest.
+template <class M>
+RK_INLINE void see_kl_pair(KlState<M>& s, typename M::F z, typename M::F y) {
+  s.centre = M::select(z > s.max, z - y, s.centre);
+  s.max = M::max(s.max, z);
+  s.other_max = M::max(s.other_max, y);
+}
+
+// After it: where q is 0 at p's maximum, any centre will do.
+template <class M>
+RK_INLINE void settle_centre(KlState<M>& s) {
+  s.centre = M::select(s.centre - s.centre == M::set(0), s.centre, M::set(0));
+}
+
 constexpr float kMaxExponent = 60.0f;  // e^60 times a vocabulary stays finite; beyond, kl_of takes the plain difference
 
-// One token's (second, first) contributions, for weight w.
+// Second pass: one token's (second, first) contributions, for weight w.
 template <class M>
 RK_INLINE void add_kl_term(KlState<M>& s, typename M::F w, typename M::F z, typename M::F y) {
   const auto u = (z - y) - s.centre;
@@ -191,6 +214,16 @@ RK_INLINE void add_kl_term(KlState<M>& s, typename M::F w, typename M::F z, type
   const auto minus_u = M::min(M::set(0) - u, M::set(kMaxExponent));
   s.second = s.second + M::select(allowed, w * M::expm1_minus_identity(minus_u), M::set(0));
   s.first = s.first + M::select(allowed, w * u, M::set(0));
+}
+
+// Second pass: everything that one token adds, relative to the part's finite maxima.
+template <class M>
+RK_INLINE void add_kl_pair(KlState<M>& s, typename M::F z, typename M::F y, typename M::F shift,
+                           typename M::F other_shift) {
+  const auto w = M::exp(z - shift);
+  s.sum = s.sum + w;
+  s.other_sum = s.other_sum + M::exp(y - other_shift);
+  add_kl_term<M>(s, w, z, y);
 }
 
 // Restates `s` about the centre c' = c + delta:

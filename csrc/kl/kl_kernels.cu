@@ -19,21 +19,11 @@ __global__ void __launch_bounds__(kThreads)
     load_chunk(other, other_map, row, begin, other_aligned, y);
     auto part = KlState<M>::empty();
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      part.centre = z[i] > part.max ? z[i] - y[i] : part.centre;  // where p has its mass, u should be smallest
-      part.max = M::max(part.max, z[i]);
-      part.other_max = M::max(part.other_max, y[i]);
-    }
-    // Where q is 0 at p's maximum, any centre will do.
-    part.centre = part.centre - part.centre == 0.0f ? part.centre : 0.0f;
+    for (int i = 0; i < kChunk; ++i) see_kl_pair<M>(part, z[i], y[i]);
+    settle_centre<M>(part);
     const float shift = finite_max<M>(part.max), other_shift = finite_max<M>(part.other_max);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const float w = M::exp(z[i] - shift);
-      part.sum += w;
-      part.other_sum += M::exp(y[i] - other_shift);
-      add_kl_term<M>(part, w, z[i], y[i]);
-    }
+    for (int i = 0; i < kChunk; ++i) add_kl_pair<M>(part, z[i], y[i], shift, other_shift);
     merge<M>(state, part);
   }
   state = reduce_block(state, [](KlState<M>& a, const KlState<M>& b) { merge<M>(a, b); });

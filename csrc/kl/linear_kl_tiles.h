@@ -13,11 +13,9 @@ static KlState<Simd> fold_pair(const float* weighing, const float* other, int64_
   auto part = KlState<Simd>::empty();
   for (int64_t row = 0; row < count; ++row) {
     const VecF z = Simd::load(weighing + row * kRowBlock), y = Simd::load(other + row * kRowBlock);
-    part.centre = z > part.max ? z - y : part.centre;  // where p has its mass, u should be smallest
-    part.max = Simd::max(part.max, z);
-    part.other_max = Simd::max(part.other_max, y);
+    see_kl_pair<Simd>(part, z, y);
   }
-  part.centre = part.centre - part.centre == VecF{} ? part.centre : VecF{};  // q = 0 at p's maximum: any centre will do
+  settle_centre<Simd>(part);
   const VecF shift = finite_max<Simd>(part.max), other_shift = finite_max<Simd>(part.other_max);
   // In two levels, few terms at a time: far from the reference a KL is a sum of large terms of both signs.
   constexpr int64_t kTermsAtATime = 16;
@@ -27,10 +25,7 @@ static KlState<Simd> fold_pair(const float* weighing, const float* other, int64_
     few.centre = part.centre;
     for (int64_t row = begin; row < end; ++row) {
       const VecF z = Simd::load(weighing + row * kRowBlock), y = Simd::load(other + row * kRowBlock);
-      const VecF w = Simd::exp(z - shift);
-      few.sum += w;
-      few.other_sum += Simd::exp(y - other_shift);
-      add_kl_term<Simd>(few, w, z, y);
+      add_kl_pair<Simd>(few, z, y, shift, other_shift);
     }
     part.sum += few.sum;
     part.other_sum += few.other_sum;

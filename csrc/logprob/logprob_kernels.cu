@@ -41,18 +41,16 @@ __global__ void __launch_bounds__(kThreads)
     }
     rescale<M>(part.softmax, chunk_max);
     const float shift = finite_max<M>(chunk_max);
-    float sum = 0, shifted = 0, squares = 0, logit_sum = 0;
+    auto few = SoftmaxState<M>::empty();
+    float logit_sum = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float delta = z[i] - shift, e = M::exp(delta);
-      sum += e;
-      if constexpr (entropy) shifted += e * M::max(delta, -100.0f);  // 0 * -inf is 0 here
-      if constexpr (extras) squares += e * e;
+      add_softmax_term<M, entropy, extras>(few, z[i] - shift);
       if constexpr (extras) logit_sum += column_of(begin, i) < tile.columns ? z[i] : 0.0f;
     }
-    part.softmax.sum += sum;
-    part.softmax.shifted += shifted;
-    part.softmax.squares += squares;
+    part.softmax.sum += few.sum;
+    part.softmax.shifted += few.shifted;
+    part.softmax.squares += few.squares;
     part.logit_sum += logit_sum;
   }
   part = reduce_block(part, [](Part& a, const Part& b) { merge_parts(a, b); });

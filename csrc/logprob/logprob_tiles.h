@@ -52,19 +52,17 @@ static void fold_statistics(const LogprobForwardTile& a) {
     VecD logits{};
     for (int64_t begin = 0; begin < a.tile.count; begin += kTermsAtATime) {
       const int64_t end = begin + kTermsAtATime < a.tile.count ? begin + kTermsAtATime : a.tile.count;
-      VecF sum{}, shifted{}, squares{}, few{};
+      auto few = SoftmaxState<Simd>::empty();
+      VecF few_logits{};
       for (int64_t row = begin; row < end; ++row) {
-        const VecF z = Simd::load(tile + row * kRowBlock + at), delta = z - shift;
-        const VecF e = Simd::exp(delta);
-        sum += e;
-        if constexpr (entropy) shifted += e * Simd::max(delta, Simd::set(-100.0f));  // 0 * -inf is 0 here
-        if constexpr (extras) squares += e * e;
-        if constexpr (extras) few += z;
+        const VecF z = Simd::load(tile + row * kRowBlock + at);
+        add_softmax_term<Simd, entropy, extras>(few, z - shift);
+        if constexpr (extras) few_logits += z;
       }
-      part.sum += sum;
-      if constexpr (entropy) part.shifted += shifted;
-      if constexpr (extras) part.squares += squares;
-      if constexpr (extras) logits += __builtin_convertvector(few, VecD);
+      part.sum += few.sum;
+      if constexpr (entropy) part.shifted += few.shifted;
+      if constexpr (extras) part.squares += few.squares;
+      if constexpr (extras) logits += __builtin_convertvector(few_logits, VecD);
     }
     merge<Simd>(running, part);
     Simd::store(a.stats.max + at, running.max);

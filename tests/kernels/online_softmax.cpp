@@ -1,5 +1,5 @@
-// csrc/common/online_softmax.h for test_online_softmax.py, through plain C functions: the scalar maths that CUDA kernels
-// use is the same code.
+// csrc/common/online_softmax.h for test_online_softmax.py, through plain C functions: the scalar maths that CUDA
+// kernels use is the same code.
 #include "common/online_softmax.h"
 
 #include <cstdint>
@@ -37,8 +37,10 @@ extern "C" {
 void softmax(const float* z, int64_t count, int64_t part, float* to) {
   using State = SoftmaxState<ScalarMath>;
   const auto s = fold<State>(count, part, [&](int64_t i) {
-    const float e = z[i] == -kInfinity ? 0.0f : 1.0f;
-    return State{z[i], e, 0, e};
+    auto one = State::empty();
+    one.max = z[i];
+    add_softmax_term<ScalarMath, true, true>(one, z[i] - finite_max<ScalarMath>(z[i]));
+    return one;
   });
   const float values[] = {logprob_of(s, z[0]), s.max, std::log(s.sum), entropy_of(s), log_sum_sq_probs_of(s)};
   for (int i = 0; i < 5; ++i) to[i] = values[i];
@@ -56,18 +58,14 @@ void kl(const float* z, const float* y, int64_t count, int64_t part, float* to) 
   using State = KlState<ScalarMath>;
   const auto s = fold<State>(count, part, [&](int64_t i) {
     auto one = State::empty();
-    one.centre = z[i] - y[i];
-    if (!(one.centre - one.centre == 0)) one.centre = 0;
-    one.max = z[i];
-    one.other_max = y[i];
-    one.sum = z[i] == -kInfinity ? 0 : 1;
-    one.other_sum = y[i] == -kInfinity ? 0 : 1;
-    add_kl_term<ScalarMath>(one, one.sum, z[i], y[i]);
+    see_kl_pair<ScalarMath>(one, z[i], y[i]);
+    settle_centre<ScalarMath>(one);
+    add_kl_pair<ScalarMath>(one, z[i], y[i], finite_max<ScalarMath>(one.max), finite_max<ScalarMath>(one.other_max));
     return one;
   });
   const KlResult result = kl_of(s);
-  const float values[] = {result.kl,   s.max,    std::log(s.sum), s.other_max, std::log(s.other_sum),
-                          s.centre, result.shift};
+  const float values[] = {result.kl, s.max,       std::log(s.sum), s.other_max, std::log(s.other_sum),
+                          s.centre,  result.shift};
   for (int i = 0; i < 7; ++i) to[i] = values[i];
 }
 
@@ -75,8 +73,8 @@ void kl(const float* z, const float* y, int64_t count, int64_t part, float* to) 
 void kl_gradient(const float* z, const float* y, int64_t count, const float* row, bool weighing, float* to) {
   const KlRow<ScalarMath> r{row[1], row[2], row[3], row[4], row[5], row[6], row[0], 1.0f};
   for (int64_t i = 0; i < count; ++i) {
-    to[i] = weighing ? kl_gradient_of_weighing<ScalarMath>(z[i], y[i], r)
-                     : kl_gradient_of_other<ScalarMath>(z[i], y[i], r);
+    to[i] =
+        weighing ? kl_gradient_of_weighing<ScalarMath>(z[i], y[i], r) : kl_gradient_of_other<ScalarMath>(z[i], y[i], r);
   }
 }
 
