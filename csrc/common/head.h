@@ -11,8 +11,8 @@
 
 #include <optional>
 #include <type_traits>
-#include <vector>
 
+#include "common/buffer.h"
 #include "common/checks.h"
 #include "common/tile_kernels.h"
 #include "common/tile_plan.h"
@@ -79,7 +79,7 @@ class Head {
   };
 
   // Rows [begin, begin + count) of the head as operands: in place, or cast to `scratch` where they cannot be read so.
-  Rows rows(int64_t begin, int64_t count, std::vector<T>& scratch) const {
+  Rows rows(int64_t begin, int64_t count, Buffer<T>& scratch) const {
     if (direct_) return {weight_.const_data_ptr<T>() + begin * weight_.stride(0), weight_.stride(0)};
     scratch.assign(count * depth_, T(0));
     cast_into(weight_.narrow(0, begin, count), scratch.data());

@@ -50,10 +50,10 @@ class HeadGradient {
   HeadGradients run(const PrepareChunk& prepare_chunk, const MakeTiler& make_tiler) {
     const int64_t chunk_blocks = plan_.row_chunk / kRowBlock, blocks = ceil_div(count_, kRowBlock);
     const at::Tensor operands = head_.operands(hidden_, rows_);
-    std::vector<T> by_vocab(plan_.vocab_group * by_vocab_stride_), by_row(plan_.row_chunk * by_row_stride_);
-    std::vector<T> packed_rows(needs_.weight ? plan_.row_chunk * padded_width_ : 0);
-    std::vector<T> packed_head(needs_.hidden ? plan_.vocab_group * padded_width_ : 0);
-    std::vector<float> weight_sums(plan_.row_chunk < count_ && needs_.weight ? plan_.vocab_group * padded_width_ : 0);
+    Buffer<T> by_vocab(plan_.vocab_group * by_vocab_stride_), by_row(plan_.row_chunk * by_row_stride_);
+    Buffer<T> packed_rows(needs_.weight ? plan_.row_chunk * padded_width_ : 0);
+    Buffer<T> packed_head(needs_.hidden ? plan_.vocab_group * padded_width_ : 0);
+    Buffer<float> weight_sums(plan_.row_chunk < count_ && needs_.weight ? plan_.vocab_group * padded_width_ : 0);
 
     for (int64_t begin = 0; begin < head_.vocab(); begin += plan_.vocab_group) {
       const int64_t group = std::min(plan_.vocab_group, head_.vocab() - begin);
@@ -80,7 +80,7 @@ class HeadGradient {
   static constexpr int64_t kWeightTile = 128, kRowTile = 128;
 
   // One tile of the head as the right operand of dH's GEMM, in blocks of kRowBlock columns of the whole group.
-  void pack_head(int64_t begin, int64_t from, int64_t count, std::vector<T>& scratch, T* packed) const {
+  void pack_head(int64_t begin, int64_t from, int64_t count, Buffer<T>& scratch, T* packed) const {
     const auto rows = head_.rows(begin + from, count, scratch);
     for (int64_t d = 0; d < padded_width_; d += kRowBlock) {
       T* to = packed + d * plan_.vocab_group + from * kRowBlock;  // a tile starts at an even row
@@ -110,7 +110,7 @@ class HeadGradient {
     const int64_t block_groups = ceil_div(blocks, kBlocksPerTask), tiles = ceil_div(group, plan_.tile);
     std::vector<float> bias_parts(needs_.bias ? group * blocks : 0, 0.0f);
     parallel_tasks(tiles * block_groups, [&] {
-      return [&, tiler = make_tiler(), scratch = std::vector<T>(),
+      return [&, tiler = make_tiler(), scratch = Buffer<T>(),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t from = task / block_groups * plan_.tile, count = std::min(plan_.tile, group - from);
         const int64_t block_begin = task % block_groups * kBlocksPerTask;
@@ -140,7 +140,7 @@ class HeadGradient {
     const int64_t depth = round_up(group, kGemmDepthStep<T>);  // an odd last vocabulary row is paired with zeros
     const bool last = first + blocks >= all_blocks, accumulate = all_blocks > blocks;
     parallel_tasks((weight_tiles + row_tiles) * columns, [&] {
-      return [&, out = std::vector<float>(kWeightTile * kRowBlock),
+      return [&, out = Buffer<float>(kWeightTile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t index = task / columns, d = task % columns * kRowBlock;
         if (index < weight_tiles) {

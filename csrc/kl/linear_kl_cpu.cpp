@@ -31,7 +31,7 @@ template <class T>
 struct Pair {
   Head<T> policy, ref;
   Tensor policy_operands, ref_operands;
-  std::vector<T> policy_packed, ref_packed;
+  Buffer<T> policy_packed, ref_packed;
 
   Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, int64_t chunk_rows)
       : policy(head_of<T>(policy_side)),
@@ -47,8 +47,8 @@ struct Pair {
   }
 
   struct Worker {
-    std::vector<T> policy_scratch, ref_scratch;
-    std::vector<float> policy_logits, ref_logits;
+    Buffer<T> policy_scratch, ref_scratch;
+    Buffer<float> policy_logits, ref_logits;
     int64_t at = -1;
     typename Head<T>::Rows policy_rows{}, ref_rows{};
 

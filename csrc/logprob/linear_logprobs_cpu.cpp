@@ -98,7 +98,7 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
   RowResults results(rows.targets.size());
   const Tensor operands = head.operands(hidden, rows.index);
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
-  std::vector<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
+  Buffer<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
 
   for (int64_t first = 0; first < blocks; first += chunk_blocks) {
     const int64_t here = std::min(chunk_blocks, blocks - first);
@@ -106,7 +106,7 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
     head.pack_blocks(operands, first, here, packed.data());
     const int64_t group_blocks = ceil_div(here, plan.row_groups), groups = ceil_div(here, group_blocks);
     parallel_tasks(plan.splits * groups, [&] {
-      return [&, scratch = std::vector<T>(), logits = std::vector<float>(cache ? 0 : plan.tile * kRowBlock),
+      return [&, scratch = Buffer<T>(), logits = Buffer<float>(cache ? 0 : plan.tile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t split = task / groups, block_begin = task % groups * group_blocks;
         const int64_t block_end = std::min(block_begin + group_blocks, here);
@@ -146,7 +146,7 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
                        GradientNeeds needs) {
   HeadGradient<T> gradient(head, hidden, weight, bias, rows.index, needs, head.depth(), head.depth());
   const Tensor operands = cache ? Tensor() : head.operands(hidden, rows.index);
-  std::vector<T> packed(cache ? 0 : gradient.plan().row_chunk * head.depth());
+  Buffer<T> packed(cache ? 0 : gradient.plan().row_chunk * head.depth());
   int64_t first_packed = 0;
   const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
     first_packed = first;
@@ -154,9 +154,9 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
   };
   const auto at_row = [](const Tensor& values, int64_t row) { return values.const_data_ptr<float>() + row; };
   return gradient.run(prepare_chunk, [&] {
-    return [&, scratch = std::vector<T>(), logits = std::vector<float>(gradient.plan().tile * kRowBlock),
-            at_tile = int64_t{-1}, head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block,
-                                                                         const GradientSink& sink) mutable {
+    return [&, scratch = Buffer<T>(), logits = Buffer<float>(gradient.plan().tile * kRowBlock), at_tile = int64_t{-1},
+            head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block,
+                                                  const GradientSink& sink) mutable {
       LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
       if (cache) {
         std::copy_n(cache + (block * head.vocab() + v) * kRowBlock, count * kRowBlock, logits.data());
@@ -179,10 +179,12 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
 Tensor lazily_zeroed(at::IntArrayRef sizes) {
   const int64_t count = c10::multiply_integers(sizes);
   if (count == 0) return at::empty(sizes, at::kFloat);
-  void* data = std::calloc(count, sizeof(float));
+  constexpr int64_t kLine = kCacheLine / sizeof(float);
+  auto* data = static_cast<float*>(std::calloc(count + kLine, sizeof(float)));
   TORCH_CHECK(data != nullptr, "out of memory: ", count * sizeof(float), " bytes to keep logits for backward; ",
               "a smaller rk.set_workspace_budget recomputes them instead");
-  return at::from_blob(data, sizes, [](void* p) { std::free(p); }, at::kFloat);
+  const int64_t past_line = reinterpret_cast<uintptr_t>(data) % kCacheLine / sizeof(float);
+  return at::from_blob(data + kLine - past_line, sizes, [data](void*) { std::free(data); }, at::kFloat);
 }
 
 }  // namespace
