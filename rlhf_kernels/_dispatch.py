@@ -6,10 +6,10 @@ import warnings
 
 import torch
 
-from . import _extension
+from . import _extension, _triton
 
 BACKENDS = ("auto", "reference", "native", "triton")
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _warned: set[str] = set()
 
 
@@ -18,24 +18,32 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if backend == "reference":
         return None
     if backend == "triton":
-        return "this version of rlhf_kernels has no Triton kernels"
+        reason = _triton.why_not_on(device)
+        return reason or _why_not_dtype("triton", dtype)
     if not _extension.native_available():
         return _extension.why_not_native() or "the compiled extension is not loaded"
     if (reason := _extension.why_not_on(device)) is not None:
         return reason
-    if dtype not in _NATIVE_DTYPES:
-        return f"native computes in float32, bfloat16 or float16, not {dtype} (reference serves float64)"
-    return None
+    return _why_not_dtype("native", dtype)
+
+
+def _why_not_dtype(backend: str, dtype: torch.dtype) -> str | None:
+    if dtype in _KERNEL_DTYPES:
+        return None
+    return f"{backend} computes in float32, bfloat16 or float16, not {dtype} (reference serves float64)"
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns "reference" or "native". An explicit backend that cannot run raises and lists those that can."""
+    """Returns "reference", "native" or "triton". An explicit backend that cannot run raises and lists those that can;
+    "auto" takes native, else on a GPU triton, else the reference."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
         reason = why_not("native", device, dtype)
         if reason is None:
             return "native"
+        if device.type != "cpu" and why_not("triton", device, dtype) is None:
+            return "triton"
         if dtype != torch.float64 and not torch.compiler.is_compiling():
             _warn_once(reason)
         return "reference"

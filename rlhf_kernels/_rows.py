@@ -42,3 +42,20 @@ def map_counted_rows(
     ]
     zeros = counted.new_zeros(counted.shape, dtype=dtype)
     return tuple(zeros.index_put((index,), torch.cat(outs)) for outs in zip(*parts, strict=True))
+
+
+def is_traced_or_captured(tensor: Tensor) -> bool:
+    """Whether nothing can be read back from the device now."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def rows_to_visit(counted: Tensor) -> tuple[Tensor | None, bool]:
+    """(index, masked) for kernels that go over rows: the rows that count, [n] int64, or None where all are gone over;
+    and whether some of those do not count. Reads the number of rows that count back from the device, but not while a
+    graph is traced or captured: then all are gone over."""
+    if is_traced_or_captured(counted):
+        return None, True
+    index = counted.nonzero().squeeze(1)
+    return (None, False) if index.shape[0] == counted.shape[0] else (index, False)

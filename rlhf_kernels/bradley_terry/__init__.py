@@ -32,7 +32,7 @@ def bradley_terry_loss(
         margin: [P] or None: how much better the chosen one is rated. A constant; it gets no gradient.
         label_smoothing: eps in [0, 0.5): the probability that a label is wrong.
         center_coefficient: c >= 0 pulls the mean reward of a pair towards 0; 0.01 is usual.
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         losses [P] fp32 (fp64 for fp64 inputs), nats.
@@ -55,8 +55,9 @@ def bradley_terry_loss(
         raise ValueError(f"center_coefficient must be finite and >= 0, got {center_coefficient}")
     dtype = torch.promote_types(chosen_rewards.dtype, rejected_rewards.dtype)
     options = (float(label_smoothing), float(center_coefficient))
-    if resolve_backend(backend, chosen_rewards.device, dtype) == "native":
-        return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options)
+    chosen_backend = resolve_backend(backend, chosen_rewards.device, dtype)
+    if chosen_backend != "reference":
+        return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options, chosen_backend)
     dtype = torch.promote_types(dtype, torch.float32)
     margin = None if margin is None else margin.to(dtype)
     return reference.bradley_terry_loss(chosen_rewards.to(dtype), rejected_rewards.to(dtype), margin, *options)

@@ -1,4 +1,5 @@
-"""`torch.ops.rlhf_kernels.bradley_terry_loss`: shapes for tracing, and autograd. The kernel is in csrc/preference."""
+"""`torch.ops.rlhf_kernels.bradley_terry_loss`: shapes for tracing, and autograd. The kernel is in
+csrc/preference; that of the Triton op, which has the same arguments, in triton_kernels.py."""
 
 from __future__ import annotations
 
@@ -9,10 +10,20 @@ from .. import _extension
 
 
 def bradley_terry_loss(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, label_smoothing: float, center_coefficient: float
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    label_smoothing: float,
+    center_coefficient: float,
+    backend: str = "native",
 ) -> Tensor:
-    """Same contract as `reference.bradley_terry_loss`, through the compiled op."""
-    return torch.ops.rlhf_kernels.bradley_terry_loss(chosen, rejected, margin, label_smoothing, center_coefficient)
+    """Same contract as `reference.bradley_terry_loss`, through the compiled op or the Triton op."""
+    arguments = (chosen, rejected, margin, label_smoothing, center_coefficient)
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops.bradley_terry_loss(*arguments)
+    return torch.ops.rlhf_kernels.bradley_terry_loss(*arguments)
 
 
 def _fake(chosen, *_):  # type: ignore[no-untyped-def]
@@ -28,19 +39,28 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = inputs[3:]
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    chosen, rejected, margin = ctx.saved_tensors
-    args = (grad, chosen, rejected, margin, *ctx.options)
-    grad_chosen, grad_rejected = torch.ops.rlhf_kernels.bradley_terry_loss_backward(*args)
-    return grad_chosen.to(chosen.dtype), grad_rejected.to(rejected.dtype), None, None, None
+def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        chosen, rejected, margin = ctx.saved_tensors
+        op = getattr(torch.ops.rlhf_kernels, op_name)
+        grad_chosen, grad_rejected = op(grad, chosen, rejected, margin, *ctx.options)
+        return grad_chosen.to(chosen.dtype), grad_rejected.to(rejected.dtype), None, None, None
+
+    return backward
 
 
 def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("bradley_terry_loss (native) is differentiable once; use backend='reference' for more")
+    raise RuntimeError("bradley_terry_loss is differentiable once on this backend; use backend='reference' for more")
+
+
+def register(forward: str, backward: str) -> None:
+    """Shapes and autograd of a pair of ops."""
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+    torch.library.register_fake(forward_op, _fake)
+    torch.library.register_fake(backward_op, _fake_backward)
+    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
+    torch.library.register_autograd(backward_op, _refuse_double_backward)
 
 
 if _extension.native_available():
-    torch.library.register_fake("rlhf_kernels::bradley_terry_loss", _fake)
-    torch.library.register_fake("rlhf_kernels::bradley_terry_loss_backward", _fake_backward)
-    torch.library.register_autograd("rlhf_kernels::bradley_terry_loss", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rlhf_kernels::bradley_terry_loss_backward", _refuse_double_backward)
+    register("bradley_terry_loss", "bradley_terry_loss_backward")

@@ -61,7 +61,7 @@ def linear_dpo_loss(
 
     Returns:
         LinearDPOLoss. Where the logits of all sequences fit the workspace budget in fp32, they are kept for backward
-        and one GEMM of four is saved.
+        and one GEMM of four is saved (native).
 
     Raises:
         ValueError: odd S without index pairs, both or no references, P = 0, and as `dpo_loss`.

@@ -1,4 +1,5 @@
-"""`torch.ops.rlhf_kernels.dpo_loss`: shapes for tracing, and autograd. The kernel is in csrc/preference."""
+"""`torch.ops.rlhf_kernels.dpo_loss`: shapes for tracing, and autograd. The kernel is in csrc/preference; that of
+the Triton op, which has the same arguments, in triton_kernels.py."""
 
 from __future__ import annotations
 
@@ -19,11 +20,16 @@ def dpo_loss(
     beta: float,
     loss_type: str,
     label_smoothing: float,
+    backend: str = "native",
 ) -> tuple[Tensor, Tensor]:
-    """Same contract as `reference.dpo_loss` for `COMPILED_TYPES`, through the compiled op."""
-    losses, rewards = torch.ops.rlhf_kernels.dpo_loss(
-        policy, ref, chosen, rejected, beta, COMPILED_TYPES.index(loss_type), label_smoothing
-    )
+    """Same contract as `reference.dpo_loss` for `COMPILED_TYPES`, through the compiled op or the Triton op."""
+    arguments = (policy, ref, chosen, rejected, beta, COMPILED_TYPES.index(loss_type), label_smoothing)
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        losses, rewards = triton_ops.dpo_loss(*arguments)
+    else:
+        losses, rewards = torch.ops.rlhf_kernels.dpo_loss(*arguments)
     return losses, rewards.detach()
 
 
@@ -41,22 +47,34 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-def]
-    none = (None,) * 7
-    if grad_losses is None:
-        return none
-    policy, ref, chosen, rejected = ctx.saved_tensors
-    grad = torch.ops.rlhf_kernels.dpo_loss_backward(grad_losses, policy, ref, chosen, rejected, *ctx.options)
-    grad_ref = -grad.to(ref.dtype) if ctx.needs_input_grad[1] else None  # the losses see policy - ref only
-    return (grad.to(policy.dtype), grad_ref, *none[2:])
+def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-def]
+        none = (None,) * 7
+        if grad_losses is None:
+            return none
+        policy, ref, chosen, rejected = ctx.saved_tensors
+        op = getattr(torch.ops.rlhf_kernels, op_name)
+        grad = op(grad_losses, policy, ref, chosen, rejected, *ctx.options)
+        grad_ref = -grad.to(ref.dtype) if ctx.needs_input_grad[1] else None  # the losses see policy - ref only
+        return (grad.to(policy.dtype), grad_ref, *none[2:])
+
+    return backward
 
 
 def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("dpo_loss (native) is differentiable once; use backend='reference' for second derivatives")
+    raise RuntimeError(
+        "dpo_loss is differentiable once on this backend; use backend='reference' for second derivatives"
+    )
+
+
+def register(forward: str, backward: str) -> None:
+    """Shapes and autograd of a pair of ops."""
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+    torch.library.register_fake(forward_op, _fake)
+    torch.library.register_fake(backward_op, _fake_backward)
+    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
+    torch.library.register_autograd(backward_op, _refuse_double_backward)
 
 
 if _extension.native_available():
-    torch.library.register_fake("rlhf_kernels::dpo_loss", _fake)
-    torch.library.register_fake("rlhf_kernels::dpo_loss_backward", _fake_backward)
-    torch.library.register_autograd("rlhf_kernels::dpo_loss", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rlhf_kernels::dpo_loss_backward", _refuse_double_backward)
+    register("dpo_loss", "dpo_loss_backward")

@@ -56,7 +56,7 @@ def dpo_loss(
         label_smoothing: eps in [0, 0.5), for sigmoid, robust and simpo.
         token_counts: [S] number of response tokens, for ipo_mean and simpo.
         gamma: SimPO's target margin in units of beta (its gamma/beta ratio).
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         DPOLoss(losses [P], rewards [S] detached), fp32 (fp64 for fp64 inputs), nats.
@@ -64,7 +64,7 @@ def dpo_loss(
     Raises:
         ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range.
         TypeError: unsupported dtype. IndexError: an index outside [0, S); on a GPU, where looking would wait for the
-            device, its pair's loss is NaN instead (native).
+            device, its pair's loss is NaN instead (native, triton).
 
     Source: sigmoid: Rafailov et al. (2023), arXiv:2305.18290, eq. 7, and with eps Mitchell's cDPO; hinge: SLiC-HF,
     arXiv:2305.10425, and RSO, arXiv:2309.06657; ipo: Azar et al. (2023), arXiv:2310.12036, eq. 17; robust: Chowdhury et
@@ -91,9 +91,9 @@ def dpo_loss(
 
     dtype = policy_logps.dtype if ref_logps is None else torch.promote_types(policy_logps.dtype, ref_logps.dtype)
     chosen_backend = resolve_backend(backend, policy_logps.device, dtype)
-    if chosen_backend == "native" and kind.compiled:
+    if chosen_backend != "reference" and kind.compiled:
         pairs = (policy_logps, ref_logps, chosen_idxs, rejected_idxs)
-        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), loss_type, float(label_smoothing)))
+        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), loss_type, float(label_smoothing), chosen_backend))
     dtype = torch.promote_types(dtype, torch.float32)
     ref = None if ref_logps is None else ref_logps.to(dtype)
     return DPOLoss(

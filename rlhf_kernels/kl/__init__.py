@@ -84,12 +84,12 @@ def linear_kl(
     )
     gemm, ref_gemm = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
     chosen = resolve_backend(backend, hidden.device, torch.promote_types(gemm, ref_gemm))
-    implementation = ops.linear_kl if chosen == "native" else reference.linear_kl
-    kl = implementation(
+    arguments = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, gemm,
         ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias, ref_transform, ref_gemm,
         mask.reshape(-1), direction,
     )  # fmt: skip
+    kl = reference.linear_kl(*arguments) if chosen == "reference" else ops.linear_kl(*arguments, chosen)
     return kl.view(shape)
 
 
@@ -105,7 +105,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
     Args:
         logprobs, ref_logprobs: same shape, nats; any supported floating dtype.
         estimator: "k1", "k2" or "k3".
-        backend: "auto", "reference" or "native".
+        backend: "auto", "reference", "native" or "triton".
 
     Returns:
         The logprobs' shape, fp32 (fp64 for fp64 inputs), nats. Differentiable in both arguments. This is the gradient
@@ -124,7 +124,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
             f"logprobs and ref_logprobs must share a shape, got {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)}"
         )
     dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
-    if resolve_backend(backend, logprobs.device, dtype) == "native":
-        return ops.kl_penalty(logprobs, ref_logprobs, estimator)
+    chosen = resolve_backend(backend, logprobs.device, dtype)
+    if chosen != "reference":
+        return ops.kl_penalty(logprobs, ref_logprobs, estimator, chosen)
     dtype = torch.promote_types(dtype, torch.float32)
     return reference.kl_penalty(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)

@@ -1,4 +1,7 @@
-"""`linear_kl` and `kl_penalty` as custom ops: shapes for tracing, and autograd. The kernels are in csrc/kl."""
+"""`linear_kl` and `kl_penalty` as custom ops: shapes for tracing, and autograd. The kernels are in csrc/kl.
+
+The Triton ops of triton_ops.py have the same arguments; linear_kl's has two more, those of `_rows.rows_to_visit`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,19 @@ from torch import Tensor
 
 from .. import _extension
 from .._logits import LogitTransform
+from .._rows import rows_to_visit
 
 ESTIMATORS = ("k1", "k2", "k3")
 DIRECTIONS = ("policy_ref", "ref_policy")
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    return torch.ops.rlhf_kernels.kl_penalty(logprobs, ref_logprobs, ESTIMATORS.index(estimator))
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: str = "native") -> Tensor:
+    arguments = (logprobs, ref_logprobs, ESTIMATORS.index(estimator))
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops.kl_penalty(*arguments)
+    return torch.ops.rlhf_kernels.kl_penalty(*arguments)
 
 
 def linear_kl(
@@ -29,13 +38,19 @@ def linear_kl(
     ref_gemm: torch.dtype,
     mask: Tensor,
     direction: str,
+    backend: str = "native",
 ) -> Tensor:
-    """Same contract as `reference.linear_kl`, through the compiled op."""
-    return torch.ops.rlhf_kernels.linear_kl(
+    """Same contract as `reference.linear_kl`, through the compiled op or the Triton op."""
+    arguments = (
         hidden, weight, bias, *transform, gemm,
         ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), *ref_transform,
         ref_gemm, mask, direction == "policy_ref",
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops.linear_kl(*arguments, *rows_to_visit(mask))[0]
+    return torch.ops.rlhf_kernels.linear_kl(*arguments)[0]
 
 
 def _fake_kl(hidden, *_):  # type: ignore[no-untyped-def]
@@ -44,7 +59,7 @@ def _fake_kl(hidden, *_):  # type: ignore[no-untyped-def]
 
 
 def _fake_kl_backward(grad_kl, kl, stats, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    *_, need_hidden, need_weight, need_bias = rest
+    need_hidden, need_weight, need_bias = rest[13:16]
 
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
         if tensor is None or not needed:
@@ -56,22 +71,26 @@ def _fake_kl_backward(grad_kl, kl, stats, hidden, weight, bias, *rest):  # type:
 
 def _setup_kl(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, *options, ref_hidden, ref_weight, ref_bias = inputs[:10]
-    ctx.save_for_backward(*output, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, inputs[14])
+    index, ctx.masked = inputs[16:17], inputs[17:]  # the Triton op's
+    ctx.save_for_backward(*output, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, inputs[14], *index)
     ctx.options, ctx.ref_options, ctx.policy_ref = options, inputs[10:14], inputs[15]
     ctx.set_materialize_grads(False)
 
 
-def _backward_kl(ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
-    none = (None,) * 16
-    if grad_kl is None:
-        return none
-    kl, stats, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    grads = torch.ops.rlhf_kernels.linear_kl_backward(
-        grad_kl, kl, stats, hidden, weight, bias, *ctx.options,
-        ref_hidden, ref_weight, ref_bias, *ctx.ref_options, mask, ctx.policy_ref, *need,
-    )  # fmt: skip
-    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]
+def _backward_kl_through(op_name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
+        none = (None,) * len(ctx.needs_input_grad)
+        if grad_kl is None:
+            return none
+        kl, stats, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *index = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        grads = getattr(torch.ops.rlhf_kernels, op_name)(
+            grad_kl, kl, stats, hidden, weight, bias, *ctx.options,
+            ref_hidden, ref_weight, ref_bias, *ctx.ref_options, mask, ctx.policy_ref, *need, *index, *ctx.masked,
+        )  # fmt: skip
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]
+
+    return backward
 
 
 def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -79,25 +98,41 @@ def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _backward_penalty(ctx, grad):  # type: ignore[no-untyped-def]
-    """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
-    policy, ref = ctx.saved_tensors
-    grad_policy = torch.ops.rlhf_kernels.kl_penalty_backward(grad, policy, ref, ctx.estimator)
-    return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
+def _backward_penalty_through(op_name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
+        policy, ref = ctx.saved_tensors
+        grad_policy = getattr(torch.ops.rlhf_kernels, op_name)(grad, policy, ref, ctx.estimator)
+        return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
+
+    return backward
 
 
 def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("this native op is differentiable once; use backend='reference' for second derivatives")
+    raise RuntimeError("this op is differentiable once on this backend; use backend='reference' for second derivatives")
+
+
+def _fake_penalty(x, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=torch.float32).contiguous()
+
+
+def register_linear_kl(forward: str, backward: str) -> None:
+    """Shapes and autograd of a pair of ops."""
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+    torch.library.register_fake(forward_op, _fake_kl)
+    torch.library.register_fake(backward_op, _fake_kl_backward)
+    torch.library.register_autograd(forward_op, _backward_kl_through(backward), setup_context=_setup_kl)
+    torch.library.register_autograd(backward_op, _refuse_double_backward)
+
+
+def register_kl_penalty(forward: str, backward: str) -> None:
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+    for op in (forward_op, backward_op):
+        torch.library.register_fake(op, _fake_penalty)
+    torch.library.register_autograd(forward_op, _backward_penalty_through(backward), setup_context=_setup_penalty)
+    torch.library.register_autograd(backward_op, _refuse_double_backward)
 
 
 if _extension.native_available():
-    torch.library.register_fake("rlhf_kernels::linear_kl", _fake_kl)
-    torch.library.register_fake("rlhf_kernels::linear_kl_backward", _fake_kl_backward)
-    torch.library.register_autograd("rlhf_kernels::linear_kl", _backward_kl, setup_context=_setup_kl)
-    torch.library.register_autograd("rlhf_kernels::linear_kl_backward", _refuse_double_backward)
-    for name in ("kl_penalty", "kl_penalty_backward"):
-        torch.library.register_fake(
-            f"rlhf_kernels::{name}", lambda x, *_: torch.empty_like(x, dtype=torch.float32).contiguous()
-        )
-    torch.library.register_autograd("rlhf_kernels::kl_penalty", _backward_penalty, setup_context=_setup_penalty)
-    torch.library.register_autograd("rlhf_kernels::kl_penalty_backward", _refuse_double_backward)
+    register_linear_kl("linear_kl", "linear_kl_backward")
+    register_kl_penalty("kl_penalty", "kl_penalty_backward")

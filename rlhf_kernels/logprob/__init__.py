@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import check_choice, check_head, check_target_range, check_targets
 from .._dispatch import resolve_backend
 from .._logits import LogitTransform, gemm_dtype
+from .._rows import is_traced_or_captured
 from . import ops, reference
 
 __all__ = ["LinearLogprobs", "SequenceLogprobs", "linear_logprobs", "sequence_logprobs"]
@@ -106,12 +107,13 @@ def _linear_logprobs(
     gemm = gemm_dtype(hidden, weight)
     flat = (hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias)
     options = (transform, ignore_index, tuple(outputs), gemm)
-    if resolve_backend(backend, hidden.device, gemm) == "native":
-        results = ops.linear_logprobs(*flat, *options, cache_logits=cache_logits)
-    else:
-        if not torch.compiler.is_compiling():
-            check_target_range(targets, weight.shape[0], ignore_index)
+    chosen = resolve_backend(backend, hidden.device, gemm)
+    if chosen != "native" and not is_traced_or_captured(hidden):
+        check_target_range(targets, weight.shape[0], ignore_index)
+    if chosen == "reference":
         results = reference.linear_logprobs(*flat, *options)
+    else:
+        results = ops.linear_logprobs(*flat, *options, cache_logits, chosen)
     logprobs, logsumexp, *optional = (None if r is None else r.view(targets.shape) for r in results)
     assert logprobs is not None and logsumexp is not None  # only the others are optional
     return LinearLogprobs(logprobs, logsumexp, *optional)

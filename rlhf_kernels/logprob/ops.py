@@ -1,4 +1,7 @@
-"""`torch.ops.rlhf_kernels.linear_logprobs`: shapes for tracing, and autograd. The kernels are in csrc/logprob."""
+"""`torch.ops.rlhf_kernels.linear_logprobs`: shapes for tracing, and autograd. The kernels are in csrc/logprob.
+
+The Triton op of triton_ops.py has the same arguments and two more, (index, masked) of `_rows.rows_to_visit`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._logits import LogitTransform
+from .._rows import rows_to_visit
 from .reference import OPTIONAL_OUTPUTS
 
 CACHE_ROWS, CACHE_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h kRowBlock, cached_vocab
@@ -22,12 +26,18 @@ def linear_logprobs(
     outputs: tuple[str, ...],
     gemm: torch.dtype,
     cache_logits: bool = False,
+    backend: str = "native",
 ) -> tuple[Tensor | None, ...]:
-    """Same contract as `reference.linear_logprobs`, through the compiled op."""
-    logprobs, max_logit, log_sum, *optional, _ = torch.ops.rlhf_kernels.linear_logprobs(
-        hidden, weight, targets, bias, *transform, ignore_index, gemm, *(n in outputs for n in OPTIONAL_OUTPUTS),
-        cache_logits,
-    )  # fmt: skip
+    """Same contract as `reference.linear_logprobs`, through the compiled op or the Triton op."""
+    wanted = [name in outputs for name in OPTIONAL_OUTPUTS]
+    arguments = (hidden, weight, targets, bias, *transform, ignore_index, gemm, *wanted, cache_logits)
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        results = triton_ops.linear_logprobs(*arguments, *rows_to_visit(targets != ignore_index))
+    else:
+        results = torch.ops.rlhf_kernels.linear_logprobs(*arguments)
+    logprobs, max_logit, log_sum, *optional, _ = results
     entropy, is_top1, mean_logit, log_sum_sq = optional
     optional = (entropy, is_top1.detach(), mean_logit.detach(), log_sum_sq.detach())
     # The logsumexp's gradient travels through log_sum alone: see _backward.
@@ -36,7 +46,7 @@ def linear_logprobs(
 
 
 def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, *flags):  # type: ignore[no-untyped-def]
-    *wanted, cache_logits = flags
+    *wanted, cache_logits = flags[:5]
     per_row = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3)]
     optional = [hidden.new_empty(hidden.shape[0] if want else 0, dtype=torch.float32) for want in wanted]
     blocks = (hidden.shape[0] + CACHE_ROWS - 1) // CACHE_ROWS if cache_logits else 0
@@ -47,7 +57,7 @@ def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature
 
 def _fake_backward(  # type: ignore[no-untyped-def]
     grad_logprobs, grad_log_sum, grad_entropy, hidden, weight, targets, bias, max_logit, log_sum, entropy, cache,
-    logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias,
+    logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias, *_,
 ):  # fmt: skip
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
         if tensor is None or not needed:
@@ -58,36 +68,47 @@ def _fake_backward(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, targets, bias, *options = inputs
+    hidden, weight, targets, bias, *options = inputs[:14]
     _, max_logit, log_sum, entropy, *_, cache = output
-    ctx.save_for_backward(hidden, weight, targets, bias, max_logit, log_sum, entropy, cache)
+    index, ctx.masked = inputs[14:15], inputs[15:]  # the Triton op's
+    ctx.save_for_backward(hidden, weight, targets, bias, max_logit, log_sum, entropy, cache, *index)
     ctx.options, ctx.has_entropy = options[:5], options[5]  # scale, softcap, temperature, ignore_index, gemm dtype
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
-    """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
-    none = (None,) * 14
-    if not ctx.has_entropy:  # an output that was not asked for is empty, and so is the gradient that tracing gives it
-        grad_entropy = None
-    if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
-        return none
-    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    grad_hidden, grad_weight, grad_bias = torch.ops.rlhf_kernels.linear_logprobs_backward(
-        grad_logprobs, grad_log_sum, grad_entropy, *ctx.saved_tensors, *ctx.options, *need
-    )
-    grads = (grad_hidden if need[0] else None, grad_weight if need[1] else None, None, grad_bias if need[2] else None)
-    return grads + none[4:]
+def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+        """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
+        none = (None,) * len(ctx.needs_input_grad)
+        if not ctx.has_entropy:  # an output that was not asked for is empty, and so is the gradient tracing gives it
+            grad_entropy = None
+        if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
+            return none
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        saved, index = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        grad_hidden, grad_weight, grad_bias = getattr(torch.ops.rlhf_kernels, op_name)(
+            grad_logprobs, grad_log_sum, grad_entropy, *saved, *ctx.options, *need, *index, *ctx.masked
+        )
+        given = (grad_hidden if need[0] else None, grad_weight if need[1] else None, None)
+        return (*given, grad_bias if need[2] else None, *none[4:])
+
+    return backward
 
 
 def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
     raise RuntimeError(
-        "linear_logprobs (native) is differentiable once; use backend='reference' for second derivatives"
+        "linear_logprobs is differentiable once on this backend; use backend='reference' for second derivatives"
     )
 
 
+def register(forward: str, backward: str) -> None:
+    """Shapes and autograd of a pair of ops."""
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+    torch.library.register_fake(forward_op, _fake)
+    torch.library.register_fake(backward_op, _fake_backward)
+    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
+    torch.library.register_autograd(backward_op, _refuse_double_backward)
+
+
 if _extension.native_available():
-    torch.library.register_fake("rlhf_kernels::linear_logprobs", _fake)
-    torch.library.register_fake("rlhf_kernels::linear_logprobs_backward", _fake_backward)
-    torch.library.register_autograd("rlhf_kernels::linear_logprobs", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("rlhf_kernels::linear_logprobs_backward", _refuse_double_backward)
+    register("linear_logprobs", "linear_logprobs_backward")

@@ -1,0 +1,130 @@
+"""From dlogits to the gradients of hidden states, head and bias, by slices of the vocabulary:
+
+recompute a slice's dlogits (a Triton kernel) -> dW[slice] = dz^T H, written once -> dH += dz W[slice], in fp32.
+The two products are the vendor library's. What a tile of dlogits is, the caller says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._workspace import workspace_budget_bytes
+from . import INTERPRETED
+from .plan import ROW_STEP, cdiv, plan_backward
+
+# differentiate(operands [rows, D], first_row, rows, begin, end, dlogits [rows, group], bias_sums [blocks, end - begin])
+Differentiate = Callable[[Tensor, int, int, int, int, Tensor, Tensor | None], None]
+
+
+def counted_rows(index: Tensor | None, counted: Tensor) -> int:
+    """How many rows take part: those of `index`, or all."""
+    return counted.shape[0] if index is None else index.shape[0]
+
+
+def operands_of(
+    hidden: Tensor, index: Tensor | None, counted: Tensor, masked: bool, gemm: torch.dtype, first: int, rows: int
+) -> Tensor:
+    """Hidden states [rows, D] of the rows that take part, from the `first` on, as the GEMM reads them. `masked`: rows
+    that do not count are among them, and are read as 0: a product with NaN would not be."""
+    if index is not None:
+        return hidden[index[first : first + rows]].to(gemm)
+    part = hidden[first : first + rows]
+    if masked:
+        part = part.masked_fill(~counted[first : first + rows, None], 0.0)
+    return part.to(gemm)
+
+
+# In these two autocast is off: their callers have chosen the dtypes.
+
+
+def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a @ b, in fp32."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.device.type == "cpu" or a.dtype == torch.float32:  # cpu: under the interpreter
+            sums.addmm_(a.float(), b.float())
+        else:
+            torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+
+
+def write_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """to = a @ b, summed in fp32 and rounded once."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.device.type == "cpu":
+            to.copy_(a.float() @ b.float())
+        elif to.dtype == a.dtype:
+            torch.mm(a, b, out=to)
+        elif to.dtype == torch.float32:
+            torch.mm(a, b, out_dtype=torch.float32, out=to)
+        else:
+            to.copy_(torch.mm(a, b, out_dtype=torch.float32))
+
+
+def head_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    counted: Tensor,
+    masked: bool,
+    gemm: torch.dtype,
+    needs: tuple[bool, bool, bool],
+    block_rows: int,
+    differentiate: Differentiate,
+    beside: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where not needed. `block_rows`: of a row block's sums for the bias;
+    `beside`: bytes a row that the caller holds."""
+    count, (vocab, width) = counted_rows(index, counted), weight.shape
+    need_hidden, need_weight, need_bias = needs
+    copies = index is not None or masked or hidden.dtype != gemm
+    casts = weight.dtype != gemm
+    plan = plan_backward(count, width, gemm, copies, casts, beside, workspace_budget_bytes(hidden.device))
+    # ROW_STEP: there is a row to hold even where none counts
+    at_once = max(count, 1) if plan.rows_at_once is None else plan.rows_at_once
+    chunks = [(0, count)] if plan.rows_at_once is None else _chunks(count, plan.rows_at_once)
+    group = min(plan.group, cdiv(vocab, ROW_STEP) * ROW_STEP)
+    # The interpreter truncates to bf16 where a GPU rounds: there torch rounds.
+    dlogits = hidden.new_empty((at_once, group), dtype=torch.float32 if INTERPRETED else gemm)
+
+    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+    sums = hidden.new_zeros((count if need_hidden else 0, width), dtype=torch.float32)
+    bias_sums = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
+    weight_sums = (
+        hidden.new_empty((group, width), dtype=torch.float32) if need_weight and plan.rows_at_once is not None else None
+    )
+    operands = operands_of(hidden, index, counted, masked, gemm, *chunks[0])
+    for begin in range(0, vocab, group):
+        end = min(begin + group, vocab)
+        head_slice = weight[begin:end].to(gemm) if need_hidden else None
+        for first, rows in chunks:
+            if len(chunks) > 1:
+                operands = operands_of(hidden, index, counted, masked, gemm, first, rows)
+            blocks = hidden.new_empty((cdiv(rows, block_rows), end - begin), dtype=torch.float32) if need_bias else None
+            differentiate(operands, first, rows, begin, end, dlogits, blocks)
+            dz = dlogits[:rows, : end - begin].to(gemm)
+            if blocks is not None:
+                bias_sums[begin:end] += blocks.sum(0)
+            if head_slice is not None:
+                add_product(sums[first : first + rows], dz, head_slice)
+            if weight_sums is not None:
+                part = weight_sums[: end - begin]
+                add_product(part if first else part.zero_(), dz.T, operands)
+            elif need_weight:
+                write_product(grad_weight[begin:end], dz.T, operands)
+        if weight_sums is not None:
+            grad_weight[begin:end] = weight_sums[: end - begin]
+
+    del dlogits, dz, operands, weight_sums  # before the sums are rounded into memory of their own
+    if index is None or not need_hidden:
+        grad_hidden = sums.to(hidden.dtype)
+    else:
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        grad_hidden[index] = sums.to(hidden.dtype)
+    return grad_hidden, grad_weight, bias_sums if bias is None else bias_sums.to(bias.dtype)
+
+
+def _chunks(count: int, at_once: int) -> list[tuple[int, int]]:
+    return [(first, min(at_once, count - first)) for first in range(0, max(count, 1), at_once)]

@@ -1,0 +1,373 @@
+"""linear_kl and kl_penalty in Triton. Two tiles of fp32 logits, policy's and reference's, share the registers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._logits import LogitTransform
+from .._triton import INTERPRETED, plan
+from .._triton.gradient import head_gradient, operands_of
+from .._triton.launch import (
+    HEAVY,
+    MEDIUM,
+    TL_DTYPE,
+    Tile,
+    contiguous,
+    launch,
+    readable,
+    tile_for,
+    transform_arguments,
+    tuned,
+    uses_tma,
+)
+from .._triton.maths import expm1, expm1_minus_identity, final_logits, kl_of_tile, logit_slope, merge_kl
+from .._triton.tiles import described, in_groups, multiply
+
+FIELDS = 7  # of a split's statistics: max, sum, other max, other sum, centre, second, first
+STATS = 6  # kept for backward: max, log sum, other max, other log sum, centre, shift
+
+
+@triton.jit
+def _store_part(partials, split, splits, rows, row, inside, m, s, om, os, centre, second, first):
+    at = partials + tl.cast(split, tl.int64) * rows + row
+    step = tl.cast(splits, tl.int64) * rows
+    tl.store(at, m, mask=inside)
+    tl.store(at + step, s, mask=inside)
+    tl.store(at + 2 * step, om, mask=inside)
+    tl.store(at + 3 * step, os, mask=inside)
+    tl.store(at + 4 * step, centre, mask=inside)
+    tl.store(at + 5 * step, second, mask=inside)
+    tl.store(at + 6 * step, first, mask=inside)
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr):
+    """The statistics of no tokens."""
+    none = tl.full([ROWS], -float("inf"), tl.float32)
+    zero = tl.zeros([ROWS], tl.float32)
+    return none, zero, none, zero, zero, zero, zero
+
+
+@tuned
+@triton.jit(do_not_specialize=["rows", "hidden_rows"])
+def fold_kl(
+    hidden, hidden_stride, hidden_step, head, head_stride, head_step, bias, gain, cap, width,
+    ref_hidden, ref_hidden_stride, ref_hidden_step, ref_head, ref_head_stride, ref_head_step, ref_bias, ref_gain,
+    ref_cap, ref_width,
+    index, mask, partials, rows, hidden_rows, vocab, splits,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, REF_WHOLE: tl.constexpr,
+    TILES: tl.constexpr, DTYPE: tl.constexpr, REF_DTYPE: tl.constexpr, KIND: tl.constexpr, REF_KIND: tl.constexpr,
+    POLICY_WEIGHS: tl.constexpr, INTERPRETED: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One row block over one split of the vocabulary, TILES tiles of both models: its statistics of the divergence."""
+    row_block, split = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
+    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    if index is not None:
+        at = tl.load(index + row, mask=inside, other=0)
+    else:
+        at = row
+    counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    hidden_source = described(hidden, hidden_rows, width, hidden_stride, ROWS, DEPTH, TMA)
+    head_source = described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA)
+    ref_hidden_source = described(ref_hidden, hidden_rows, ref_width, ref_hidden_stride, ROWS, DEPTH, TMA)
+    ref_head_source = described(ref_head, vocab, ref_width, ref_head_stride, COLUMNS, DEPTH, TMA)
+    m, s, om, os, centre, second, first_order = _nothing(ROWS)
+    for tile in range(TILES):
+        first = (split * TILES + tile) * COLUMNS
+        if first < vocab:
+            columns = first + tl.arange(0, COLUMNS)
+            x = multiply(
+                hidden_source, row_block * ROWS, at, counts, hidden_stride, hidden_step, head_source, first, vocab,
+                head_stride, head_step, width, ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
+            )  # fmt: skip
+            y = multiply(
+                ref_hidden_source, row_block * ROWS, at, counts, ref_hidden_stride, ref_hidden_step, ref_head_source,
+                first, vocab, ref_head_stride, ref_head_step, ref_width, ROWS, COLUMNS, DEPTH, REF_WHOLE, REF_DTYPE,
+                INTERPRETED, TMA,
+            )  # fmt: skip
+            x = final_logits(x, bias, columns, vocab, gain, cap, KIND)
+            y = final_logits(y, ref_bias, columns, vocab, ref_gain, ref_cap, REF_KIND)
+            if POLICY_WEIGHS:
+                bm, bs, bom, bos, bc, b2, b1 = kl_of_tile(x, y)
+            else:
+                bm, bs, bom, bos, bc, b2, b1 = kl_of_tile(y, x)
+            m, s, om, os, centre, second, first_order = merge_kl(
+                m, s, om, os, centre, second, first_order, bm, bs, bom, bos, bc, b2, b1
+            )
+    _store_part(partials, split, splits, rows, row, inside, m, s, om, os, centre, second, first_order)
+
+
+@triton.jit(do_not_specialize=["rows", "stats_rows"])
+def merge_kl_splits(partials, index, mask, kl, stats, rows, stats_rows, splits, ROWS: tl.constexpr):
+    """Merges the splits in their order; kl_of of csrc/common/online_softmax.h, in double."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    if index is not None:
+        at = tl.load(index + row, mask=inside, other=0)
+    else:
+        at = row
+    counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    m, s, om, os, centre, second, first = _nothing(ROWS)
+    step = tl.cast(splits, tl.int64) * rows
+    for split in range(splits):
+        part = partials + tl.cast(split, tl.int64) * rows + row
+        m, s, om, os, centre, second, first = merge_kl(
+            m, s, om, os, centre, second, first,
+            tl.load(part, mask=inside, other=0.0), tl.load(part + step, mask=inside, other=0.0),
+            tl.load(part + 2 * step, mask=inside, other=0.0), tl.load(part + 3 * step, mask=inside, other=0.0),
+            tl.load(part + 4 * step, mask=inside, other=0.0), tl.load(part + 5 * step, mask=inside, other=0.0),
+            tl.load(part + 6 * step, mask=inside, other=0.0),
+        )  # fmt: skip
+    total, other_total = s.to(tl.float64), os.to(tl.float64)
+    plain_shift = centre.to(tl.float64) - (m.to(tl.float64) - om.to(tl.float64)) - tl.log(total / other_total)
+    a, c = second.to(tl.float64) / total, first.to(tl.float64) / total
+    b = a - c
+    near = (b > -0.5) & (a < 1.0)
+    log1p_b = tl.log(1.0 + tl.where(near, b, 0.0))
+    noise = 1e-6 * (4.0 + tl.abs(m) + tl.abs(om) + tl.abs(centre)).to(tl.float64)
+    near = near & (tl.abs(log1p_b - plain_shift) <= noise)
+    value = tl.where(near, a - (b - log1p_b), c + plain_shift)
+    value = tl.where(value < 0.0, 0.0, value)
+    shift = tl.where(near, log1p_b, plain_shift)
+    tl.store(kl + at, tl.where(counts, value, 0.0).to(tl.float32), mask=inside)
+    to = stats + at
+    tl.store(to, m, mask=counts)
+    tl.store(to + stats_rows, tl.log(s), mask=counts)
+    tl.store(to + 2 * stats_rows, om, mask=counts)
+    tl.store(to + 3 * stats_rows, tl.log(os), mask=counts)
+    tl.store(to + 4 * stats_rows, centre, mask=counts)
+    tl.store(to + 5 * stats_rows, shift.to(tl.float32), mask=counts)
+
+
+@tuned
+@triton.jit(do_not_specialize=["rows", "first_row", "stats_rows"])
+def differentiate_kl(
+    hidden, hidden_stride, hidden_step, head, head_stride, head_step, bias, gain, cap, inverse_cap, slope, width,
+    ref_hidden, ref_hidden_stride, ref_hidden_step, ref_head, ref_head_stride, ref_head_step, ref_bias, ref_gain,
+    ref_cap, ref_width,
+    index, mask, grad_kl, kl, stats, dlogits, dlogits_stride, bias_sums, first_row, rows, stats_rows, begin, end, vocab,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, REF_WHOLE: tl.constexpr,
+    DTYPE: tl.constexpr, REF_DTYPE: tl.constexpr, KIND: tl.constexpr, REF_KIND: tl.constexpr,
+    POLICY_WEIGHS: tl.constexpr, INTERPRETED: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """d loss / d policy logits [rows, end - begin], and their sums over each row block's rows for the bias."""
+    row_block, tile = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(end - begin, COLUMNS), GROUP)
+    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    if index is not None:
+        at = tl.load(index + first_row + row, mask=inside, other=0)
+    else:
+        at = first_row + row
+    counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    first = begin + tile * COLUMNS
+    columns = first + tl.arange(0, COLUMNS)
+    x = multiply(
+        described(hidden, rows, width, hidden_stride, ROWS, DEPTH, TMA), row_block * ROWS, row, counts, hidden_stride,
+        hidden_step, described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA), first, vocab, head_stride,
+        head_step, width, ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
+    )  # fmt: skip
+    y = multiply(
+        described(ref_hidden, rows, ref_width, ref_hidden_stride, ROWS, DEPTH, TMA), row_block * ROWS, row, counts,
+        ref_hidden_stride, ref_hidden_step,
+        described(ref_head, vocab, ref_width, ref_head_stride, COLUMNS, DEPTH, TMA), first, vocab, ref_head_stride,
+        ref_head_step, ref_width, ROWS, COLUMNS, DEPTH, REF_WHOLE, REF_DTYPE, INTERPRETED, TMA,
+    )  # fmt: skip
+    x = final_logits(x, bias, columns, vocab, gain, cap, KIND)
+    y = final_logits(y, ref_bias, columns, vocab, ref_gain, ref_cap, REF_KIND)
+    own = stats + at
+    m = tl.load(own, mask=counts, other=0.0)
+    log_sum = tl.load(own + stats_rows, mask=counts, other=0.0)
+    om = tl.load(own + 2 * stats_rows, mask=counts, other=0.0)
+    other_log_sum = tl.load(own + 3 * stats_rows, mask=counts, other=0.0)
+    centre = tl.load(own + 4 * stats_rows, mask=counts, other=0.0)
+    shift = tl.load(own + 5 * stats_rows, mask=counts, other=0.0)
+    grad = tl.load(grad_kl + at, mask=counts, other=0.0)
+    if POLICY_WEIGHS:  # p_v (d_v - KL)
+        p = tl.exp((x - m[:, None]) - log_sum[:, None])
+        d = ((x - y) - centre[:, None]) + shift[:, None]
+        value = tl.load(kl + at, mask=counts, other=0.0)
+        g = tl.where(p != 0.0, grad[:, None] * p * (d - value[:, None]), 0.0)
+    else:  # q_v - p_v, by whichever of p_v expm1(-d) and -q_v expm1(d) has no positive exponent
+        p = tl.exp((y - m[:, None]) - log_sum[:, None])
+        q = tl.exp((x - om[:, None]) - other_log_sum[:, None])
+        d = ((y - x) - centre[:, None]) + shift[:, None]
+        near = tl.abs(d) < 1.0
+        near_d = tl.where(near, d, 0.0)
+        near_value = tl.where(near_d > 0.0, p, q) * expm1(-tl.abs(near_d)) * tl.where(near_d > 0.0, 1.0, -1.0)
+        g = grad[:, None] * tl.where(near, near_value, q - p)
+    g = g * logit_slope(x, inverse_cap, slope, KIND)
+    g = tl.where(counts[:, None] & (columns < end)[None, :], g, 0.0)
+    to = dlogits + row[:, None] * dlogits_stride + (columns - begin)[None, :]
+    tl.store(to, g.to(dlogits.dtype.element_ty), mask=inside[:, None] & (columns < end)[None, :])
+    if bias_sums is not None:
+        sums = bias_sums + tl.cast(row_block, tl.int64) * (end - begin) + (columns - begin)
+        tl.store(sums, tl.sum(g, 0), mask=columns < end)
+
+
+@triton.jit(do_not_specialize=["count"])
+def estimate(logprobs, ref_logprobs, out, count, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """ESTIMATOR: 0 is k1, 1 k2, 2 k3, as in ops.ESTIMATORS."""
+    i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    policy = tl.load(logprobs + i, mask=inside, other=0.0).to(tl.float32)
+    log_ratio = tl.load(ref_logprobs + i, mask=inside, other=0.0).to(tl.float32) - policy
+    if ESTIMATOR == 0:
+        value = -log_ratio
+    elif ESTIMATOR == 1:
+        value = 0.5 * log_ratio * log_ratio
+    else:
+        value = expm1_minus_identity(log_ratio)
+    tl.store(out + i, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["count"])
+def differentiate_estimate(
+    grad, logprobs, ref_logprobs, out, count, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """d estimate / d logprobs, times the upstream."""
+    i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    policy = tl.load(logprobs + i, mask=inside, other=0.0).to(tl.float32)
+    log_ratio = tl.load(ref_logprobs + i, mask=inside, other=0.0).to(tl.float32) - policy
+    upstream = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32)
+    if ESTIMATOR == 0:
+        slope = tl.full([BLOCK], 1.0, tl.float32)
+    elif ESTIMATOR == 1:
+        slope = -log_ratio
+    else:
+        slope = -expm1(log_ratio)
+    tl.store(out + i, upstream * slope, mask=inside)
+
+
+class Side(NamedTuple):
+    """One model: hidden [N, D], weight [V, D], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+    gemm: torch.dtype
+
+    def uses_tma(self) -> bool:
+        return uses_tma(self.hidden) and uses_tma(self.weight)
+
+    def readable(self) -> Side:
+        hidden, weight = readable(self.hidden, self.gemm), readable(self.weight, self.gemm)
+        return self._replace(hidden=hidden, weight=weight, bias=contiguous(self.bias))
+
+    def reads_in_place(self, index: Tensor | None, masked: bool) -> bool:
+        return index is None and not masked and self.hidden.dtype == self.gemm
+
+
+def _tile(policy: Side, ref: Side) -> Tile:
+    """That of fp32 where one side is multiplied in it. Two tiles of logits, and the divergence's many terms."""
+    gemm = torch.float32 if torch.float32 in (policy.gemm, ref.gemm) else policy.gemm
+    capped = policy.transform.softcap or ref.transform.softcap
+    return tile_for(policy.hidden.device, gemm, HEAVY if capped or gemm == torch.float32 else MEDIUM)
+
+
+def forward(policy: Side, ref: Side, mask: Tensor, index: Tensor | None, policy_weighs: bool) -> tuple[Tensor, Tensor]:
+    """mask [N] bool; index [n]: the rows where it is true, or None to go over all. -> kl [N], stats [6, N]"""
+    policy, ref, mask = policy.readable(), ref.readable(), mask.contiguous()
+    vocab, count = policy.weight.shape[0], mask.shape[0] if index is None else index.shape[0]
+    tile = _tile(policy, ref)
+    splits = plan.splits_of(vocab, tile.columns)
+    kl = policy.hidden.new_zeros(mask.shape[0], dtype=torch.float32)
+    stats = policy.hidden.new_zeros((STATS, mask.shape[0]), dtype=torch.float32)
+    if count == 0:
+        return kl, stats
+    partials = policy.hidden.new_empty((FIELDS, splits.parts, count), dtype=torch.float32)
+    own, other = (transform_arguments(side.transform, side.bias) for side in (policy, ref))
+    launch(
+        fold_kl, (plan.cdiv(count, tile.rows) * splits.parts,),
+        policy.hidden, *policy.hidden.stride(), policy.weight, *policy.weight.stride(), policy.bias, own["gain"],
+        own["cap"], policy.weight.shape[1],
+        ref.hidden, *ref.hidden.stride(), ref.weight, *ref.weight.stride(), ref.bias, other["gain"], other["cap"],
+        ref.weight.shape[1],
+        index, mask, partials, count, mask.shape[0], vocab, splits.parts,
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=policy.weight.shape[1] % tile.depth == 0,
+        REF_WHOLE=ref.weight.shape[1] % tile.depth == 0, TILES=splits.tiles, DTYPE=TL_DTYPE[policy.gemm],
+        REF_DTYPE=TL_DTYPE[ref.gemm], KIND=own["KIND"], REF_KIND=other["KIND"], POLICY_WEIGHS=policy_weighs,
+        INTERPRETED=INTERPRETED, TMA=index is None and policy.uses_tma() and ref.uses_tma(),
+    )  # fmt: skip
+    launch(
+        merge_kl_splits, (plan.cdiv(count, plan.ROW_STEP),),
+        partials, index, mask, kl, stats, count, mask.shape[0], splits.parts, ROWS=plan.ROW_STEP,
+    )  # fmt: skip
+    return kl, stats
+
+
+def backward(
+    grad_kl: Tensor,
+    kl: Tensor,
+    stats: Tensor,
+    policy: Side,
+    ref: Side,
+    mask: Tensor,
+    index: Tensor | None,
+    masked: bool,
+    policy_weighs: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the policy's hidden, weight and bias; `masked`: rows that do not count are gone over too."""
+    vocab, ref_width, tile = policy.weight.shape[0], ref.weight.shape[1], _tile(policy, ref)
+    own, other = (transform_arguments(side.transform, side.bias) for side in (policy, ref))
+    inverse_cap = 1.0 / own["cap"] if own["cap"] else 0.0
+    leaves, policy, ref, mask = policy, policy.readable(), ref.readable(), mask.contiguous()
+    upstream = grad_kl.float().contiguous()
+    at, ref_operands = -1, ref.hidden
+
+    def dlogits_of(
+        operands: Tensor, first: int, rows: int, begin: int, end: int, dlogits: Tensor, bias_sums: Tensor | None
+    ) -> None:
+        nonlocal at, ref_operands
+        if rows == 0:
+            return
+        if at != first:
+            at, ref_operands = first, operands_of(ref.hidden, index, mask, masked, ref.gemm, first, rows)
+        launch(
+            differentiate_kl, (plan.cdiv(rows, tile.rows) * plan.cdiv(end - begin, tile.columns),),
+            operands, *operands.stride(), policy.weight, *policy.weight.stride(), policy.bias, own["gain"], own["cap"],
+            inverse_cap, own["slope"], policy.weight.shape[1],
+            ref_operands, *ref_operands.stride(), ref.weight, *ref.weight.stride(), ref.bias, other["gain"],
+            other["cap"], ref_width,
+            index, mask, upstream, kl, stats, dlogits, dlogits.stride(0), bias_sums, first, rows, mask.shape[0], begin,
+            end, vocab,
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=policy.weight.shape[1] % tile.depth == 0,
+            REF_WHOLE=ref_width % tile.depth == 0, DTYPE=TL_DTYPE[policy.gemm], REF_DTYPE=TL_DTYPE[ref.gemm],
+            KIND=own["KIND"], REF_KIND=other["KIND"], POLICY_WEIGHS=policy_weighs, INTERPRETED=INTERPRETED,
+            TMA=all(uses_tma(t) for t in (operands, policy.weight, ref_operands, ref.weight)),
+        )  # fmt: skip
+
+    beside = 0 if ref.reads_in_place(index, masked) else ref_width * ref.gemm.itemsize
+    return head_gradient(
+        leaves.hidden, leaves.weight, leaves.bias, index, mask, masked, leaves.gemm, needs, tile.rows, dlogits_of,
+        beside,
+    )  # fmt: skip
+
+
+def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
+    if out.numel():
+        launch(
+            estimate, (plan.cdiv(out.numel(), plan.VECTOR),),
+            logprobs.contiguous(), ref_logprobs.contiguous(), out, out.numel(), ESTIMATOR=estimator, BLOCK=plan.VECTOR,
+        )  # fmt: skip
+    return out
+
+
+def estimate_kl_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    out = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
+    if out.numel():
+        launch(
+            differentiate_estimate, (plan.cdiv(out.numel(), plan.VECTOR),),
+            grad.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), out, out.numel(), ESTIMATOR=estimator,
+            BLOCK=plan.VECTOR,
+        )  # fmt: skip
+    return out

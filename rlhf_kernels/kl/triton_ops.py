@@ -1,0 +1,58 @@
+"""The ops of csrc/kl in Triton: linear_kl with two arguments more, which rows to go over; kl_penalty as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._logits import LogitTransform
+from .._triton.launch import define_op
+from . import ops, triton_kernels
+from .triton_kernels import Side
+
+
+@define_op("triton_linear_kl")
+def linear_kl(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float, temperature: float,
+    gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, ref_logit_scale: float,
+    ref_logit_softcap: float, ref_temperature: float, ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool,
+    index: Tensor | None, masked: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    ref_transform = LogitTransform(ref_logit_scale, ref_logit_softcap, ref_temperature)
+    return triton_kernels.forward(
+        Side(hidden, weight, bias, transform, gemm_dtype),
+        Side(ref_hidden, ref_weight, ref_bias, ref_transform, ref_gemm_dtype),
+        mask, index, policy_ref,
+    )  # fmt: skip
+
+
+@define_op("triton_linear_kl_backward")
+def linear_kl_backward(
+    grad_kl: Tensor, kl: Tensor, stats: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float,
+    logit_softcap: float, temperature: float, gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor,
+    ref_bias: Tensor | None, ref_logit_scale: float, ref_logit_softcap: float, ref_temperature: float,
+    ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool, need_hidden: bool, need_weight: bool, need_bias: bool,
+    index: Tensor | None, masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    ref_transform = LogitTransform(ref_logit_scale, ref_logit_softcap, ref_temperature)
+    return triton_kernels.backward(
+        grad_kl, kl, stats, Side(hidden, weight, bias, transform, gemm_dtype),
+        Side(ref_hidden, ref_weight, ref_bias, ref_transform, ref_gemm_dtype),
+        mask, index, masked, policy_ref, (need_hidden, need_weight, need_bias),
+    )  # fmt: skip
+
+
+@define_op("triton_kl_penalty")
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return triton_kernels.estimate_kl(logprobs, ref_logprobs, estimator)
+
+
+@define_op("triton_kl_penalty_backward")
+def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return triton_kernels.estimate_kl_backward(grad, logprobs, ref_logprobs, estimator)
+
+
+ops.register_linear_kl("triton_linear_kl", "triton_linear_kl_backward")
+ops.register_kl_penalty("triton_kl_penalty", "triton_kl_penalty_backward")
