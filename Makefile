@@ -11,8 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min cuda-on-host \
-	cuda-check clean distclean
+.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
+	triton-interpreted triton-check cuda-on-host cuda-check clean distclean
 
 install: $(STAMP)
 
@@ -35,10 +35,15 @@ $(STAMP): constraints.txt pyproject.toml setup.py setup_cuda.py MANIFEST.in $(CS
 demo: $(STAMP)
 	$(BIN)/rlhf demo $(DEMO_ARGS)
 
-# A worker per core, so a thread per worker: more would only take turns.
+# A worker per core, so a thread per worker: more would only take turns. The Triton kernels run in an interpreter, in a
+# process of their own: triton reads TRITON_INTERPRET when it is imported.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
+	$(if $(TEST_ARGS),,$(MAKE) triton-interpreted)
+
+triton-interpreted: $(STAMP)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
@@ -80,6 +85,30 @@ check-torch-min:
 	cp -R tests/kernels build/torch-min/tests/
 	cd build/torch-min && $(CURDIR)/$(MIN)/bin/python -c 'import rlhf_kernels as rk; print(rk.__file__, rk.build_info())'
 	cd build/torch-min && OMP_NUM_THREADS=1 $(CURDIR)/$(MIN)/bin/python -m pytest -q -n $(WORKERS) tests $(TEST_ARGS)
+
+# The Triton kernels with the oldest triton that is promised and with the newest: compiled for four GPUs, and a few
+# tests of each op interpreted. The folder goes before the venv's. (3.6's interpreter fails with numpy 2.4.)
+TRITONS := 3.6.0 3.8.0
+TRITON_FILES := $(foreach name,bradley_terry dpo kl_penalty linear_dpo linear_kl linear_logprobs, \
+	tests/kernels/test_$(name).py)
+TRITON_TESTS := test_four or test_logit_options or test_rewards or one_bad or test_layouts_and or test_the_margin or test_each_output or \
+	test_the_gradient_of_one or test_masked or test_options or test_head_options or test_upstream_into or \
+	test_gradients_only_where_needed
+triton-check: $(TRITONS:%=triton-check-%)
+
+triton-check-%: build/triton-%/.installed $(STAMP)
+	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton'
+	PYTHONPATH=build/triton-$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+		tests/kernels/test_triton_compiled.py
+	PYTHONPATH=build/triton-$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+		-k '$(TRITON_TESTS)' $(TRITON_FILES)
+
+.PRECIOUS: build/triton-%/.installed
+build/triton-3.6.0/.installed: TRITON_NUMPY := 'numpy<2.4'
+build/triton-%/.installed: | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) triton==$* $(TRITON_NUMPY)
+	touch $@
 
 # Executes the CUDA kernels on the host (tests/cuda_on_host): the kernels' own tests; every template instance under
 # AddressSanitizer, with threads and blocks in descending order; again as under graph capture, where rows are masked and

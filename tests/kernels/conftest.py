@@ -2,19 +2,25 @@
 
 A test that takes `backend` runs once for each backend. Without the compiled extension the native ones are skipped and
 say why; with CI=true or RLHF_KERNELS_REQUIRE_NATIVE=1 they fail instead. RLHF_KERNELS_TEST_DEVICE chooses the device.
+Triton is among the backends on a GPU; under its interpreter (TRITON_INTERPRET=1) it is the only one.
 """
 
 import os
+import re
 
 import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _dispatch
+from rlhf_kernels import _dispatch, _triton
 
-BACKENDS = ("reference", "native")
 DEVICE = torch.device(os.environ.get("RLHF_KERNELS_TEST_DEVICE", "cpu"))
-collect_ignore = [] if DEVICE.type == "cuda" else ["test_cuda_device.py"]
+BACKENDS = ("reference", "native") + (("triton",) if DEVICE.type == "cuda" else ())
+if _triton.INTERPRETED:
+    BACKENDS = ("triton",)
+collect_ignore = [] if DEVICE.type == "cuda" else ["test_cuda_device.py", "test_triton_device.py"]
+if DEVICE.type != "cuda" and not _triton.INTERPRETED:
+    collect_ignore.append("test_triton_chunks.py")
 NATIVE_REQUIRED = (
     os.environ.get("CI", "").lower() in ("1", "true") or os.environ.get("RLHF_KERNELS_REQUIRE_NATIVE") == "1"
 )
@@ -23,6 +29,25 @@ NATIVE_REQUIRED = (
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", BACKENDS, indirect=True)
+
+
+# What the interpreter, which is slow, leaves out: tests of sizes; fp16, which takes the way of bf16 there (both are
+# multiplied as fp32); of the longest tests the parts that another dtype or bias makes; what is about threads or bits.
+NOT_INTERPRETED = re.compile(
+    r"budget|test_memory|test_large|test_fuzz|float16|dtype2|8191|shape14|near_and_far.*dtype1|banned_by.*dtype1"
+    r"|kinds_of_logits.*bias2|top1_where|same_gradient_twice|dynamic_shapes"
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not _triton.INTERPRETED:
+        return
+    kept, left = [], []
+    for item in items:
+        wanted = "backend" in getattr(item, "fixturenames", ()) or "test_triton" in item.nodeid
+        (kept if wanted and not NOT_INTERPRETED.search(item.nodeid) else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 def require(backend):

@@ -1,0 +1,90 @@
+"""Triton ops as a captured or traced graph calls them: all rows are gone over, and some do not count. Interpreted."""
+
+import pytest
+import torch
+
+from rlhf_kernels import _triton
+from rlhf_kernels import testing as T
+
+pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="set TRITON_INTERPRET=1")
+
+N, D, V = 70, 16, 140
+F32 = torch.float32
+PLAIN, GEMMA = (1.0, 0.0, 1.0), (1.3, 5.0, 0.7)
+
+
+def ways(mask):
+    """The rows that count gathered, and all rows masked. (Bits may differ: numpy's products depend on the position.)"""
+    return (mask.nonzero().squeeze(1), False), (None, True)
+
+
+def agree(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("transform", [PLAIN, GEMMA])
+def test_masked_logprobs(transform):
+    from rlhf_kernels.logprob import triton_ops as ops
+
+    hidden, weight, targets, bias = T.make_head(N, D, V, masked=0.4, bias=True)
+    counts = targets != -100
+    hidden[~counts] = float("nan")
+    up = torch.where(counts, T.randn(N, seed=3), float("nan"))
+    found = []
+    for way in ways(counts):
+        out = ops.linear_logprobs(
+            hidden, weight, targets, bias, *transform, -100, F32, True, True, True, True, False, *way
+        )
+        grads = ops.linear_logprobs_backward(
+            up, up, up, hidden, weight, targets, bias, *out[1:4], out[7], *transform, -100, F32, True, True, True, *way
+        )
+        found.append((*out[:7], *grads))
+    agree(found[1], found[0])
+    assert not found[1][0][~counts].any() and not found[1][7][~counts].any()
+
+
+@pytest.mark.parametrize("policy_ref", [True, False])
+def test_masked_kl(policy_ref):
+    from rlhf_kernels.kl import triton_ops as ops
+
+    hidden, weight, targets, bias = T.make_head(N, D, V, masked=0.4, bias=True)
+    ref = T.make_head(N, D // 2, V, seed=50)
+    mask = targets != -100
+    hidden[~mask] = float("nan")
+    ref.hidden[~mask] = float("inf")
+    up = torch.where(mask, T.randn(N, seed=3), float("nan"))
+    inputs = (hidden, weight, bias, *PLAIN, F32, ref.hidden, ref.weight, None, *GEMMA, F32, mask, policy_ref)
+    found = []
+    for way in ways(mask):
+        kl, stats = ops.linear_kl(*inputs, *way)
+        grads = ops.linear_kl_backward(up, kl, stats, *inputs, True, True, True, *way)
+        found.append((kl, stats, *grads))
+    agree(found[1], found[0])
+    assert not found[1][0][~mask].any() and not found[1][2][~mask].any()
+
+
+def test_strange_rows_and_targets():
+    """A target that is no token: NaN, and its gradient is that of its logsumexp. All logits -inf or one NaN: NaN."""
+    from rlhf_kernels.logprob import triton_ops as ops
+
+    hidden, weight, _, bias = T.make_head(4, D, V, bias=True)
+    targets = torch.tensor([V, -5, 2**40, 7])
+    out = ops.linear_logprobs(
+        hidden, weight, targets, bias, *PLAIN, -100, F32, True, True, True, True, False, None, True
+    )
+    assert out[0][:3].isnan().all() and not out[4][:3].any() and out[0][3].isfinite()
+    assert out[2].isfinite().all()
+    impossible = torch.full_like(bias, -float("inf"))
+    for b in (impossible, torch.where(torch.arange(V) == V - 1, float("nan"), bias)):
+        out = ops.linear_logprobs(
+            hidden, weight, targets, b, *PLAIN, -100, F32, False, False, False, False, False, None, True
+        )
+        assert out[0].isnan().all()
+    impossible[7] = 0.0  # one token is possible
+    out = ops.linear_logprobs(
+        hidden, weight, torch.tensor([7, 8, 7, 7]), impossible, *PLAIN, -100, F32, True, False, False, True, False,
+        None, True,
+    )  # fmt: skip
+    assert out[0].tolist() == [0.0, -float("inf"), 0.0, 0.0] and not out[3].any() and not out[6].any()

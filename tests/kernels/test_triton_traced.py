@@ -1,0 +1,214 @@
+"""torch.compile sees through the Triton ops: graphs hold their kernels, not opaque calls. Traced here without a GPU.
+
+Whole functions are traced on CPU tensors, which only the choice of a backend tells from a GPU's; the ops by themselves
+on fake tensors of a GPU. A driver that names one lets torch read from the kernels what they write.
+"""
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import rlhf_kernels as rk
+from rlhf_kernels import _triton
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(_triton.INTERPRETED, reason="the interpreter cannot be traced")
+
+D, V = 64, 300
+FORWARD, BACKWARD = {"fold", "merge"}, {"differentiate"}
+
+
+class Hopper:
+    """What triton's compiler asks of a driver."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    from rlhf_kernels._triton import launch
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(_triton, "why_not_on", lambda device: None)
+    monkeypatch.setattr(launch, "has_tma", lambda device: True)  # tracing must not ask for addresses
+    torch.compiler.reset()
+    kernel_side_table.reset_table()
+    yield
+    torch.compiler.reset()
+
+
+class Traced(Exception):
+    """Raised where a graph would run, which takes a GPU."""
+
+
+def tracer(graphs):
+    def keep(graph, inputs):
+        graphs.append(graph)
+
+        def run(*args):
+            raise Traced
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+
+def launches(graph):
+    """Name of each launched kernel -> the arguments that it writes, which torch copies before."""
+    found = {}
+    for node in graph.graph.nodes:
+        assert "rlhf_kernels" not in str(node.target), f"opaque call of {node.target}"
+        if node.target is triton_kernel_wrapper_functional:
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            kernel = getattr(kernel, "fn", None) if hasattr(kernel, "configs") else kernel
+            found.setdefault(kernel.fn.__name__, set()).update(node.kwargs["tensors_to_clone"])
+    return found
+
+
+def head(rows, dtype=torch.bfloat16):
+    make = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, D, generator=make).to(dtype).requires_grad_()
+    return hidden, torch.randn(V, D, generator=make).to(dtype).requires_grad_(), torch.arange(rows) % V
+
+
+def logprobs(hidden, weight, targets):
+    out = rk.linear_logprobs(hidden, weight, targets, outputs=("entropy", "is_top1"), backend="triton")
+    return (out.logprobs + out.entropy + out.is_top1).sum()
+
+
+def capped_logprobs(hidden, weight, targets):
+    bias = weight.float().sum(1)
+    out = rk.linear_logprobs(hidden, weight, targets, bias, logit_softcap=30.0, temperature=0.7, backend="triton")
+    return out.logsumexp.sum()
+
+
+def exact_kl(hidden, weight, targets):
+    ref = hidden[:, : D // 2].detach(), weight[:, : D // 2].detach()
+    return rk.linear_kl(hidden, weight, *ref, targets > 3, backend="triton").sum()
+
+
+def penalty(hidden, weight, targets):
+    return rk.kl_penalty(hidden[:, 0], hidden[:, 1], "k3", backend="triton").sum()
+
+
+def pair_losses(hidden, weight, targets):
+    chosen = torch.arange(hidden.shape[0])
+    return rk.dpo_loss(hidden[:, 0], hidden[:, 1], chosen, chosen.flip(0), backend="triton").losses.sum()
+
+
+def reward_losses(hidden, weight, targets):
+    return rk.bradley_terry_loss(hidden[:, 0], hidden[:, 1], center_coefficient=0.1, backend="triton").sum()
+
+
+def preference(hidden, weight, targets):
+    batch = hidden.view(2, -1, D), weight, targets.view(2, -1)
+    return rk.linear_dpo_loss(*batch, torch.zeros(2), backend="triton").loss
+
+
+CASES = {  # the function, what it launches forward and backward
+    logprobs: (FORWARD, BACKWARD),
+    capped_logprobs: (FORWARD, BACKWARD),
+    exact_kl: ({"fold_kl", "merge_kl_splits"}, {"differentiate_kl"}),
+    penalty: ({"estimate"}, {"differentiate_estimate"}),
+    pair_losses: ({"pair_forward"}, {"pair_backward"}),
+    reward_losses: ({"reward_forward"}, {"reward_backward"}),
+    preference: (FORWARD | {"pair_forward"}, BACKWARD | {"pair_backward"}),
+}
+
+
+@pytest.mark.parametrize("op", CASES, ids=lambda op: op.__name__)
+def test_one_graph_for_every_number_of_rows(op):
+    graphs = []
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=tracer(graphs))
+    for rows in (140, 192, 262):  # 192 is a multiple of 16; a single block of rows would be a graph of its own
+        with pytest.raises(Traced):
+            compiled(*head(rows))
+    assert len(graphs) == 2, f"{len(graphs) // 2} graphs for three sizes"
+    for graph, kernels in zip(graphs, CASES[op], strict=True):
+        found = launches(graph)
+        assert set(found) == kernels
+        # a copy of the head would cost more than the op
+        written = set().union(*found.values())
+        assert not written & {"hidden", "head", "ref_hidden", "ref_head", "targets", "policy"}, found
+
+
+def test_autocast_is_traced():
+    def op(hidden, weight, targets):
+        with torch.autocast("cpu", torch.bfloat16):
+            return rk.linear_logprobs(hidden, weight, targets, backend="triton").logprobs.sum()
+
+    graphs = []
+    with pytest.raises(Traced):
+        torch.compile(op, fullgraph=True, dynamic=True, backend=tracer(graphs))(*head(70, torch.float32))
+    assert [set(launches(graph)) for graph in graphs] == [FORWARD, BACKWARD]
+    products = [node for node in graphs[1].graph.nodes if node.target in PRODUCTS]
+    assert products and all(node.meta["val"].dtype == torch.float32 for node in products), "sums are rounded"
+
+
+PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "addmm")} | {
+    getattr(torch.ops.aten, name).dtype for name in ("mm", "addmm")
+}
+
+
+def test_the_choice_of_a_backend_is_traced(monkeypatch):
+    monkeypatch.undo()  # the real one
+
+    def chosen(x):
+        return x + (1 if _triton.why_not_on(torch.device("cuda")) is None else 0)
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(())) == 1
+
+
+@pytest.mark.parametrize(
+    ("product", "to"),
+    [("add_product", torch.float32), ("write_product", torch.float32), ("write_product", torch.bfloat16)],
+)
+def test_products_of_a_gpu_are_traced(product, to):
+    """Their fp32 sums are written into a tensor (out=), which a graph has to state without mutation."""
+    from rlhf_kernels._triton import gradient
+
+    with FakeTensorMode():
+        a, b = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in ((6, 4), (4, 8)))
+        sums = torch.empty(6, 8, device="cuda", dtype=to)
+        graph = make_fx(dispatch_functionalize(lambda *args: getattr(gradient, product)(*args)))(sums, a, b)
+    (node,) = (node for node in graph.graph.nodes if node.target in PRODUCTS)
+    assert node.meta["val"].dtype == to and node.meta["val"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_tuned_is_kept_on_disk_and_nothing_is_tuned_in_a_captured_graph(captured, monkeypatch, tmp_path):
+    from rlhf_kernels._logits import LogitTransform
+    from rlhf_kernels.logprob import triton_kernels as kernels
+
+    timed, ran = [], []
+
+    def bench(*args, config, **options):
+        timed.append(config)
+        return [float(config.num_stages)] * 3
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)  # as in eager mode
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(kernels.fold, "_bench", bench)
+    for jit in (kernels.fold.fn, kernels.merge):
+        monkeypatch.setattr(jit, "run", lambda *args, **options: ran.append(options))
+    hidden, weight, targets = head(70)
+    kernels.fold.cache.clear()
+    for _ in range(2):
+        kernels.forward(hidden, weight, None, targets, None, LogitTransform(1.0, 0.0, 1.0), torch.bfloat16, True, False)
+    kernels.fold.cache.clear()
+    assert len(ran) == 4 and ran[0]["GROUP"] and ran[0]["num_warps"]
+    assert len(timed) == (0 if captured else len(kernels.fold.configs))
+    assert bool(list(tmp_path.rglob("*.autotune.json"))) != captured
