@@ -1,10 +1,12 @@
-"""`python -m benchmarks.on_gpu --out FILE`: every op on one GPU, against bare GEMMs, eager torch and other packages.
+"""`python -m benchmarks.on_gpu --out FILE`: every op on one GPU, native and in Triton, against bare GEMMs, eager torch
+and other packages.
 
 The rates of the machine come first: a large GEMM, a copy. Then, op by op and shape by shape, contenders take turns.
 FILE is JSON and written after every row, so that a run that is interrupted leaves what it measured. What a contender
 cannot do, or what there was no time for, has a row that says why. NOTES, in the file too, say what the columns mean.
 
-`--device cpu --tiny` runs every contender that can run on a CPU at tiny shapes, in seconds: a test of this file.
+`--device cpu --tiny` runs every contender that can run on a CPU at tiny shapes, in seconds: a test of this file. With
+TRITON_INTERPRET=1 Triton is among them.
 `--small` runs every op once, at small shapes and without rivals: made for compute-sanitizer.
 """
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
-from benchmarks.on_gpu_jobs import ROWS, CannotRun, Contender, Job, jobs, normal
+from benchmarks.on_gpu_jobs import OURS, ROWS, CannotRun, Contender, Job, jobs, normal, tuner_choices
 
 JOB_SECONDS, MOST_ROUNDS = 8.0, 9  # turns of one job; slow contenders take fewer, but at least two
 NOTES = {
@@ -34,6 +36,9 @@ NOTES = {
     "backward with gradients of hidden and weight in fresh memory; backward_ms = total - forward, of medians",
     "gemm_fraction": "flops that the fused op cannot do without / time / the rate of the bare GEMMs of the same shape "
     "and the same turns: products of hidden and weight in forward; a recomputed one, dH and dW besides in total",
+    "over_native": "median time / that of the native backend in the same turns: forward, total; below 1 it is faster",
+    "first_s": "the first forward and the first forward and backward, with whatever is compiled or tuned for them",
+    "tuner": "what Triton's tuner chose, by kernel",
     "peak_mib": "most memory beyond inputs (and, in total, beyond the gradients of hidden and weight)",
     "max_error": f"largest |value - fp64's|, nats, over {ROWS} rows; of the loss, for DPO",
     "hidden_gradient_error": f"|dH - fp64's| / |fp64's| of {ROWS} rows, Frobenius",
@@ -62,7 +67,6 @@ class Clock:
 
     def peak_mib(self, run: Callable[[], object], besides: int = 0) -> float | None:
         if not self.cuda:
-            run()
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -96,7 +100,9 @@ def rounded(error: Tensor) -> float | str:
 def try_out(job: Job, contender: Contender, clock: Clock) -> dict:
     """What is known of a contender besides its times; raises what it raises. It is warm afterwards."""
     found: dict = {}
-    whole = job.call(contender)
+    results: list[Tensor] = []
+    first_ms = clock.ms(lambda: results.append(job.call(contender)))
+    whole = results.pop()
     per_row = whole.dim() == 1
     if per_row:
         with torch.no_grad():
@@ -108,7 +114,9 @@ def try_out(job: Job, contender: Contender, clock: Clock) -> dict:
         with torch.no_grad():
             found["max_error"] = rounded((contender.run(*job.inputs(ROWS)).double() - job.truth).abs())
     job.drop_gradients()
-    job.step(contender)
+    found["first_s"] = round((first_ms + clock.ms(lambda: job.step(contender))) / 1e3, 2)
+    if contender.name == "triton":
+        found["tuner"] = tuner_choices(job.op)
     if job.true_gradient is not None:
         assert job.hidden.grad is not None
         difference = job.hidden.grad[:ROWS].double() - job.true_gradient
@@ -156,8 +164,8 @@ def measure(job: Job, clock: Clock, started: float, seconds: float, most_rounds:
 
     times: dict[str, list[list[float]]] = {name: [[], []] for name in runs}
     failed: dict[str, str] = {}
-    taken, rounds = time.perf_counter(), -1  # the first turn fetches memory and does not count
-    while rounds < 2 or (rounds < most_rounds and time.perf_counter() - taken < JOB_SECONDS):
+    taken, rounds = time.perf_counter(), -(most_rounds > 1)  # the first turn fetches memory and does not count
+    while rounds < min(2, most_rounds) or (rounds < most_rounds and time.perf_counter() - taken < JOB_SECONDS):
         if rounds == 0:
             times = {name: [[], []] for name in runs}
         for name, pair in runs.items():
@@ -177,6 +185,7 @@ def measure(job: Job, clock: Clock, started: float, seconds: float, most_rounds:
     bare_ms = [statistics.median(kept) for kept in times["bare GEMMs"]]
     flops = 2 * job.n * job.d * job.v
     rates = [flops * k / ms for k, ms in zip((job.forward_products, job.total_products), bare_ms, strict=True)]
+    native_ms = [] if "native" in failed else [statistics.median(kept) for kept in times.get("native", []) if kept]
     able = {"bare GEMMs": job.label() | {"contender": "bare GEMMs", "status": "measured"}} | able
     for name, row in able.items():
         if name in failed:
@@ -192,6 +201,9 @@ def measure(job: Job, clock: Clock, started: float, seconds: float, most_rounds:
                 row[f"gemm_fraction_{what}"] = round(fraction, 4)
         if name == "bare GEMMs":
             row["tflops"] = [round(rate * 1e-9, 3) for rate in rates]
+        if native_ms and name not in ("native", "bare GEMMs"):
+            pairs = zip(("forward", "total"), times[name], native_ms, strict=True)
+            row["over_native"] = {what: round(statistics.median(kept) / ms, 4) for what, kept, ms in pairs if kept}
         if forward_ms:
             row["forward_ms"] = spread(forward_ms)
             row["backward_ms"] = round(statistics.median(total_ms) - statistics.median(forward_ms), 4)
@@ -255,7 +267,8 @@ def environment(device: torch.device) -> dict:
         "versions": {"rlhf_kernels": built["version"], "torch": torch.__version__, "cuda": torch.version.cuda} | peers,
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": output_of("git", "describe", "--always", "--dirty"),
-        "fused": {"backend": rk.available_backends(device)[-1], "workspace_budget_mib": built["workspace_budget_mib"]},
+        "backends": list(rk.available_backends(device)),
+        "workspace_budget_mib": built["workspace_budget_mib"],
     }
 
 
@@ -290,10 +303,10 @@ def excused(row: dict) -> bool:
     return row["status"] in ("measured", "not measured: time")
 
 
-def run_small(device: torch.device) -> None:
+def run_small(device: torch.device, backend: str) -> None:
     """Every op, forward and backward, with sizes that fill no tile, several tiles, masks, bias and every output."""
     rk.set_workspace_budget(8)
-    n, d, v = 70, 72, 9001
+    n, d, v, by = 70, 72, 9001, {"backend": backend}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         new = partial(normal, device=device, dtype=dtype)
         hidden, weight = new(n, d, seed=1).requires_grad_(), new(v, d, seed=2, scale=d**-0.5).requires_grad_()
@@ -301,17 +314,23 @@ def run_small(device: torch.device) -> None:
         targets = torch.arange(n, device=device) * 127
         targets[::3] = -100
         outputs = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
-        found = rk.linear_logprobs(hidden, weight, targets, bias, logit_softcap=30.0, outputs=outputs)
+        found = rk.linear_logprobs(hidden, weight, targets, bias, logit_softcap=30.0, outputs=outputs, **by)
         assert found.entropy is not None
-        kl = rk.linear_kl(hidden, weight, ref_hidden, weight.detach(), targets != -100, bias=bias)
-        penalty = rk.kl_penalty(found.logprobs, found.logprobs.detach() - 0.1, "k3")
+        kl = rk.linear_kl(hidden, weight, ref_hidden, weight.detach(), targets != -100, bias=bias, **by)
+        penalty = rk.kl_penalty(found.logprobs, found.logprobs.detach() - 0.1, "k3", **by)
         pairs, reference = (2, n // 2, d), {"ref_hidden": ref_hidden.view(2, n // 2, d), "ref_weight": weight.detach()}
-        dpo = rk.linear_dpo_loss(hidden.view(pairs), weight, targets.view(2, -1), **reference).loss
-        rewards = rk.bradley_terry_loss(found.logprobs[: n // 2], found.logprobs[n // 2 :])
+        dpo = rk.linear_dpo_loss(hidden.view(pairs), weight, targets.view(2, -1), **reference, **by).loss
+        rewards = rk.bradley_terry_loss(found.logprobs[: n // 2], found.logprobs[n // 2 :], **by)
         (found.logprobs.sum() + found.entropy.sum() + kl.sum() + penalty.sum() + dpo + rewards.sum()).backward()
         assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in (hidden, weight, bias))
     rk.set_workspace_budget(None)
-    print("every op ran, forward and backward")
+    print(f"every op ran by {backend}, forward and backward")
+
+
+def backends_here(device: torch.device) -> tuple[str, ...]:
+    """Those that must run: both on a GPU; elsewhere native, and Triton where its interpreter is on."""
+    able = rk.available_backends(device)
+    return tuple(name for name in OURS if device.type == "cuda" or name == "native" or name in able)
 
 
 def main() -> None:
@@ -319,6 +338,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"), help="the JSON")
     parser.add_argument("--seconds", type=float, default=400, help="no contender is started after so many")
     parser.add_argument("--device", default="cuda", type=torch.device)
+    parser.add_argument("--backends", help="of native,triton: what is measured, and must run (default: both on a GPU)")
+    parser.add_argument("--no-rivals", action="store_true", help="measure this project and bare GEMMs alone")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: a test of this file")
     parser.add_argument("--small", action="store_true", help="every op once, nothing timed, nothing written")
     parser.add_argument("--head-only", action="store_true", help="write device, versions and facts; measure nothing")
@@ -326,8 +347,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --device cpu --tiny tries this file without one")
+    backends = tuple(options.backends.split(",")) if options.backends else backends_here(options.device)
+    if not set(backends) <= set(OURS):
+        parser.error(f"--backends takes {' and '.join(OURS)}, with a comma between; got {options.backends}")
     if options.small:
-        return run_small(options.device)
+        for backend in backends if options.backends else ("auto",):
+            run_small(options.device, backend)
+        return None
 
     started, clock = time.perf_counter(), Clock(options.device)
     facts = dict(fact.split("=", 1) for fact in options.fact)
@@ -337,11 +363,11 @@ def main() -> None:
     results.content["rates"] = rates_of(clock, options.tiny)
     clock.free()
     results.write()
-    for job in jobs(options.device, options.tiny):
+    for job in jobs(options.device, options.tiny, backends, not options.no_rivals):
         try:
             if time.perf_counter() - started > options.seconds:
                 raise CannotRun("not measured: time")
-            for row in measure(job, clock, started, options.seconds, 2 if options.tiny else MOST_ROUNDS):
+            for row in measure(job, clock, started, options.seconds, 1 if options.tiny else MOST_ROUNDS):
                 results.add(row)
         except Exception as error:  # of the inputs, the truth or the bare GEMMs; contenders' own are rows already
             results.add(job.label() | {"contender": "all", "status": reason_of(error)})
@@ -350,8 +376,8 @@ def main() -> None:
     results.content["seconds"] = round(time.perf_counter() - started, 1)
     results.write()
     print(f"written to {options.out}")
-    broken = [row for row in results.content["rows"] if row["contender"] in ("fused", "all") and not excused(row)]
-    if broken:  # a rival that cannot run is a finding; the op that is measured must run
+    broken = [row for row in results.content["rows"] if row["contender"] in (*OURS, "all") and not excused(row)]
+    if broken:  # a rival that cannot run is a finding; the backends that are measured must run
         raise SystemExit(
             "\n".join(f"{row['op']} {row['dtype']}, {row['contender']}: {row['status']}" for row in broken)
         )

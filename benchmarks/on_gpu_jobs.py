@@ -16,8 +16,9 @@ import rlhf_kernels as rk
 from benchmarks.peers import eager_logprobs
 
 SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 1024, 50257)]  # N, D, V
-TINY = [(96, 64, 517)]
+TINY = [(72, 32, 133)]  # more rows than are judged
 TILE = 8192  # vocabulary rows of a streamed bare GEMM
+OURS = ("native", "triton")  # the backends that are measured
 ROWS = 64  # rows that are judged: by fp64, and alone against within the batch
 
 
@@ -39,11 +40,41 @@ def normal(*shape: int, seed: int, dtype: torch.dtype, device: torch.device, sca
     return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(scale)
 
 
+# --- this project's, by backend: named, never "auto", so that none stands in for another ---
+
+
+def our_logprobs(backend: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return rk.linear_logprobs(hidden, weight, targets, backend=backend).logprobs
+
+
+def our_kl(backend: str, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+    return rk.linear_kl(hidden, weight, ref_hidden, ref_weight, backend=backend)
+
+
+def our_dpo(
+    backend: str, hidden: Tensor, weight: Tensor, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> Tensor:
+    reference = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
+    return rk.linear_dpo_loss(hidden, weight, labels, **reference, backend=backend).loss
+
+
+OUR_OPS = {"linear_logprobs": our_logprobs, "linear_kl": our_kl, "linear_dpo_loss": our_dpo}
+
+
+def tuner_choices(op: str) -> dict[str, str]:
+    """What Triton's tuner took for the kernels of an op that ran last."""
+    if op == "linear_kl":
+        from rlhf_kernels.kl import triton_kernels as kl
+
+        kernels = (kl.fold_kl, kl.differentiate_kl)
+    else:
+        from rlhf_kernels.logprob import triton_kernels as logprob
+
+        kernels = (logprob.fold, logprob.differentiate)
+    return {kernel.base_fn.__name__: str(kernel.best_config) for kernel in kernels if hasattr(kernel, "best_config")}
+
+
 # --- log-probs: (hidden, weight, targets) -> [N] ---
-
-
-def fused_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return rk.linear_logprobs(hidden, weight, targets).logprobs
 
 
 def torch_chunked(reduction: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -76,13 +107,12 @@ def cce_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-def logprob_contenders(device: torch.device, masked: bool) -> list[Contender]:
+def logprob_rivals(device: torch.device, masked: bool) -> list[Contender]:
     torch._dynamo.reset()  # or one function at every shape would soon be past the limit and run uncompiled
     cuda = device.type == "cuda"
     compiled = torch.compile(eager_logprobs, dynamic=False, backend="inductor" if cuda else "aot_eager")
     at_once = "its forward computes the gradients, for a loss that is the plain sum: three GEMMs, no value per token"
     return [
-        Contender("fused", fused_logprobs),
         Contender("eager", eager_logprobs),
         Contender("TRL", partial(trl_logprobs, masked), "masked rows are taken out before it" if masked else ""),
         Contender("Liger", partial(liger_logprobs, "none"), "reduction='none': its backward computes logits again"),
@@ -114,8 +144,7 @@ def trl_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tenso
     return ChunkedDivergenceFunction.apply(hidden, weight, None, ref_hidden, ref_weight, None, reverse)[0]
 
 
-KL_CONTENDERS = [
-    Contender("fused", rk.linear_kl),
+KL_RIVALS = [
     Contender("eager", eager_kl),
     Contender("eager in chunks", eager_kl_in_chunks, "of 1024 rows, each checkpointed"),
     Contender("TRL", trl_kl, "ChunkedDivergenceFunction, beta = 1; its forward computes the student's entropy too"),
@@ -123,10 +152,6 @@ KL_CONTENDERS = [
 
 
 # --- DPO: (hidden [S, T, D], weight, labels [S, T], ref_hidden, ref_weight) -> the mean loss ---
-
-
-def fused_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-    return rk.linear_dpo_loss(hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight).loss
 
 
 def mean_dpo_loss(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -155,17 +180,16 @@ def liger_dpo(
     return loss
 
 
-def dpo_contenders(device: torch.device) -> list[Contender]:
+def dpo_rivals(device: torch.device) -> list[Contender]:
     at_once = "its forward computes the gradients"
-    contenders = [
-        Contender("fused", fused_dpo),
+    rivals = [
         Contender("eager", eager_dpo),
         Contender("Liger", partial(liger_dpo, False), f"compiled=False; {at_once}"),
     ]
     if device.type == "cuda":
         compiled = partial(liger_dpo, True)
-        contenders.append(Contender("Liger, compiled", compiled, f"its default; {at_once}", slow_start=True))
-    return contenders
+        rivals.append(Contender("Liger, compiled", compiled, f"its default; {at_once}", slow_start=True))
+    return rivals
 
 
 # --- the truth of a few rows, in fp64, a part of the vocabulary at a time ---
@@ -200,7 +224,7 @@ def true_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tens
 
 @dataclass
 class Job:
-    """One op at one shape. `forward` and `gradients`: how many products of hidden and weight it cannot do without."""
+    """One op at one shape, by `backends` of this project and, with `rivals`, by others."""
 
     op: str
     n: int
@@ -210,6 +234,8 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     masked: float = 0.0
     pairs: tuple[int, int] | None = None  # S, T of DPO; N is their product
+    backends: tuple[str, ...] = OURS
+    rivals: bool = True
     contenders: list[Contender] = field(default_factory=list)
 
     def label(self) -> dict:
@@ -238,16 +264,19 @@ class Job:
         self.forward_products = 1 if self.op == "linear_logprobs" else 2
         self.total_products = self.forward_products + (2 if self.op == "linear_kl" else 1) + 2
         self.true_gradient: Tensor | None = None
+        compiles = {"triton": "first_s holds its compilation and tuning"}
+        ours = [Contender(name, partial(OUR_OPS[self.op], name), compiles.get(name, "")) for name in self.backends]
         with torch.no_grad():
             if self.op == "linear_logprobs":
-                self.contenders = logprob_contenders(self.device, self.masked > 0)
+                rivals = logprob_rivals(self.device, self.masked > 0)
                 self.truth, self.true_gradient = true_logprobs(*self.inputs(ROWS))
             elif self.op == "linear_kl":
-                self.contenders = KL_CONTENDERS
+                rivals = KL_RIVALS
                 self.truth = true_kl(*self.inputs(ROWS))
             else:
-                self.contenders = dpo_contenders(self.device)
+                rivals = dpo_rivals(self.device)
                 self.truth = self.true_dpo_loss()
+        self.contenders = ours + (rivals if self.rivals else [])
 
     def inputs(self, rows: int | None = None) -> tuple[Tensor, ...]:
         """A contender's arguments; with `rows`, of the first ones alone (DPO: with the labels of so many alone)."""
@@ -303,15 +332,17 @@ class Job:
         return forward, total
 
 
-def jobs(device: torch.device, tiny: bool) -> Iterator[Job]:
+def jobs(device: torch.device, tiny: bool, backends: tuple[str, ...] = OURS, rivals: bool = True) -> Iterator[Job]:
     """The most wanted first."""
+    new = partial(Job, device=device, backends=backends, rivals=rivals)
     shapes = TINY if tiny else SHAPES
     small = sorted(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
     for shape in shapes:
-        yield Job("linear_logprobs", *shape, device)
+        yield new("linear_logprobs", *shape, masked=0.5 if tiny else 0.0)
     for shape in small[:2]:
-        yield Job("linear_kl", *shape, device)
-    s, t = (4, 24) if tiny else (8, 1024)
-    yield Job("linear_dpo_loss", s * t, *shapes[0][1:], device, pairs=(s, t))
-    yield Job("linear_logprobs", *shapes[0], device, masked=0.5)
-    yield Job("linear_logprobs", *small[0], device, dtype=torch.float32)
+        yield new("linear_kl", *shape)
+    s, t = (4, 18) if tiny else (8, 1024)
+    yield new("linear_dpo_loss", s * t, *shapes[0][1:], pairs=(s, t))
+    if not tiny:
+        yield new("linear_logprobs", *shapes[0], masked=0.5)
+        yield new("linear_logprobs", *small[0], dtype=torch.float32)
