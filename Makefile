@@ -91,8 +91,8 @@ check-torch-min:
 TRITONS := 3.6.0 3.8.0
 TRITON_FILES := $(foreach name,bradley_terry dpo kl_penalty linear_dpo linear_kl linear_logprobs, \
 	tests/kernels/test_$(name).py)
-TRITON_TESTS := test_four or test_logit_options or test_rewards or one_bad or test_layouts_and or test_the_margin or test_each_output or \
-	test_the_gradient_of_one or test_masked or test_options or test_head_options or test_upstream_into or \
+TRITON_TESTS := test_four or test_rewards or one_bad or test_layouts_and or test_the_margin or test_each_output or \
+	test_logit_options or test_the_gradient_of_one or test_masked or test_options or test_head_options or test_upstream_into or \
 	test_gradients_only_where_needed
 triton-check: $(TRITONS:%=triton-check-%)
 

@@ -19,6 +19,18 @@ def in_groups(program, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def visited_rows(index, first_row, block, rows, ROWS: tl.constexpr):
+    """A block's rows among those visited, which of them there are, and their places among all rows, int64."""
+    row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    if index is not None:
+        at = tl.load(index + first_row + row, mask=inside, other=0)
+    else:
+        at = first_row + row
+    return row, inside, at
+
+
+@triton.jit
 def described(data, count, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     """What `load_block` reads: a tensor descriptor (TMA, Hopper and newer), or the pointer as it is."""
     if TMA:

@@ -3,10 +3,12 @@ csrc/preference; that of the Triton op, which has the same arguments, in triton_
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, _ops
 
 
 def bradley_terry_loss(
@@ -39,28 +41,14 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = inputs[3:]
 
 
-def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        chosen, rejected, margin = ctx.saved_tensors
-        op = getattr(torch.ops.rlhf_kernels, op_name)
-        grad_chosen, grad_rejected = op(grad, chosen, rejected, margin, *ctx.options)
-        return grad_chosen.to(chosen.dtype), grad_rejected.to(rejected.dtype), None, None, None
-
-    return backward
+def _gradient(op, ctx, grad):  # type: ignore[no-untyped-def]
+    chosen, rejected, margin = ctx.saved_tensors
+    grad_chosen, grad_rejected = op(grad, chosen, rejected, margin, *ctx.options)
+    return grad_chosen.to(chosen.dtype), grad_rejected.to(rejected.dtype), None, None, None
 
 
-def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("bradley_terry_loss is differentiable once on this backend; use backend='reference' for more")
-
-
-def register(forward: str, backward: str) -> None:
-    """Shapes and autograd of a pair of ops."""
-    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
-    torch.library.register_fake(forward_op, _fake)
-    torch.library.register_fake(backward_op, _fake_backward)
-    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
-    torch.library.register_autograd(backward_op, _refuse_double_backward)
-
-
+register = functools.partial(
+    _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
+)
 if _extension.native_available():
     register("bradley_terry_loss", "bradley_terry_loss_backward")

@@ -3,10 +3,12 @@ the Triton op, which has the same arguments, in triton_kernels.py."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, _ops
 
 # Order of `enum class PairLoss` in csrc/preference/pair_losses.h.
 COMPILED_TYPES = ("sigmoid", "hinge", "ipo", "robust")
@@ -47,34 +49,18 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
-    def backward(ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-def]
-        none = (None,) * 7
-        if grad_losses is None:
-            return none
-        policy, ref, chosen, rejected = ctx.saved_tensors
-        op = getattr(torch.ops.rlhf_kernels, op_name)
-        grad = op(grad_losses, policy, ref, chosen, rejected, *ctx.options)
-        grad_ref = -grad.to(ref.dtype) if ctx.needs_input_grad[1] else None  # the losses see policy - ref only
-        return (grad.to(policy.dtype), grad_ref, *none[2:])
-
-    return backward
+def _gradient(op, ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-def]
+    none = (None,) * 7
+    if grad_losses is None:
+        return none
+    policy, ref, chosen, rejected = ctx.saved_tensors
+    grad = op(grad_losses, policy, ref, chosen, rejected, *ctx.options)
+    grad_ref = -grad.to(ref.dtype) if ctx.needs_input_grad[1] else None  # the losses see policy - ref only
+    return (grad.to(policy.dtype), grad_ref, *none[2:])
 
 
-def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "dpo_loss is differentiable once on this backend; use backend='reference' for second derivatives"
-    )
-
-
-def register(forward: str, backward: str) -> None:
-    """Shapes and autograd of a pair of ops."""
-    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
-    torch.library.register_fake(forward_op, _fake)
-    torch.library.register_fake(backward_op, _fake_backward)
-    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
-    torch.library.register_autograd(backward_op, _refuse_double_backward)
-
-
+register = functools.partial(
+    _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
+)
 if _extension.native_available():
     register("dpo_loss", "dpo_loss_backward")

@@ -5,10 +5,12 @@ The Triton ops of triton_ops.py have the same arguments; linear_kl's has two mor
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, _ops
 from .._logits import LogitTransform
 from .._rows import rows_to_visit
 
@@ -77,20 +79,17 @@ def _setup_kl(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward_kl_through(op_name: str):  # type: ignore[no-untyped-def]
-    def backward(ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
-        none = (None,) * len(ctx.needs_input_grad)
-        if grad_kl is None:
-            return none
-        kl, stats, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *index = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        grads = getattr(torch.ops.rlhf_kernels, op_name)(
-            grad_kl, kl, stats, hidden, weight, bias, *ctx.options,
-            ref_hidden, ref_weight, ref_bias, *ctx.ref_options, mask, ctx.policy_ref, *need, *index, *ctx.masked,
-        )  # fmt: skip
-        return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]
-
-    return backward
+def _gradient_kl(op, ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
+    none = (None,) * len(ctx.needs_input_grad)
+    if grad_kl is None:
+        return none
+    kl, stats, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *index = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    grads = op(
+        grad_kl, kl, stats, hidden, weight, bias, *ctx.options,
+        ref_hidden, ref_weight, ref_bias, *ctx.ref_options, mask, ctx.policy_ref, *need, *index, *ctx.masked,
+    )  # fmt: skip
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]
 
 
 def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -98,41 +97,24 @@ def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-def _backward_penalty_through(op_name: str):  # type: ignore[no-untyped-def]
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
-        policy, ref = ctx.saved_tensors
-        grad_policy = getattr(torch.ops.rlhf_kernels, op_name)(grad, policy, ref, ctx.estimator)
-        return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
-
-    return backward
-
-
-def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError("this op is differentiable once on this backend; use backend='reference' for second derivatives")
+def _gradient_penalty(op, ctx, grad):  # type: ignore[no-untyped-def]
+    """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
+    policy, ref = ctx.saved_tensors
+    grad_policy = op(grad, policy, ref, ctx.estimator)
+    return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
 
 
 def _fake_penalty(x, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, dtype=torch.float32).contiguous()
 
 
-def register_linear_kl(forward: str, backward: str) -> None:
-    """Shapes and autograd of a pair of ops."""
-    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
-    torch.library.register_fake(forward_op, _fake_kl)
-    torch.library.register_fake(backward_op, _fake_kl_backward)
-    torch.library.register_autograd(forward_op, _backward_kl_through(backward), setup_context=_setup_kl)
-    torch.library.register_autograd(backward_op, _refuse_double_backward)
-
-
-def register_kl_penalty(forward: str, backward: str) -> None:
-    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
-    for op in (forward_op, backward_op):
-        torch.library.register_fake(op, _fake_penalty)
-    torch.library.register_autograd(forward_op, _backward_penalty_through(backward), setup_context=_setup_penalty)
-    torch.library.register_autograd(backward_op, _refuse_double_backward)
-
-
+register_linear_kl = functools.partial(
+    _ops.register, fake=_fake_kl, fake_backward=_fake_kl_backward, setup_context=_setup_kl, gradient=_gradient_kl
+)
+register_kl_penalty = functools.partial(
+    _ops.register, fake=_fake_penalty, fake_backward=_fake_penalty, setup_context=_setup_penalty,
+    gradient=_gradient_penalty,
+)  # fmt: skip
 if _extension.native_available():
     register_linear_kl("linear_kl", "linear_kl_backward")
     register_kl_penalty("kl_penalty", "kl_penalty_backward")

@@ -26,7 +26,7 @@ from .._triton.launch import (
     uses_tma,
 )
 from .._triton.maths import expm1, expm1_minus_identity, final_logits, kl_of_tile, logit_slope, merge_kl
-from .._triton.tiles import described, in_groups, multiply
+from .._triton.tiles import described, in_groups, multiply, visited_rows
 
 FIELDS = 7  # of a split's statistics: max, sum, other max, other sum, centre, second, first
 STATS = 6  # kept for backward: max, log sum, other max, other log sum, centre, shift
@@ -66,12 +66,7 @@ def fold_kl(
 ):  # fmt: skip
     """One row block over one split of the vocabulary, TILES tiles of both models: its statistics of the divergence."""
     row_block, split = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
-    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + row, mask=inside, other=0)
-    else:
-        at = row
+    row, inside, at = visited_rows(index, 0, row_block, rows, ROWS)
     counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     hidden_source = described(hidden, hidden_rows, width, hidden_stride, ROWS, DEPTH, TMA)
     head_source = described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA)
@@ -106,12 +101,7 @@ def fold_kl(
 @triton.jit(do_not_specialize=["rows", "stats_rows"])
 def merge_kl_splits(partials, index, mask, kl, stats, rows, stats_rows, splits, ROWS: tl.constexpr):
     """Merges the splits in their order; kl_of of csrc/common/online_softmax.h, in double."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + row, mask=inside, other=0)
-    else:
-        at = row
+    row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
     counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     m, s, om, os, centre, second, first = _nothing(ROWS)
     step = tl.cast(splits, tl.int64) * rows
@@ -158,12 +148,7 @@ def differentiate_kl(
 ):  # fmt: skip
     """d loss / d policy logits [rows, end - begin], and their sums over each row block's rows for the bias."""
     row_block, tile = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(end - begin, COLUMNS), GROUP)
-    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + first_row + row, mask=inside, other=0)
-    else:
-        at = first_row + row
+    row, inside, at = visited_rows(index, first_row, row_block, rows, ROWS)
     counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
     first = begin + tile * COLUMNS
     columns = first + tl.arange(0, COLUMNS)

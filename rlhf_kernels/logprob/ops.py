@@ -5,10 +5,12 @@ The Triton op of triton_ops.py has the same arguments and two more, (index, mask
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, _ops
 from .._logits import LogitTransform
 from .._rows import rows_to_visit
 from .reference import OPTIONAL_OUTPUTS
@@ -76,39 +78,24 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward_through(op_name: str):  # type: ignore[no-untyped-def]
-    def backward(ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
-        """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
-        none = (None,) * len(ctx.needs_input_grad)
-        if not ctx.has_entropy:  # an output that was not asked for is empty, and so is the gradient tracing gives it
-            grad_entropy = None
-        if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
-            return none
-        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        saved, index = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
-        grad_hidden, grad_weight, grad_bias = getattr(torch.ops.rlhf_kernels, op_name)(
-            grad_logprobs, grad_log_sum, grad_entropy, *saved, *ctx.options, *need, *index, *ctx.masked
-        )
-        given = (grad_hidden if need[0] else None, grad_weight if need[1] else None, None)
-        return (*given, grad_bias if need[2] else None, *none[4:])
-
-    return backward
-
-
-def _refuse_double_backward(ctx, *_):  # type: ignore[no-untyped-def]
-    raise RuntimeError(
-        "linear_logprobs is differentiable once on this backend; use backend='reference' for second derivatives"
+def _gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
+    none = (None,) * len(ctx.needs_input_grad)
+    if not ctx.has_entropy:  # an output that was not asked for is empty, and so is the gradient that tracing gives it
+        grad_entropy = None
+    if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
+        return none
+    need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+    saved, index = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    grad_hidden, grad_weight, grad_bias = op(
+        grad_logprobs, grad_log_sum, grad_entropy, *saved, *ctx.options, *need, *index, *ctx.masked
     )
+    given = (grad_hidden if need[0] else None, grad_weight if need[1] else None, None)
+    return (*given, grad_bias if need[2] else None, *none[4:])
 
 
-def register(forward: str, backward: str) -> None:
-    """Shapes and autograd of a pair of ops."""
-    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
-    torch.library.register_fake(forward_op, _fake)
-    torch.library.register_fake(backward_op, _fake_backward)
-    torch.library.register_autograd(forward_op, _backward_through(backward), setup_context=_setup_context)
-    torch.library.register_autograd(backward_op, _refuse_double_backward)
-
-
+register = functools.partial(
+    _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
+)
 if _extension.native_available():
     register("linear_logprobs", "linear_logprobs_backward")

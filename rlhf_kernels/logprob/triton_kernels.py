@@ -32,7 +32,7 @@ from .._triton.maths import (
     merge_softmax,
     rescale_softmax,
 )
-from .._triton.tiles import described, in_groups, multiply
+from .._triton.tiles import described, in_groups, multiply, visited_rows
 
 FIELDS = 5  # of a split's statistics: max, sum, shifted, squares, logit sum
 
@@ -53,12 +53,7 @@ def fold(
 ):  # fmt: skip
     """One row block over one split of the vocabulary, TILES tiles: its softmax statistics, and the target's logit."""
     row_block, split = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
-    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + row, mask=inside, other=0)
-    else:
-        at = row
+    row, inside, at = visited_rows(index, 0, row_block, rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)
     hidden_source = described(hidden, hidden_rows, width, hidden_stride, ROWS, DEPTH, TMA)
@@ -115,12 +110,7 @@ def merge(
     ROWS: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits in their order, and writes what is asked for at the row's place. Rows that do not count: 0."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + row, mask=inside, other=0)
-    else:
-        at = row
+    row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)
     m = tl.full([ROWS], -float("inf"), tl.float32)
@@ -170,12 +160,7 @@ def differentiate(
 ):  # fmt: skip
     """dlogits [rows, end - begin] of hidden [rows, width], and their sums over each row block's rows for the bias."""
     row_block, tile = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(end - begin, COLUMNS), GROUP)
-    row = (row_block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = row < rows
-    if index is not None:
-        at = tl.load(index + first_row + row, mask=inside, other=0)
-    else:
-        at = first_row + row
+    row, inside, at = visited_rows(index, first_row, row_block, rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)
     first = begin + tile * COLUMNS

@@ -1,0 +1,33 @@
+"""Registers what torch must know of an op besides its kernels. Native and Triton ops of one name share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def register(
+    forward: str,
+    backward: str,
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    gradient: Callable[..., Any],
+) -> None:
+    """Shapes (`fake`, `fake_backward`) and autograd of `rlhf_kernels::forward`, whose gradient `rlhf_kernels::backward`
+    computes: gradient(the backward op, ctx, *upstream). That op cannot be differentiated again."""
+    forward_op, backward_op = f"rlhf_kernels::{forward}", f"rlhf_kernels::{backward}"
+
+    def differentiate(ctx: Any, *upstream: Any) -> Any:
+        return gradient(getattr(torch.ops.rlhf_kernels, backward), ctx, *upstream)
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{forward} is differentiable once; use backend='reference' for second derivatives")
+
+    torch.library.register_fake(forward_op, fake)
+    torch.library.register_fake(backward_op, fake_backward)
+    torch.library.register_autograd(forward_op, differentiate, setup_context=setup_context)
+    torch.library.register_autograd(backward_op, refuse)
