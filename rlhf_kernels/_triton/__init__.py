@@ -7,13 +7,14 @@ from importlib import util
 
 import torch
 
+_INSTALLED = util.find_spec("triton") is not None
 # Triton itself reads this once, when a kernel is defined: it then runs on numpy, on tensors of any device.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def why_not_on(device: torch.device) -> str | None:
     """Why the Triton kernels cannot run on tensors of this device; None when they can."""
-    if util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "triton is not installed (pip install triton)"
     if INTERPRETED:
         return None

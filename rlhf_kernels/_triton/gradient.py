@@ -45,6 +45,8 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     with torch.autocast(a.device.type, enabled=False):
         if a.device.type == "cpu" or a.dtype == torch.float32:  # cpu: under the interpreter
             sums.addmm_(a.float(), b.float())
+        elif type(a) is not Tensor:  # traced, which torch 2.11 cannot do with the addmm below
+            sums.add_(torch.mm(a, b, out_dtype=torch.float32))
         else:
             torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
 
