@@ -46,9 +46,13 @@ def check_targets(targets: Tensor, hidden: Tensor, name: str = "targets") -> Non
     check_same_device(hidden=hidden, **{name: targets})
 
 
+def wrong_targets(targets: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    return (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
+
+
 def check_target_range(targets: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Eager only: reads the values. Compiled graphs leave this to the op, which checks before it reads."""
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
+    wrong = wrong_targets(targets, vocab_size, ignore_index)
     if bool(wrong.any()):
         first = targets[wrong][0].tolist()
         raise IndexError(f"target {first} is outside [0, {vocab_size}) and is not ignore_index ({ignore_index})")

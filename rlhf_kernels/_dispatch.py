@@ -42,8 +42,11 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         reason = why_not("native", device, dtype)
         if reason is None:
             return "native"
-        if device.type != "cpu" and why_not("triton", device, dtype) is None:
-            return "triton"
+        if device.type != "cpu":
+            other = why_not("triton", device, dtype)
+            if other is None:
+                return "triton"
+            reason = f"{reason}; and {other}"
         if dtype != torch.float64 and not torch.compiler.is_compiling():
             _warn_once(reason)
         return "reference"

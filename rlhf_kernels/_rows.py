@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,11 +52,23 @@ def is_traced_or_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def rows_to_visit(counted: Tensor) -> tuple[Tensor | None, bool]:
-    """(index, masked) for kernels that go over rows: the rows that count, [n] int64, or None where all are gone over;
-    and whether some of those do not count. Reads the number of rows that count back from the device, but not while a
-    graph is traced or captured: then all are gone over."""
+class Visit(NamedTuple):
+    """Which rows kernels go over: `rows` [n] int64, or None for all; `masked`: some of those do not count."""
+
+    rows: Tensor | None
+    masked: bool
+
+
+def rows_to_visit(counted: Tensor, wrong: Tensor | None = None, refuse: Callable[[], None] | None = None) -> Visit:
+    """The rows that count [N] bool. While a graph is traced or captured, nothing can be read back from the device, and
+    all are gone over. Otherwise their number is read back, and in the same reading whether any row is `wrong`: then
+    `refuse` is to raise."""
     if is_traced_or_captured(counted):
-        return None, True
-    index = counted.nonzero().squeeze(1)
-    return (None, False) if index.shape[0] == counted.shape[0] else (index, False)
+        return Visit(None, True)
+    tallies = [counted.sum()] if wrong is None else [counted.sum(), wrong.sum()]
+    count, *bad = torch.stack(tallies).tolist()
+    if any(bad) and refuse is not None:
+        refuse()
+    if count == counted.shape[0]:
+        return Visit(None, False)
+    return Visit(counted.to(torch.uint8).argsort(descending=True, stable=True)[:count], False)  # as nonzero, unread

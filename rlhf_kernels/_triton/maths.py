@@ -96,6 +96,13 @@ def finite_max(m):
 
 
 @triton.jit
+def empty_softmax(ROWS: tl.constexpr):
+    """The statistics of no tokens."""
+    zero = tl.zeros([ROWS], tl.float32)
+    return tl.full([ROWS], -float("inf"), tl.float32), zero, zero, zero
+
+
+@triton.jit
 def rescale_softmax(m, s, shifted, squares, new_max):
     """Restates sums taken relative to m relative to new_max >= m."""
     delta = tl.where(m == -float("inf"), 0.0, m - new_max)
@@ -112,6 +119,13 @@ def merge_softmax(m, s, shifted, squares, other_m, other_s, other_shifted, other
 
 
 # ---- KL statistics: (max, sum, other_max, other_sum, centre, second, first) ------------------------------------------
+
+
+@triton.jit
+def empty_kl(ROWS: tl.constexpr):
+    """The statistics of no tokens."""
+    none, zero = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    return none, zero, none, zero, zero, zero, zero
 
 
 @triton.jit

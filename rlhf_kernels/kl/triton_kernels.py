@@ -25,7 +25,7 @@ from .._triton.launch import (
     tuned,
     uses_tma,
 )
-from .._triton.maths import expm1, expm1_minus_identity, final_logits, kl_of_tile, logit_slope, merge_kl
+from .._triton.maths import empty_kl, expm1, expm1_minus_identity, final_logits, kl_of_tile, logit_slope, merge_kl
 from .._triton.tiles import described, in_groups, multiply, visited_rows
 
 FIELDS = 7  # of a split's statistics: max, sum, other max, other sum, centre, second, first
@@ -43,14 +43,6 @@ def _store_part(partials, split, splits, rows, row, inside, m, s, om, os, centre
     tl.store(at + 4 * step, centre, mask=inside)
     tl.store(at + 5 * step, second, mask=inside)
     tl.store(at + 6 * step, first, mask=inside)
-
-
-@triton.jit
-def _nothing(ROWS: tl.constexpr):
-    """The statistics of no tokens."""
-    none = tl.full([ROWS], -float("inf"), tl.float32)
-    zero = tl.zeros([ROWS], tl.float32)
-    return none, zero, none, zero, zero, zero, zero
 
 
 @tuned
@@ -72,7 +64,7 @@ def fold_kl(
     head_source = described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA)
     ref_hidden_source = described(ref_hidden, hidden_rows, ref_width, ref_hidden_stride, ROWS, DEPTH, TMA)
     ref_head_source = described(ref_head, vocab, ref_width, ref_head_stride, COLUMNS, DEPTH, TMA)
-    m, s, om, os, centre, second, first_order = _nothing(ROWS)
+    m, s, om, os, centre, second, first_order = empty_kl(ROWS)
     for tile in range(TILES):
         first = (split * TILES + tile) * COLUMNS
         if first < vocab:
@@ -103,7 +95,7 @@ def merge_kl_splits(partials, index, mask, kl, stats, rows, stats_rows, splits, 
     """Merges the splits in their order; kl_of of csrc/common/online_softmax.h, in double."""
     row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
     counts = inside & (tl.load(mask + at, mask=inside, other=0) != 0)
-    m, s, om, os, centre, second, first = _nothing(ROWS)
+    m, s, om, os, centre, second, first = empty_kl(ROWS)
     step = tl.cast(splits, tl.int64) * rows
     for split in range(splits):
         part = partials + tl.cast(split, tl.int64) * rows + row

@@ -108,9 +108,9 @@ def _linear_logprobs(
     flat = (hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias)
     options = (transform, ignore_index, tuple(outputs), gemm)
     chosen = resolve_backend(backend, hidden.device, gemm)
-    if chosen != "native" and not is_traced_or_captured(hidden):
-        check_target_range(targets, weight.shape[0], ignore_index)
     if chosen == "reference":
+        if not is_traced_or_captured(hidden):
+            check_target_range(targets, weight.shape[0], ignore_index)
         results = reference.linear_logprobs(*flat, *options)
     else:
         results = ops.linear_logprobs(*flat, *options, cache_logits, chosen)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension, _ops
+from .._checks import check_target_range, wrong_targets
 from .._logits import LogitTransform
 from .._rows import rows_to_visit
 from .reference import OPTIONAL_OUTPUTS
@@ -36,7 +37,11 @@ def linear_logprobs(
     if backend == "triton":
         from . import triton_ops  # takes triton
 
-        results = triton_ops.linear_logprobs(*arguments, *rows_to_visit(targets != ignore_index))
+        limits = (targets, weight.shape[0], ignore_index)
+        refuse = functools.partial(check_target_range, *limits)
+        results = triton_ops.linear_logprobs(
+            *arguments, *rows_to_visit(targets != ignore_index, wrong_targets(*limits), refuse)
+        )
     else:
         results = torch.ops.rlhf_kernels.linear_logprobs(*arguments)
     logprobs, max_logit, log_sum, *optional, _ = results

@@ -25,6 +25,7 @@ from .._triton.launch import (
 )
 from .._triton.maths import (
     LOWEST_LOG_P,
+    empty_softmax,
     expm1,
     final_logits,
     finite_max,
@@ -60,10 +61,7 @@ def fold(
     head_source = described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA)
 
     own = tl.where(counts & (target < vocab), target, -1).to(tl.int32)  # a tile of 64-bit comparisons would spill
-    m = tl.full([ROWS], -float("inf"), tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    shifted = tl.zeros([ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    m, s, shifted, squares = empty_softmax(ROWS)
     logit_sum = tl.zeros([ROWS], tl.float32)
     argmax = tl.zeros([ROWS], tl.int32)
     for tile in range(TILES):
@@ -113,10 +111,7 @@ def merge(
     row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)
-    m = tl.full([ROWS], -float("inf"), tl.float32)
-    s = tl.zeros([ROWS], tl.float32)
-    shifted = tl.zeros([ROWS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    m, s, shifted, squares = empty_softmax(ROWS)
     logit_sum = tl.zeros([ROWS], tl.float64)
     argmax = tl.zeros([ROWS], tl.int32)
     zero = tl.zeros([ROWS], tl.float32)

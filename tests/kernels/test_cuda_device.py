@@ -23,8 +23,13 @@ def step(head, backend="native"):
     return logprobs.detach(), *torch.autograd.grad(logprobs.sum(), leaves)
 
 
-def test_under_graph_capture(native, device):
-    """Nothing waits for the device, and masks may change between replays: rows are masked, not compacted."""
+BOTH = pytest.mark.parametrize("kernels", ["native", "triton"])
+
+
+@BOTH
+def test_under_graph_capture(kernels, device):
+    """Nothing waits for the device or is timed by a tuner, and masks may change between replays: rows are masked, not
+    compacted."""
     heads = [
         T.make_head(*SHAPE, dtype=torch.bfloat16, masked=m, seed=s, device=device) for m, s in ((0.3, 1), (0.6, 2))
     ]
@@ -32,30 +37,31 @@ def test_under_graph_capture(native, device):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(static)  # the GEMM library sets itself up outside the graph
+        step(static, kernels)  # libraries set themselves up outside the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(static)
+        captured = step(static, kernels)
     for head in heads:
         for to, value in zip(static[:3], head[:3], strict=True):
             to.copy_(value)
         graph.replay()
-        logprobs, *gradients = step(head)
+        logprobs, *gradients = step(head, kernels)
         assert torch.equal(captured[0], logprobs), "a row's bits do not depend on compaction"
         for got, want in zip(captured[1:], gradients, strict=True):
             assert T.relative_error(got, want) <= 4e-3
 
 
-def test_waits_for_the_device_once(native, device):
+@BOTH
+def test_waits_for_the_device_once(kernels, device):
     """Forward and backward may each read one count back, and nothing else."""
     head = T.make_head(*SHAPE, masked=0.5, device=device)
-    step(head)
+    step(head, kernels)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning) as caught:
-            step(head)
+            step(head, kernels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchronizing" in str(w.message)]) <= 2

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_kernels import _triton
 from rlhf_kernels import testing as T
 from rlhf_kernels._logits import LogitTransform
 
 triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(_triton.INTERPRETED, reason="compiles, so not under the interpreter")
 
 # Name -> (backend, architecture, threads of a warp), and what multiplies matrices there.
 GPUS = {
