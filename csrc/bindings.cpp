@@ -51,7 +51,7 @@ TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, "
       "float logit_softcap, float temperature, int ignore_index, ScalarType gemm_dtype, bool entropy, bool is_top1, "
-      "bool mean_logit, bool log_sum_sq_probs, bool cache_logits) -> (Tensor logprobs, Tensor max_logit, "
+      "bool mean_logit, bool log_sum_sq_probs, SymInt kept_logits) -> (Tensor logprobs, Tensor max_logit, "
       "Tensor log_sum, Tensor entropy, Tensor is_top1, Tensor mean_logit, Tensor log_sum_sq_probs, Tensor "
       "logit_cache)");
   m.def(

@@ -17,13 +17,14 @@ namespace rk {
 template <class T>
 class HeadGradient {
  public:
-  // `rows` [n]: which rows of `hidden` count; `recomputed_sizes_sum`, `widest`: of all heads whose tiles are
-  // recomputed.
-  HeadGradient(const Head<T>& head, const at::Tensor& hidden, const at::Tensor& weight,
+  // `rows` [n]: which rows of `hidden` count; `operands`: those, as head.operands gives them; `recomputed_sizes_sum`,
+  // `widest`: of all heads whose tiles are recomputed; `kept_bytes`: of the budget, held by others.
+  HeadGradient(const Head<T>& head, const at::Tensor& hidden, const at::Tensor& operands, const at::Tensor& weight,
                const std::optional<at::Tensor>& bias, const at::Tensor& rows, GradientNeeds needs,
-               int64_t recomputed_sizes_sum, int64_t widest)
+               int64_t recomputed_sizes_sum, int64_t widest, int64_t kept_bytes = 0)
       : head_(head),
         hidden_(hidden),
+        operands_(operands),
         weight_(weight),
         rows_(rows),
         needs_(needs),
@@ -31,7 +32,7 @@ class HeadGradient {
         width_(head.width()),
         padded_width_(round_up(width_, kRowBlock)),
         plan_(plan_backward(count_, head.vocab(), width_, recomputed_sizes_sum, widest, sizeof(T),
-                            workspace_budget_bytes(kCpuBudgetMib))),
+                            workspace_budget_bytes(kCpuBudgetMib) - kept_bytes)),
         by_vocab_stride_(plan_.row_chunk + kPad),
         by_row_stride_(plan_.vocab_group + kPad) {
     needs_.bias = needs.bias && bias && bias->defined();
@@ -49,7 +50,6 @@ class HeadGradient {
   template <class PrepareChunk, class MakeTiler>
   HeadGradients run(const PrepareChunk& prepare_chunk, const MakeTiler& make_tiler) {
     const int64_t chunk_blocks = plan_.row_chunk / kRowBlock, blocks = ceil_div(count_, kRowBlock);
-    const at::Tensor operands = head_.operands(hidden_, rows_);
     Buffer<T> by_vocab(plan_.vocab_group * by_vocab_stride_), by_row(plan_.row_chunk * by_row_stride_);
     Buffer<T> packed_rows(needs_.weight ? plan_.row_chunk * padded_width_ : 0);
     Buffer<T> packed_head(needs_.hidden ? plan_.vocab_group * padded_width_ : 0);
@@ -62,7 +62,7 @@ class HeadGradient {
         const bool resident = begin > 0 && chunk_blocks >= blocks;  // the only chunk stays packed for all groups
         if (!resident) {
           prepare_chunk(first, here);
-          if (needs_.weight) pack_rows(operands, first * kRowBlock, here * kRowBlock, packed_rows.data());
+          if (needs_.weight) pack_rows(operands_, first * kRowBlock, here * kRowBlock, packed_rows.data());
         }
         recompute(begin, group, first, here, by_vocab.data(), by_row.data(), packed_head.data(), make_tiler);
         multiply(begin, group, first, here, blocks, by_vocab.data(), by_row.data(), packed_rows.data(),
@@ -182,7 +182,7 @@ class HeadGradient {
   }
 
   const Head<T>& head_;
-  at::Tensor hidden_, weight_, rows_;
+  at::Tensor hidden_, operands_, weight_, rows_;
   GradientNeeds needs_;
   int64_t count_, width_, padded_width_;
   BackwardPlan plan_;

@@ -33,13 +33,16 @@ struct Pair {
   Tensor policy_operands, ref_operands;
   Buffer<T> policy_packed, ref_packed;
 
-  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, int64_t chunk_rows)
+  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows)
       : policy(head_of<T>(policy_side)),
         ref(head_of<T>(ref_side)),
         policy_operands(policy.operands(policy_side.hidden, rows.index)),
-        ref_operands(ref.operands(ref_side.hidden, rows.index)),
-        policy_packed(chunk_rows * policy.depth()),
-        ref_packed(chunk_rows * ref.depth()) {}
+        ref_operands(ref.operands(ref_side.hidden, rows.index)) {}
+
+  void make_room(int64_t chunk_rows) {
+    policy_packed = Buffer<T>(chunk_rows * policy.depth());
+    ref_packed = Buffer<T>(chunk_rows * ref.depth());
+  }
 
   void pack(int64_t first, int64_t blocks) {
     policy.pack_blocks(policy_operands, first, blocks, policy_packed.data());
@@ -82,7 +85,8 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
       plan_forward(rows.count(), vocab, policy_width + ref_width, std::max(policy_width, ref_width), sizeof(T), kFields,
                    workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
-  Pair<T> pair(policy_side, ref_side, rows, std::min(blocks, chunk_blocks) * kRowBlock);
+  Pair<T> pair(policy_side, ref_side, rows);
+  pair.make_room(std::min(blocks, chunk_blocks) * kRowBlock);
   std::array<std::vector<float>, 7> results;  // kl, then the six rows of stats
   for (auto& field : results) field.resize(rows.padded());
 
@@ -135,11 +139,12 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
 template <class T>
 HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const KlSide& policy_side,
                        const KlSide& ref_side, const CountedRows& rows, bool policy_ref, GradientNeeds needs) {
-  const Head<T> policy_head = head_of<T>(policy_side);
-  const int64_t ref_width = ref_side.weight.size(1), n = kl.size(0);
-  HeadGradient<T> gradient(policy_head, policy_side.hidden, policy_side.weight, policy_side.bias, rows.index, needs,
-                           policy_head.depth() + ref_width, std::max(policy_head.depth(), ref_width));
-  Pair<T> pair(policy_side, ref_side, rows, gradient.plan().row_chunk);
+  const int64_t n = kl.size(0);
+  Pair<T> pair(policy_side, ref_side, rows);
+  const int64_t depth = pair.policy.depth(), ref_width = ref_side.weight.size(1);
+  HeadGradient<T> gradient(pair.policy, policy_side.hidden, pair.policy_operands, policy_side.weight, policy_side.bias,
+                           rows.index, needs, depth + ref_width, std::max(depth, ref_width));
+  pair.make_room(gradient.plan().row_chunk);
   // Rows that pad the last block get maxima that make every p and q 0.
   const float fills[] = {3e38f, 0, 3e38f, 0, 0, 0};
   std::array<Tensor, 6> row_stats;

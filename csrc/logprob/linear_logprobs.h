@@ -13,7 +13,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 linear_logprobs_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                     const std::optional<at::Tensor>& bias, double logit_scale, double logit_softcap, double temperature,
                     int64_t ignore_index, at::ScalarType gemm_dtype, bool want_entropy, bool want_is_top1,
-                    bool want_mean_logit, bool want_log_sum_sq_probs, bool cache_logits);
+                    bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits);
 
 // -> gradients of hidden, weight, bias (empty where not needed)
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(

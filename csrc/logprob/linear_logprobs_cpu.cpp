@@ -90,8 +90,25 @@ struct RowResults {
   }
 };
 
+// Where the logits of a block and of the vocabulary's first rows, as many as fit, are kept for backward.
+struct KeptLogits {
+  float* data = nullptr;
+  int64_t vocab = 0;  // rows of the vocabulary that are kept
+
+  // `kept`: flat, and shared out evenly, so that it holds what it can of the rows that count.
+  static KeptLogits of(const Tensor& kept, const CountedRows& rows, int64_t vocab) {
+    const int64_t padded = round_up(rows.count(), kRowBlock);
+    if (kept.numel() == 0 || padded == 0) return {};
+    return {kept.data_ptr<float>(), std::min(kept.numel() / padded, vocab)};
+  }
+
+  bool has(int64_t v, int64_t count) const { return v + count <= vocab; }
+  float* tile(int64_t block, int64_t v) const { return data + (block * vocab + v) * kRowBlock; }
+};
+
 template <class T>
-RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs, float* cache) {
+RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs,
+                   const KeptLogits& kept) {
   const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
   const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
                                         workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
@@ -106,7 +123,7 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
     head.pack_blocks(operands, first, here, packed.data());
     const int64_t group_blocks = ceil_div(here, plan.row_groups), groups = ceil_div(here, group_blocks);
     parallel_tasks(plan.splits * groups, [&] {
-      return [&, scratch = Buffer<T>(), logits = Buffer<float>(cache ? 0 : plan.tile * kRowBlock),
+      return [&, scratch = Buffer<T>(), logits = Buffer<float>(plan.tile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
         const int64_t split = task / groups, block_begin = task % groups * group_blocks;
         const int64_t block_end = std::min(block_begin + group_blocks, here);
@@ -116,7 +133,7 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
           const auto head_rows = head.rows(v, count, scratch);
           for (int64_t block = block_begin; block < block_end; ++block) {
             const int64_t row = (first + block) * kRowBlock;
-            float* to = cache ? cache + ((first + block) * head.vocab() + v) * kRowBlock : logits.data();
+            float* to = kept.has(v, count) ? kept.tile(first + block, v) : logits.data();
             const T* columns = &packed[block * kRowBlock * head.depth()];
             tile_kernels().logprob_forward({head.tile(head_rows, v, count, columns, to), &rows.targets[row], outputs,
                                             partials.at(split, block * kRowBlock), &results.target_logit[row]});
@@ -142,15 +159,18 @@ struct Upstream {
 template <class T>
 HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& weight,
                        const std::optional<Tensor>& bias, const CountedRows& rows, const Upstream& upstream,
-                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const float* cache,
+                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const KeptLogits& kept,
                        GradientNeeds needs) {
-  HeadGradient<T> gradient(head, hidden, weight, bias, rows.index, needs, head.depth(), head.depth());
-  const Tensor operands = cache ? Tensor() : head.operands(hidden, rows.index);
-  Buffer<T> packed(cache ? 0 : gradient.plan().row_chunk * head.depth());
+  const int64_t kept_bytes = kept.vocab * round_up(rows.count(), kRowBlock) * static_cast<int64_t>(sizeof(float));
+  const Tensor operands = head.operands(hidden, rows.index);
+  HeadGradient<T> gradient(head, hidden, operands, weight, bias, rows.index, needs, head.depth(), head.depth(),
+                           kept_bytes);
+  const bool recomputes = kept.vocab < head.vocab();
+  Buffer<T> packed(recomputes ? gradient.plan().row_chunk * head.depth() : 0);
   int64_t first_packed = 0;
   const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
     first_packed = first;
-    if (!cache) head.pack_blocks(operands, first, blocks, packed.data());
+    if (recomputes) head.pack_blocks(operands, first, blocks, packed.data());
   };
   const auto at_row = [](const Tensor& values, int64_t row) { return values.const_data_ptr<float>() + row; };
   return gradient.run(prepare_chunk, [&] {
@@ -158,8 +178,9 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
             head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block,
                                                   const GradientSink& sink) mutable {
       LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
-      if (cache) {
-        std::copy_n(cache + (block * head.vocab() + v) * kRowBlock, count * kRowBlock, logits.data());
+      const bool is_kept = kept.has(v, count);
+      if (is_kept) {
+        std::copy_n(kept.tile(block, v), count * kRowBlock, logits.data());
       } else {
         if (at_tile != v) head_rows = head.rows(v, count, scratch);
         at_tile = v;
@@ -167,24 +188,23 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
             head.tile(head_rows, v, count, &packed[(block - first_packed) * kRowBlock * head.depth()], logits.data());
       }
       const int64_t row = block * kRowBlock;
-      tile_kernels().logprob_backward({tile, cache != nullptr, &rows.targets[row], upstream.has_entropy,
-                                       at_row(max, row), at_row(log_sum, row), at_row(upstream.logprob, row),
+      tile_kernels().logprob_backward({tile, is_kept, &rows.targets[row], upstream.has_entropy, at_row(max, row),
+                                       at_row(log_sum, row), at_row(upstream.logprob, row),
                                        at_row(upstream.log_sum, row), at_row(upstream.entropy, row),
                                        at_row(entropy, row), sink});
     };
   });
 }
 
-// Pages that are never written are never committed: the cache is sized by all rows, and only those that count use it.
-Tensor lazily_zeroed(at::IntArrayRef sizes) {
-  const int64_t count = c10::multiply_integers(sizes);
-  if (count == 0) return at::empty(sizes, at::kFloat);
+// Pages that are never written are never committed.
+Tensor lazily_zeroed(int64_t count) {
+  if (count == 0) return at::empty({0}, at::kFloat);
   constexpr int64_t kLine = kCacheLine / sizeof(float);
   auto* data = static_cast<float*>(std::calloc(count + kLine, sizeof(float)));
   TORCH_CHECK(data != nullptr, "out of memory: ", count * sizeof(float), " bytes to keep logits for backward; ",
               "a smaller rk.set_workspace_budget recomputes them instead");
   const int64_t past_line = reinterpret_cast<uintptr_t>(data) % kCacheLine / sizeof(float);
-  return at::from_blob(data + kLine - past_line, sizes, [data](void*) { std::free(data); }, at::kFloat);
+  return at::from_blob(data + kLine - past_line, {count}, [data](void*) { std::free(data); }, at::kFloat);
 }
 
 }  // namespace
@@ -192,7 +212,7 @@ Tensor lazily_zeroed(at::IntArrayRef sizes) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cpu(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
     double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
-    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, bool cache_logits) {
+    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits) {
   check_head(hidden, weight, bias);
   format_of(gemm_dtype);
   const int64_t n = hidden.size(0);
@@ -201,14 +221,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  Tensor cache = lazily_zeroed({cache_logits ? ceil_div(n, kRowBlock) : 0, cached_vocab(weight.size(0)), kRowBlock});
-  float* cache_data = cache_logits ? cache.data_ptr<float>() : nullptr;
+  const Tensor cache = lazily_zeroed(kept_logits);
+  const auto kept = KeptLogits::of(cache, rows, weight.size(0));
 
   const auto results = [&] {
     if (runs_on_bf16(gemm_dtype)) {
-      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, cache_data);
+      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept);
     }
-    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, cache_data);
+    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept);
   }();
   const auto give = [&](bool wanted, const std::vector<float>& values) {
     return wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
@@ -240,20 +260,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
   const Tensor max = rows.gather(max_logit, n, 3e38f), sums = rows.gather(log_sum, n, 0);
   const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  TORCH_CHECK_VALUE(
-      logit_cache.size(0) == 0 || (logit_cache.size(0) * kRowBlock >= rows.count() &&
-                                   logit_cache.size(1) == cached_vocab(weight.size(0)) && logit_cache.is_contiguous()),
-      "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
-  const float* cache = logit_cache.size(0) ? logit_cache.const_data_ptr<float>() : nullptr;
+  TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
+                    "logit_cache must be flat and float32, got ", logit_cache.sizes());
+  const auto kept = KeptLogits::of(logit_cache, rows, weight.size(0));
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
 
   const HeadGradients grads = [&] {
     if (runs_on_bf16(gemm_dtype)) {
       const Head<at::BFloat16> head(weight, bias, transform, gemm_dtype);
-      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, cache, needs);
+      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, kept, needs);
     }
     const Head<float> head(weight, bias, transform, gemm_dtype);
-    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, cache, needs);
+    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, kept, needs);
   }();
   return grads.tensors(hidden);
 }

@@ -10,8 +10,6 @@ namespace {
 using at::Tensor;
 using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch;
 
-constexpr int64_t kCacheRows = kRowBlock;  // the shape of a logit cache is the CPU's; here it holds rows of V logits
-
 // `kept_bytes`: of the budget, what a logit cache takes.
 DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
                     const DeviceScope& device, bool backward, int64_t kept_bytes) {
@@ -33,7 +31,7 @@ const float* data_of(const std::optional<Tensor>& values) { return values ? valu
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cuda(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
     double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
-    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, bool cache_logits) {
+    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits) {
   check_head(hidden, weight, bias);
   const int64_t n = hidden.size(0), vocab = weight.size(0);
   check_rows("targets", targets, n, at::kLong);
@@ -44,7 +42,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
                         device.stream());
   const int64_t cache_stride = cached_vocab(vocab);
-  const Tensor cache = scratch.floats({cache_logits ? ceil_div(n, kCacheRows) : 0, cache_stride, kCacheRows});
+  TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= n * cache_stride,
+                    "on CUDA all logits are kept or none: expected ", n * cache_stride, " or 0, got ", kept_logits);
+  const Tensor cache = scratch.floats({kept_logits});
   cache.zero_();  // what pads it and rows that do not count, nothing writes
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
 
   const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
   const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.width()});
-  const Tensor tile = scratch.floats({cache_logits ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
+  const Tensor tile = scratch.floats({kept_logits ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
   auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
   for (int64_t first = 0; first < rows.count; first += plan.rows_at_once) {
@@ -63,9 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       const Operand slice = head.slice(begin, columns, cast);
       for (int64_t row = first; row < end; row += plan.row_chunk) {
         const int64_t here = std::min(plan.row_chunk, end - row);
-        float* to = cache_logits ? cache.data_ptr<float>() + row * cache_stride + begin : tile.data_ptr<float>();
+        float* to = kept_logits ? cache.data_ptr<float>() + row * cache_stride + begin : tile.data_ptr<float>();
         const auto logits = head.tile(scratch.gemm_context(), head.part(operands, row - first), here, slice, begin,
-                                      columns, to, cache_logits ? cache_stride : plan.tile, plan.nominal_rows);
+                                      columns, to, kept_logits ? cache_stride : plan.tile, plan.nominal_rows);
         cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
       }
     }
@@ -95,10 +95,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
   check_rows("targets", targets, n, at::kLong);
   cuda::check_same_device(
       hidden, {weight, targets, bias, max_logit, log_sum, logit_cache, grad_logprobs, grad_log_sum, grad_entropy});
-  TORCH_CHECK_VALUE(
-      logit_cache.numel() == 0 || (logit_cache.size(0) * kCacheRows >= n &&
-                                   logit_cache.size(1) == cached_vocab(vocab) && logit_cache.is_contiguous()),
-      "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
+  TORCH_CHECK_VALUE((logit_cache.numel() == 0 || logit_cache.numel() >= n * cached_vocab(vocab)) &&
+                        logit_cache.dim() == 1 && logit_cache.is_contiguous(),
+                    "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
   const DeviceScope device(hidden);
   const Scratch scratch(hidden, device);
   const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);

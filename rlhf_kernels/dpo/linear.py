@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .._checks import check_same_device, check_targets, check_vector
 from .._logits import LogitTransform
-from .._workspace import workspace_budget_bytes
 from ..logprob import _sequence_logprobs
 from .pairwise import check_loss_options, dpo_loss
 from .reference import LOSS_TYPES
@@ -61,7 +60,7 @@ def linear_dpo_loss(
 
     Returns:
         LinearDPOLoss. Where the logits of all sequences fit the workspace budget in fp32, they are kept for backward
-        and one GEMM of four is saved (native).
+        and one GEMM of four is saved (native; see `set_workspace_budget`).
 
     Raises:
         ValueError: odd S without index pairs, both or no references, P = 0, and as `dpo_loss`.
@@ -78,15 +77,7 @@ def linear_dpo_loss(
     chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs)
 
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    logits_bytes = 4 * labels.numel() * weight.shape[0]
-    budget = workspace_budget_bytes(hidden.device)
-    if hidden.is_cuda:
-        budget = budget * 3 // 4  # the rest is the GEMM library's and the tiles'
-    keep = needs_grad and logits_bytes <= budget
-    policy, counts = _sequence_logprobs(
-        hidden, weight, labels, bias, transform, True, False, -100, backend, cache_logits=keep
-    )
+    policy, counts = _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend)
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref_logps, _ = _sequence_logprobs(

@@ -97,9 +97,7 @@ def _linear_logprobs(
     ignore_index: int,
     outputs: Sequence[str],
     backend: str,
-    cache_logits: bool = False,
 ) -> LinearLogprobs:
-    """`cache_logits` keeps the fp32 logits for backward: for callers that know they fit (see `linear_dpo_loss`)."""
     check_head(hidden, weight, bias)
     check_targets(targets, hidden)
     for name in outputs:
@@ -113,7 +111,7 @@ def _linear_logprobs(
             check_target_range(targets, weight.shape[0], ignore_index)
         results = reference.linear_logprobs(*flat, *options)
     else:
-        results = ops.linear_logprobs(*flat, *options, cache_logits, chosen)
+        results = ops.linear_logprobs(*flat, *options, chosen)
     logprobs, logsumexp, *optional = (None if r is None else r.view(targets.shape) for r in results)
     assert logprobs is not None and logsumexp is not None  # only the others are optional
     return LinearLogprobs(logprobs, logsumexp, *optional)
@@ -170,10 +168,9 @@ def _sequence_logprobs(
     average: bool,
     ignore_index: int,
     backend: str,
-    cache_logits: bool = False,
 ) -> SequenceLogprobs:
     targets = next_token_targets(labels, ignore_index) if shift else labels
-    per_token = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend, cache_logits)
+    per_token = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend)
     counts = (targets != ignore_index).sum(-1)
     totals = per_token.logprobs.sum(-1)
     return SequenceLogprobs(totals / counts.clamp(min=1) if average else totals, counts)

@@ -10,13 +10,11 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _extension, _ops
+from .. import _extension, _ops, _workspace
 from .._checks import check_target_range, wrong_targets
 from .._logits import LogitTransform
 from .._rows import rows_to_visit
 from .reference import OPTIONAL_OUTPUTS
-
-CACHE_ROWS, CACHE_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h kRowBlock, cached_vocab
 
 
 def linear_logprobs(
@@ -28,12 +26,14 @@ def linear_logprobs(
     ignore_index: int,
     outputs: tuple[str, ...],
     gemm: torch.dtype,
-    cache_logits: bool = False,
     backend: str = "native",
 ) -> tuple[Tensor | None, ...]:
     """Same contract as `reference.linear_logprobs`, through the compiled op or the Triton op."""
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    keep = backend == "native" and differentiable
+    kept = _workspace.logits_to_keep(hidden.shape[0], weight.shape[0], hidden.device) if keep else 0
     wanted = [name in outputs for name in OPTIONAL_OUTPUTS]
-    arguments = (hidden, weight, targets, bias, *transform, ignore_index, gemm, *wanted, cache_logits)
+    arguments = (hidden, weight, targets, bias, *transform, ignore_index, gemm, *wanted, kept)
     if backend == "triton":
         from . import triton_ops  # takes triton
 
@@ -48,18 +48,15 @@ def linear_logprobs(
     entropy, is_top1, mean_logit, log_sum_sq = optional
     optional = (entropy, is_top1.detach(), mean_logit.detach(), log_sum_sq.detach())
     # The logsumexp's gradient travels through log_sum alone: see _backward.
-    kept = (value if name in outputs else None for name, value in zip(OPTIONAL_OUTPUTS, optional, strict=True))
-    return logprobs, max_logit.detach() + log_sum, *kept
+    asked = (value if name in outputs else None for name, value in zip(OPTIONAL_OUTPUTS, optional, strict=True))
+    return logprobs, max_logit.detach() + log_sum, *asked
 
 
 def _fake(hidden, weight, targets, bias, logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, *flags):  # type: ignore[no-untyped-def]
-    *wanted, cache_logits = flags[:5]
+    *wanted, kept = flags[:5]
     per_row = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3)]
     optional = [hidden.new_empty(hidden.shape[0] if want else 0, dtype=torch.float32) for want in wanted]
-    blocks = (hidden.shape[0] + CACHE_ROWS - 1) // CACHE_ROWS if cache_logits else 0
-    columns = (weight.shape[0] + CACHE_COLUMNS - 1) // CACHE_COLUMNS * CACHE_COLUMNS
-    cache = hidden.new_empty((blocks, columns, CACHE_ROWS), dtype=torch.float32)
-    return *per_row, *optional, cache
+    return *per_row, *optional, hidden.new_empty(kept, dtype=torch.float32)
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]

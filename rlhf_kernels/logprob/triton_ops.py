@@ -20,9 +20,9 @@ def _plain_targets(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float,
     temperature: float, ignore_index: int, gemm_dtype: torch.dtype, entropy: bool, is_top1: bool, mean_logit: bool,
-    log_sum_sq_probs: bool, cache_logits: bool, index: Tensor | None, masked: bool,
+    log_sum_sq_probs: bool, kept_logits: int, index: Tensor | None, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`cache_logits` is for the native op; here backward always recomputes."""
+    """`kept_logits` is for the native op; here backward always recomputes."""
     extras = is_top1 or mean_logit or log_sum_sq_probs
     results = triton_kernels.forward(
         hidden, weight, bias, _plain_targets(targets, ignore_index, weight.shape[0]), index,
@@ -30,7 +30,7 @@ def linear_logprobs(
     )  # fmt: skip
     wanted = (True, True, True, entropy, is_top1, mean_logit, log_sum_sq_probs)
     kept = [r if want else r.new_empty(0) for r, want in zip(results, wanted, strict=True)]
-    return (*kept, hidden.new_empty((0, 0, 0), dtype=torch.float32))  # type: ignore[return-value]
+    return (*kept, hidden.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
 
 
 @define_op("triton_linear_logprobs_backward")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
+from rlhf_kernels import _workspace
 from rlhf_kernels import testing as T
 from rlhf_kernels._logits import LogitTransform
 from rlhf_kernels.kl import ops as kl_ops
@@ -123,16 +124,15 @@ def test_hidden_and_weight_of_different_formats(dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("v", [256, 301])
-def test_cached_logits(v):
-    """Rows of the cache follow each other without padding: the last one ends with the memory, and few are aligned."""
+def test_kept_logits(v, monkeypatch):
+    """Rows follow each other without padding: the last one ends with the memory, and few are aligned."""
     head = T.make_head(64, 5, v, bias=True)
 
-    def results(cache):
+    def results(keep):
+        monkeypatch.setattr(_workspace, "logits_to_keep", lambda rows, *_: keep and rows * -(-v // 64) * 64)
         leaves = T.leaves_of((head.hidden, head.weight, head.bias))
         plain = LogitTransform(1.0, 0.0, 1.0)
-        out = logprob_ops.linear_logprobs(
-            leaves[0], leaves[1], head.targets, leaves[2], plain, -100, (), torch.float32, cache_logits=cache
-        )
+        out = logprob_ops.linear_logprobs(leaves[0], leaves[1], head.targets, leaves[2], plain, -100, (), torch.float32)
         return [out[0], *torch.autograd.grad(out[0].sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels import _dispatch, _triton
+from rlhf_kernels import _dispatch, _triton, _workspace
 
 DEVICE = torch.device(os.environ.get("RLHF_KERNELS_TEST_DEVICE", "cpu"))
 BACKENDS = ("reference", "native") + (("triton",) if DEVICE.type == "cuda" else ())
@@ -88,6 +88,18 @@ def poisoned_memory():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filling
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def kept_logits():
+    """For tests of what is kept for backward: see `recomputed_logits`."""
+
+
+@pytest.fixture(autouse=True)
+def recomputed_logits(request, monkeypatch):
+    """At a test's shapes all logits would be kept, and nothing be recomputed. test_kept_logits.py compares the two."""
+    if "kept_logits" not in request.fixturenames:
+        monkeypatch.setattr(_workspace, "logits_to_keep", lambda *arguments: 0)
 
 
 @pytest.fixture

@@ -180,16 +180,17 @@ def samples(device):
         )
 
     found = {"linear_logprobs": [], "linear_logprobs_backward": [], "linear_kl": [], "linear_kl_backward": []}
-    for gemm, cache in ((fp32, False), (fp32, True), (bf16, False)):
+    every = -(-len(h.hidden) // 64) * 64 * -(-len(h.weight) // 64) * 64  # logits, and what pads them
+    for gemm, kept in ((fp32, 0), (fp32, every), (bf16, 0)):
         hidden, weight, bias = policy(True)
-        found["linear_logprobs"].append((hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, cache))
+        found["linear_logprobs"].append((hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, kept))
         hidden, weight, bias = policy(False)
-        out = ops.linear_logprobs(hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, cache)
+        out = ops.linear_logprobs(hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, kept)
         found["linear_logprobs_backward"].append(
             (up, up, up, hidden, weight, h.targets, bias, out[1], out[2], out[3], out[-1], *transform, -100, gemm,
-             True, not cache, True)
+             True, not kept, True)
         )  # fmt: skip
-    found["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, False))
+    found["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
     found["linear_kl"].append(kl_args(True))
     kl, stats = ops.linear_kl(*kl_args(False))
     args = kl_args(False)

@@ -1,0 +1,91 @@
+"""Logits that forward keeps for backward, as many as the budget has room for: they spare products and change no bit."""
+
+import pytest
+import torch
+
+import rlhf_kernels as rk
+from rlhf_kernels import _workspace
+from rlhf_kernels import testing as T
+
+CPU = torch.device("cpu")
+N, D, V = 130, 40, 1500  # three blocks of rows, the last one padded; several tiles, the last one short
+# Of a tile's rows of the vocabulary, of some tiles, and of all: shares in fp32 logits.
+SHARES = {"less than a tile": 0.02, "some tiles": 0.6, "all but the last tile": 0.95, "all": 1.0}
+OPTIONS = {"plain": {}, "affine": {"logit_scale": 0.5, "temperature": 0.7}, "soft cap": {"logit_softcap": 3.0}}
+
+
+def results(native, head, options):
+    leaves = T.leaves_of(head[:2]) + T.leaves_of((head.bias,))
+    out = rk.linear_logprobs(*leaves[:2], head.targets, leaves[2], outputs=("entropy",), backend=native, **options)
+    weights = T.randn(2, len(head.targets), device=head.hidden.device)
+    loss = (weights[0] * out.logprobs + weights[1] * out.entropy).sum()
+    given = [leaf for leaf in leaves if leaf is not None]
+    return [out.logprobs.detach(), *torch.autograd.grad(loss, given)]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_kept_changes_nothing(native, device, monkeypatch, dtype, share, options):
+    """No bit on CPU, but with a soft cap: its slope is taken from the final logit where the product is gone. On CUDA
+    another leading dimension may mean another algorithm."""
+    if device.type == "cuda" and share < 1:
+        pytest.skip("on CUDA all logits are kept or none")
+    head = T.make_head(N, D, V, dtype=dtype, masked=0.3, bias="softcap" not in str(options), device=device)
+    recomputed = results(native, head, options)
+    padded = -(-N // 64) * 64 * -(-V // 64) * 64
+    monkeypatch.setattr(_workspace, "logits_to_keep", lambda *_: int(share * padded))
+    kept = results(native, head, options)
+    assert torch.equal(kept[0], recomputed[0])
+    for a, b in zip(kept[1:], recomputed[1:], strict=True):
+        if options.get("logit_softcap") or device.type == "cuda":
+            assert T.relative_error(a, b) < {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+        else:
+            assert torch.equal(a, b)
+
+
+def test_kept_logits_are_shared_by_the_rows_that_count(native, monkeypatch):
+    """Room for a tenth of all logits is room for all of the tenth of the rows that counts."""
+    head = T.make_head(640, D, V, masked=0.92)
+    recomputed = results(native, head, {})
+    monkeypatch.setattr(_workspace, "logits_to_keep", lambda *_: 640 * V // 10)
+    assert all(torch.equal(a, b) for a, b in zip(results(native, head, {}), recomputed, strict=True))
+
+
+@pytest.mark.parametrize("masked", [0.0, 1.0])
+@pytest.mark.parametrize("n", [0, 5])
+def test_nothing_to_keep(native, kept_logits, n, masked):
+    head = T.make_head(n, D, V, masked=masked)
+    assert all(r.isfinite().all() for r in results(native, head, {}))
+
+
+def test_only_a_call_that_has_a_backward_keeps(native, monkeypatch):
+    def fail(*_):
+        raise AssertionError("nothing is differentiated")
+
+    monkeypatch.setattr(_workspace, "logits_to_keep", fail)
+    head = T.make_head(N, D, V)
+    rk.linear_logprobs(*head, backend=native)
+    hidden = head.hidden.clone().requires_grad_()
+    with torch.no_grad():
+        rk.linear_logprobs(hidden, *head[1:], backend=native)
+    rk.linear_logprobs(hidden, *head[1:], backend="reference")
+    with pytest.raises(AssertionError, match="nothing is differentiated"):
+        rk.linear_logprobs(hidden, *head[1:], backend=native)
+
+
+def test_how_much_is_kept(kept_logits):
+    half = (32 << 20) // 4
+    try:
+        assert _workspace.logits_to_keep(64, 1000, CPU) == 64_000, "all that fits half of 64 MiB"
+        assert _workspace.logits_to_keep(1, 1000, CPU) == 64_000, "rows come in blocks"
+        assert _workspace.logits_to_keep(128, 151936, CPU) == half, "two fifths"
+        assert _workspace.logits_to_keep(1024, 151936, CPU) == 0, "5% are not worth it"
+        rk.set_workspace_budget(2048)
+        assert _workspace.logits_to_keep(1024, 151936, CPU) == 1024 * 151936
+        rk.set_workspace_budget(None)
+        gpu = torch.device("cuda")
+        assert _workspace.logits_to_keep(256, 151937, gpu) == 256 * 152000, "of 256 MiB three quarters"
+        assert _workspace.logits_to_keep(512, 151937, gpu) == 0, "all or none"
+    finally:
+        rk.set_workspace_budget(None)
