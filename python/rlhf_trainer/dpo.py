@@ -220,8 +220,10 @@ def with_reference(config: DPOConfig, policy: FusedLM, sets: list[PairSet], acce
 
 
 def make_optimizer(config: DPOConfig, policy: nn.Module) -> torch.optim.Optimizer:
-    kind = {"rmsprop": torch.optim.RMSprop, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(policy.parameters(), **settings)
+    return torch.optim.AdamW(policy.parameters(), fused=True, **settings)  # no temporaries as large as the head
 
 
 def check_loss_options(config: DPOConfig) -> None:
