@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test bench format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
+.PHONY: install demo test bench bench-guard peers format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
 	triton-interpreted triton-check cuda-on-host cuda-check clean distclean
 
 install: $(STAMP)
@@ -45,8 +45,22 @@ test: $(STAMP)
 triton-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels
 
-bench: $(STAMP)
+bench: $(STAMP) peers
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
+
+# Packages to compare with that cannot lie beside the others: a second TRL; verl, which asks for an older transformers.
+PEERS := trl-1.13.0 verl-0.9.1
+peers: $(PEERS:%=build/peers/%/.installed)
+
+build/peers/%/.installed: | $(STAMP)
+	rm -rf $(@D)
+	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(subst -,==,$*)
+	touch $@
+
+# Whether the working tree is slower than the commit BASE, on this machine. CONTRIBUTING.md says how to read it.
+BASE ?= $(shell git rev-parse -q --verify origin/main || echo HEAD~1)
+bench-guard: $(STAMP)
+	$(BIN)/python -m benchmarks.guard --base $(BASE) $(GUARD_ARGS)
 
 CPP_FILES = $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
@@ -103,7 +117,7 @@ triton-check-%: build/triton-%/.installed $(STAMP)
 	PYTHONPATH=build/triton-$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
 		-k '$(TRITON_TESTS)' $(TRITON_FILES)
 
-.PRECIOUS: build/triton-%/.installed
+.PRECIOUS: build/triton-%/.installed build/peers/%/.installed
 build/triton-3.6.0/.installed: TRITON_NUMPY := 'numpy<2.4'
 build/triton-%/.installed: | $(STAMP)
 	rm -rf $(@D)

@@ -1,43 +1,26 @@
-"""linear_dpo_loss with a reference, forward and backward, against eager torch and Liger's fused loss."""
+"""linear_dpo_loss with a reference: four GEMMs, and three where a larger budget keeps the logits."""
 
-import importlib.util
-
-import pytest
 import torch
 
-from benchmarks.peers import DPOCase, bf16_vocab, dpo_steps
-
-has_liger = importlib.util.find_spec("liger_kernel") is not None
-needs_liger = pytest.mark.skipif(not has_liger, reason="liger-kernel is not installed: pip install '.[peers]'")
+from benchmarks.heads import HEADS, VOCAB, bf16_is_fast, bf16_shape, cpu_job
 
 
-@pytest.fixture(scope="module")
-def bf16_case():
-    return DPOCase(torch.bfloat16, v=bf16_vocab())
+def dpo_job(n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options):
+    return cpu_job("linear_dpo_loss", n, d, v, dtype, sequences=(4, n // 4), **options)
 
 
-def name(case: DPOCase) -> str:
-    dtype = "bf16" if case.dtype == torch.bfloat16 else "fp32"
-    return f"DPO {dtype} {case.s}x{case.t} tokens, D {case.d}, V {case.v}, with reference"
+def test_bf16(measure):
+    """The targets are for the whole vocabulary, on a CPU that multiplies bf16 fast."""
+    n, d, v = bf16_shape()
+    targets = {"eager": {"total": 0.4}, "Liger": {"total": 0.6}}
+    measure(dpo_job(n, d, v, torch.bfloat16), targets if v == VOCAB else None, peaks=bf16_is_fast())
 
 
-def test_dpo(compare, bf16_case):
-    compare(name(bf16_case), dpo_steps(bf16_case), {"eager": 0.4}, rounds=3)
+def test_gpt2(measure):
+    model, n, d, v, _ = HEADS[0]
+    measure(dpo_job(n, d, v, model=model), peaks=True)
 
 
-@needs_liger
-def test_dpo_against_liger(compare, bf16_case):
-    compare(name(bf16_case), dpo_steps(bf16_case), {"Liger": 0.6}, rounds=3)
-
-
-@needs_liger
-def test_dpo_three_gemms_against_liger(compare, bf16_case):
-    steps = dpo_steps(bf16_case)
-    contenders = {"fused": steps["fused, three GEMMs"], "Liger": steps["Liger"], "four GEMMs": steps["fused"]}
-    compare(f"{name(bf16_case)}, three GEMMs", contenders, {"Liger": 0.45, "four GEMMs": None}, rounds=3)
-
-
-@needs_liger
-def test_dpo_fp32(compare):
-    case = DPOCase(torch.float32)
-    compare(name(case), dpo_steps(case), {"eager": None, "Liger": None}, rounds=2)
+def test_llama(measure):
+    model, n, d, v, _ = HEADS[3]
+    measure(dpo_job(n, d, v, model=model), peaks=True)

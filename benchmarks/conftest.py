@@ -1,121 +1,127 @@
-"""Paired measurement: contenders take turns in one process, ratios are of medians, and the table says the target."""
+"""What the suites share: `measure(job)` takes the turns and keeps the rows; the terminal shows them."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import statistics
+import functools
+import hashlib
+import os
 import subprocess
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import rlhf_kernels as rk
+from benchmarks.measuring import Clock, measure, rates_of
+from benchmarks.record import ROOT, Results, environment, line_of
 
-ROWS: list[dict] = []
-ENOUGH_S = 90  # of measuring one row: slower contenders take fewer turns, but at least two
+# Nothing is measured of an op whose tests fail: which tests those are.
+TESTS_OF = {
+    "linear_logprobs": ["test_linear_logprobs.py", "test_linear_logprobs_rows.py", "test_batch_invariance.py"],
+    "linear_kl": ["test_linear_kl.py"],
+    "linear_dpo_loss": ["test_linear_dpo.py"],
+    "grpo": ["test_linear_logprobs.py", "test_linear_logprobs_rows.py", "test_batch_invariance.py"],
+    "dpo_loss": ["test_dpo.py"],
+    "bradley_terry_loss": ["test_bradley_terry.py"],
+    "kl_penalty": ["test_kl_penalty.py"],
+    "dpo step": ["../trainer/test_dpo.py"],
+}
+JOB_SECONDS, MOST_ROUNDS = 20.0, 7  # turns of one job; slow contenders take fewer, but at least two
+SHOWN: list[str] = []
+STAMPS = ROOT / "build/bench"
 
 
 def pytest_addoption(parser):
+    parser.addoption("--save-results", metavar="FILE", type=Path, help="write what was measured as JSON")
     parser.addoption(
-        "--save-results", metavar="FILE", help="write the table as JSON, with machine, versions and commit"
+        "--job-seconds", type=float, default=JOB_SECONDS, help="of turns of one job; at least two are taken"
     )
 
 
-def keep(row: dict, config: pytest.Config) -> None:
-    """Into the table, and into the file at once, so that a run that is interrupted leaves what it measured.
-
-    A file of the same machine, versions and commit is added to: suites may be run one by one.
-    """
-    ROWS.append(row)
-    if not (path := config.getoption("--save-results")):
-        return
-    here, rows = environment(), []
-    if Path(path).exists():
-        saved = json.loads(Path(path).read_text())
-        rows = saved.pop("rows")
-        rows = rows if saved == here else []
-    rows = [old for old in rows if (old["what"], old["against"]) != (row["what"], row["against"])]
-    Path(path).write_text(json.dumps({**here, "rows": [*rows, row]}, indent=1) + "\n")
+@functools.cache
+def sources() -> str:
+    """A hash of what the tests depend on."""
+    files = sorted(path for folder in ("csrc", "rlhf_kernels", "tests/kernels") for path in (ROOT / folder).rglob("*"))
+    seen = hashlib.sha256(torch.__version__.encode())
+    for path in files:
+        if path.suffix in (".py", ".h", ".cpp", ".cu", ".so"):
+            seen.update(path.read_bytes())
+    return seen.hexdigest()[:16]
 
 
-@pytest.fixture
-def compare(benchmark, request):
-    """compare(what, contenders, targets, rounds): times contenders["fused"] with pytest-benchmark, the others in turn,
-    `rounds` times or as often as fits `ENOUGH_S`.
+@functools.cache
+def failing_tests(op: str) -> str:
+    """Empty if the op's tests pass; that is remembered until a source changes."""
+    stamp = STAMPS / f"green-{op.replace(' ', '-')}-{sources()}"
+    if stamp.exists():
+        return ""
+    files = [str(ROOT / "tests/kernels" / name) for name in TESTS_OF[op]]
+    threads = {"OMP_NUM_THREADS": "1", "RLHF_KERNELS_REQUIRE_NATIVE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-disable", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stdout[-2000:]
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.touch()
+    return ""
 
-    `targets` maps a contender's name to the largest ratio fused / contender that is good enough, or to None.
-    """
 
-    def run(what: str, contenders: dict[str, Callable], targets: dict[str, float | None], rounds: int, **extra) -> None:
-        rivals = {name: contenders[name] for name in targets}
-        times_s: dict[str, list[float]] = {name: [] for name in rivals}
-
-        def time_rivals() -> None:
-            for name, rival in rivals.items():
-                start = time.perf_counter()
-                rival()
-                times_s[name].append(time.perf_counter() - start)
-
-        start = time.perf_counter()
-        for contender in [contenders["fused"], *rivals.values()]:
-            contender()  # touches memory, starts threads, compiles what compiles
-        affordable = int(ENOUGH_S / (time.perf_counter() - start))
-        rounds = max(2, min(rounds, affordable))
-        benchmark.pedantic(contenders["fused"], setup=time_rivals, rounds=rounds)
-        fused_s = benchmark.stats.stats.median
-        for name, target in targets.items():
-            ratio = fused_s / statistics.median(times_s[name])
-            row = {"what": what, "against": name, "ratio": round(ratio, 3), "target": target, "rounds": rounds, **extra}
-            benchmark.extra_info[f"ratio to {name}"] = row["ratio"]
-            keep(row, request.config)
-
-    return run
+@pytest.fixture(scope="session")
+def results(pytestconfig) -> Results | None:
+    path = pytestconfig.getoption("--save-results")
+    if path is None:
+        return None
+    found = Results.open(path, environment(torch.device("cpu")))
+    if found.content["rates"] is None:
+        found.content["rates"] = rates_of(Clock(torch.device("cpu")), torch.float32, 2048, 256)
+        found.write()
+    return found
 
 
 @pytest.fixture
-def record(benchmark, request):
-    """record(row): adds a row that is not a ratio of times."""
+def keep(results) -> Callable[..., None]:
+    """keep(row, section="rows"): into the file at once, so that a run that is interrupted leaves what it measured."""
 
-    def add(measure: Callable[[], dict]) -> None:
-        keep(benchmark.pedantic(measure, rounds=1), request.config)
+    def add(row: dict, section: str = "rows") -> None:
+        if results is not None:
+            results.add(row, section)
 
     return add
 
 
+@pytest.fixture(name="measure")
+def take_turns(benchmark, keep, pytestconfig):
+    """measure(job, targets={contender: {"forward": ratio, "total": ratio}}, peaks=True, section="rows")."""
+
+    def run(job, targets: dict | None = None, *, peaks: bool = False, section: str = "rows") -> None:
+        if said := failing_tests(job.op):
+            pytest.fail(f"the tests of {job.op} fail, so it is not measured:\n{said}")
+
+        def pace(native, others, rounds):
+            benchmark.pedantic(native, setup=others, rounds=rounds)
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(job.threads or threads)
+        seconds = pytestconfig.getoption("--job-seconds")
+        turns = {"seconds": seconds, "most_rounds": MOST_ROUNDS, "targets": targets, "peaks": peaks, "pace": pace}
+        try:
+            for row in measure(job, Clock(job.device), **turns):
+                keep(row, section)
+                SHOWN.append(line_of(row))
+                for name, ratio in row.get("over_native", {}).items():
+                    benchmark.extra_info[f"{row['contender']}, {name}"] = ratio
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    if not ROWS:
+    if not SHOWN:
         return
-    terminalreporter.section("against the targets")
-    line = "{what:52} {against:22} {ratio:>8} {target:>8}  {verdict}".format
-    terminalreporter.write_line(line(what="what", against="against", ratio="ratio", target="target", verdict=""))
-    for row in ROWS:
-        target = row["target"]
-        verdict = "" if target is None else "ok" if row["ratio"] <= target else "MISSED"
-        shown = {**row, "target": "" if target is None else target, "verdict": verdict}
-        terminalreporter.write_line(
-            line(**{key: shown[key] for key in ("what", "against", "ratio", "target", "verdict")})
-        )
+    terminalreporter.section("medians, and in brackets the fraction of the bare GEMMs' rate")
+    for line in SHOWN:
+        terminalreporter.write_line(line)
     if path := config.getoption("--save-results"):
-        terminalreporter.write_line(f"saved to {path}")
-
-
-def environment() -> dict:
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        cpu = next(
-            line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    installed = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    peers = {name: installed.get(name, "not installed") for name in ("trl", "liger-kernel")}
-    built = rk.build_info()
-    return {
-        "machine": {"cpu": cpu, "threads": torch.get_num_threads(), "cpu_isa": built["cpu_isa"]},
-        "versions": {"rlhf_kernels": built["version"], "torch": torch.__version__, **peers},
-        "commit": commit.stdout.strip(),
-    }
+        terminalreporter.write_line(f"saved to {path}; python -m benchmarks.report makes docs/performance.md of it")

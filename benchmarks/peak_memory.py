@@ -1,14 +1,19 @@
-"""`python -m benchmarks.peak_memory fused|eager|TRL bfloat16|float32`: peak extra MiB of a step besides its gradients.
+"""`python -m benchmarks.peak_memory`, a job and a peer as JSON on stdin: their peak extra memory, as JSON on stdout.
 
 A process of its own, because a process keeps memory that it once had. Linux only: it reads, and resets, VmHWM.
 """
 
 import ctypes
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from benchmarks.peers import Case, totals
+from benchmarks.jobs import Job, job_of
+from benchmarks.measuring import runs_of
+from benchmarks.peers import Peer
 
 
 def status_mib(field: str) -> float:
@@ -16,18 +21,42 @@ def status_mib(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def main() -> None:
-    what, dtype = sys.argv[1], getattr(torch, sys.argv[2])
-    totals(Case(dtype, n=128, v=4096))[what]()  # loads libraries, starts threads
-    case = Case(dtype)
-    step = totals(case)[what]
-    gradients_mib = (case.hidden.nbytes + case.weight.nbytes) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the step needs
+def peak_mib(run: Callable[[], object]) -> float:
+    """The most that the process holds during `run` beyond what it held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the run needs
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")  # the high-water mark starts over from what is resident now
     before = status_mib("VmRSS")
-    step()
-    print(status_mib("VmHWM") - before - gradients_mib)
+    run()
+    return status_mib("VmHWM") - before
+
+
+def peer_of(job: Job, name: str) -> Peer:
+    return next(peer for peer in job.choose_peers() if peer.name == name)
+
+
+def main() -> None:
+    question = json.load(sys.stdin)
+    job = job_of(question["job"])
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    pairs = {"sequences": (job.sequences[0], 2)} if job.sequences else {}
+    small = replace(job, n=job.sequences[0] * 2 if job.sequences else 16, d=64, v=4096, **pairs)
+    small.make_inputs()
+    for run in runs_of(small, peer_of(small, question["peer"])):
+        if run is not None:
+            run()  # loads libraries, starts threads
+    job.make_inputs()
+    peer = peer_of(job, question["peer"])
+    if peer.slow_start:  # a compiler's memory is not the step's
+        for run in runs_of(job, peer):
+            if run is not None:
+                run()
+        job.drop_gradients()
+    forward, total = runs_of(job, peer)
+    found = {} if forward is None else {"peak_forward_mib": round(peak_mib(forward), 1)}
+    gradients_mib = sum(leaf.nbytes for leaf in job.leaves) / 2**20
+    print(json.dumps(found | {"peak_total_mib": round(peak_mib(total) - gradients_mib, 1)}))
 
 
 if __name__ == "__main__":

@@ -1,98 +1,386 @@
-"""`python benchmarks/report.py`: docs/performance.md and docs/images/cpu-*.svg from benchmarks/results/cpu-*.json."""
+"""`python benchmarks/report.py`: docs/performance.md and its pictures from benchmarks/results/cpu*.json and gpu*.json.
+
+A file of results is what one run measured on one machine: `rows` of contenders that took turns, op by op and shape by
+shape; where there are any, `pair_losses` (ops on one number per sequence) and whole `steps` of training.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parent.parent
-# Title, row of the table that it shows, and the contender whose time is 1 (None: the row is in MiB). Only of the whole
-# vocabulary: elsewhere (see bf16_vocab in peers.py) bars would compare other things.
-PANELS = [
-    ("bf16: time, four bare GEMMs = 1", "log-probs bf16 1024x1024x151936, total", "bare GEMMs"),
-    ("bf16: peak extra memory, MiB", "peak extra MiB, bfloat16 1024x1024x151936, total", None),
-    ("fp32: time, four bare GEMMs = 1", "log-probs fp32 1024x1024x151936, total", "bare GEMMs"),
-    ("fp32: peak extra memory, MiB", "peak extra MiB, float32 1024x1024x151936, total", None),
-]
-INK = "#7d8590"  # readable on white and on black
-COLOURS = {"bare GEMMs": "#9aa4b0", "fused": "#2f81f7", "eager": "#d29922", "TRL": "#bc8cff"}
+sys.path.insert(0, str(ROOT))  # a script's own folder is on the path, its project is not
+
+from benchmarks import pictures  # noqa: E402
+from benchmarks.pictures import (  # noqa: E402
+    BARE,
+    NATIVE,
+    SWEPT,
+    Table,
+    in_order,
+    is_ours,
+    is_peer,
+    measured,
+    median,
+    mib_over,
+    name_of,
+    of,
+    over_native,
+    short,
+    sweeps_of,
+    tables_of,
+    wins,
+)
+
+WORDS = {"n": "tokens", "v": "vocabulary", "d": "hidden size", "masked": "masked part"}
+WORDS |= {"dtype": "dtype", "threads": "threads", "pairs_per_response": "pairs a response"}
+INTRO = f"""# Performance
+
+Written by `python benchmarks/report.py` from the `cpu*.json` and `gpu*.json` of `benchmarks/results`: how fast, how
+exact and how frugal each op is beside the matrix products that it cannot do without ({BARE}), eager torch and other
+packages, wins and losses alike.
+
+How a ratio is made: all contenders of a table take turns in one process, so that whatever slows the machine slows
+them all; a time is the median of a contender's turns, a ratio is one such median over another. Machines differ and
+milliseconds with them: ratios are what is claimed. Nearer to 1 than the spread, a ratio is a tie.
+
+- **× native**: time over that of this project's compiled kernels; above 1 the contender is slower. *Forward* runs
+  without autograd; *total* is forward and backward, with fresh gradients of hidden states and head.
+- **of the GEMMs' rate**: 100% is as fast as the bare matrix products of the same shape in the same turns.
+- **spread**: the fastest and the slowest turn of total, over the median.
+- **extra MiB**: peak memory beyond inputs (and, in total, beyond the gradients), forward and total.
+- **error**: the largest difference from fp64 on the same inputs, in nats (of the loss, where an op gives only that).
+  **gradient error**: that of the gradient of the hidden states, |difference| / |gradient|.
+- **same bits**: whether a row's result has the same bits in any batch.
+- **▲ beats {NATIVE}** marks what another package does faster or in less memory. Who cannot do a case has a line that
+  says why.
+"""
 
 
-def bars_of(rows: list[dict], what: str, unit: str | None) -> dict[str, float]:
-    """Contender -> time in units of `unit`'s, or MiB; empty where `unit` was not measured."""
-    of = {row["against"]: row["ratio"] for row in rows if row["what"] == what}
-    if unit is None:
-        return of
-    if unit not in of:
-        return {}
-    fused = of[unit]
-    return {unit: 1.0, "fused": fused} | {name: fused / ratio for name, ratio in of.items() if name != unit}
+# --- numbers in words ---
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    panels = [(title, bars, unit) for title, what, unit in PANELS if len(bars := bars_of(rows, what, unit)) > 1]
-    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "rlhf_kernels", "font.size": 11})
-    height = 0.9 + 0.4 * max(len(bars) for _, bars, _ in panels)
-    figure, axes = plt.subplots((len(panels) + 1) // 2, 2, figsize=(9.2, height * ((len(panels) + 1) // 2)))
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, values, unit) in zip(axes.flat, panels, strict=False):
-        names = list(values)[::-1]
-        bars = axis.barh(names, [values[n] for n in names], color=[COLOURS[n] for n in names], height=0.62)
-        axis.bar_label(bars, [f"{values[n]:.2f}" if unit else f"{values[n]:,.0f}" for n in names], padding=4, color=INK)
-        axis.set_title(title, color=INK, fontsize=11, loc="left")
-        axis.set_xlim(0, 1.18 * max(values.values()))
-        axis.tick_params(colors=INK, length=0)
-        axis.set_xticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    figure.tight_layout(w_pad=3)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.1%}"
 
 
-def section(results: dict, picture: str) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    machine = results["machine"]
-    lines = [
-        f"## {machine['cpu']}, {machine['threads']} threads, {machine['cpu_isa']}",
-        "",
-        f"{versions}. Commit {results['commit']}.",
-        "",
-        f"![Forward plus backward on this machine](images/{picture})",
-        "",
-        "| what | against | ratio or MiB | target | error against fp64, nats |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    for row in results["rows"]:
-        target = "" if row["target"] is None else f"<= {row['target']}"
-        error = f"{row['error']:.1e}" if "error" in row else ""
-        lines.append(f"| {row['what']} | {row['against']} | {row['ratio']} | {target} | {error} |")
+def both(row: dict, columns: tuple[str, str], say: Callable[[float | None], str]) -> str:
+    """ "forward / total"; "" where neither is known."""
+    said = [say(row.get(column)) for column in columns]
+    return " / ".join(word or "–" for word in said) if any(said) else ""
+
+
+def nats(error: float | str | None) -> str:
+    return "" if error is None else f"{float(error):.1e}" if error else "0"  # "nan" stays one
+
+
+def spread(times: dict | None) -> str:
+    return f"{times['min'] / times['median']:.2f}–{times['max'] / times['median']:.2f}" if times else ""
+
+
+def cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def error_of(row: dict) -> str:
+    """Of a measured row; a table without it is not printed."""
+    if row["contender"] == BARE or row["contender"].endswith(", unmasked"):
+        return ""  # yardsticks: bare GEMMs compute nothing that has a truth, unmasked rows are another case
+    if row.get("max_error") is not None:
+        return nats(row["max_error"])
+    if row["contender"].endswith(", sum") and row.get("hidden_gradient_error") is not None:
+        return "no value per token"  # its gradient is judged
+    raise ValueError(f"measured without an error, so not printed: {row['contender']} of {row['op']}")
+
+
+def grid(head: list[str], lines: Iterable[list[str]], text_columns: int = 1) -> list[str]:
+    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    return [f"| {' | '.join(line)} |" for line in [head, rule, *lines]] + [""]
+
+
+# --- comparisons ---
+
+
+def mark(row: dict, native: dict | None) -> str:
+    better = wins(row, native)
+    return f" ▲ beats {NATIVE}: {', '.join(better)}" if better else ""
+
+
+# --- sections ---
+
+
+def targets(tables: list[Table]) -> list[str]:
+    """What docs promise of this machine, held against what was measured."""
+    lines, held, missed = [], 0, 0
+    for table in tables:
+        native = of(table, NATIVE)
+        for row in table:
+            for what, most in row.get("targets", {}).items():
+                if row["status"] != "measured" or native is None:
+                    found, verdict = None, cell(row["status"]) if native else f"no {NATIVE}"
+                elif what in ("forward", "total"):
+                    found = 1 / over if (over := over_native(row, native, what)) else None
+                else:  # a column: native's own, against a bound; another's, against its share of it
+                    over = mib_over(row, native, what)
+                    found = native.get(what) if row is native else 1 / over if over else None
+                if found is not None:
+                    holds = found <= most
+                    held, missed = held + holds, missed + (not holds)
+                    verdict = "holds" if holds else "**MISSED**"
+                elif row["status"] == "measured" and native:
+                    verdict = "not measured"
+                against = f" against {row['contender']}" if row is not native else ""
+                said = f"`{row['op']}` {row['dtype']}, {name_of(row)}"
+                number = "" if found is None else f"{found:.3f}" if found < 10 else short(found)
+                error = error_of(native) if native else ""
+                lines.append([said, what.replace("_", " ") + against, number, f"≤ {most:.4g}", error, verdict])
+    if not lines:
+        return []
+    head = ["what", "native, as a ratio or in MiB", "measured", "target", "error, nats", "verdict"]
+    return ["### Targets", "", f"{held} hold, {missed} missed.", "", *grid(head, lines, 2)]
+
+
+def summary(tables: list[Table]) -> list[str]:
+    """In how many comparisons the best peer is beaten; and every one in which it is not."""
+    counts, lost = {"forward": [0, 0], "total": [0, 0], "memory": [0, 0]}, []
+    for table in tables:
+        native, peers = of(table, NATIVE), [row for row in measured(table) if is_peer(row)]
+        row = table[0]
+        where = f"`{row['op']}` {row['dtype']} {name_of(row)}" if "n" in row else f"`{row['op']}` S = {row['s']}"
+        if native is None:
+            if peers:  # they did what native did not
+                counts["total"][1] += 1
+                why = next((row["status"] for row in table if row["contender"] == NATIVE), "not measured")
+                lost.append(f"- {where}: {NATIVE} itself: {cell(why)}")
+            continue
+        for what, count in counts.items():
+            if what != "memory":
+                found = {row["contender"]: over_native(row, native, what) for row in peers}
+            else:
+                found = {row["contender"]: mib_over(row, native) for row in peers}
+            found = {name: ratio for name, ratio in found.items() if ratio is not None}
+            if not found:
+                continue
+            best = min(found, key=lambda name: found[name])
+            count[1] += 1
+            count[0] += found[best] >= 1.0
+            if found[best] < 1.0:
+                lost.append(f"- {where}, {what}: {best}, {found[best]:.3g} of native's")
+    said = [f"{what} in {won} of {out_of}" for what, (won, out_of) in counts.items() if out_of]
+    if not said:
+        return []
+    lines = [f"The best peer of a table, eager torch included, is beaten: {', '.join(said)}."]
+    if lost:
+        lines += ["", f"<details><summary>It is not beaten in {len(lost)}:</summary>", "", *lost, "", "</details>"]
     return [*lines, ""]
 
 
-def main() -> None:
-    lines = [
-        "# Performance",
-        "",
-        "Written by `python benchmarks/report.py` from `benchmarks/results/cpu-*.json`; a file is what "
-        "`make bench BENCH_ARGS=--save-results=FILE` wrote on one machine.",
-        "",
-        "A ratio is the fused op's median time over the other's, both taking turns in one process; below 1 it is "
-        "faster. Rows in MiB are peak memory beyond inputs and gradients, each of a process of its own. Where torch "
-        "multiplies bf16 many times slower than fp32 (x86 without AVX-512), 16-bit rows that time torch take a 64th of "
-        "the vocabulary; the targets beside them were set for the whole, on a CPU with AMX.",
-        "",
+def contender_table(table: Table) -> list[str]:
+    native, lines = of(table, NATIVE), []
+    for row in in_order(table, native):
+        name = f"**{row['contender']}**" if is_ours(row) else cell(row["contender"])
+        if row["status"] != "measured":
+            lines.append([f"{name}: {cell(row['status'])}", *[""] * 8])
+            continue
+        same = row.get("batch_invariant")
+        lines.append(
+            [
+                name + mark(row, native),
+                short(over_native(row, native, "forward")),
+                short(over_native(row, native, "total")),
+                both(row, ("gemm_fraction_forward", "gemm_fraction_total"), percent),
+                spread(row.get("total_ms")),
+                both(row, ("peak_forward_mib", "peak_total_mib"), lambda mib: "" if mib is None else f"{mib:,.0f}"),
+                error_of(row),
+                nats(row.get("hidden_gradient_error")),
+                "" if same is None else "yes" if same else "no",
+            ]
+        )
+    head = ["contender", "forward, × native", "total, × native", "of the GEMMs' rate: forward / total", "spread"]
+    head += ["extra MiB: forward / total", "error, nats", "gradient error", "same bits"]
+    times = [
+        f"{row['contender']} {short(median(row, 'forward')) or '–'} / {short(median(row, 'total')) or '–'}"
+        for row in measured(table)
     ]
-    for path in sorted((ROOT / "benchmarks/results").glob("cpu-*.json")):
-        results = json.loads(path.read_text())
-        draw(results["rows"], ROOT / f"docs/images/{path.stem}.svg")
-        lines += section(results, f"{path.stem}.svg")
-    (ROOT / "docs/performance.md").write_text("\n".join(lines))
+    rounds = next((row["rounds"] for row in measured(table) if "rounds" in row), None)
+    turns = f", of {rounds} turns" if rounds else ""
+    aside = f"<details><summary>Milliseconds</summary>Forward / total{turns}: {'; '.join(times)}.</details>"
+    return [*grid(head, lines), *([aside, ""] if times else [])]
+
+
+def value_of(row: dict, swept: str) -> str:
+    value = row.get(SWEPT[swept])
+    return f"{value:.0%}" if swept == "masked" else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def sweep_table(sweep: list[Table]) -> list[str]:
+    first, swept = sweep[0][0], sweep[0][0]["sweep"]
+    rows = [row for table in sweep for row in in_order(table, of(table, NATIVE))]
+    names = list(dict.fromkeys(row["contender"] for row in measured(rows)))
+    lines = []
+    for table in sweep:
+        native = of(table, NATIVE)
+        line = [
+            value_of(table[0], swept),
+            both(native or {}, ("gemm_fraction_forward", "gemm_fraction_total"), percent),
+        ]
+        for name in names:
+            if (row := of(table, name)) is None:
+                line.append("–")
+                continue
+            memory = f"{row['peak_total_mib']:,.0f} MiB" if row.get("peak_total_mib") is not None else ""
+            parts = [short(over_native(row, native, "total")), memory, error_of(row)]
+            line.append(" · ".join(part for part in parts if part) + (" ▲" if wins(row, native) else ""))
+        lines.append(line)
+    refused: dict[str, list[str]] = {}
+    for table in sweep:
+        for row in table:
+            if row["status"] != "measured":
+                refused.setdefault(f"{cell(row['contender'])}: {cell(row['status'])}", []).append(value_of(row, swept))
+    for why, values in refused.items():
+        lines.append([why + (f" ({', '.join(values)})" if len(values) < len(sweep) else ""), *[""] * (1 + len(names))])
+    fixed = ", ".join(
+        f"{WORDS[name]} {first[name]}"
+        for name in ("n", "d", "v", "threads")
+        if first.get(name) and name != SWEPT[swept]
+    )
+    dtype = "" if swept == "dtype" else f" {first['dtype']}"
+    over = WORDS[SWEPT[swept]]
+    head = [over, "native, of the GEMMs' rate: forward / total", *map(cell, names)]
+    return [f"**`{first['op']}`{dtype} over {over}** ({fixed})", "", *grid(head, lines)]
+
+
+def pair_table(rows: list[dict]) -> list[str]:
+    """Ops on one number per sequence, all in one table."""
+    lines = []
+    for table in tables_of(rows, ("op", "s")):
+        native = of(table, NATIVE)
+        for row in in_order(table, native):
+            start = [f"`{row['op']}`, S = {row['s']}"]
+            if row["status"] != "measured":
+                lines.append([*start, f"{row['contender']}: {cell(row['status'])}", *[""] * 4])
+                continue
+            ratios = [short(over_native(row, native, what)) for what in ("forward", "total")]
+            lines.append(
+                [*start, row["contender"] + mark(row, native), *ratios, spread(row.get("total_ms")), error_of(row)]
+            )
+    head = ["op", "contender", "forward, × native", "total, × native", "spread", "error, nats"]
+    return ["### Losses of pairs", "", *grid(head, lines, 2)] if lines else []
+
+
+def step_table(steps: list[dict]) -> list[str]:
+    lines = []
+    able = [step for step in steps if step["status"] == "measured"]
+    unjudged = [step["trainer"] for step in able if step.get("max_loss_difference") is None]
+    if len(unjudged) > 1:  # one of them is what the others differ from
+        raise ValueError(f"measured without a difference of losses, so not printed: {', '.join(unjudged)}")
+    ours_mib = next((step["peak_extra_mib"] for step in able if step["trainer"] == "rlhf"), None) or 0.0
+    for step in steps:
+        if step["status"] != "measured":
+            lines.append([f"{step['trainer']}: {cell(step['status'])}", *[""] * 4])
+            continue
+        over = 1.0 if step["trainer"] == "rlhf" else step.get("over_rlhf")
+        less = step.get("peak_extra_mib", ours_mib) < ours_mib
+        better = [what for what, wins in (("time", (over or 1.0) < 1.0), ("memory", less)) if wins]
+        beats = f" ▲ beats rlhf: {', '.join(better)}" if better else ""
+        memory = "" if step.get("peak_extra_mib") is None else f"{step['peak_extra_mib']:,.0f}"
+        difference = nats(step.get("max_loss_difference")) or "what the others differ from"
+        lines.append([f"{step['trainer']}{beats}", short(over), spread(step.get("step_ms")), memory, difference])
+    if not lines:
+        return []
+    first = (able or steps)[0]
+    sizes = first.get("model", {})
+    model = ", ".join(f"{name} {value}" for name, value in sizes.items()) if isinstance(sizes, dict) else sizes
+    said = [first.get("dtype", ""), f"model: {model}" if model else ""]
+    said += [f"{name}: {first[name]}" for name in ("batch", "rounds") if first.get(name)]
+    head = ["trainer", "a step, × rlhf", "spread", "extra MiB", "largest difference of losses"]
+    return ["### Whole training steps", "", "; ".join(word for word in said if word) + ".", "", *grid(head, lines)]
+
+
+def folded(summary: str, lines: list[str]) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>", ""] if lines else []
+
+
+def machine_title(device: dict) -> str:
+    threads = f", {device['threads']} threads" if device.get("threads") else ""
+    return device["device"] + threads + (f", {device['cpu_isa']}" if device.get("cpu_isa") else "")
+
+
+def section(results: dict, stem: str, images: Path) -> list[str]:
+    device, rows = results["device"], results["rows"]
+    tables = tables_of(rows)
+    tables.sort(key=lambda table: bool(table[0].get("sweep")))
+    plain, sweeps = [table for table in tables if not table[0].get("sweep")], sweeps_of(tables)
+    pairs, steps = results.get("pair_losses", []), results.get("steps", [])
+
+    def picture(kind: str, says: str, drawn: Callable[[Path], bool]) -> list[str]:
+        name = f"{stem}{kind}.svg"
+        return [f"![{says}](images/{name})", ""] if drawn(images / name) else []
+
+    more = [
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in device.items()
+        if name not in ("device", "threads", "cpu_isa")
+    ]
+    versions = [f"{name} {version}" for name, version in results["versions"].items() if version]
+    facts = [*more, ", ".join(versions), f"measured {results['measured']}", f"commit {results['commit']}"]
+    rates = results.get("rates") or {}
+    if "gemm" in rates:
+        facts.append(f"a large {rates['gemm'].get('dtype', '')} GEMM {short(rates['gemm']['tflops'])} TFLOP/s")
+    if "copy" in rates:
+        facts.append(f"a copy {short(rates['copy']['gb_per_s'])} GB/s")
+    lines = [f"## {machine_title(device)}", "", "; ".join(facts) + ".", ""]
+    lines += summary(tables + tables_of(pairs, ("op", "s")))
+    says = "Time and peak extra memory of forward plus backward at one shape"
+    lines += picture("", says, lambda path: pictures.draw_headline(tables, path))
+    lines += targets(tables)
+    says = "Forward plus backward of log-probs, shape by shape, in units of the bare GEMMs' time"
+    lines += picture("-time", says, lambda path: pictures.draw_time(plain, path))
+    says = "Part of the bare GEMMs' rate that is reached"
+    lines += picture("-roofline", says, lambda path: pictures.draw_roofline(plain, path))
+    op = None
+    for table in sorted(plain, key=lambda table: [t[0]["op"] for t in plain].index(table[0]["op"])):
+        row = table[0]
+        lines += [f"### `{row['op']}`", ""] if row["op"] != op else []
+        op = row["op"]
+        lines += [f"**{row['dtype']}, {name_of(row)}**", "", *contender_table(table)]
+    if sweeps:
+        says = "Cells: total, × native · peak extra memory · error in nats; ▲ marks who beats native in time or memory."
+        lines += ["### Sweeps", "", says, ""]
+    over_v = [sweep for sweep in sweeps if sweep[0][0]["sweep"] == "v"]
+    if over_v:
+        says = "Peak extra memory over the size of the vocabulary"
+        lines += picture("-memory", says, lambda path: pictures.draw_memory(over_v[0], path))
+    for sweep in sweeps:
+        lines += sweep_table(sweep)
+    lines += pair_table(pairs)
+    whole = step_table(steps)
+    says = "Losses, time and memory of whole training steps"
+    lines += whole + (picture("-step", says, lambda path: pictures.draw_steps(steps, path)) if whole else [])
+    notes = dict.fromkeys((row["contender"], row["op"], row["note"]) for row in [*rows, *pairs] if row.get("note"))
+    lines += folded("The contenders", [f"- {name}, `{op}`: {cell(note)}" for name, op, note in notes])
+    meanings = results.get("notes", {})
+    return lines + folded("The columns of the JSON", [f"- `{name}`: {cell(said)}" for name, said in meanings.items()])
+
+
+def write(results: Path, docs: Path) -> None:
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    lines = [*INTRO.splitlines(), ""]
+    for path in sorted(results.glob("[cg]pu*.json")):
+        lines += section(json.loads(path.read_text()), path.stem, docs / "images")
+    (docs / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON files")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of performance.md and images/")
+    options = parser.parse_args()
+    write(options.results, options.docs)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import installed
+
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"linear_logprobs", "linear_kl", "linear_dpo_loss"}
+OPS = {"linear_logprobs", "linear_kl", "linear_dpo_loss", "grpo"}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -37,7 +39,9 @@ def test_every_op_is_measured_and_every_contender_has_a_row(tmp_path):
     native, triton = of(content, "native"), of(content, "triton")
     assert {row["op"] for row in native} == {row["op"] for row in triton} == OPS
     assert all(row["status"] == "measured" and row["total_ms"]["median"] > 0 for row in native)
-    assert {"eager", "TRL", "CCE", "Liger"} <= {row["contender"] for row in rows}
+    assert {"eager", f"TRL {installed('trl')}", "CCE", "Liger", "verl", "RL-Kernel"} <= {
+        row["contender"] for row in rows
+    }
     assert all(row["status"] for row in rows)
     assert all(row["over_native"]["total"] > 0 for row in of(content, "eager"))
     assert content["commit"] and content["versions"]["torch"]

@@ -1,0 +1,49 @@
+"""The heads that are measured on a CPU: D and V of real models, and the tokens it multiplies in about a second."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from benchmarks.jobs import Job
+
+VOCAB = 151936  # Qwen's
+# model, N, D, V, soft cap
+HEADS = [
+    ("GPT-2", 1024, 768, 50257, None),
+    ("Qwen 3 4B", 128, 2560, VOCAB, None),
+    ("Gemma 2 2B", 128, 2304, 256000, 30.0),
+    ("Llama 3 8B", 128, 4096, 128256, None),
+]
+TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full speed, small enough to stay in cache
+
+
+def cpu_job(op: str, n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options) -> Job:
+    """Beside the default budget, one that keeps all logits where the op has any to keep."""
+    keeps = op != "linear_kl" and not options.get("sweep")
+    budgets_mib = (2 * 4 * -(-n // 64) * 64 * v // 2**20 + 1,) if keeps else ()  # twice the fp32 logits
+    return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, budgets_mib=budgets_mib, **options)
+
+
+@functools.cache
+def bf16_is_fast() -> bool:
+    """Not on x86 without AVX-512, where torch multiplies bf16 many times slower than fp32: a head of 150,000 tokens
+    would keep it busy for an hour."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        dlogits, weight = torch.ones(256, 512, dtype=dtype), torch.ones(512, 256, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            dlogits @ weight
+            times.append(time.perf_counter() - start)
+        return sorted(times)[2]
+
+    return seconds(torch.bfloat16) < 5 * seconds(torch.float32)
+
+
+def bf16_shape() -> tuple[int, int, int]:
+    """N, D, V of the rows of DESIGN.md, or GPT-2's head with few tokens where torch could not."""
+    return (1024, 1024, VOCAB) if bf16_is_fast() else (16, 768, 50257)

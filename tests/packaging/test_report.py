@@ -1,0 +1,233 @@
+"""benchmarks/report.py, from a small folder of made-up results with planted holds, misses, wins and losses; and the
+committed page, which must be what the committed results give."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def times(ms: float) -> dict:
+    return {"median": ms, "min": 0.9 * ms, "max": 1.2 * ms}
+
+
+def row(contender: str, forward: float | None, total: float, **more) -> dict:
+    """A measured row; native takes 10 and 40 ms, bare GEMMs 9 and 36."""
+    made = {"op": "linear_logprobs", "dtype": "float32", "n": 1024, "d": 1024, "v": 151936, "masked": 0.0}
+    made |= {"model": "Qwen 3 0.6B", "sweep": "", "threads": 2, "contender": contender, "note": f"about {contender}"}
+    made |= {"status": "measured", "rounds": 3, "total_ms": times(total), "gemm_fraction_total": 36 / total}
+    made |= {"peak_total_mib": 100.0, "max_error": 1.5e-6, "hidden_gradient_error": 2e-6, "batch_invariant": False}
+    if forward:
+        made |= {"forward_ms": times(forward), "gemm_fraction_forward": 9 / forward, "peak_forward_mib": 50.0}
+    if contender not in ("native", "bare GEMMs"):
+        made["over_native"] = ({"forward": forward / 10} if forward else {}) | {"total": total / 40}
+    return made | more
+
+
+def bare(**more) -> dict:
+    lacks = ("peak_total_mib", "peak_forward_mib", "max_error", "hidden_gradient_error", "batch_invariant")
+    return {name: value for name, value in row("bare GEMMs", 9, 36, **more).items() if name not in lacks}
+
+
+def native(**more) -> dict:
+    return row("native", 10, 40, **{"peak_total_mib": 30.0, "peak_forward_mib": 20.0, "batch_invariant": True} | more)
+
+
+def refused(contender: str, reason: str, **more) -> dict:
+    kept = ("op", "dtype", "n", "d", "v", "masked", "model", "sweep", "threads", "contender", "note", "targets")
+    made = row(contender, 1, 1, **more)
+    return {name: made[name] for name in kept if name in made} | {"status": reason}
+
+
+def pair(contender: str, total: float, **more) -> dict:
+    made = {"op": "dpo_loss", "s": 4096, "contender": contender, "status": "measured", "max_error": 3e-7}
+    over = {} if contender == "native" else {"over_native": {"forward": total / 2, "total": total / 2}}
+    return made | {"forward_ms": times(total), "total_ms": times(total)} | over | more
+
+
+def step(trainer: str, ms: float, **more) -> dict:
+    made = {"trainer": trainer, "status": "measured", "dtype": "float32", "model": {"layers": 4, "vocab": 32000}}
+    made |= {"batch": "4x256", "rounds": 5, "step_ms": times(ms), "over_rlhf": ms / 100, "peak_extra_mib": 10 * ms}
+    return made | {"losses": [0.69, 0.6, 0.55], "max_loss_difference": 2e-7} | more
+
+
+def cpu() -> dict:
+    rows = [
+        bare(targets={"forward": 1.0}),  # missed: 10/9
+        native(targets={"peak_total_mib": 68}),  # holds
+        row("eager", 20, 44, peak_total_mib=1193.0, targets={"total": 1.3}),  # holds
+        row("Liger", 30, 38, targets={"total": 1.0}),  # 40/38: missed, and beats native
+        row("torch chunked, sum", None, 60, max_error=None),
+        refused("TRL 1.13.0", "cannot run here: RuntimeError: a | b", targets={"total": 0.25}),
+    ]
+    for v in (32000, 256000):
+        size = {"sweep": "v", "v": v, "model": ""}
+        rows += [bare(**size), native(**size), row("eager", 20, 44, peak_total_mib=v / 128, **size)]
+        rows.append(refused("CCE", "not on a CPU", **size))
+    for masked in (0.0, 0.5):
+        again = {name: value for name, value in row("native, unmasked", 10, 40).items() if "error" not in name}
+        again |= {"sweep": "masked", "masked": masked, "targets": {"total": 0.7}}  # missed: it takes as long
+        rows += [native(sweep="masked", masked=masked), again]
+        rows.append(row("TRL 1.16.0", 30, 80, sweep="masked", masked=masked))
+    kl = {"op": "linear_kl", "model": "Llama 3", "v": 128256}
+    rows += [bare(**kl), native(**kl), row("TRL 1.16.0", 30, 90, **kl)]
+    return {
+        "device": {"device": "Some CPU", "threads": 2, "cpu_isa": "avx2"},
+        "versions": {"rlhf_kernels": "0.1.0", "torch": "2.13.0", "trl": "1.16.0"},
+        "measured": "2026-11-21 17:40 UTC",
+        "commit": "abc1234",
+        "notes": {"max_error": "largest |value - fp64's|"},
+        "rates": {"gemm": {"n": 512, "dtype": "float32", "tflops": 0.15}, "copy": {"gb_per_s": 9.5}},
+        "rows": rows,
+        "pair_losses": [pair("native", 2), pair("eager", 3), refused("Liger", "has none", op="dpo_loss") | {"s": 4096}],
+        "steps": [
+            step("rlhf", 100, max_loss_difference=None),
+            step("TRL 1.16.0", 150),
+            step("plain", 90),
+            {"trainer": "TRL 1.13.0", "status": "not installed: trl"},
+        ],
+    }
+
+
+def gpu() -> dict:
+    """As benchmarks/on_gpu.py writes it."""
+    lacks = ("model", "sweep", "threads")
+    rows = [bare(), native(), row("CCE", 20, 80, max_error="nan"), refused("TRL", "out of memory")]
+    rows.append(refused("all", "not measured: time", op="linear_kl"))
+    rows = [{name: value for name, value in made.items() if name not in lacks} for made in rows]
+    same = {name: value for name, value in cpu().items() if name not in ("rows", "pair_losses", "steps")}
+    return same | {"device": {"device": "Some GPU", "memory_mib": 81920}, "rates": None, "rows": rows}
+
+
+def written(tmp_path: Path, **files: dict) -> str:
+    results = tmp_path / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "evidence-of-something.json").write_text("{}")  # other results live beside them
+    for name, content in files.items():
+        (results / f"{name.replace('_', '-')}.json").write_text(json.dumps(content))
+    report.write(results, tmp_path / "docs")
+    return (tmp_path / "docs/performance.md").read_text()
+
+
+def line_of(page: str, *words: str) -> str:
+    (found,) = [line for line in page.splitlines() if line.startswith("|") and all(word in line for word in words)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("report")
+    return written(folder, cpu_avx2=cpu(), gpu_some=gpu()), folder / "docs"
+
+
+def test_every_contender_has_a_line_with_its_error(page):
+    text, _ = page
+    table = text.split("**float32, Qwen 3 0.6B, 1024x1024x151936**")[1].split("<details>")[0]
+    assert re.findall(r"^\| \**(.+?)\**(?: ▲.*?|: .*?)? \|", table, re.M)[2:] == [
+        "bare GEMMs", "native", "Liger", "eager", "torch chunked, sum", "TRL 1.13.0"
+    ]  # fmt: skip
+    said = "| eager | 2.00 | 1.10 | 45% / 82% | 0.90–1.20 | 50 / 1,193 | 1.5e-06 | 2.0e-06 | no |"
+    assert line_of(table, "eager") == said
+    assert "no value per token" in line_of(table, "torch chunked, sum")
+    assert "TRL 1.13.0: cannot run here: RuntimeError: a \\| b |" in line_of(table, "TRL 1.13.0")
+    assert "| nan |" in line_of(text, "CCE", "2.00")
+    assert "out of memory" in line_of(text, "TRL: ")
+    assert "all: not measured: time" in text
+    assert "about Liger" in text and "about TRL 1.13.0" in text
+
+
+def test_machine_versions_commit_and_date_are_said(page):
+    text, _ = page
+    for said in ("## Some CPU, 2 threads, avx2", "commit abc1234", "measured 2026-11-21", "trl 1.16.0", "0.15 TFLOP/s"):
+        assert said in text
+    assert "## Some GPU\n" in text and "memory mib 81920" in text
+
+
+def test_targets_hold_or_are_missed(page):
+    table = page[0].split("### Targets")[1].split("\n#")[0]
+    assert "2 hold, 4 missed." in table
+    assert "| forward against bare GEMMs | 1.111 | ≤ 1 |" in line_of(table, "bare GEMMs", "**MISSED**")
+    assert "| total against Liger | 1.053 | ≤ 1 |" in line_of(table, "Liger", "**MISSED**")
+    assert "| total against eager | 0.909 | ≤ 1.3 |" in line_of(table, "eager", "holds")
+    assert "30.0" in line_of(table, "peak total mib", "holds")
+    assert "| total against native, unmasked | 1.000 | ≤ 0.7 |" in line_of(table, "50% masked", "**MISSED**")
+    assert "cannot run here" in line_of(table, "TRL 1.13.0")
+
+
+def test_who_beats_native_is_marked_and_counted(page):
+    text, _ = page
+    cpu_part, gpu_part = text.split("## Some GPU")
+    assert "| Liger ▲ beats native: total | 3.00 | 0.95 |" in text
+    assert text.count("▲ beats native:") == 1
+    assert "forward in 7 of 7, total in 6 of 7, memory in 6 of 6." in cpu_part
+    assert "- `linear_logprobs` float32 Qwen 3 0.6B, 1024x1024x151936, total: Liger, 0.95 of native's" in cpu_part
+    assert "is not beaten" not in gpu_part
+    assert "| plain ▲ beats rlhf: time, memory | 0.90 |" in text
+
+
+def test_what_native_could_not_do_is_not_beaten(tmp_path):
+    rows = [refused("native", "broken"), row("eager", 20, 80)]
+    text = written(tmp_path, cpu=cpu() | {"rows": rows, "pair_losses": [], "steps": []})
+    assert "is beaten: total in 0 of 1." in text and "native itself: broken" in text
+
+
+def test_less_memory_is_a_win_too(tmp_path):
+    text = written(tmp_path, cpu=cpu() | {"rows": [native(), row("eager", 20, 80, peak_total_mib=29.0)], "steps": []})
+    assert "| eager ▲ beats native: memory |" in text and "memory: eager, 0.967 of native's" in text
+
+
+def test_sweeps_pairs_and_steps(page):
+    text, _ = page
+    assert "| 256,000 | 90% / 90% | 0.90 | 1.00 · 30 MiB · 1.5e-06 | 1.10 · 2,000 MiB · 1.5e-06 |" in text
+    assert line_of(text, "CCE: not on a CPU |")
+    assert line_of(text, "| 50% |", "2.00")
+    assert "| `dpo_loss`, S = 4096 | eager | 1.50 | 1.50 | 0.90–1.20 | 3.0e-07 |" in text
+    assert "Liger: has none" in text
+    assert "| TRL 1.16.0 | 1.50 | 0.90–1.20 | 1,500 | 2.0e-07 |" in text
+    assert "TRL 1.13.0: not installed: trl" in text
+
+
+def test_no_memory_at_all_is_a_win_too(tmp_path):
+    rows = [native(), row("eager", 20, 80, peak_total_mib=0.0)]
+    text = written(tmp_path, cpu=cpu() | {"rows": rows, "pair_losses": [], "steps": []})
+    assert "| eager ▲ beats native: memory |" in text
+
+
+@pytest.mark.parametrize("where", ["rows", "pair_losses", "steps"])
+def test_a_table_without_errors_is_not_printed(tmp_path, where):
+    results = cpu() | {"rows": [], "pair_losses": [], "steps": [], where: cpu()[where]}
+    for measured in results[where]:
+        measured.pop("max_error", None)
+        measured.pop("max_loss_difference", None)
+    with pytest.raises(ValueError, match="so not printed: "):
+        written(tmp_path, cpu=results)
+
+
+def test_pictures_are_those_of_the_page_small_and_the_same_twice(page, tmp_path):
+    text, docs = page
+    linked = re.findall(r"\]\(images/(.+?)\)", text)
+    kinds = ("", "-time", "-roofline", "-memory", "-step")
+    assert linked == [f"cpu-avx2{kind}.svg" for kind in kinds] + [f"gpu-some{kind}.svg" for kind in kinds[:3]]
+    assert sorted(path.name for path in (docs / "images").iterdir()) == sorted(linked)
+    again = tmp_path / "docs"
+    assert written(tmp_path, cpu_avx2=cpu(), gpu_some=gpu()) == text
+    for name in linked:
+        picture = (docs / "images" / name).read_bytes()
+        assert picture == (again / "images" / name).read_bytes()
+        assert len(picture) < 60_000
+
+
+def test_the_committed_page_is_what_the_committed_results_give(tmp_path):
+    """Its text; the bytes of pictures depend on matplotlib's version, so of them only that they are there."""
+    report.write(ROOT / "benchmarks/results", tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert text == (ROOT / "docs/performance.md").read_text(), "run python benchmarks/report.py"
+    for name in re.findall(r"\]\(images/(.+?)\)", text):
+        assert (ROOT / "docs/images" / name).is_file(), name
