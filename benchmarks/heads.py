@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from benchmarks.jobs import Job
+from benchmarks.jobs import Job, budget_that_keeps
 
 VOCAB = 151936  # Qwen's
 # model, N, D, V, soft cap
@@ -23,7 +23,7 @@ TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full sp
 def cpu_job(op: str, n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options) -> Job:
     """Beside the default budget, one that keeps all logits where the op has any to keep."""
     keeps = op != "linear_kl" and not options.get("sweep")
-    budgets_mib = (2 * 4 * -(-n // 64) * 64 * v // 2**20 + 1,) if keeps else ()  # twice the fp32 logits
+    budgets_mib = (budget_that_keeps(n, v, "cpu"),) if keeps else ()
     return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, budgets_mib=budgets_mib, **options)
 
 

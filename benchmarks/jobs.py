@@ -252,6 +252,12 @@ def job_of(arguments: dict) -> Job:
     return Job(**arguments | lists | {"device": torch.device(arguments["device"]), "dtype": dtype})
 
 
+def budget_that_keeps(n: int, v: int, device_type: str) -> int:
+    """MiB of scratch in which all logits are kept for backward: half of it on a CPU, three quarters on CUDA."""
+    padded = 4 * -(-n // 64) * 64 * -(-v // 64) * 64
+    return max(8, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
+
+
 GPU_SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 1024, 50257)]  # N, D, V
 TINY = [(72, 32, 133)]  # more rows than are judged
 
@@ -261,12 +267,14 @@ def gpu_jobs(device: torch.device, tiny: bool, backends: tuple[str, ...] = OURS,
     new = partial(Job, device=device, backends=backends, rivals=rivals)
     shapes = TINY if tiny else GPU_SHAPES
     small = sorted(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
+    keeping = {"budgets_mib": (budget_that_keeps(shapes[0][0], shapes[0][2], device.type),)}
     for shape in shapes:
-        yield new("linear_logprobs", *shape, masked=0.5 if tiny else 0.0)
+        options = keeping if shape == shapes[0] else {}
+        yield new("linear_logprobs", *shape, masked=0.5 if tiny else 0.0, **options)
     for shape in small[:2]:
         yield new("linear_kl", *shape)
     s, t = (4, 18) if tiny else (8, 1024)
-    yield new("linear_dpo_loss", s * t, *shapes[0][1:], sequences=(s, t))
+    yield new("linear_dpo_loss", s * t, *shapes[0][1:], sequences=(s, t), **keeping)
     yield new("grpo", s * t, *shapes[0][1:], sequences=(s, t))
     if not tiny:
         yield new("linear_logprobs", *shapes[0], masked=0.5)

@@ -95,11 +95,11 @@ class Results:
 
     @classmethod
     def open(cls, path: Path, head: dict) -> Results:
-        """Adds to a file of the same machine, versions and commit: suites may be run one by one."""
+        """Adds to a file of the same machine and versions: suites may be run one by one. A row says its commit."""
         if path.exists():
             content = json.loads(path.read_text())
-            if all(content.get(key) == head[key] for key in ("device", "versions", "commit")):
-                return cls(path, head, content)
+            if all(content.get(key) == head[key] for key in ("device", "versions")):
+                return cls(path, head, content | head)
         return cls(path, head)
 
     def write(self) -> None:
@@ -111,7 +111,7 @@ class Results:
         """In the place of a row of the same job and contender, if there is one."""
         rows = self.content.setdefault(section, [])
         rows[:] = [old for old in rows if any(old.get(name) != row.get(name) for name in SAME)]
-        rows.append(row)
+        rows.append(row | {"commit": self.content["commit"]})
         self.write()
 
 
@@ -125,5 +125,7 @@ def line_of(row: dict) -> str:
                 fraction = row.get(f"gemm_fraction_{name}")
                 part = f"{name} {row[f'{name}_ms']['median']:9.3f} ms"
                 parts.append(part if fraction is None else f"{part} ({fraction:.2f})")
+        if "max_error" in row:
+            parts.append(f"error {float(row['max_error']):.1e}")
         said = "  ".join(parts)
     return f"{row['op']} {row['dtype']} {shape:30} {row['contender']:24} {said}"

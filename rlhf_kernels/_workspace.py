@@ -18,7 +18,8 @@ def set_workspace_budget(mebibytes: int | None) -> None:
         mebibytes: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four: on CPU as many as fit half of the budget, if that is an eighth of them or more; on CUDA all
-            or none, in three quarters of it. Each call that waits for its backward holds its own.
+            or none, in three quarters of it; under torch.compile none. Each call that waits for its backward holds its
+            own.
 
     Raises:
         TypeError, ValueError: not a whole number, or below 8.

@@ -2,7 +2,8 @@
 //
 // Each function is a template on a maths policy M, which supplies the number type F and a handful of functions on it:
 // a vector of tokens on CPU (common/simd.h), or one float on a GPU and in scalar loops (ScalarMath below):
-//   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::tanh, M::max, M::min, M::select(mask, a, b)
+//   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::log1p (of [0, 1]), M::tanh, M::max, M::min,
+//   M::select(mask, a, b)
 // Comparing two F gives a mask for M::select. All quantities are in nats.
 #pragma once
 
@@ -39,6 +40,7 @@ struct ScalarMath {
   static RK_INLINE F expm1_minus_identity(F u) {
     return ::fabsf(u) < 1.0f ? expm1_minus_identity_series(u) : ::expm1f(u) - u;
   }
+  static RK_INLINE F log1p(F x) { return ::log1pf(x); }
   static RK_INLINE F tanh(F x) { return ::tanhf(x); }
   static RK_INLINE F max(F a, F b) { return a > b ? a : b; }
   static RK_INLINE F min(F a, F b) { return a < b ? a : b; }

@@ -80,6 +80,18 @@ struct Simd {
     return small ? expm1_minus_identity_series<F>(small ? u : F{}) : expm1(u) - u;
   }
 
+  // For 0 <= x <= 1: 2 artanh s with s = x / (x + 2) <= 1/3. The first term left out, s^16 / 17, is below 2e-9.
+  static RK_INLINE F log1p(F x) {
+    const F s = x / (x + 2.0f), q = s * s;
+    F sum = q * (1.0f / 15) + 1.0f / 13;
+    sum = sum * q + 1.0f / 11;
+    sum = sum * q + 1.0f / 9;
+    sum = sum * q + 1.0f / 7;
+    sum = sum * q + 1.0f / 5;
+    sum = sum * q + 1.0f / 3;
+    return 2.0f * (s * q * sum + s);
+  }
+
   // tanh x = (e^2x - 1) / (e^2x - 1 + 2)
   static RK_INLINE F tanh(F x) {
     const F bounded = x > 20.0f ? set(20.0f) : (x < -20.0f ? set(-20.0f) : x);
@@ -107,6 +119,29 @@ struct Simd {
     return half | sign;
   }
 };
+
+struct AllLanes {};  // a whole vector: no loop over lanes, which would keep it out of registers
+
+// The first `lanes` of a vector; zeros behind them.
+static RK_INLINE VecF load_some(const float* from, AllLanes) { return Simd::load(from); }
+static RK_INLINE VecF load_some(const float* from, int64_t lanes) {
+  VecF v{};
+  for (int64_t i = 0; i < lanes; ++i) v[i] = from[i];
+  return v;
+}
+
+static RK_INLINE void store_some(float* to, VecF v, AllLanes) { Simd::store(to, v); }
+static RK_INLINE void store_some(float* to, VecF v, int64_t lanes) {
+  for (int64_t i = 0; i < lanes; ++i) to[i] = v[i];
+}
+
+// f(begin, lanes) for every vector of `count` numbers; the last may have fewer lanes.
+template <class F>
+static RK_INLINE void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) f(i, AllLanes{});
+  if (i < count) f(i, count - i);
+}
 
 // Exchanges the off-diagonal blocks of size `half` between two rows of a matrix: one step of its transposition.
 template <int half>

@@ -72,6 +72,34 @@ struct KlBackwardTile {
   GradientSink sink;
 };
 
+enum class PairLoss : int64_t;     // preference/pair_losses.h
+enum class KlEstimator : int64_t;  // kl/penalty_terms.h
+
+// Arrays of `count` pairs or tokens, in fp32; results that are null are not asked for.
+struct PairLossRows {
+  PairLoss type;
+  const float* h;
+  int64_t count;
+  float beta, smoothing;
+  float *losses, *slopes;
+};
+
+struct RewardRows {
+  const float *chosen, *rejected, *margin;
+  int64_t count;
+  float smoothing, centring;
+  float* losses;
+  const float* grad;  // with it, gradients
+  float *grad_chosen, *grad_rejected;
+};
+
+struct KlPenaltyRows {
+  KlEstimator estimator;
+  const float *policy, *ref, *grad;  // with grad, the gradient of policy instead of the estimate
+  int64_t count;
+  float* to;
+};
+
 struct TileKernels {
   const char* name;
   void (*logprob_forward)(const LogprobForwardTile&);
@@ -84,6 +112,9 @@ struct TileKernels {
   // Rounds float rows to `format`.
   void (*store_rows)(Format, const float* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
                      int64_t columns);
+  void (*pair_losses)(const PairLossRows&);
+  void (*reward_losses)(const RewardRows&);
+  void (*kl_penalties)(const KlPenaltyRows&);
 };
 
 const TileKernels& tile_kernels();           // of the instruction set in use

@@ -1,6 +1,7 @@
 // kl_penalty on CPU: one pass over the sampled tokens' log-probabilities.
 #include <ATen/Parallel.h>
 
+#include "common/tile_kernels.h"
 #include "kl/kl_checks.h"
 
 namespace rk {
@@ -8,17 +9,21 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kTokensPerTask = 16384;
+
+Tensor in_fp32(const Tensor& values) { return values.detach().to(at::kFloat).contiguous(); }
+
 // The ratio's difference is taken in fp32 after reading either dtype exactly.
-template <class F>
-Tensor map_log_ratio(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator, const F& value) {
+Tensor penalties(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator, const Tensor& grad) {
   check_penalty(logprobs, ref_logprobs, estimator);
-  const Tensor policy = logprobs.detach().to(at::kFloat).contiguous();
-  const Tensor ref = ref_logprobs.detach().to(at::kFloat).contiguous();
+  const Tensor policy = in_fp32(logprobs), ref = in_fp32(ref_logprobs);
   Tensor out = at::empty(logprobs.sizes(), at::kFloat);
   const float *p = policy.const_data_ptr<float>(), *r = ref.const_data_ptr<float>();
+  const float* g = grad.defined() ? grad.const_data_ptr<float>() : nullptr;
   float* to = out.data_ptr<float>();
-  at::parallel_for(0, out.numel(), 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = value(i, r[i] - p[i]);
+  at::parallel_for(0, out.numel(), kTokensPerTask, [&](int64_t begin, int64_t end) {
+    tile_kernels().kl_penalties(
+        {static_cast<KlEstimator>(estimator), p + begin, r + begin, g ? g + begin : nullptr, end - begin, to + begin});
   });
   return out;
 }
@@ -26,19 +31,13 @@ Tensor map_log_ratio(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t
 }  // namespace
 
 Tensor kl_penalty_cpu(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
-  return map_log_ratio(logprobs, ref_logprobs, estimator, [&](int64_t, float log_ratio) {
-    return kl_estimate(static_cast<KlEstimator>(estimator), log_ratio);
-  });
+  return penalties(logprobs, ref_logprobs, estimator, {});
 }
 
 Tensor kl_penalty_backward_cpu(const Tensor& grad, const Tensor& logprobs, const Tensor& ref_logprobs,
                                int64_t estimator) {
   TORCH_CHECK_VALUE(grad.sizes() == logprobs.sizes(), "grad must be ", logprobs.sizes(), ", got ", grad.sizes());
-  const Tensor upstream = grad.detach().to(at::kFloat).contiguous();
-  const float* g = upstream.const_data_ptr<float>();
-  return map_log_ratio(logprobs, ref_logprobs, estimator, [&](int64_t i, float log_ratio) {
-    return g[i] * kl_estimate_slope(static_cast<KlEstimator>(estimator), log_ratio);
-  });
+  return penalties(logprobs, ref_logprobs, estimator, in_fp32(grad));
 }
 
 }  // namespace rk

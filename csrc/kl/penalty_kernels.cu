@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kPenaltyThreads)
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kPenaltyThreads + threadIdx.x;
   if (i >= count) return;
   const float log_ratio = ref_logprobs[i] - logprobs[i];
-  to[i] = grad ? grad[i] * kl_estimate_slope(estimator, log_ratio) : kl_estimate(estimator, log_ratio);
+  to[i] = grad ? grad[i] * kl_estimate_slope<ScalarMath>(estimator, log_ratio)
+               : kl_estimate<ScalarMath>(estimator, log_ratio);
 }
 
 }  // namespace

@@ -11,18 +11,20 @@ namespace rk {
 enum class KlEstimator : int64_t { k1 = 0, k2 = 1, k3 = 2 };
 constexpr int64_t kKlEstimators = 3;
 
-// With log_ratio = ref - policy.
-RK_INLINE float kl_estimate(KlEstimator estimator, float log_ratio) {
+// With log_ratio = ref - policy; M: the maths policy of common/online_softmax.h.
+template <class M>
+RK_INLINE typename M::F kl_estimate(KlEstimator estimator, typename M::F log_ratio) {
   if (estimator == KlEstimator::k1) return -log_ratio;
   if (estimator == KlEstimator::k2) return 0.5f * log_ratio * log_ratio;
-  return ScalarMath::expm1_minus_identity(log_ratio);
+  return M::expm1_minus_identity(log_ratio);
 }
 
 // Its derivative with respect to the policy's log-probability.
-RK_INLINE float kl_estimate_slope(KlEstimator estimator, float log_ratio) {
-  if (estimator == KlEstimator::k1) return 1;
+template <class M>
+RK_INLINE typename M::F kl_estimate_slope(KlEstimator estimator, typename M::F log_ratio) {
+  if (estimator == KlEstimator::k1) return M::set(1);
   if (estimator == KlEstimator::k2) return -log_ratio;
-  return -ScalarMath::expm1(log_ratio);
+  return -M::expm1(log_ratio);
 }
 
 }  // namespace rk

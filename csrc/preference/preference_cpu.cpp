@@ -1,7 +1,10 @@
-// dpo_loss and bradley_terry_loss on CPU: one pass over the pairs, in their order.
+// dpo_loss and bradley_terry_loss on CPU: one pass over the pairs.
 #include "preference/preference.h"
 
+#include <ATen/Parallel.h>
+
 #include "common/checks.h"
+#include "common/tile_kernels.h"
 #include "preference/pair_losses.h"
 
 namespace rk {
@@ -9,33 +12,94 @@ namespace {
 
 using at::Tensor;
 
-// Arguments as contiguous fp32 and int64 arrays whose indices are known to be in bounds.
-struct Pairs {
-  Tensor policy, ref, chosen, rejected;
-  PairLoss type;
+constexpr int64_t kPairsPerTask = 8192;
 
-  Pairs(const Tensor& policy_in, const std::optional<Tensor>& ref_in, const Tensor& chosen_in,
-        const Tensor& rejected_in, int64_t loss_type)
-      : policy(float_rows(policy_in, policy_in.size(0))),
-        ref(float_rows(ref_in, policy_in.size(0))),
-        chosen(chosen_in.contiguous()),
-        rejected(rejected_in.contiguous()),
-        type(static_cast<PairLoss>(loss_type)) {
-    check_pairs(chosen, rejected, loss_type);
-    for (const Tensor* idxs : {&chosen, &rejected}) {
-      for (int64_t i = 0; i < idxs->size(0); ++i) {
-        const int64_t at = idxs->const_data_ptr<int64_t>()[i];
-        TORCH_CHECK_INDEX(at >= 0 && at < policy.size(0), "a pair's index must lie in [0, ", policy.size(0), "), got ",
-                          at);
+// Arguments as contiguous fp32 and int64 arrays whose indices are known to be in bounds.
+class Pairs {
+ public:
+  Pairs(const Tensor& policy, const std::optional<Tensor>& ref, const Tensor& chosen, const Tensor& rejected,
+        double beta, int64_t loss_type, double label_smoothing)
+      : policy_(float_rows(policy, policy.size(0))),
+        ref_(float_rows(ref, policy.size(0))),
+        chosen_(chosen.contiguous()),
+        rejected_(rejected.contiguous()),
+        beta_(static_cast<float>(beta)),
+        smoothing_(static_cast<float>(label_smoothing)),
+        type_(static_cast<PairLoss>(loss_type)) {
+    check_pairs(chosen_, rejected_, loss_type);
+    for (const Tensor* idxs : {&chosen_, &rejected_}) check_bounds(idxs->const_data_ptr<int64_t>());
+  }
+
+  int64_t count() const { return chosen_.size(0); }
+  int64_t responses() const { return policy_.size(0); }
+  const int64_t* chosen() const { return chosen_.const_data_ptr<int64_t>(); }
+  const int64_t* rejected() const { return rejected_.const_data_ptr<int64_t>(); }
+
+  // Losses and slopes [P], either or null.
+  void evaluate(float* losses, float* slopes) const {
+    const float *policy = policy_.const_data_ptr<float>(), *ref = ref_.const_data_ptr<float>();
+    const int64_t *w = chosen(), *l = rejected();
+    at::parallel_for(0, count(), kPairsPerTask, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kStep = 1024;
+      float h[kStep];
+      for (int64_t first = begin; first < end; first += kStep) {
+        const int64_t here = std::min(kStep, end - first);
+        for (int64_t i = 0; i < here; ++i) {
+          const int64_t a = w[first + i], b = l[first + i];
+          h[i] = (policy[a] - ref[a]) - (policy[b] - ref[b]);
+        }
+        tile_kernels().pair_losses(
+            {type_, h, here, beta_, smoothing_, losses ? losses + first : nullptr, slopes ? slopes + first : nullptr});
       }
+    });
+  }
+
+  // beta times the log-ratio of every response.
+  Tensor rewards() const { return (policy_ - ref_).mul_(beta_); }
+
+ private:
+  void check_bounds(const int64_t* idxs) const {
+    const auto size = static_cast<uint64_t>(responses());
+    bool outside = false;
+    for (int64_t i = 0; i < count(); ++i) outside |= static_cast<uint64_t>(idxs[i]) >= size;
+    for (int64_t i = 0; outside && i < count(); ++i) {
+      TORCH_CHECK_INDEX(static_cast<uint64_t>(idxs[i]) < size, "a pair's index must lie in [0, ", size, "), got ",
+                        idxs[i]);
     }
   }
 
-  int64_t count() const { return chosen.size(0); }
-  int64_t chosen_at(int64_t pair) const { return chosen.const_data_ptr<int64_t>()[pair]; }
-  int64_t rejected_at(int64_t pair) const { return rejected.const_data_ptr<int64_t>()[pair]; }
-  float log_ratio(int64_t i) const { return policy.const_data_ptr<float>()[i] - ref.const_data_ptr<float>()[i]; }
-  float h(int64_t pair) const { return log_ratio(chosen_at(pair)) - log_ratio(rejected_at(pair)); }
+  Tensor policy_, ref_, chosen_, rejected_;
+  float beta_, smoothing_;
+  PairLoss type_;
+};
+
+// Rewards [P], a margin (or zeros) and whatever is computed of them.
+class Rewards {
+ public:
+  Rewards(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin, double label_smoothing,
+          double center_coefficient)
+      : count_(chosen.size(0)),
+        chosen_(float_rows(chosen, count_)),
+        rejected_(float_rows(rejected, count_)),
+        margin_(float_rows(margin, count_)),
+        smoothing_(static_cast<float>(label_smoothing)),
+        centring_(static_cast<float>(center_coefficient)) {}
+
+  void evaluate(float* losses, const float* grad, float* grad_chosen, float* grad_rejected) const {
+    const float *w = chosen_.const_data_ptr<float>(), *l = rejected_.const_data_ptr<float>(),
+                *m = margin_.const_data_ptr<float>();
+    const auto from = [](auto* data, int64_t begin) { return data ? data + begin : nullptr; };
+    at::parallel_for(0, count_, kPairsPerTask, [&](int64_t begin, int64_t end) {
+      tile_kernels().reward_losses({w + begin, l + begin, m + begin, end - begin, smoothing_, centring_,
+                                    from(losses, begin), from(grad, begin), from(grad_chosen, begin),
+                                    from(grad_rejected, begin)});
+    });
+  }
+
+ private:
+  int64_t count_;
+  Tensor chosen_, rejected_, margin_;
+  float smoothing_, centring_;
 };
 
 }  // namespace
@@ -43,42 +107,34 @@ struct Pairs {
 std::tuple<Tensor, Tensor> dpo_loss_cpu(const Tensor& policy, const std::optional<Tensor>& ref, const Tensor& chosen,
                                         const Tensor& rejected, double beta, int64_t loss_type,
                                         double label_smoothing) {
-  const Pairs pairs(policy, ref, chosen, rejected, loss_type);
-  Tensor losses = at::empty({pairs.count()}, at::kFloat), rewards = at::empty({policy.size(0)}, at::kFloat);
-  for (int64_t i = 0; i < pairs.count(); ++i) {
-    losses.data_ptr<float>()[i] = pair_loss(pairs.type, pairs.h(i), beta, label_smoothing).loss;
-  }
-  for (int64_t i = 0; i < policy.size(0); ++i) {
-    rewards.data_ptr<float>()[i] = static_cast<float>(beta) * pairs.log_ratio(i);
-  }
-  return {losses, rewards};
+  const Pairs pairs(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
+  Tensor losses = at::empty({pairs.count()}, at::kFloat);
+  pairs.evaluate(losses.data_ptr<float>(), nullptr);
+  return {losses, pairs.rewards()};
 }
 
 Tensor dpo_loss_backward_cpu(const Tensor& grad_losses, const Tensor& policy, const std::optional<Tensor>& ref,
                              const Tensor& chosen, const Tensor& rejected, double beta, int64_t loss_type,
                              double label_smoothing) {
-  const Pairs pairs(policy, ref, chosen, rejected, loss_type);
+  const Pairs pairs(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
   const Tensor upstream = float_rows(grad_losses, pairs.count());
-  Tensor grad = at::zeros({policy.size(0)}, at::kFloat);
+  Tensor slopes = at::empty({pairs.count()}, at::kFloat), grad = at::zeros({pairs.responses()}, at::kFloat);
+  pairs.evaluate(nullptr, slopes.data_ptr<float>());
+  const float *up = upstream.const_data_ptr<float>(), *slope = slopes.const_data_ptr<float>();
+  const int64_t *w = pairs.chosen(), *l = pairs.rejected();
   float* to = grad.data_ptr<float>();
-  for (int64_t i = 0; i < pairs.count(); ++i) {
-    const float slope = pair_loss(pairs.type, pairs.h(i), beta, label_smoothing).slope;
-    to[pairs.chosen_at(i)] += upstream.const_data_ptr<float>()[i] * slope;
-    to[pairs.rejected_at(i)] -= upstream.const_data_ptr<float>()[i] * slope;
+  for (int64_t i = 0; i < pairs.count(); ++i) {  // in the pairs' order, since a response may be in several
+    to[w[i]] += up[i] * slope[i];
+    to[l[i]] -= up[i] * slope[i];
   }
   return grad;
 }
 
 Tensor bradley_terry_loss_cpu(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin,
                               double label_smoothing, double center_coefficient) {
-  const int64_t n = chosen.size(0);
-  const Tensor w = float_rows(chosen, n), l = float_rows(rejected, n), m = float_rows(margin, n);
-  Tensor losses = at::empty({n}, at::kFloat);
-  for (int64_t i = 0; i < n; ++i) {
-    losses.data_ptr<float>()[i] = bradley_terry(w.const_data_ptr<float>()[i], l.const_data_ptr<float>()[i],
-                                                m.const_data_ptr<float>()[i], label_smoothing, center_coefficient)
-                                      .loss;
-  }
+  Tensor losses = at::empty({chosen.size(0)}, at::kFloat);
+  const Rewards rewards(chosen, rejected, margin, label_smoothing, center_coefficient);
+  rewards.evaluate(losses.data_ptr<float>(), nullptr, nullptr, nullptr);
   return losses;
 }
 
@@ -86,16 +142,11 @@ std::tuple<Tensor, Tensor> bradley_terry_loss_backward_cpu(const Tensor& grad_lo
                                                            const Tensor& rejected, const std::optional<Tensor>& margin,
                                                            double label_smoothing, double center_coefficient) {
   const int64_t n = chosen.size(0);
-  const Tensor w = float_rows(chosen, n), l = float_rows(rejected, n), m = float_rows(margin, n);
   const Tensor upstream = float_rows(grad_losses, n);
   Tensor grad_chosen = at::empty({n}, at::kFloat), grad_rejected = at::empty({n}, at::kFloat);
-  for (int64_t i = 0; i < n; ++i) {
-    const BradleyTerry pair = bradley_terry(w.const_data_ptr<float>()[i], l.const_data_ptr<float>()[i],
-                                            m.const_data_ptr<float>()[i], label_smoothing, center_coefficient);
-    const float g = upstream.const_data_ptr<float>()[i];
-    grad_chosen.data_ptr<float>()[i] = g * pair.slope_chosen;
-    grad_rejected.data_ptr<float>()[i] = g * pair.slope_rejected;
-  }
+  const Rewards rewards(chosen, rejected, margin, label_smoothing, center_coefficient);
+  rewards.evaluate(nullptr, upstream.const_data_ptr<float>(), grad_chosen.data_ptr<float>(),
+                   grad_rejected.data_ptr<float>());
   return {grad_chosen, grad_rejected};
 }
 

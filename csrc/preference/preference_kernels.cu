@@ -15,11 +15,11 @@ __device__ inline float log_ratio(const DpoPairs& args, int64_t i) {
   return args.policy[i] - (args.ref ? args.ref[i] : 0.0f);
 }
 
-__device__ inline LossAndSlope loss_of_pair(const DpoPairs& args, int64_t pair) {
+__device__ inline LossAndSlope<ScalarMath> loss_of_pair(const DpoPairs& args, int64_t pair) {
   const int64_t chosen = args.chosen[pair], rejected = args.rejected[pair];
   const bool inside = chosen >= 0 && chosen < args.responses && rejected >= 0 && rejected < args.responses;
   const float h = inside ? log_ratio(args, chosen) - log_ratio(args, rejected) : nanf("");
-  return inside ? pair_loss(args.type, h, args.beta, args.label_smoothing) : LossAndSlope{h, h};
+  return inside ? pair_loss<ScalarMath>(args.type, h, args.beta, args.label_smoothing) : LossAndSlope<ScalarMath>{h, h};
 }
 
 __global__ void __launch_bounds__(kPairThreads) dpo_losses(DpoPairs args, float* losses, float* rewards) {
@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kPairThreads) dpo_gradients(DpoPairs args, con
   grad[response] = sum;
 }
 
-__device__ inline BradleyTerry pair_of(const RewardPairs& args, int64_t i) {
-  return bradley_terry(args.chosen[i], args.rejected[i], args.margin ? args.margin[i] : 0.0f, args.label_smoothing,
-                       args.center_coefficient);
+__device__ inline BradleyTerry<ScalarMath> pair_of(const RewardPairs& args, int64_t i) {
+  return bradley_terry<ScalarMath>(args.chosen[i], args.rejected[i], args.margin ? args.margin[i] : 0.0f,
+                                   args.label_smoothing, args.center_coefficient);
 }
 
 __global__ void __launch_bounds__(kPairThreads) reward_losses(RewardPairs args, float* losses) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kPairThreads)
     reward_gradients(RewardPairs args, const float* grad_losses, float* grad_chosen, float* grad_rejected) {
   const int64_t i = thread_index();
   if (i >= args.pairs) return;
-  const BradleyTerry pair = pair_of(args, i);
+  const BradleyTerry<ScalarMath> pair = pair_of(args, i);
   grad_chosen[i] = grad_losses[i] * pair.slope_chosen;
   grad_rejected[i] = grad_losses[i] * pair.slope_rejected;
 }

@@ -119,7 +119,7 @@ def test_an_op_whose_tests_fail_is_not_measured(tmp_path, monkeypatch):
     assert suites.failing_tests("green") == "", "it is remembered"
 
 
-def test_a_file_is_added_to_where_machine_and_commit_are_the_same(tmp_path):
+def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):
     path, head = tmp_path / "cpu.json", {"device": {"device": "one"}, "versions": {}, "commit": "a"}
     row = {"op": "x", "n": 1, "contender": "native", "total_ms": 1}
     Results.open(path, head).add(row)
@@ -128,5 +128,8 @@ def test_a_file_is_added_to_where_machine_and_commit_are_the_same(tmp_path):
     again.add(row | {"n": 2})
     rows = json.loads(path.read_text())["rows"]
     assert [(row["n"], row["total_ms"]) for row in rows] == [(1, 2), (2, 1)]
-    Results.open(path, head | {"commit": "b"}).add(row)
+    Results.open(path, head | {"commit": "b"}).add(row | {"n": 3})
+    content = json.loads(path.read_text())
+    assert content["commit"] == "b" and [row["commit"] for row in content["rows"]] == ["a", "a", "b"]
+    Results.open(path, head | {"device": {"device": "two"}}).add(row)
     assert len(json.loads(path.read_text())["rows"]) == 1

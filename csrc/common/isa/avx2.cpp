@@ -15,13 +15,22 @@
 #endif
 #include "common/pack_tiles.h"
 #include "kl/linear_kl_tiles.h"
+#include "kl/penalty_rows.h"
 #include "logprob/logprob_tiles.h"
+#include "preference/pair_loss_rows.h"
 
 namespace rk {
 extern const TileKernels kTileKernels_avx2;
-const TileKernels kTileKernels_avx2 = {"avx2",           avx2::logprob_forward, avx2::logprob_backward,
-                                       avx2::kl_forward, avx2::kl_backward,     avx2::pack_columns,
-                                       avx2::store_rows};
+const TileKernels kTileKernels_avx2 = {"avx2",
+                                       avx2::logprob_forward,
+                                       avx2::logprob_backward,
+                                       avx2::kl_forward,
+                                       avx2::kl_backward,
+                                       avx2::pack_columns,
+                                       avx2::store_rows,
+                                       avx2::pair_losses,
+                                       avx2::reward_losses,
+                                       avx2::kl_penalties};
 }  // namespace rk
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,13 +15,22 @@
 #endif
 #include "common/pack_tiles.h"
 #include "kl/linear_kl_tiles.h"
+#include "kl/penalty_rows.h"
 #include "logprob/logprob_tiles.h"
+#include "preference/pair_loss_rows.h"
 
 namespace rk {
 extern const TileKernels kTileKernels_avx512;
-const TileKernels kTileKernels_avx512 = {"avx512",           avx512::logprob_forward, avx512::logprob_backward,
-                                         avx512::kl_forward, avx512::kl_backward,     avx512::pack_columns,
-                                         avx512::store_rows};
+const TileKernels kTileKernels_avx512 = {"avx512",
+                                         avx512::logprob_forward,
+                                         avx512::logprob_backward,
+                                         avx512::kl_forward,
+                                         avx512::kl_backward,
+                                         avx512::pack_columns,
+                                         avx512::store_rows,
+                                         avx512::pair_losses,
+                                         avx512::reward_losses,
+                                         avx512::kl_penalties};
 }  // namespace rk
 #if defined(__clang__)
 #pragma clang attribute pop
