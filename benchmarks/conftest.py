@@ -37,6 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--job-seconds", type=float, default=JOB_SECONDS, help="of turns of one job; at least two are taken"
     )
+    parser.addoption("--no-peaks", action="store_true", help="no peak memory, which takes a fresh process each")
 
 
 @functools.cache
@@ -104,6 +105,7 @@ def take_turns(benchmark, keep, pytestconfig):
         threads = torch.get_num_threads()
         torch.set_num_threads(job.threads or threads)
         seconds = pytestconfig.getoption("--job-seconds")
+        peaks = peaks and not pytestconfig.getoption("--no-peaks")
         turns = {"seconds": seconds, "most_rounds": MOST_ROUNDS, "targets": targets, "peaks": peaks, "pace": pace}
         try:
             for row in measure(job, Clock(job.device), **turns):

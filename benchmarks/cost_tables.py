@@ -227,7 +227,9 @@ def compared(row: dict, results: dict) -> bool:
 
 def checked(results: dict, device: Device) -> list[str]:
     rates = f"{device.flops_per_s / 1e9:,.0f} GFLOP/s, {device.bytes_per_s / 1e9:,.1f} GB/s"
-    lines = [f"**{device.name}**: {rates}, {device.logits_per_s / 1e9:,.2f} billion logits a second."]
+    seen = device.logits_per_s < 1e12
+    logits = f"{device.logits_per_s / 1e9:,.2f} billion logits a second" if seen else "logits too cheap to be seen"
+    lines = [f"**{device.name}**: {rates}, {logits}."]
     if device.fresh_bytes_per_s < float("inf"):
         lines[0] = lines[0][:-1] + f", {device.fresh_bytes_per_s / 1e9:,.2f} GB/s into new pages."
     table: dict[tuple, dict[str, str]] = {}
