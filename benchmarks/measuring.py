@@ -131,8 +131,9 @@ def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
     step = with_budget(peer, partial(job.step, peer))
     few = partial(job.step, peer, ROWS)
     few_s = 1e-3 * clock.ms(few)
-    if not peer.slow_start and few_s / job.share(ROWS) > LONGEST_S:
-        expected_s = 1e-3 * clock.ms(few) / job.share(ROWS)  # again, without what the first imports
+    if not peer.slow_start and (expected_s := few_s / job.share(ROWS)) > LONGEST_S:
+        if few_s < LONGEST_S / 3:  # again, without what the first imports
+            expected_s = 1e-3 * clock.ms(few) / job.share(ROWS)
         if expected_s > LONGEST_S:
             raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by {ROWS} rows")
     job.drop_gradients()
