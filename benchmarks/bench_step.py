@@ -80,9 +80,10 @@ class Track:
             return row
         for kind, over in (("step_ms", "over_rlhf"), ("step_cpu_ms", "cpu_over_rlhf")):
             times_ms, rlhf_ms = self.times_ms(name, kind), self.times_ms("rlhf", kind)
-            row[kind] = {"median": round(statistics.median(times_ms), 2), "min": min(times_ms), "max": max(times_ms)}
+            median_ms = statistics.median(times_ms)
+            row[kind] = {"median": round(median_ms, 2), "min": min(times_ms), "max": max(times_ms)}
             if rlhf_ms:
-                row[over] = round(row[kind]["median"] / statistics.median(rlhf_ms), 3)
+                row[over] = round(median_ms / statistics.median(rlhf_ms), 3)
         for key in ("peak_extra_mib", "before_steps_s", "total_s"):
             row[key] = round(statistics.median(turn[key] for turn in turns), 2)
         row["losses"] = turns[-1]["losses"]

@@ -52,8 +52,8 @@ static inline void emit_f32(const LogitTile& t, const GradientSink& sink) {
 
 constexpr int64_t kSquare = 2 * kLanes;  // vocabulary rows of a square that is transposed in registers
 
-// The bf16 bits of two vocabulary rows side by side make a 32-bit number a token, and 16 such pairs of rows a square of
-// 16 x 16: transposed in registers, a token stores kSquare neighbours at once.
+// The bf16 bits of two vocabulary rows side by side make a 32-bit number a token, and kLanes such pairs of rows a
+// square of kLanes x kLanes: transposed in registers, a token stores kSquare neighbours at once.
 template <bool full>
 static RK_INLINE void emit_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
   uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab) + first * sink.by_vocab_stride + at;

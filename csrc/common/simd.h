@@ -1,4 +1,5 @@
-// A vector of 16 floats and the maths on it, for the instruction set that the including file selected (RK_ISA).
+// A vector of floats and the maths on it, for the instruction set that the including file selected: RK_ISA, and in
+// RK_LANES how many floats its registers hold. (Wider ones would do, but gcc compares and selects them lane by lane.)
 //
 // Written in the compiler's vector extensions: one source gives AVX-512, AVX2 and portable code, and arm64 builds too.
 // Each function is branch-free and lane-wise, so a token's bits do not depend on its lane or its neighbours.
@@ -16,12 +17,12 @@
 namespace rk {
 namespace RK_ISA {
 
-constexpr int kLanes = 16;
-typedef float VecF __attribute__((vector_size(64)));
-typedef double VecD __attribute__((vector_size(128)));
-typedef int32_t VecI __attribute__((vector_size(64)));
-typedef uint32_t VecU __attribute__((vector_size(64)));
-typedef uint16_t VecH __attribute__((vector_size(32)));
+constexpr int kLanes = RK_LANES;
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef double VecD __attribute__((vector_size(8 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
 
 struct Simd {
   using F = VecF;
@@ -146,9 +147,16 @@ static RK_INLINE void for_vectors(int64_t count, const F& f) {
 // Exchanges the off-diagonal blocks of size `half` between two rows of a matrix: one step of its transposition.
 template <int half>
 static RK_INLINE void exchange(VecU& a, VecU& b) {
-#define RK_LOW(k) (((k) & half) ? 16 + (k) - half : (k))
-#define RK_HIGH(k) (((k) & half) ? 16 + (k) : (k) + half)
-#define RK_ALL(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#define RK_LOW(k) (((k) & half) ? kLanes + (k) - half : (k))
+#define RK_HIGH(k) (((k) & half) ? kLanes + (k) : (k) + half)
+#define RK_4(f, k) f(k), f(k + 1), f(k + 2), f(k + 3)
+#if RK_LANES == 16
+#define RK_ALL(f) RK_4(f, 0), RK_4(f, 4), RK_4(f, 8), RK_4(f, 12)
+#elif RK_LANES == 8
+#define RK_ALL(f) RK_4(f, 0), RK_4(f, 4)
+#else
+#define RK_ALL(f) RK_4(f, 0)
+#endif
 #if defined(__clang__)
   const VecU low = __builtin_shufflevector(a, b, RK_ALL(RK_LOW));
   const VecU high = __builtin_shufflevector(a, b, RK_ALL(RK_HIGH));
@@ -159,6 +167,7 @@ static RK_INLINE void exchange(VecU& a, VecU& b) {
 #undef RK_LOW
 #undef RK_HIGH
 #undef RK_ALL
+#undef RK_4
   a = low;
   b = high;
 }
@@ -171,8 +180,8 @@ static RK_INLINE void exchange_all(VecU (&rows)[kLanes]) {
 }
 
 static RK_INLINE void transpose(VecU (&rows)[kLanes]) {
-  exchange_all<8>(rows);
-  exchange_all<4>(rows);
+  if constexpr (kLanes > 8) exchange_all<8>(rows);
+  if constexpr (kLanes > 4) exchange_all<4>(rows);
   exchange_all<2>(rows);
   exchange_all<1>(rows);
 }

@@ -6,6 +6,7 @@
 #include <limits>
 
 #define RK_ISA avx2
+#define RK_LANES 8
 // To the end of the file: templates are compiled with the options in force there. Nothing of the standard library may
 // follow, or its inline functions would be emitted for this instruction set and used by everyone.
 #if defined(__clang__)

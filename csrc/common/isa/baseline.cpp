@@ -2,6 +2,7 @@
 #include "common/tile_kernels.h"
 
 #define RK_ISA baseline
+#define RK_LANES 4
 #include "common/pack_tiles.h"
 #include "kl/linear_kl_tiles.h"
 #include "kl/penalty_rows.h"
