@@ -290,7 +290,7 @@ def measure(
         yield row | {"status": refused}
 
     turns = Turns(job, clock, runs)
-    expected_s = sum(row["first_s"] for _, row in able.values())
+    expected_s = sum(row["first_s"] for peer, row in able.values() if not peer.slow_start)  # theirs is compilation
     rounds = turns.measure(expected_s, seconds, most_rounds, pace)
     if "bare GEMMs" in turns.failed:  # nothing to compare with; most likely the device itself is gone
         raise CannotRun(f"bare GEMMs: {turns.failed['bare GEMMs']}")
