@@ -17,19 +17,21 @@ from benchmarks.measuring import Clock, measure, rates_of
 from benchmarks.record import ROOT, Results, environment, line_of
 
 # Nothing is measured of an op whose tests fail: which tests those are.
+LOGPROBS = [f"kernels/test_{name}.py" for name in ("linear_logprobs", "linear_logprobs_rows", "batch_invariance")]
 TESTS_OF = {
-    "linear_logprobs": ["test_linear_logprobs.py", "test_linear_logprobs_rows.py", "test_batch_invariance.py"],
-    "linear_kl": ["test_linear_kl.py"],
-    "linear_dpo_loss": ["test_linear_dpo.py"],
-    "grpo": ["test_linear_logprobs.py", "test_linear_logprobs_rows.py", "test_batch_invariance.py"],
-    "dpo_loss": ["test_dpo.py"],
-    "bradley_terry_loss": ["test_bradley_terry.py"],
-    "kl_penalty": ["test_kl_penalty.py"],
-    "dpo step": ["../trainer/test_dpo.py"],
+    "linear_logprobs": LOGPROBS,
+    "linear_kl": ["kernels/test_linear_kl.py"],
+    "linear_dpo_loss": ["kernels/test_linear_dpo.py"],
+    "grpo": LOGPROBS,
+    "dpo_loss": ["kernels/test_dpo.py"],
+    "bradley_terry_loss": ["kernels/test_bradley_terry.py"],
+    "kl_penalty": ["kernels/test_kl_penalty.py"],
+    "dpo step": ["trainer/test_dpo.py"],
 }
+SOURCES = ("csrc", "rlhf_kernels", "python", "tests/kernels", "tests/trainer")  # what they depend on
 JOB_SECONDS, MOST_ROUNDS = 20.0, 7  # turns of one job; slow contenders take fewer, but at least two
 SHOWN: list[str] = []
-STAMPS = ROOT / "build/bench"
+STAMPS, TESTS = ROOT / "build/bench", ROOT / "tests"
 
 
 def pytest_addoption(parser):
@@ -42,8 +44,7 @@ def pytest_addoption(parser):
 
 @functools.cache
 def sources() -> str:
-    """A hash of what the tests depend on."""
-    files = sorted(path for folder in ("csrc", "rlhf_kernels", "tests/kernels") for path in (ROOT / folder).rglob("*"))
+    files = sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*"))
     seen = hashlib.sha256(torch.__version__.encode())
     for path in files:
         if path.suffix in (".py", ".h", ".cpp", ".cu", ".so"):
@@ -53,18 +54,19 @@ def sources() -> str:
 
 @functools.cache
 def failing_tests(op: str) -> str:
-    """Empty if the op's tests pass; that is remembered until a source changes."""
-    stamp = STAMPS / f"green-{op.replace(' ', '-')}-{sources()}"
-    if stamp.exists():
+    """Empty if the op's tests pass; that is remembered, file by file, until a source changes."""
+    stamps = {TESTS / name: STAMPS / f"green-{name.replace('/', '-')}-{sources()}" for name in TESTS_OF[op]}
+    files = [str(path) for path, stamp in stamps.items() if not stamp.exists()]
+    if not files:
         return ""
-    files = [str(ROOT / "tests/kernels" / name) for name in TESTS_OF[op]]
     threads = {"OMP_NUM_THREADS": "1", "RLHF_KERNELS_REQUIRE_NATIVE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-disable", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, check=False)
     if done.returncode:
         return done.stdout[-2000:]
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    stamp.touch()
+    STAMPS.mkdir(parents=True, exist_ok=True)
+    for stamp in stamps.values():
+        stamp.touch()
     return ""
 
 
@@ -111,6 +113,8 @@ def take_turns(benchmark, keep, pytestconfig):
             for row in measure(job, Clock(job.device), **turns):
                 keep(row, section)
                 SHOWN.append(line_of(row))
+                if row["status"] != "measured" and row["contender"].partition(",")[0] in job.backends:
+                    pytest.fail(line_of(row))  # another that cannot is a finding; ours must
                 for name, ratio in row.get("over_native", {}).items():
                     benchmark.extra_info[f"{row['contender']}, {name}"] = ratio
         finally:

@@ -218,7 +218,8 @@ def native_memory_bytes(device: Device, shape: Shape, total: bool) -> float:
     kept = int(4 * shape.logits * shape.kept) if total else 0
     budget = CUDA_BUDGET_BYTES if device.l2_bytes else CPU_BUDGET_BYTES - kept  # kept on CUDA: what the budget was for
     plan = plan_of(device, shape, total, budget)
-    gathered = 0 if device.l2_bytes else shape.n * shape.d * shape.element_bytes
+    heads = 2 if shape.op == "linear_kl" else 1
+    gathered = 0 if device.l2_bytes else heads * shape.n * shape.d * shape.element_bytes
     return plan.scratch_bytes + kept + gathered + (4 * plan.rows * shape.d if total else 0)
 
 
@@ -360,7 +361,7 @@ def shape_of(row: dict, device: Device | None = None) -> Shape:
     shape = Shape(row["op"], counted, row["d"], row["v"], {"float32": 4, "float64": 8}.get(row["dtype"], 2))
     if row["contender"] != "native" or row["op"] == "linear_kl" or device is None or device.l2_bytes:
         return shape
-    kept = logits_to_keep(row["n"], row["v"], torch.device("cpu"))
+    kept = logits_to_keep(row["n"], row["v"], row["d"], torch.device("cpu"))
     return replace(shape, kept=min(1.0, kept / (ceil_div(counted, ROW_BLOCK) * ROW_BLOCK * row["v"])))
 
 

@@ -57,6 +57,7 @@ class PairLossJob:
     s: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     threads: int | None = None
+    backends: tuple[str, ...] = ("native",)
     rivals: bool = True
     peers: list[Peer] = field(default_factory=list)
     d: int = 0

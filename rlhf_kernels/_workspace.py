@@ -7,19 +7,20 @@ import torch
 from . import _extension
 
 PAD_ROWS, PAD_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h, kRowBlock and cached_vocab
+_NO_LIMIT = 1 << 50
 _DEFAULT_MIB = {"cpu": 64, "cuda": 256}
 _budget_mib: int | None = None
 
 
 def set_workspace_budget(mebibytes: int | None) -> None:
-    """Bounds the scratch memory of one call, cached logit tiles included.
+    """Bounds the scratch memory of one call, kept logits included.
 
     Args:
         mebibytes: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
-            GEMM of four: on CPU as many as fit half of the budget, if that is an eighth of them or more; on CUDA all
-            or none, in three quarters of it; under torch.compile none. Each call that waits for its backward holds its
-            own.
+            GEMM of four: on CPU as many as fit half of the budget beside what backward needs, if that is an eighth of
+            them or more; on CUDA all or none, in three quarters of it; under torch.compile none. Each call that waits
+            for its backward holds its own.
 
     Raises:
         TypeError, ValueError: not a whole number, or below 8.
@@ -42,15 +43,18 @@ def workspace_budget_bytes(device: torch.device) -> int:
     return workspace_budget_mib(device.type) << 20
 
 
-def logits_to_keep(rows: int, vocab: int, device: torch.device) -> int:
+def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device) -> int:
     """How many fp32 logits a native forward keeps for backward: see `set_workspace_budget`. None in a traced graph,
     which serves several numbers of rows."""
     if torch.compiler.is_compiling():
         return 0
-    budget = workspace_budget_bytes(device) // 4
-    padded = -(-rows // PAD_ROWS) * PAD_ROWS * vocab
-    if device.type == "cpu":
-        half = budget // 2
-        return min(padded, half) if padded <= 8 * half else 0
-    whole = rows * (-(-vocab // PAD_COLUMNS) * PAD_COLUMNS)
-    return whole if whole <= budget * 3 // 4 else 0
+    budget = workspace_budget_bytes(device)
+    if device.type != "cpu":
+        whole = rows * (-(-vocab // PAD_COLUMNS) * PAD_COLUMNS)
+        return whole if 4 * whole <= budget * 3 // 4 else 0
+    # Backward must find the room it would have had, however few of the rows count: a smaller plan would be slower, and
+    # would add up gradients in another order. It takes three quarters of what is there.
+    *_, scratch = _extension.module().plan_backward(rows, vocab, width, 4, _NO_LIMIT)
+    room = min(budget // 2, budget - scratch * 4 // 3) // 4
+    logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab
+    return min(logits, room) if logits <= 8 * room else 0

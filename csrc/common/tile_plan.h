@@ -10,7 +10,7 @@ namespace rk {
 
 constexpr int64_t kTilesPerSplit = 8;
 
-// Floats of a row, or rows of a tile, of kept logits: a multiple of 256 bytes apart.
+// Floats of a row of logits that are kept for backward on CUDA: rows start a multiple of 256 bytes apart.
 constexpr int64_t cached_vocab(int64_t vocab) { return (vocab + 63) / 64 * 64; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

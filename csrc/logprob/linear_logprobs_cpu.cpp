@@ -221,6 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
+  TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
   const Tensor cache = lazily_zeroed(kept_logits);
   const auto kept = KeptLogits::of(cache, rows, weight.size(0));
 
@@ -261,7 +262,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
   const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
   TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
-                    "logit_cache must be flat and float32, got ", logit_cache.sizes());
+                    "logit_cache must be flat and float32, got ", logit_cache.sizes(), " of ",
+                    logit_cache.scalar_type());
   const auto kept = KeptLogits::of(logit_cache, rows, weight.size(0));
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
 

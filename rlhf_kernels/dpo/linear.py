@@ -59,8 +59,8 @@ def linear_dpo_loss(
         temperature, logit_scale, logit_softcap, backend: as in `linear_logprobs`, for policy and reference alike.
 
     Returns:
-        LinearDPOLoss. Where the logits of all sequences fit the workspace budget in fp32, they are kept for backward
-        and one GEMM of four is saved (native; see `set_workspace_budget`).
+        LinearDPOLoss. `set_workspace_budget` says which logits are kept for backward, which saves up to one GEMM of
+        four (native).
 
     Raises:
         ValueError: odd S without index pairs, both or no references, P = 0, and as `dpo_loss`.

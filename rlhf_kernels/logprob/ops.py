@@ -31,7 +31,8 @@ def linear_logprobs(
     """Same contract as `reference.linear_logprobs`, through the compiled op or the Triton op."""
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     keep = backend == "native" and differentiable
-    kept = _workspace.logits_to_keep(hidden.shape[0], weight.shape[0], hidden.device) if keep else 0
+    vocab, width = weight.shape
+    kept = _workspace.logits_to_keep(hidden.shape[0], vocab, width, hidden.device) if keep else 0
     wanted = [name in outputs for name in OPTIONAL_OUTPUTS]
     arguments = (hidden, weight, targets, bias, *transform, ignore_index, gemm, *wanted, kept)
     if backend == "triton":

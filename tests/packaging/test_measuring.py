@@ -109,14 +109,16 @@ def test_peak_memory_on_a_cpu():
 def test_an_op_whose_tests_fail_is_not_measured(tmp_path, monkeypatch):
     (tmp_path / "test_red.py").write_text("def test_red():\n    assert 1 == 2\n")
     (tmp_path / "test_green.py").write_text("def test_green():\n    pass\n")
-    red, green = str(tmp_path / "test_red.py"), str(tmp_path / "test_green.py")
-    monkeypatch.setattr(suites, "TESTS_OF", {"red": [red], "green": [green]})
+    red, green = "test_red.py", "test_green.py"
+    monkeypatch.setattr(suites, "TESTS", tmp_path)
+    monkeypatch.setattr(suites, "TESTS_OF", {"red": [green, red], "green": [green]})
     monkeypatch.setattr(suites, "STAMPS", tmp_path / "stamps")
     assert "assert 1 == 2" in suites.failing_tests("red")
     assert suites.failing_tests("green") == ""
     (tmp_path / "test_green.py").unlink()
     suites.failing_tests.cache_clear()
-    assert suites.failing_tests("green") == "", "it is remembered"
+    assert suites.failing_tests("green") == "", "it is remembered, file by file"
+    assert "assert 1 == 2" in suites.failing_tests("red")
 
 
 def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):

@@ -150,6 +150,16 @@ def test_machine_versions_commit_and_date_are_said(page):
     assert "## Some GPU\n" in text and "memory mib 81920" in text
 
 
+def test_what_nobody_measured_is_said(page, tmp_path):
+    text, _ = page
+    assert "Missing, until somebody measures it: a CPU that multiplies 16-bit numbers fast" in text
+    assert "the heads of GPT-2, Qwen 3 4B, Gemma 2 2B, Llama 3 8B." in text
+    heads = [native(model=model) for model in ("GPT-2", "Qwen 3 4B", "Gemma 2 2B", "Llama 3 8B")]
+    everything = cpu() | {"device": {"device": "Some CPU", "cpu_isa": "avx512"}, "rows": heads}
+    assert "a GPU (" in written(tmp_path / "cpu", cpu=everything)
+    assert "Missing" not in written(tmp_path / "both", cpu=everything, gpu=gpu())
+
+
 def test_targets_hold_or_are_missed(page):
     table = page[0].split("### Targets")[1].split("\n#")[0]
     assert "2 hold, 4 missed." in table
