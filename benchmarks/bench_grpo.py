@@ -10,4 +10,4 @@ def test_gpt2(measure):
 
 def test_qwen(measure):
     model, n, d, v, _ = HEADS[1]
-    measure(cpu_job("grpo", n, d, v, sequences=(8, n // 8), model=model), peaks=True)
+    measure(cpu_job("grpo", n, d, v, sequences=(8, n // 8), model=model))

@@ -17,6 +17,8 @@ HEADS = [
     ("Gemma 2 2B", 128, 2304, 256000, 30.0),
     ("Llama 3 8B", 128, 4096, 128256, None),
 ]
+# Peak memory takes a fresh process a contender, and each makes a head: of those of 2 GB it is measured with DPO alone.
+SMALLEST = HEADS[0][0]
 TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full speed, small enough to stay in cache
 
 
