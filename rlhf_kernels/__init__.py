@@ -4,23 +4,40 @@ from ._dispatch import available_backends
 from ._extension import build_info
 from ._workspace import set_workspace_budget
 from .bradley_terry import bradley_terry_loss
-from .dpo import DPOLoss, LinearDPOLoss, dpo_loss, linear_dpo_loss
+from .dpo import (
+    BCOLoss,
+    DPOLoss,
+    KTOLoss,
+    LinearDPOLoss,
+    ORPOLoss,
+    bco_loss,
+    dpo_loss,
+    kto_loss,
+    linear_dpo_loss,
+    orpo_loss,
+)
 from .kl import kl_penalty, linear_kl
 from .logprob import LinearLogprobs, SequenceLogprobs, linear_logprobs, sequence_logprobs
 
 __all__ = [
+    "BCOLoss",
     "DPOLoss",
+    "KTOLoss",
     "LinearDPOLoss",
     "LinearLogprobs",
+    "ORPOLoss",
     "SequenceLogprobs",
     "available_backends",
+    "bco_loss",
     "bradley_terry_loss",
     "build_info",
     "dpo_loss",
     "kl_penalty",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_kl",
     "linear_logprobs",
+    "orpo_loss",
     "sequence_logprobs",
     "set_workspace_budget",
 ]

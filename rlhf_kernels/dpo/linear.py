@@ -55,7 +55,7 @@ def linear_dpo_loss(
         ref_logps: [S] precomputed sums under the reference; or else ref_hidden [S, T, D'] and ref_weight [V, D'] (and
             ref_bias), from which they are computed without gradient. Neither for reference-free types.
         chosen_idxs, rejected_idxs: [P] int64 pairs; default: first half chosen, second half rejected.
-        beta, loss_type, label_smoothing, gamma: as in `dpo_loss`.
+        beta, loss_type, label_smoothing, gamma: as in `dpo_loss`, every type of it.
         temperature, logit_scale, logit_softcap, backend: as in `linear_logprobs`, for policy and reference alike.
 
     Returns:

@@ -35,7 +35,8 @@ def dpo_loss(
 ) -> DPOLoss:
     r"""Direct preference optimisation over pairs of responses, each response computed once.
 
-    With h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected) and eps = label_smoothing:
+    With the log-ratios w = (log pi - log pi_ref)(chosen) and l = (log pi - log pi_ref)(rejected), h = w - l and
+    eps = label_smoothing:
 
         sigmoid   -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)
         hinge     max(0, 1 - beta h)
@@ -43,6 +44,14 @@ def dpo_loss(
         ipo_mean  the same, each log-ratio divided by its number of tokens
         robust    (-(1 - eps) log sigma(beta h) + eps log sigma(-beta h)) / (1 - 2 eps)
         simpo     sigmoid's, of h - gamma; h of token means, no reference
+        apo_zero  1 - sigma(beta w) + sigma(beta l): chosen up, rejected down
+        apo_down  sigma(beta w) + 1 - sigma(beta h): both down, rejected further
+        sppo      (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2, the winning probabilities taken as 1 and 0
+        nca       -log sigma(beta w) - 1/2 log sigma(-beta w) - 1/2 log sigma(-beta l)
+        exo       q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps), q = sigma(beta h)
+        aot       sigmoid's, of u - v: u = log pi(chosen) - log pi(rejected), and v the reference's such margin that
+                  has the rank of u in the batch
+        discopop  -sigma(-beta h / tau) log sigma(beta h) + sigma(beta h / tau) exp(-beta h), tau = 0.05
 
     The gradient of "sigmoid" is -beta sigma(-mu) (grad log pi(chosen) - grad log pi(rejected)), mu = beta h.
 
@@ -51,24 +60,33 @@ def dpo_loss(
         ref_logps: [S] of the reference; None for reference-free types (simpo), and only for those.
         chosen_idxs, rejected_idxs: [P] int64 into [0, S). One response may serve in many pairs: four ranked responses
             make six pairs.
-        beta: >= 0; > 0 for ipo and ipo_mean. At 0 the sigmoid loss is log 2 with zero gradient.
+        beta: >= 0; > 0 for ipo, ipo_mean and sppo, whose targets are 1 / (2 beta). At 0 the other losses are constants
+            with zero gradient, log 2 for sigmoid.
         loss_type: see above.
-        label_smoothing: eps in [0, 0.5), for sigmoid, robust and simpo.
+        label_smoothing: eps in [0, 0.5), for sigmoid, robust, simpo, aot and exo. exo takes log(eps) and needs it
+            positive; its paper has 1e-3.
         token_counts: [S] number of response tokens, for ipo_mean and simpo.
         gamma: SimPO's target margin in units of beta (its gamma/beta ratio).
         backend: "auto", "reference", "native" or "triton".
 
     Returns:
-        DPOLoss(losses [P], rewards [S] detached), fp32 (fp64 for fp64 inputs), nats.
+        DPOLoss(losses [P], rewards [S] detached), fp32 (fp64 for fp64 inputs), nats. A pair's loss depends on that pair
+        alone but for aot, which sorts the margins: there every pair of the call counts (its mean is the paper's loss,
+        and that of two half batches is another), losses[p] belongs to the policy's margin of pair p, ties go by
+        position, and one NaN shifts the ranks of all.
 
     Raises:
-        ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range.
+        ValueError: shapes, unknown type, a missing or superfluous reference, constants out of range or undefined for
+            the type.
         TypeError: unsupported dtype. IndexError: an index outside [0, S); on a GPU, where looking would wait for the
             device, its pair's loss is NaN instead (native, triton).
 
     Source: sigmoid: Rafailov et al. (2023), arXiv:2305.18290, eq. 7, and with eps Mitchell's cDPO; hinge: SLiC-HF,
     arXiv:2305.10425, and RSO, arXiv:2309.06657; ipo: Azar et al. (2023), arXiv:2310.12036, eq. 17; robust: Chowdhury et
-    al. (2024), arXiv:2403.00409, eq. 12; simpo: Meng et al. (2024), arXiv:2405.14734, eq. 6.
+    al. (2024), arXiv:2403.00409, eq. 12; simpo: Meng et al. (2024), arXiv:2405.14734, eq. 6; apo_zero, apo_down:
+    D'Oosterlinck et al. (2024), arXiv:2408.06266, eq. 7 and 8; sppo: Wu et al. (2024), arXiv:2405.00675, eq. 4.7; nca:
+    Chen et al. (2024), arXiv:2402.05369, for pairs; exo: Ji et al. (2024), arXiv:2402.00856, eq. 16; aot: Melnyk et al.
+    (2024), arXiv:2406.05882, for paired data; discopop: Lu et al. (2024), arXiv:2406.08414, eq. 5.
     """
     check_loss_options(beta, loss_type, label_smoothing, gamma)
     kind = reference.LOSS_TYPES[loss_type]
@@ -83,7 +101,7 @@ def dpo_loss(
         raise ValueError(f"loss_type={loss_type!r} is length-normalised and needs token_counts [S]")
     if token_counts is not None and token_counts.shape != policy_logps.shape:
         raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
-    _check_pairs(chosen_idxs, rejected_idxs, size)
+    check_pairs(chosen_idxs, rejected_idxs, size)
     check_same_device(
         policy_logps=policy_logps, ref_logps=ref_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs,
         token_counts=token_counts,
@@ -117,17 +135,19 @@ def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamm
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0, got {beta}")
     if kind.positive_beta and beta == 0:
-        raise ValueError(f"loss_type={loss_type!r} is undefined at beta=0: it aims at a margin of 1 / (2 beta)")
+        raise ValueError(f"loss_type={loss_type!r} is undefined at beta=0: its target is 1 / (2 beta)")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_smoothing and not kind.smoothing:
         able = ", ".join(name for name, k in reference.LOSS_TYPES.items() if k.smoothing)
         raise ValueError(f"label_smoothing is defined for {able}; loss_type={loss_type!r} takes 0")
+    if kind.needs_smoothing and not label_smoothing:
+        raise ValueError(f"loss_type={loss_type!r} needs label_smoothing > 0, as it takes the logarithm; 1e-3 is usual")
     if not -math.inf < gamma < math.inf:
         raise ValueError(f"gamma must be finite, got {gamma}")
 
 
-def _check_pairs(chosen: Tensor, rejected: Tensor, size: int) -> None:
+def check_pairs(chosen: Tensor, rejected: Tensor, size: int) -> None:
     for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
         if idxs.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {idxs.dtype}")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from rlhf_kernels.dpo.reference import LOSS_TYPES
 
 EXAMPLES = int(os.environ.get("RLHF_KERNELS_FUZZ_EXAMPLES", "300"))
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture], "print_blob": True}
@@ -158,7 +159,8 @@ def check_pairs(backend, device, size, pairs, beta, eps, loss_type, dtype, seed,
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = (torch.randint(size, (pairs,), generator=generator).to(device) for _ in range(2))
     counts = torch.randint(0, 9, (size,), generator=generator).to(device)
-    eps = eps if loss_type in ("sigmoid", "robust", "simpo") else 0.0
+    kind = LOSS_TYPES[loss_type]
+    eps = max(eps, 1e-3 * kind.needs_smoothing) if kind.smoothing else 0.0
     upstream = T.randn(pairs, seed=seed + 2, device=device)
 
     def dpo(policy, ref, backend):
@@ -194,7 +196,7 @@ pair_cases = given(
     pairs=st.integers(0, 200),
     beta=st.sampled_from([0.01, 0.1, 1.0, 5.0]),
     eps=st.sampled_from([0.0, 0.1, 0.49]),
-    loss_type=st.sampled_from(["sigmoid", "ipo", "ipo_mean", "robust", "simpo"]),  # hinge has a kink
+    loss_type=st.sampled_from([t for t in LOSS_TYPES if t not in ("hinge", "aot")]),  # a kink; ranks that fp32 ties
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
     scale=st.sampled_from([1e-3, 1.0, 100.0]),

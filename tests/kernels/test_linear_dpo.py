@@ -9,11 +9,12 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from rlhf_kernels.dpo.reference import LOSS_TYPES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TYPES = ["sigmoid", "hinge", "ipo", "ipo_mean", "robust", "simpo"]
+TYPES = list(LOSS_TYPES)
 SHAPES = [  # S, T, D, V
     (2, 2, 8, 5),  # one pair, one predicted token each
     (4, 17, 33, 129),  # odd; 68 rows: two row tiles that cut sequences
@@ -45,7 +46,7 @@ class Batch:
 
 
 def options_of(loss_type):
-    return {"loss_type": loss_type, "label_smoothing": 0.2 if loss_type in ("sigmoid", "robust", "simpo") else 0.0}
+    return {"loss_type": loss_type, "label_smoothing": 0.2 if LOSS_TYPES[loss_type].smoothing else 0.0}
 
 
 def plain_loss(leaves, batch, ref_logps, pairs, *, dtype, beta, head_options=None, **options):
