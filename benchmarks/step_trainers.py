@@ -111,7 +111,7 @@ def plain_loop() -> Callable[[Run], list[float]]:
     def train(run: Run) -> list[float]:
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         lengths = {"max_prompt_length": run.max_length - 1, "max_length": run.max_length}
-        pairs = load_pairs(run.data, tokenizer, split="train", **lengths).pairs
+        pairs = load_pairs(run.data, tokenizer, split="train", **lengths).examples
         batches = [collate([pairs[i] for i in rows], tokenizer.pad_token_id) for rows in batches_of(run)]
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0, fused=run.fused_adamw)

@@ -1,4 +1,4 @@
-"""Which pairs train together. The plan is made once, so that the reference sees the very same batches and padding."""
+"""What trains together. The plan is made once, so that a reference sees the very same batches and padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-MicroBatch = list[int]  # positions of pairs in the data
+MicroBatch = list[int]  # positions of examples in the data
 
 
 class Share(NamedTuple):
@@ -18,20 +18,39 @@ class Share(NamedTuple):
 
 
 def plan_batches(
-    lengths: Sequence[int], batch_size: int, micro_batch_size: int, seed: int | None
+    lengths: Sequence[int],
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int | None,
+    sizes: Sequence[int] | None = None,
 ) -> list[list[MicroBatch]]:
     """lengths [N] -> batches of micro-batches that partition range(N); shuffled by `seed`, or in order for None.
 
-    What is in a batch depends on the seed and batch_size only. Within a batch, pairs of like length share a
-    micro-batch: that spares padding and leaves the batch's mean what it is.
+    What is in a batch depends on the seed and batch_size only. Within a batch, examples of like length share a
+    micro-batch: that spares padding and leaves the batch's mean what it is. sizes [N]: what each counts for in
+    batch_size and micro_batch_size, as a prompt with several pairs does; 1 unless given.
     """
     count = len(lengths)
-    order = torch.arange(count) if seed is None else torch.randperm(count, generator=_generator(seed))
+    sizes = [1] * count if sizes is None else sizes
+    order = range(count) if seed is None else torch.randperm(count, generator=_generator(seed)).tolist()
     batches = []
-    for batch in order.split(batch_size):
-        by_length = sorted(batch.tolist(), key=lambda i: (lengths[i], i))
-        batches.append([by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)])
+    for batch in _filled(order, sizes, batch_size):
+        by_length = sorted(batch, key=lambda i: (lengths[i], i))
+        batches.append(_filled(by_length, sizes, micro_batch_size))
     return batches
+
+
+def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[int]]:
+    """`order` cut where the next one would exceed `room`; one that exceeds it alone stands alone."""
+    parts: list[list[int]] = []
+    left = 0
+    for i in order:
+        if not parts or sizes[i] > left:
+            parts.append([])
+            left = room
+        parts[-1].append(i)
+        left -= sizes[i]
+    return parts
 
 
 def epoch_order(batch_count: int, seed: int, epoch: int) -> list[int]:
@@ -41,14 +60,17 @@ def epoch_order(batch_count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(batch_count, generator=_generator(seed + epoch)).tolist()
 
 
-def share_of_process(batch: list[MicroBatch], rank: int, world: int) -> list[Share]:
+def share_of_process(
+    batch: list[MicroBatch], rank: int, world: int, counts: Sequence[float] | None = None
+) -> list[Share]:
     """The micro-batches of one process of `world`, each weighted so that the sum over all of them is the batch's mean.
 
-    Every process must run equally many forward passes, or the others would wait for it forever. Where micro-batches
-    do not divide evenly, the missing ones repeat the first with weight 0.
+    The mean is over what `counts` [N] counts: pairs, tokens; examples unless given. Every process must run equally many
+    forward passes, or the others would wait for it forever. Where micro-batches do not divide evenly, the missing ones
+    repeat the first with weight 0.
     """
-    pairs = sum(len(micro) for micro in batch)
-    shares = [Share(micro, len(micro) / pairs) for micro in batch]
+    parts = [len(micro) if counts is None else sum(counts[i] for i in micro) for micro in batch]
+    shares = [Share(micro, part / sum(parts)) for micro, part in zip(batch, parts, strict=True)]
     shares += [Share(batch[0], 0.0)] * (-len(shares) % world)
     return shares[rank::world]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import UsageError
 
 # Every run writes its configuration under this name first, so that a folder can be told to be a run's.
 CONFIG_FILE = "rlhf_config.yaml"
+MAY_DIFFER = ("overwrite", "resume", "save_steps", "report_to", "run_name")  # between a run and its resumption
 
 
 def partial_folder(output_dir: str | Path) -> Path:
@@ -19,17 +21,18 @@ def partial_folder(output_dir: str | Path) -> Path:
     return output_dir.with_name(output_dir.name + ".partial")
 
 
-def check_free(output_dir: str | Path, overwrite: bool) -> None:
+def check_free(output_dir: str | Path, overwrite: bool, resume: bool = False) -> None:
     """Raises UsageError if a run into `output_dir` would replace anything it may not replace."""
     output_dir, partial = Path(output_dir).absolute(), partial_folder(output_dir)
-    if not is_taken(output_dir) and not partial.exists():
+    if not is_taken(output_dir) and (resume or not partial.exists()):
         return
     if not overwrite:
         if is_taken(output_dir):
             raise UsageError(f"output_dir {output_dir} exists; choose another one, or pass --overwrite to replace it")
         raise UsageError(
             f"{partial} is there: a run into {output_dir} is going on, or stopped before its end (its metrics are in "
-            "that folder). Choose another output_dir, or pass --overwrite to delete what it left"
+            "that folder). Pass --resume to go on with it, choose another output_dir, or pass --overwrite to delete "
+            "what it left"
         )
     for folder in (output_dir, partial):
         if is_taken(folder) and not (folder / CONFIG_FILE).is_file():
@@ -44,15 +47,40 @@ def is_taken(path: Path) -> bool:
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def open_output(output_dir: str | Path, overwrite: bool, config_text: str) -> Path:
-    """Makes the folder a run works in and returns it. What `output_dir` holds stays there until `commit_output`."""
-    check_free(output_dir, overwrite)
+def open_output(output_dir: str | Path, overwrite: bool, config_text: str, resume: bool = False) -> Path:
+    """Makes the folder a run works in and returns it; with `resume`, the one that a stopped run left, if any. What
+    `output_dir` holds stays there until `commit_output`."""
+    check_free(output_dir, overwrite, resume)
     partial = partial_folder(output_dir)
+    if partial.exists() and resume:
+        check_same_config(partial, config_text)
+        return partial
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)  # fails if another run has just made it
     (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
     return partial
+
+
+def is_finished(output_dir: str | Path, config_text: str) -> bool:
+    """Whether the very run that is asked for has been here already."""
+    if not (Path(output_dir) / CONFIG_FILE).is_file():
+        return False
+    check_same_config(Path(output_dir), config_text)
+    return True
+
+
+def check_same_config(folder: Path, config_text: str) -> None:
+    """Raises UsageError unless the run that left `folder` was told the same, but for files and logs."""
+    try:
+        then, now = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")), yaml.safe_load(config_text)
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{folder / CONFIG_FILE}: cannot tell what the run there was told: {error}") from error
+    then = then if isinstance(then, dict) else {}
+    other = [key for key in {**then, **now} if key not in MAY_DIFFER and then.get(key) != now.get(key)]
+    if other:
+        said = ", ".join(f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in other)
+        raise UsageError(f"{folder} is of another run, so --resume cannot go on with it ({said})")
 
 
 def commit_output(output_dir: str | Path, overwrite: bool) -> Path:

@@ -1,45 +1,49 @@
-"""The command line: `rlhf dpo --config x.yaml [--flag value ...]` and `rlhf demo`."""
+"""The command line: `rlhf STAGE --config x.yaml [--flag value ...]`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
+from . import config
 from .errors import UsageError
 
 
-def run_dpo(argv: Sequence[str]) -> None:
-    from .config import DPOConfig, parse_config
+class Command(NamedTuple):
+    """`module`.`function` takes a `config`; it is imported when the flags are known good, as torch takes seconds."""
 
-    config = parse_config(DPOConfig, argv, "rlhf dpo", "Train a language model on pairs of preferred responses (DPO).")
-    from transformers.utils import logging
+    config: type
+    module: str
+    function: str
+    summary: str
 
-    from .dpo import train_dpo  # torch takes seconds to import: not before the flags are known good
+    def run(self, name: str, argv: Sequence[str]) -> None:
+        from .config_file import parse_config
 
-    logging.disable_progress_bar()  # a run shows one bar, its own
-    train_dpo(config)
+        given = parse_config(self.config, argv, f"rlhf {name}", f"{self.summary[0].upper()}{self.summary[1:]}.")
+        from transformers.utils import logging
 
-
-def run_demo(argv: Sequence[str]) -> None:
-    from .config import DemoConfig, parse_config
-
-    config = parse_config(DemoConfig, argv, "rlhf demo", "See DPO raise a known reward, from scratch, in two minutes.")
-    from transformers.utils import logging
-
-    from .demo import run
-
-    logging.disable_progress_bar()
-    run(config)
+        logging.disable_progress_bar()  # a run shows one bar, its own
+        function: Callable[[Any], object] = getattr(import_module(f".{self.module}", __package__), self.function)
+        function(given)
 
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "dpo": (run_dpo, "train a model on a file of preferences with DPO"),
-    "demo": (run_demo, "two minutes on a CPU: a tiny model, a hidden reward, DPO, before and after"),
-}
+COMMANDS = {
+    "sft": Command(config.SFTConfig, "sft", "train_sft", "fine-tune a model on conversations or demonstrations"),
+    "reward": Command(config.RewardConfig, "reward_model", "train_reward", "train a reward model on preferences"),
+    "sample": Command(config.SampleConfig, "sampling", "sample", "write completions of prompts with some models"),
+    "reject": Command(config.RejectConfig, "rejection", "reject", "keep the completions a reward model likes best"),
+    "dpo": Command(config.DPOConfig, "dpo", "train_dpo", "train a model on a file of preferences with DPO"),
+    "evaluate": Command(config.EvaluateConfig, "evaluate", "evaluate", "win rate, reward, KL, length on new prompts"),
+    "demo": Command(config.DemoConfig, "demo", "run", "the pipeline on a CPU in minutes, with a known reward"),
+}  # fmt: skip
 
 
 def usage() -> str:
-    commands = "\n".join(f"  {name:<6} {summary}" for name, (_, summary) in COMMANDS.items())
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: rlhf COMMAND [--config file.yaml] [--flag value ...]\n\n{commands}\n\n"
         "rlhf COMMAND --help lists its flags."
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlhf: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
-        COMMANDS[name][0](rest)
+        COMMANDS[name].run(name, rest)
     except UsageError as error:
         print(f"rlhf {name}: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The demo's picture: the curves of metrics.jsonl, and the hidden rewards before and after."""
+"""The demo's picture: the curves of metrics.jsonl, and the hidden rewards of what each model writes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY = "#2166ac", "#d6604d", "#7f7f7f"
+GREEN = "#4d9221"
 
 
-def draw_curves(metrics_file: Path, before: list[int], after: list[int], path: Path) -> None:
+def draw_curves(metrics_file: Path, hidden_rewards: dict[str, list[int]], path: Path) -> None:
     """Four panels: loss, implicit rewards, accuracy over steps; the distribution of the hidden reward."""
     records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
@@ -38,7 +39,7 @@ def draw_curves(metrics_file: Path, before: list[int], after: list[int], path: P
                       fontsize=9)  # fmt: skip
     accuracy.set(title="Pairs whose chosen review has the larger implicit reward", xlabel="step", ylim=(0.4, 1))
 
-    _histogram(hidden, before, after)
+    _histogram(hidden, hidden_rewards)
     for axes in (loss, rewards, accuracy, hidden):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,10 +55,12 @@ def _lines(axes: Axes, records: list[dict], series: dict[str, tuple[str, str]], 
         axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
 
 
-def _histogram(axes: Axes, before: list[int], after: list[int]) -> None:
-    for rewards, color, label, shift in ((before, ORANGE, "before", -0.2), (after, BLUE, "after", 0.2)):
+def _histogram(axes: Axes, hidden_rewards: dict[str, list[int]]) -> None:
+    width = 0.8 / len(hidden_rewards)
+    for k, ((name, rewards), color) in enumerate(zip(hidden_rewards.items(), (ORANGE, GREEN, BLUE), strict=False)):
         counts, mean = Counter(rewards), sum(rewards) / len(rewards)
         values = sorted(counts)
-        axes.bar([v + shift for v in values], [counts[v] / len(rewards) for v in values], width=0.4, color=color,
-                 label=f"{label} DPO, mean {mean:+.2f}")  # fmt: skip
+        left = [value + (k - (len(hidden_rewards) - 1) / 2) * width for value in values]
+        axes.bar(left, [counts[v] / len(rewards) for v in values], width=width, color=color,
+                 label=f"{name}, mean {mean:+.2f}")  # fmt: skip
     axes.set(title="Hidden reward of sampled reviews, held-out prompts", xlabel="reward", ylabel="share of reviews")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,29 @@ def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
 class MetricsLog:
     """Writes each step's metrics to `folder`/metrics.jsonl, the trackers, and the progress bar, on the main process."""
 
-    def __init__(self, folder: Path, accelerator: Accelerator, total_steps: int, run_name: str, config: dict) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        total_steps: int,
+        run_name: str,
+        config: dict,
+        done_steps: int = 0,
+        kept_bytes: int = 0,
+    ) -> None:
+        """done_steps, kept_bytes: of a run that goes on; what its metrics say beyond `kept_bytes` is written again."""
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         if accelerator.log_with:
             plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
             accelerator.init_trackers(run_name, config=plain)
-        self.file = (folder / "metrics.jsonl").open("x", encoding="utf-8") if self.is_main else None
-        self.bar = tqdm(total=total_steps, desc=run_name, unit="step", disable=not self.is_main)
+        self.file = None
+        if self.is_main:
+            path = folder / "metrics.jsonl"
+            path.touch()
+            os.truncate(path, kept_bytes)
+            self.file = path.open("a", encoding="utf-8")
+        self.bar = tqdm(total=total_steps, initial=done_steps, desc=run_name, unit="step", disable=not self.is_main)
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         if self.file is not None:
@@ -49,6 +65,9 @@ class MetricsLog:
             self.file.flush()
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=step)
+
+    def bytes_written(self) -> int:
+        return 0 if self.file is None else os.fstat(self.file.fileno()).st_size
 
     def advance(self, **shown: Any) -> None:
         self.bar.set_postfix(shown, refresh=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .data import Batch, Pair
+from .config import TrainConfig
+from .data import Batch
 from .errors import UsageError
 
 Result = TypeVar("Result")
@@ -40,7 +42,7 @@ def load_causal_lm(
     name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A causal LM with fp32 weights, dropout off. Updates at a learning rate of 1e-6 vanish in bf16 weights."""
-    _check_local(name, key)
+    check_local(name, key)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -58,17 +60,48 @@ def load_causal_lm(
 
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    _check_local(name, key)
+    check_local(name, key)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(f"{key}: cannot load a tokenizer from {name!r}: {error}") from error
 
 
-def _check_local(name: str, key: str) -> None:
+def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The one that is asked for, or the model's."""
+    key = "model_name_or_path" if config.tokenizer_name_or_path is None else "tokenizer_name_or_path"
+    return load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Embeddings for tokens that were added to the tokenizer, near the mean of those that are there: logits of the old
+    tokens stay what they were, and a new one is as likely as an average one."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def end_where_tokenizer_does(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """So that generation stops at the end of a turn also where the chat template brought another one."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        if config is not None:
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def check_local(name: str, key: str) -> None:
     """A hub id is `name` or `owner/name`; a path that is neither that nor there would only be looked for in vain."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"{key}: no such folder: {name}")
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Inside, transformers does not tell which weights are new: the caller does, where it matters."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def turn_dropout_off(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,7 +132,9 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], source: str) -> None:
+def check_fit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int], lengths: Sequence[int], source: str
+) -> None:
     """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values())
@@ -110,10 +145,10 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs:
             "the model's embeddings and save it."
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(pairs, key=lambda pair: pair.length)
-    if positions is not None and longest.length > positions:
+    longest = max(range(len(lengths)), key=lambda i: lengths[i])
+    if positions is not None and lengths[longest] > positions:
         raise UsageError(
-            f"{source}, row {longest.row}: {longest.length} tokens, but the model has {positions} positions; set "
+            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; set "
             f"max_length to at most {positions}"
         )
 
@@ -202,8 +237,14 @@ class FusedLM(nn.Module):
             torch.autocast(device, torch.bfloat16, enabled=self.bf16),
             _computing_in_head(head, in_place_of_logits) as results,
         ):
-            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            self.model(**inputs_of(batch), use_cache=False)
         return _only_call(results, self.model)
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
 
 
 @contextmanager

@@ -21,58 +21,63 @@ from tqdm.auto import tqdm
 import rlhf_kernels as rk
 
 from .batching import MicroBatch, share_of_process
-from .data import Batch, Pair
 from .models import FusedLM, LMHead
+from .preferences import Group, PairBatch
 
-LAYOUT = 1  # of this file's cache; raise it when what is stored changes its meaning
+LAYOUT = 2  # of this file's cache; raise it when what is stored changes its meaning
 
 
 def reference_logprobs(
     reference: nn.Module,
-    pairs: list[Pair],
+    groups: list[Group],
     plan: list[list[MicroBatch]],
-    batch_of: Callable[[MicroBatch], Batch],
+    batch_of: Callable[[MicroBatch], PairBatch],
     accelerator: Accelerator,
     cache_dir: Path,
     key: str,
-) -> Tensor:
-    """log pi_ref of each response, [N, 2] (chosen, rejected) fp32 in nats, from the cache or by one pass over the plan.
+) -> list[Tensor]:
+    """log pi_ref of each group's responses, [K] fp32 in nats each, from the cache or by one pass over the plan.
 
     `reference` is a FusedLM, wrapped or not.
     """
     path = cache_dir / f"{key}.safetensors"
+    sizes = [len(group.responses) for group in groups]
     # One process looks, and all follow it: a file may appear between two looks.
-    found = _load(path, len(pairs)) if accelerator.is_main_process else None
+    found = _load(path, sum(sizes)) if accelerator.is_main_process else None
     known = accelerator.reduce(torch.tensor(float(found is not None), device=accelerator.device), "sum").item() > 0
-    totals = torch.zeros(len(pairs), 2, device=accelerator.device)
+    totals = torch.zeros(sum(sizes), device=accelerator.device)
     if known:
         if found is not None:
             totals = found.to(accelerator.device)
-        return accelerator.reduce(totals, "sum")
+        return list(accelerator.reduce(totals, "sum").split(sizes))
 
+    parts = totals.split(sizes)  # views
     rank, world = accelerator.process_index, accelerator.num_processes
     shares = [share for batch in plan for share in share_of_process(batch, rank, world)]
     for share in tqdm(shares, desc="reference", unit="batch", leave=False, disable=not accelerator.is_main_process):
         logps = sequence_logprobs(reference, batch_of(share.indices))
         if share.weight > 0:  # a repeated micro-batch must not count twice in the sum below
-            totals[share.indices] = logps.view(2, -1).T
+            for i, part in zip(share.indices, logps.split([sizes[i] for i in share.indices]), strict=True):
+                parts[i].copy_(part)
     totals = accelerator.reduce(totals, "sum")
     if accelerator.is_main_process:
         _save(path, totals.cpu())
-    return totals
+    return list(totals.split(sizes))
 
 
 @torch.no_grad()
-def sequence_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """log pi(response | prompt) of each sequence, [S] in nats; `model` is a FusedLM, wrapped or not."""
+def sequence_logprobs(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """log pi(response | prompt) of each response, [S] in nats; `model` is a FusedLM, wrapped or not."""
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
-        return rk.sequence_logprobs(hidden, head.weight, batch.labels, **head.options()).logprobs
+        return rk.sequence_logprobs(pairs.hidden_of(hidden), head.weight, pairs.labels, **head.options()).logprobs
 
-    return model(batch, use)
+    return model(pairs.batch, use)
 
 
-def content_key(model: FusedLM, pairs: list[Pair], plan: list[list[MicroBatch]], pad_id: int, device: str) -> str:
+def content_key(
+    model: FusedLM, groups: list[Group], plan: list[list[MicroBatch]], pad_id: int, device: str, share_prefix: bool
+) -> str:
     """Names everything that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code."""
     digest = hashlib.blake2b(digest_size=20)
     names = ("_name_or_path", "transformers_version")  # where the model lies does not change what it says
@@ -80,9 +85,10 @@ def content_key(model: FusedLM, pairs: list[Pair], plan: list[list[MicroBatch]],
     attention = getattr(model.model.config, "_attn_implementation", None)
     versions = [LAYOUT, rk.__version__, torch.__version__, transformers.__version__]
     head = [model.logit_scale, model.logit_softcap]
-    setting = [versions, device, model.bf16, attention, head, pad_id, plan, type(model.model).__name__, config]
+    passes = [device, model.bf16, attention, pad_id, plan, share_prefix]
+    setting = [versions, passes, head, type(model.model).__name__, config]
     digest.update(json.dumps(setting, sort_keys=True, default=str).encode())
-    digest.update(json.dumps([[p.prompt, p.chosen, p.rejected] for p in pairs]).encode())
+    digest.update(json.dumps([[group.prompt, group.responses] for group in groups]).encode())
     for name, tensor in _named_tensors(model.model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -94,8 +100,8 @@ def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _load(path: Path, rows: int) -> Tensor | None:
-    """The cached [rows, 2], or None. A file that does not hold what it should is reported and made anew."""
+def _load(path: Path, responses: int) -> Tensor | None:
+    """The cached [responses], or None. A file that does not hold what it should is reported and made anew."""
     try:
         with safe_open(path, "pt") as file:
             logps, checksum = file.get_tensor("logps"), (file.metadata() or {}).get("checksum")
@@ -104,7 +110,7 @@ def _load(path: Path, rows: int) -> Tensor | None:
     except (SafetensorError, OSError) as error:
         warnings.warn(f"cached reference log-probs {path} are unreadable and computed again: {error}", stacklevel=2)
         return None
-    if logps.shape != (rows, 2) or logps.dtype != torch.float32 or checksum != _checksum(logps):
+    if logps.shape != (responses,) or logps.dtype != torch.float32 or checksum != _checksum(logps):
         warnings.warn(f"cached reference log-probs {path} are damaged and computed again", stacklevel=2)
         return None
     return logps

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_trainer
 from rlhf_trainer.cli import main
-from rlhf_trainer.dpo import PAIR_METRICS
+from rlhf_trainer.dpo import DPOTask
 
 
 def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
@@ -27,7 +27,7 @@ def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
     assert AutoTokenizer.from_pretrained(output).chat_template
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    keys = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
+    keys = {*DPOTask.names, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
     assert all(set(record) == keys for record in records)
     assert yaml.safe_load((output / "rlhf_config.yaml").read_text())["beta"] == 0.25
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from rlhf_trainer.config import DemoConfig, DPOConfig, dump_yaml, parse_config
+from rlhf_trainer.config import DemoConfig, DPOConfig
+from rlhf_trainer.config_file import dump_yaml, parse_config
 from rlhf_trainer.errors import UsageError
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
@@ -33,7 +34,7 @@ def test_flags_alone():
 def test_yaml_alone_and_flags_over_yaml(yaml_file):
     path = yaml_file("beta: 0.2\nbatch_size: 16\ngradient_checkpointing: true\nmax_steps: null\n")
     assert parse("--config", path) == DPOConfig(
-        "m", "d.jsonl", "o", beta=0.2, batch_size=16, gradient_checkpointing=True
+        model_name_or_path="m", dataset="d.jsonl", output_dir="o", beta=0.2, batch_size=16, gradient_checkpointing=True
     )
     config = parse(
         f"--config={path}", "--beta", "0.5", "--output_dir", "elsewhere", "--gradient_checkpointing", "false"
@@ -44,7 +45,9 @@ def test_yaml_alone_and_flags_over_yaml(yaml_file):
 
 def test_every_key_of_the_yaml_file_is_a_flag(yaml_file, capsys):
     """What dump_yaml writes, --config reads; and each of its keys is a flag."""
-    config = DPOConfig("m", "d", "o", beta=0.3, report_to=["wandb"], eval_steps=3, max_steps=7)
+    config = DPOConfig(
+        model_name_or_path="m", dataset="d", output_dir="o", beta=0.3, report_to=["wandb"], eval_steps=3, max_steps=7
+    )
     path = yaml_file(dump_yaml(config), required=False)
     assert parse("--config", path) == config
     with pytest.raises(SystemExit):
@@ -62,7 +65,7 @@ def test_numbers_as_people_write_them(text, yaml_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("betta: 0.1\n", r"run.yaml: unknown key 'betta'; the keys are: model_name_or_path, .*beta"),
+        ("betta: 0.1\n", r"run.yaml: unknown key 'betta'; the keys are: output_dir, .*beta"),
         ("beta: high\n", r"run.yaml: key 'beta': expected float, got str 'high'"),
         ("beta: true\n", r"run.yaml: key 'beta': expected float, got bool True"),
         ("batch_size: 6.5\n", r"run.yaml: key 'batch_size': expected int, got float 6.5"),

@@ -1,15 +1,19 @@
 """Rows in, token ids out: masking token by token, and every kind of bad row named by file, row and field."""
 
 import copy
-import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
 
+from rlhf_trainer.chat import set_chat_template
 from rlhf_trainer.data import collate, load_pairs
 from rlhf_trainer.errors import UsageError
+
+DATA = Path(__file__).parent / "data"
 
 GOOD = {"prompt": "the cat", "chosen": " sat", "rejected": " ran"}
 
@@ -18,6 +22,14 @@ def load(source, tokenizer, **options):
     return load_pairs(
         source, tokenizer, **({"split": "train", "max_prompt_length": 20, "max_length": 40} | options)
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chatml(tokenizer):
+    """The tokenizer with a template that says what is learned."""
+    tokenizer = copy.deepcopy(tokenizer)
+    set_chat_template(tokenizer, "chatml")
+    return tokenizer
 
 
 def user(text):
@@ -32,7 +44,7 @@ def assistant(text):
 
 
 def test_plain_text_token_by_token(tokenizer, write_jsonl):
-    (pair,) = load(write_jsonl([GOOD]), tokenizer).pairs
+    (pair,) = load(write_jsonl([GOOD]), tokenizer).examples
     assert tokenizer.convert_ids_to_tokens(pair.prompt) == ["the", "Ġcat"]
     assert tokenizer.convert_ids_to_tokens(pair.chosen) == ["Ġsat", "<|im_end|>"]
     assert tokenizer.convert_ids_to_tokens(pair.rejected) == ["Ġran", "<|im_end|>"]
@@ -42,7 +54,7 @@ def test_plain_text_token_by_token(tokenizer, write_jsonl):
 def test_chat_messages_token_by_token(tokenizer, write_jsonl):
     """Template applied, generation prompt on and part of the prompt; the response ends with the end of its turn."""
     row = {"prompt": user("the cat"), "chosen": assistant("sat on"), "rejected": assistant("ran")}
-    (pair,) = load(write_jsonl([row]), tokenizer).pairs
+    (pair,) = load(write_jsonl([row]), tokenizer).examples
     assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
     special = tokenizer.convert_ids_to_tokens(pair.prompt)
     assert [t for t in special if t.startswith("<|")] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
@@ -54,7 +66,7 @@ def test_chat_messages_token_by_token(tokenizer, write_jsonl):
 def test_chat_with_a_system_message_and_earlier_turns(tokenizer, write_jsonl):
     prompt = [{"role": "system", "content": "on"}, *user("cat"), *assistant("sat"), *user("dogs")]
     row = {"prompt": prompt, "chosen": assistant("ran"), "rejected": assistant("ate")}
-    (pair,) = load(write_jsonl([row]), tokenizer, max_prompt_length=100, max_length=200).pairs
+    (pair,) = load(write_jsonl([row]), tokenizer, max_prompt_length=100, max_length=200).examples
     text = tokenizer.decode(pair.prompt)
     assert text.startswith("<|im_start|>system\non<|im_end|>\n") and text.endswith("<|im_start|>assistant\n")
     assert "sat<|im_end|>" in text  # an earlier answer is prompt
@@ -66,7 +78,7 @@ def test_a_template_that_writes_special_tokens_gets_no_second_ones(tokenizer, wr
     with_bos.chat_template = "<s>" + tokenizer.chat_template
     with_bos.add_bos_token = True
     row = {"prompt": user("the cat"), "chosen": assistant("sat"), "rejected": assistant("ran")}
-    (pair,) = load(write_jsonl([row]), with_bos).pairs
+    (pair,) = load(write_jsonl([row]), with_bos).examples
     assert with_bos.convert_ids_to_tokens(pair.prompt).count("<s>") == 1
 
 
@@ -75,7 +87,7 @@ def test_batch_masks_prompt_and_padding(tokenizer, write_jsonl):
         {"prompt": "the", "chosen": " cat sat", "rejected": " ran"},
         {"prompt": "a mat", "chosen": " on", "rejected": " far"},
     ]
-    pairs = load(write_jsonl(rows), tokenizer).pairs
+    pairs = load(write_jsonl(rows), tokenizer).examples
     batch = collate(pairs, pad_id=7)
     end = tokenizer.eos_token_id
     the, cat, sat, ran, a, mat, on, far = (
@@ -90,42 +102,82 @@ def test_batch_masks_prompt_and_padding(tokenizer, write_jsonl):
         [-100, cat, sat, end], [-100, -100, on, end],
         [-100, ran, end, -100], [-100, -100, far, end],
     ]  # fmt: skip
-    assert all(tensor.dtype == torch.int64 for tensor in batch)
-
-
-def test_parquet_and_jsonl_give_the_same(tokenizer, write_jsonl, tmp_path):
-    rows = [GOOD, {"prompt": "dogs", "chosen": " ran far", "rejected": " ate"}]
-    pq.write_table(pa.Table.from_pylist([row | {"source": "x"} for row in rows]), tmp_path / "d.parquet")
-    assert load(str(tmp_path / "d.parquet"), tokenizer).pairs == load(write_jsonl(rows), tokenizer).pairs
-    chat = [{"prompt": user("cat"), "chosen": assistant("sat"), "rejected": assistant("ran")}]
-    pq.write_table(pa.Table.from_pylist(chat), tmp_path / "chat.parquet")
-    assert load(str(tmp_path / "chat.parquet"), tokenizer).pairs == load(write_jsonl(chat), tokenizer).pairs
-
-
-def test_a_hub_id_goes_through_datasets(tokenizer, monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list([GOOD | {"extra": 1}, GOOD])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    pairs = load("someone/preferences", tokenizer, split="train_prefs").pairs
-    assert asked == [("someone/preferences", "train_prefs")]
-    assert [pair.row for pair in pairs] == [1, 2]
+    assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
+    assert batch.position_ids is None
 
 
 def test_long_responses_are_cut_and_counted(tokenizer, write_jsonl):
     data = load(write_jsonl([GOOD | {"chosen": " sat" * 50}, GOOD]), tokenizer, max_length=10)
-    assert [len(p.prompt) + len(p.chosen) for p in data.pairs] == [10, 4]
+    assert [len(p.prompt) + len(p.chosen) for p in data.examples] == [10, 4]
     assert data.cut == 1
-    assert "1 responses cut at max_length" in data.report("d.jsonl")
+    assert "1 sequences cut at max_length" in data.report("d.jsonl")
 
 
 def test_blank_lines_count_as_lines_but_not_as_rows(tokenizer, write_jsonl):
-    assert [pair.row for pair in load(write_jsonl([GOOD, "", GOOD]), tokenizer).pairs] == [1, 3]
+    assert [pair.row for pair in load(write_jsonl([GOOD, "", GOOD]), tokenizer).examples] == [1, 3]
+
+
+def test_parquet_and_jsonl_give_the_same(tokenizer, write_jsonl, tmp_path):
+    """Though Parquet gives every row every column."""
+    rows = [GOOD | {"margin": 1.5}, {"prompt": "dogs", "chosen": " ran far", "rejected": " ate", "source": "x"}]
+    for number, same in enumerate(
+        [rows, [{"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}]]
+    ):
+        pq.write_table(pa.Table.from_pylist(same), tmp_path / f"{number}.parquet")
+        parquet = load(str(tmp_path / f"{number}.parquet"), tokenizer).examples
+        assert parquet == load(write_jsonl(same), tokenizer).examples
+
+
+# --- pairs from other columns
+
+
+def decoded(tokenizer, pairs):
+    return [(p.row, *(tokenizer.decode(ids) for ids in (p.prompt, p.chosen, p.rejected)), p.margin) for p in pairs]
+
+
+def test_pairs_from_every_kind_of_row(chatml):
+    end = "<|im_end|>"
+    cat, dogs = (f"<|im_start|>user\nthe {who}?<|im_end|>\n<|im_start|>assistant\n" for who in ("cat", "dogs"))
+    data = load(str(DATA / "pairs.jsonl"), chatml, max_prompt_length=60, max_length=90)
+    assert decoded(chatml, data.examples) == [
+        (1, "the cat", f" sat on the mat{end}", f" ran{end}", 2.0),
+        (2, cat, f"on the mat{end}", f"far{end}", 0.0),
+        (3, dogs, f"ran{end}", f"ate{end}", 0.0),
+        (4, "dogs", f" ran far{end}", f" ate{end}", 0.0),
+        (4, "dogs", f" sat{end}", f" ate{end}", 0.0),
+        (5, "fish", f" see me{end}", f" ate{end}", 1.5),  # a draw of 0.5 and 0.5 is no pair
+        (5, "fish", f" sat{end}", f" ate{end}", 1.5),
+    ]
+    assert data.report("f") == "f: 7 pairs"
+
+
+@pytest.mark.parametrize("name", ["hh", "tldr", "ultrafeedback"])
+def test_known_data_sets_give_pairs(name, chatml):
+    lengths = {"max_prompt_length": 200, "max_length": 300}
+    pairs = load(str(DATA / f"{name}.jsonl"), chatml, **lengths).examples
+    assert [pair.row for pair in pairs] == [1, 2]
+    assert pairs == load(str(DATA / f"{name}.jsonl"), chatml, format=name, **lengths).examples
+    assert all(pair.chosen[-1] == pair.rejected[-1] == chatml.eos_token_id for pair in pairs)
+
+
+def test_a_transcript_is_text_for_a_tokenizer_without_a_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    pair = load(str(DATA / "hh.jsonl"), bare, max_prompt_length=200, max_length=300).examples[0]
+    assert bare.decode(pair.prompt) == "\n\nHuman: Where do cats sleep?\n\nAssistant:"
+    assert bare.decode(pair.chosen) == " On a mat.<|im_end|>"
+
+
+def test_a_response_in_many_pairs_is_cut_once(tokenizer, write_jsonl):
+    row = {"prompt": "the", "responses": [" cat" * 20, " sat", " ran"], "scores": [3, 2, 1]}
+    data = load(write_jsonl([row]), tokenizer, max_prompt_length=4, max_length=9)
+    assert [(len(p.chosen), len(p.rejected), p.margin) for p in data.examples] == [(8, 2, 1), (8, 2, 2), (2, 2, 1)]
+    assert data.cut == 1
+
+
+def test_the_format_can_be_named(tokenizer, write_jsonl):
+    with pytest.raises(UsageError, match=r"row 1, field 'chosen': expected a transcript"):
+        load(write_jsonl([GOOD]), tokenizer, format="hh")
 
 
 # --- what becomes of a bad one: (row, field, what the message says)
@@ -160,6 +212,36 @@ BAD_ROWS = {
         {"prompt": user("a"), "chosen": user("b"), "rejected": assistant("c")}, "chosen",
         r"the last message must be the assistant's, got role 'user'",
     ),
+    "three messages": (
+        {"prompt": user("a"), "chosen": assistant("b"), "rejected": [*assistant("b"), *user("c"), *assistant("d")]},
+        "rejected", "expected one message, what the assistant answers, got 3",
+    ),
+    "a word for a margin": (GOOD | {"margin": "big"}, "margin", "expected a finite number, got text"),
+    "no margin": (GOOD | {"margin": float("nan")}, "margin", "expected a finite number, got float nan"),
+    "responses without judgement": (
+        {"prompt": "a", "responses": [" b", " c"]}, "pairs", "missing, with no 'scores' either; the row has: ",
+    ),
+    "text for responses": ({"prompt": "a", "responses": " b", "scores": [1]}, "responses", "expected .* got text"),
+    "too few scores": (
+        {"prompt": "a", "responses": [" b", " c"], "scores": [1]}, "scores", "expected one for each of the 2 .* got 1",
+    ),
+    "a word for a score": (
+        {"prompt": "a", "responses": [" b", " c"], "scores": [1, "x"]}, r"scores\[1\]", "expected a finite number",
+    ),
+    "equal scores": (
+        {"prompt": "a", "responses": [" b", " c"], "scores": [1, 1]}, "scores", "all are equal: no response is better",
+    ),
+    "no pairs": ({"prompt": "a", "responses": [" b", " c"], "pairs": []}, "pairs", "expected a list that is not empty"),
+    "a pair out of range": (
+        {"prompt": "a", "responses": [" b", " c"], "pairs": [[0, 1], [0, 2]]}, r"pairs\[1\]",
+        r"expected \[winner, loser\], two positions from 0 to 1, got \[0, 2\]",
+    ),
+    "a pair with itself": (
+        {"prompt": "a", "responses": [" b", " c"], "pairs": [[1, 1]]}, r"pairs\[0\]", r"expected \[winner, loser\]",
+    ),
+    "an empty response among many": (
+        {"prompt": "a", "responses": [" b", " "], "pairs": [[0, 1]]}, r"responses\[1\]", "the response is empty",
+    ),
     "not a mapping": ([1, 2], "row", r"expected a mapping, got \[1, 2\]"),
     "not JSON": ('{"prompt": "a", "chosen"', "row", r"not JSON: "),
 }  # fmt: skip
@@ -173,7 +255,7 @@ def test_a_bad_row_is_named_by_file_row_and_field(kind, tokenizer, write_jsonl):
         load(path, tokenizer)
     assert "--skip_invalid_rows" in str(error.value)
     data = load(path, tokenizer, skip_invalid_rows=True)
-    assert [pair.row for pair in data.pairs] == [1, 3]
+    assert [pair.row for pair in data.examples] == [1, 3]
     assert len(data.skipped) == 1
     assert "1 invalid rows skipped" in data.report(path) and "row 2" in data.report(path)
 
@@ -182,7 +264,7 @@ def test_a_response_without_tokens_is_all_masked(tokenizer, write_jsonl):
     """A tokenizer that drops what it does not know may leave nothing of a response that is not empty."""
     silent = copy.deepcopy(tokenizer)
     silent.eos_token = None
-    silent.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("cat", "")
+    silent.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("cat", "")
     path = write_jsonl([GOOD | {"prompt": "dogs"}, {"prompt": "dogs", "chosen": "cat", "rejected": " sat"}])
     with pytest.raises(UsageError, match=r"row 2, field 'chosen': all tokens are masked"):
         load(path, silent)
@@ -228,45 +310,5 @@ def test_nothing_left_after_skipping_is_an_error(tokenizer, write_jsonl):
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_file(content, tokenizer, tmp_path):
     (tmp_path / "e.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=r"e.jsonl is empty: expected rows with the fields prompt, chosen, rejected"):
+    with pytest.raises(UsageError, match=r"e.jsonl is empty: expected rows that make pairs"):
         load(str(tmp_path / "e.jsonl"), tokenizer)
-
-
-def test_bytes_that_are_not_utf8_are_a_bad_row(tokenizer, tmp_path):
-    (tmp_path / "b.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(UsageError, match=r"row 2, field 'row': not JSON: .*utf-8"):
-        load(str(tmp_path / "b.jsonl"), tokenizer)
-
-
-def test_parquet_without_a_column_and_broken_parquet(tokenizer, tmp_path):
-    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "chosen": "b"}]), tmp_path / "c.parquet")
-    with pytest.raises(UsageError, match=r"c.parquet: column 'rejected' is missing; it has: prompt, chosen"):
-        load(str(tmp_path / "c.parquet"), tokenizer)
-    pq.write_table(pa.table({c: pa.array([], pa.string()) for c in GOOD}), tmp_path / "none.parquet")
-    with pytest.raises(UsageError, match=r"none.parquet is empty"):
-        load(str(tmp_path / "none.parquet"), tokenizer)
-    (tmp_path / "x.parquet").write_text("not parquet")
-    with pytest.raises(UsageError, match=r"x.parquet: not a readable Parquet file"):
-        load(str(tmp_path / "x.parquet"), tokenizer)
-
-
-def test_a_source_that_is_not_there(tokenizer, tmp_path):
-    with pytest.raises(UsageError, match=r"missing.jsonl: no such file"):
-        load(str(tmp_path / "missing.jsonl"), tokenizer)
-    (tmp_path / "pairs.csv").write_text("a,b")
-    with pytest.raises(UsageError, match=r"pairs.csv: expected a .jsonl or .parquet file"):
-        load(str(tmp_path / "pairs.csv"), tokenizer)
-
-
-def test_a_hub_set_that_cannot_be_read(tokenizer, monkeypatch):
-    import datasets
-
-    def fails(name, split):
-        raise ConnectionError("offline")
-
-    monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(UsageError, match=r"a/b: neither a file here nor a readable hub data set .*: offline"):
-        load("a/b", tokenizer)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"text": "x"}]))
-    with pytest.raises(UsageError, match=r"a/b: column 'prompt', 'chosen', 'rejected' is missing; it has: text"):
-        load("a/b", tokenizer)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_trainer.dpo import PAIR_METRICS
+from rlhf_trainer.dpo import DPOTask
 from rlhf_trainer.errors import UsageError
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -26,7 +26,7 @@ def test_two_processes_train_as_one(yaml_config, tmp_path, python):
     assert len(one) == len(two) == 4
     assert abs(one[-1]["loss"] - one[0]["loss"]) > 0.05
     for a, b in zip(one, two, strict=True):
-        for key in (*PAIR_METRICS, "grad_norm"):
+        for key in (*DPOTask.names, "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
 
 

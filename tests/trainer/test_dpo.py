@@ -8,16 +8,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_kernels as rk
-from rlhf_trainer.batching import Share
 from rlhf_trainer.config import DPOConfig
-from rlhf_trainer.data import pad_sequences
-from rlhf_trainer.dpo import PAIR_METRICS, pair_metrics
+from rlhf_trainer.dpo import DPOTask, pair_metrics, tokens_of
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.preferences import Group, collate_groups
+from rlhf_trainer.training import Measured, Totals
 
-STEP_METRICS = {*PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
+STEP_METRICS = {*DPOTask.names, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
 
 
 def eager_batch(tokenizer, rows):
@@ -137,16 +138,18 @@ def test_metrics_of_a_step(model_folder, rows, write_jsonl, train):
 def test_a_tie_is_not_accurate_and_a_share_weighs_what_it_is_worth():
     """Three pairs, one right, one wrong, one tied; half of a batch."""
     chosen, rejected = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
-    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
-    batch = pad_sequences([([1], [2, 3])] * 6, pad_id=0)
+    logps = torch.tensor([-1.0, -4.0, -2.0, -5.0, -3.0, -6.0])  # pair by pair
+    pairs = collate_groups([Group(1, [1], [[2, 3], [4]], [(0, 1)], [0.0])] * 3, pad_id=0)
     result = rk.LinearDPOLoss(torch.tensor(0.7), chosen, rejected, logps, None)
-    *means, tokens = pair_metrics(result, batch, Share([0, 1, 2], 0.5)).tolist()
-    named = dict(zip(PAIR_METRICS, means, strict=True))
+    totals = Totals(DPOTask.names, torch.device("cpu"))
+    measured = Measured(result.loss, pair_metrics(result, pairs), tokens_of(pairs))
+    totals.add(measured, 0.5)
+    totals.add(measured, 0.0)  # a repeated micro-batch adds nothing
     expected = {"loss": 0.7, "rewards/chosen": 0.5, "rewards/rejected": 0.5, "rewards/accuracies": 1 / 3}
     expected |= {"rewards/margins": 0.0, "logps/chosen": -2.0, "logps/rejected": -5.0}
-    assert named == pytest.approx({name: value / 2 for name, value in expected.items()})
-    assert tokens == 18
-    assert pair_metrics(result, batch, Share([0, 1, 2], 0.0))[-1] == 0  # a repeated micro-batch adds no tokens
+    found, tokens = totals.reduce(Accelerator(cpu=True))
+    assert found == pytest.approx({name: value / 2 for name, value in expected.items()})
+    assert tokens == 15
 
 
 def test_accumulation_equals_one_big_batch(model_folder, rows, write_jsonl, train):
@@ -270,7 +273,7 @@ def test_held_out_pairs(model_folder, rows, write_jsonl, train):
     by_step = {r["step"]: r for r in records}
     assert by_step[2]["eval/loss"] == pytest.approx(by_step[3]["loss"], abs=1e-4)
     assert by_step[2]["eval/rewards/margins"] == pytest.approx(by_step[3]["rewards/margins"], abs=1e-4)
-    assert {key for key in records[0] if key.startswith("eval/")} == {f"eval/{name}" for name in PAIR_METRICS}
+    assert {key for key in records[0] if key.startswith("eval/")} == {f"eval/{name}" for name in DPOTask.names}
 
 
 def test_a_run_that_diverges_stops_and_names_the_step(model_folder, rows, write_jsonl, train, tmp_path):

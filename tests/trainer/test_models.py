@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rlhf_kernels as rk
-from rlhf_trainer.data import IGNORED, Pair, pad_sequences
+from rlhf_trainer.data import IGNORED, pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models import FusedLM, check_fit, checkpoint_gradients, lm_head_of, load_causal_lm, load_tokenizer
 
@@ -299,22 +299,20 @@ def test_names_that_lead_nowhere(tmp_path):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(make_model, tokenizer):
-    pairs = [Pair(3, [5], [6, 7], [8])]
-    check_fit(make_model("llama"), tokenizer, pairs, "data.jsonl")
+    data = ([3], [3], "data.jsonl")
+    check_fit(make_model("llama"), tokenizer, *data)
     small = make_model("llama", vocab_size=200)
     with pytest.raises(UsageError, match=r"its ids go up to 3\d\d, the model embeds 200 tokens \(ids up to 199\)"):
-        check_fit(small, tokenizer, pairs, "data.jsonl")
+        check_fit(small, tokenizer, *data)
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens([f"<extra{i}>" for i in range(200)])
     with pytest.raises(UsageError, match="the tokenizer does not belong to the model"):
-        check_fit(make_model("llama"), larger, pairs, "data.jsonl")
+        check_fit(make_model("llama"), larger, *data)
 
 
 def test_a_row_longer_than_the_models_positions(make_model, tokenizer):
-    pairs = [Pair(1, [5], [6], [7]), Pair(4, [5] * 40, [6], [7] * 57)]
     with pytest.raises(
         UsageError, match=r"data.jsonl, row 4: 97 tokens, but the model has 96 positions; set max_length"
     ):
-        check_fit(make_model("gpt2"), tokenizer, pairs, "data.jsonl")
-    pairs[1].rejected.pop()
-    check_fit(make_model("gpt2"), tokenizer, pairs, "data.jsonl")
+        check_fit(make_model("gpt2"), tokenizer, [1, 4], [2, 97], "data.jsonl")
+    check_fit(make_model("gpt2"), tokenizer, [1, 4], [2, 96], "data.jsonl")

@@ -6,11 +6,11 @@ from safetensors.torch import load_file, save_file
 
 import rlhf_trainer.reference as reference
 from rlhf_trainer.batching import plan_batches
-from rlhf_trainer.data import Pair
 from rlhf_trainer.models import FusedLM
+from rlhf_trainer.preferences import Group
 from rlhf_trainer.reference import content_key
 
-PAIRS = [Pair(i, [5, 6 + i], [7, 8], [9, 10 + i, 11]) for i in range(6)]
+GROUPS = [Group(i, [5, 6 + i], [[7, 8], [9, 10 + i, 11]], [(0, 1)], [0.0]) for i in range(6)]
 PLAN = plan_batches([5] * 6, 4, 2, seed=0)
 
 
@@ -79,15 +79,15 @@ def flipped_value(path):
     path.write_bytes(content)
 
 
-def other_rows(path):
-    save_file({"logps": torch.zeros(5, 2)}, path)
+def other_count(path):
+    save_file({"logps": torch.zeros(11)}, path)
 
 
 def other_name(path):
     save_file({"values": load_file(path)["logps"]}, path)
 
 
-@pytest.mark.parametrize("damage", [damaged_bytes, flipped_value, other_rows, other_name])
+@pytest.mark.parametrize("damage", [damaged_bytes, flipped_value, other_count, other_name])
 def test_a_damaged_file_is_reported_and_made_anew(damage, run, tmp_path):
     _, losses = run()
     (file,) = (tmp_path / "cache").iterdir()
@@ -107,17 +107,19 @@ def test_a_failed_write_leaves_nothing_half_written(run, tmp_path, monkeypatch):
 
 
 def test_the_key_knows_weights_config_tokens_plan_and_precision(make_model):
-    def key(seed=0, pairs=PAIRS, plan=PLAN, pad_id=1, bf16=False, device="cpu", **changes):
-        return content_key(FusedLM(make_model("gemma2", seed, **changes), bf16=bf16), pairs, plan, pad_id, device)
+    def key(seed=0, groups=GROUPS, plan=PLAN, pad_id=1, bf16=False, device="cpu", shared=False, **changes):
+        fused = FusedLM(make_model("gemma2", seed, **changes), bf16=bf16)
+        return content_key(fused, groups, plan, pad_id, device, shared)
 
-    other_pair = [*PAIRS[:-1], PAIRS[-1]._replace(chosen=[7, 9])]
-    moved = [*PAIRS[:-1], PAIRS[-1]._replace(prompt=[5], chosen=[11, 7, 8])]  # the same tokens, masked otherwise
+    other = [*GROUPS[:-1], GROUPS[-1]._replace(responses=[[7, 9], [9, 15, 11]])]
+    moved = [*GROUPS[:-1], GROUPS[-1]._replace(prompt=[5], responses=[[11, 7, 8], [11, 9, 15, 11]])]  # masked otherwise
     keys = [
         key(),
         key(seed=1),
         key(final_logit_softcapping=4.0),  # no weight changes
-        key(pairs=other_pair),
-        key(pairs=moved),
+        key(groups=other),
+        key(groups=moved),
+        key(shared=True),
         key(plan=plan_batches([5] * 6, 4, 2, seed=1)),
         key(pad_id=2),
         key(bf16=True),
@@ -133,4 +135,5 @@ def test_where_the_model_lies_does_not_matter(make_model, model_folder, tmp_path
     first = load_causal_lm(model_folder("llama"), key="m")
     first.save_pretrained(tmp_path / "moved")
     second = load_causal_lm(str(tmp_path / "moved"), key="m")
-    assert content_key(FusedLM(first), PAIRS, PLAN, 1, "cpu") == content_key(FusedLM(second), PAIRS, PLAN, 1, "cpu")
+    keys = [content_key(FusedLM(model), GROUPS, PLAN, 1, "cpu", False) for model in (first, second)]
+    assert keys[0] == keys[1]

@@ -1,0 +1,85 @@
+"""What the columns of a plain row say, checked: each wrong value is a RowError that names the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .chat import RowError, kind
+
+
+def need(row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        raise RowError(column, f"missing; the row has: {', '.join(row) or 'nothing'}")
+    return row[column]
+
+
+def need_any(row: dict[str, Any], columns: tuple[str, ...]) -> str:
+    """The first of these columns that the row has."""
+    for column in columns:
+        if column in row:
+            return column
+    others = " or ".join(map(repr, columns[1:]))
+    raise RowError(columns[0], f"missing, with no {others} either; the row has: {', '.join(row) or 'nothing'}")
+
+
+def need_text(row: dict[str, Any], column: str) -> str:
+    return text(column, need(row, column))
+
+
+def text(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise RowError(field, f"expected text, got {kind(value)}")
+    return value
+
+
+def need_list(row: dict[str, Any], column: str) -> list[Any]:
+    value = need(row, column)
+    if not isinstance(value, list) or not value:
+        raise RowError(column, f"expected a list that is not empty, got {kind(value)}")
+    return value
+
+
+def number(field: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise RowError(field, f"expected a finite number, got {kind(value)}")
+    return float(value)
+
+
+def label(row: dict[str, Any]) -> bool:
+    value = need(row, "label")
+    if value not in (0, 1):  # so are False and True
+        raise RowError("label", f"expected true or false, got {kind(value)}")
+    return bool(value)
+
+
+Response = tuple[str, Any]  # the field it stands in, text or messages
+
+
+def comparisons(row: dict[str, Any]) -> list[tuple[Response, Response, float]]:
+    """(better, worse, margin) of `chosen` and `rejected`, or of `responses` by their `pairs` or `scores`."""
+    if "responses" not in row:
+        chosen, rejected = (("chosen", need(row, "chosen")), ("rejected", need(row, "rejected")))
+        return [(chosen, rejected, number("margin", row.get("margin", 0.0)))]
+    responses = [(f"responses[{i}]", response) for i, response in enumerate(need_list(row, "responses"))]
+    ranking = need_any(row, ("pairs", "scores"))
+    scores = [0.0] * len(responses)
+    if "scores" in row:
+        scores = [number(f"scores[{i}]", score) for i, score in enumerate(need_list(row, "scores"))]
+        if len(scores) != len(responses):
+            raise RowError("scores", f"expected one for each of the {len(responses)} responses, got {len(scores)}")
+    if ranking == "pairs":
+        pairs = [_positions(f"pairs[{i}]", pair, len(responses)) for i, pair in enumerate(need_list(row, "pairs"))]
+    else:
+        places = range(len(scores))
+        pairs = [(i, j) for i in places for j in places if scores[i] > scores[j]]
+        if not pairs:
+            raise RowError("scores", "all are equal: no response is better than another")
+    return [(responses[i], responses[j], scores[i] - scores[j]) for i, j in pairs]
+
+
+def _positions(field: str, pair: Any, count: int) -> tuple[int, int]:
+    good = isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and 0 <= i < count for i in pair)
+    if not good or pair[0] == pair[1]:
+        raise RowError(field, f"expected [winner, loser], two positions from 0 to {count - 1}, got {pair!r}")
+    return pair[0], pair[1]

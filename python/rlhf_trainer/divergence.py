@@ -1,0 +1,48 @@
+"""Exact KL(policy || reference) along sequences: of the whole next-token distributions, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as rk
+
+from .data import IGNORED, Batch, pad_sequences
+from .models import FusedLM
+from .progress import Run, at_once, batches_of_like_length
+
+
+def kl_of_sequences(
+    policy: FusedLM,
+    reference: FusedLM,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    batch_size: int,
+    pad_id: int,
+    run: Run = at_once,
+) -> list[float]:
+    """`kl_per_sequence` of (prompt, response) ids, in their order."""
+    values = [0.0] * len(sequences)
+    for positions in batches_of_like_length([len(p) + len(r) for p, r in sequences], batch_size):
+
+        def measure(positions: list[int] = positions) -> list[float]:
+            batch = pad_sequences([sequences[i] for i in positions], pad_id).to(policy.model.device)
+            return kl_per_sequence(policy, reference, batch).tolist()
+
+        for i, value in zip(positions, run(measure), strict=True):
+            values[i] = value
+    return values
+
+
+@torch.no_grad()
+def kl_per_sequence(policy: FusedLM, reference: FusedLM, batch: Batch) -> Tensor:
+    """[S] nats: exact KL(policy || reference) before each token that batch.labels count, summed over the sequence."""
+    hidden, head = policy(batch, lambda hidden, head: (hidden, head))
+    ref_hidden, ref_head = reference(batch, lambda hidden, head: (hidden, head))
+    counted = (batch.labels[:, 1:] != IGNORED).contiguous()
+    return rk.linear_kl(
+        hidden[:, :-1], head.weight, ref_hidden[:, :-1], ref_head.weight, counted,
+        bias=head.bias, ref_bias=ref_head.bias, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap,
+        ref_logit_scale=ref_head.logit_scale, ref_logit_softcap=ref_head.logit_softcap,
+    ).sum(-1)  # fmt: skip

@@ -1,0 +1,262 @@
+"""The loop that every stage trains by: accumulate, clip, check, step, log, evaluate, save, go on where it stopped.
+
+A stage says what its examples are and what their loss is (`Task`); the rest is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .batching import MicroBatch, plan_batches, share_of_process, step_plan
+from .checkpoint import check_free, commit_output, is_finished, open_output, partial_folder
+from .config import TrainConfig
+from .config_file import dump_yaml
+from .errors import UsageError
+from .metrics import MetricsLog, make_accelerator
+from .state import FOLDER as STATE_FOLDER
+from .state import Saved, load_state, newest_state, save_state
+
+BAD_BATCH = "bad_batch.json"
+
+
+class Measured(NamedTuple):
+    """What a micro-batch gives: its mean loss, and its share of the metrics."""
+
+    loss: Tensor  # scalar, with gradient
+    metrics: Tensor  # [len(Task.names)], without: means over what the task counts; extremes where names end so
+    tokens: Tensor  # scalar: how many went through the model
+
+
+class Task(ABC):
+    """Examples of one stage, their plan, and their loss. `counts` [N] is what means are over: pairs, tokens."""
+
+    names: tuple[str, ...]  # of the metrics; ".../min" and ".../max" are extremes over the batch
+
+    def __init__(self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device) -> None:
+        self.plan, self.counts, self.device = plan, counts, device
+
+    @abstractmethod
+    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        """The loss of these examples under `model`, which may be wrapped."""
+
+    @abstractmethod
+    def examples(self, indices: MicroBatch) -> list[Any]:
+        """NamedTuples with `row`, for a person who looks for what is wrong with them."""
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics over all examples."""
+        return means_over(self, model, accelerator)
+
+
+class Totals:
+    """Sums up shares of a batch, over micro-batches and processes."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device)
+        self.least = torch.full((len(names),), math.inf, device=device)
+        self.most = -self.least
+
+    def add(self, measured: Measured, weight: float) -> None:
+        if weight == 0:  # a repeated micro-batch, there to keep the processes in step
+            return
+        metrics = measured.metrics.float()
+        self.sums += torch.cat([metrics * weight, measured.tokens[None].float()])
+        self.least = torch.minimum(self.least, metrics)
+        self.most = torch.maximum(self.most, metrics)
+
+    def reduce(self, accelerator: Accelerator) -> tuple[dict[str, float], float]:
+        """The metrics by name, and the number of tokens."""
+        *means, tokens = accelerator.reduce(self.sums, "sum").tolist()
+        least, most = (accelerator.gather(extreme[None]) for extreme in (self.least, self.most))
+        found = dict(zip(self.names, means, strict=True))
+        for i, name in enumerate(self.names):
+            if name.endswith("/min"):
+                found[name] = least[:, i].min().item()
+            elif name.endswith("/max"):
+                found[name] = most[:, i].max().item()
+        return found, tokens
+
+
+@torch.no_grad()
+def means_over(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    """`task.names` over all examples."""
+    totals, everything = Totals(task.names, task.device), sum(task.counts)
+    for batch in task.plan:
+        part = sum(task.counts[i] for micro in batch for i in micro) / everything
+        for share in share_of_process(batch, accelerator.process_index, accelerator.num_processes, task.counts):
+            totals.add(task.measure(model, share.indices), part * share.weight)
+    return totals.reduce(accelerator)[0]
+
+
+def begin(config: TrainConfig) -> tuple[Accelerator, bool]:
+    """Devices and processes, and whether the run is done already; raises UsageError where output_dir is not free."""
+    accelerator = make_accelerator(config.report_to, partial_folder(config.output_dir))
+    torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
+    if config.resume and is_finished(config.output_dir, dump_yaml(config)):
+        accelerator.print(f"{config.output_dir} is finished; nothing is left to do")
+        return accelerator, True
+    if accelerator.is_main_process:
+        check_free(config.output_dir, config.overwrite, config.resume)
+    return accelerator, False
+
+
+def plan_of(
+    config: TrainConfig,
+    lengths: Sequence[int],
+    accelerator: Accelerator,
+    *,
+    shuffled: bool,
+    sizes: Sequence[int] | None = None,
+) -> list[list[MicroBatch]]:
+    """Micro-batches are made smaller where processes would otherwise have nothing to do."""
+    micro = min(config.micro_batch_size, math.ceil(config.batch_size / accelerator.num_processes))
+    return plan_batches(lengths, config.batch_size, micro, config.seed if shuffled else None, sizes)
+
+
+def train(
+    config: TrainConfig,
+    module: nn.Module,
+    task: Task,
+    held_out: Task | None,
+    accelerator: Accelerator,
+    save: Callable[[nn.Module, Path], None],
+) -> Path:
+    """Trains `module`; `save(module, folder)` writes the result. Returns output_dir, whole once it is there."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    model, optimizer = accelerator.prepare(module, make_optimizer(config, module))
+    steps = step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)
+    if accelerator.is_main_process:
+        open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    accelerator.wait_for_everyone()
+    work = partial_folder(config.output_dir)
+    saved = newest_state(work)
+    if saved is not None:
+        check_same_data(saved, task)
+        load_state(saved, accelerator.unwrap_model(model), optimizer)
+    done, kept_bytes = (saved.step, saved.facts["metrics_bytes"]) if saved else (0, 0)
+
+    with contextlib.closing(
+        MetricsLog(work, accelerator, len(steps), config.run_name, dataclasses.asdict(config), done, kept_bytes)
+    ) as log:
+        log.say(f"{len(task.counts)} examples, {len(steps)} steps, metrics in {work / 'metrics.jsonl'}")
+        if done:
+            log.say(f"goes on after step {done}")
+        if len(steps) < config.warmup_steps:
+            log.say(f"note: the warm-up takes {config.warmup_steps} steps, so the learning rate stays below its peak")
+        if held_out is not None and not done:
+            log.log(0, 0.0, evaluate(held_out, model, accelerator))
+
+        for step, index in enumerate(steps[done:], start=done + 1):
+            started = time.perf_counter()
+            learning_rate = learning_rate_at(config, step, len(steps))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+            totals = Totals(task.names, device)
+            shares = share_of_process(task.plan[index], rank, world, task.counts)
+            for i, share in enumerate(shares):
+                # Gradients travel between processes once a step, with the last micro-batch.
+                with contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(model):
+                    measured = task.measure(model, share.indices)
+                    # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
+                    accelerator.backward(measured.loss * (share.weight * world))
+                totals.add(measured, share.weight)
+
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+            metrics, tokens = totals.reduce(accelerator)
+            metrics["grad_norm"] = float(grad_norm)
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise UsageError(told_of_bad_batch(step, metrics, task, task.plan[index], work, accelerator))
+            optimizer.step()
+            optimizer.zero_grad()
+
+            metrics |= {
+                "learning_rate": learning_rate,
+                "tokens_per_second": tokens / (time.perf_counter() - started),
+            }
+            last = step == len(steps)
+            if held_out is not None and (last or step % (config.eval_steps or len(steps)) == 0):
+                metrics |= evaluate(held_out, model, accelerator)
+            log.log(step, step / len(task.plan), metrics)
+            log.advance(**{name: f"{metrics[name]:.4f}" for name in task.names[:2]})
+            if step % config.save_steps == 0 and not last:
+                if accelerator.is_main_process:
+                    facts = {"metrics_bytes": log.bytes_written(), "data": fingerprint(task)}
+                    save_state(work, step, accelerator.unwrap_model(model), optimizer, facts)
+                accelerator.wait_for_everyone()
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save(accelerator.unwrap_model(model), work)
+        folder = commit_output(config.output_dir, config.overwrite)
+        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)  # last, so that a run killed before can go on
+        print(f"saved to {config.output_dir}")
+    accelerator.wait_for_everyone()
+    return Path(config.output_dir)
+
+
+def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in task.evaluate(model, accelerator).items()}
+
+
+def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
+    """Of step 1, 2, ..., steps: a linear warm-up to the peak, from there constant or down to 0 behind the last step."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * shapes[config.lr_schedule]
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(model.parameters(), **settings)
+    return torch.optim.AdamW(model.parameters(), fused=True, **settings)  # no temporaries as large as the head
+
+
+def fingerprint(task: Task) -> str:
+    """Of the examples and their order: a run may go on only with the data it began with."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(task.plan).encode())
+    for batch in task.plan:
+        for micro in batch:
+            digest.update(repr(task.examples(micro)).encode())
+    return digest.hexdigest()
+
+
+def check_same_data(saved: Saved, task: Task) -> None:
+    if saved.facts["data"] != fingerprint(task):
+        raise UsageError(
+            f"{saved.folder}: the data set, the tokenizer or the number of processes is not what the run began with, "
+            "so --resume cannot go on with it"
+        )
+
+
+def told_of_bad_batch(
+    step: int, metrics: dict[str, float], task: Task, batch: list[MicroBatch], work: Path, accelerator: Accelerator
+) -> str:
+    """Saves the batch for inspection; returns what to tell."""
+    examples = task.examples([i for micro in batch for i in micro])
+    if accelerator.is_main_process:
+        content = {"step": step, "metrics": metrics, "examples": [example._asdict() for example in examples]}
+        (work / BAD_BATCH).write_text(json.dumps(content), encoding="utf-8")
+    rows = sorted({example.row for example in examples})
+    return (
+        f"step {step}: stopped before the update, {metrics}; rows {rows}, saved with their tokens in {work / BAD_BATCH}"
+    )

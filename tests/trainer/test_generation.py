@@ -1,0 +1,162 @@
+"""Completions: from the distribution that is asked for, the same on every run, whole."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from rlhf_trainer.generation import Completion, Sampling, completion_text, end_ids, generate, generate_batch, up_to_end
+from rlhf_trainer.progress import batches_of_like_length
+from tests.trainer.known_models import dice
+
+PROBABILITIES = {10: 0.5, 11: 0.3, 12: 0.15, 13: 0.05}
+PROMPTS = [[30 + i, *range(40, 40 + i % 7)] for i in range(13)]  # 1 to 7 tokens
+
+
+@pytest.fixture(scope="module")
+def die():
+    return dice(PROBABILITIES)
+
+
+def shares(model, tokenizer, **sampling):
+    """How often each token is drawn, of 3200."""
+    completions = generate(
+        model, tokenizer, [[20]] * 64, Sampling(max_new_tokens=50, **sampling), batch_size=64, seed=3
+    )
+    counts = Counter(id for completion in completions for id in completion.ids)
+    return {id: count / 3200 for id, count in sorted(counts.items())}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({}, PROBABILITIES),
+        ({"temperature": 0.0}, {10: 1.0}),
+        ({"temperature": 0.5}, {10: 0.6849, 11: 0.2466, 12: 0.0616, 13: 0.0068}),  # squares, normalised
+        ({"top_k": 2}, {10: 0.625, 11: 0.375}),
+        ({"top_p": 0.45}, {10: 1.0}),
+        ({"top_p": 0.75}, {10: 0.625, 11: 0.375}),  # the token that crosses top_p belongs to it
+        ({"top_p": 0.85}, {10: 0.5263, 11: 0.3158, 12: 0.1579}),
+        ({"top_k": 3, "top_p": 0.84}, {10: 0.625, 11: 0.375}),  # of the three, two have 0.842
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_as_asked(die, tokenizer, sampling, expected):
+    drawn = shares(die, tokenizer, **sampling)
+    assert drawn.keys() == expected.keys()
+    for id, share in expected.items():
+        assert drawn[id] == pytest.approx(share, abs=0.035)  # 4 sigma of a half in 3200 draws
+
+
+def test_the_models_own_settings_do_not_leak_in(die, tokenizer):
+    plain = shares(die, tokenizer)
+    own = die.generation_config
+    changed = type(own)(
+        temperature=0.1, top_k=1, top_p=0.2, min_p=0.4, repetition_penalty=5.0, no_repeat_ngram_size=2,
+        min_new_tokens=40, suppress_tokens=[10], max_length=3, do_sample=True, eos_token_id=1,
+    )  # fmt: skip
+    die.generation_config = changed
+    try:
+        assert shares(die, tokenizer) == plain
+        assert shares(die, tokenizer, temperature=0.0) == {10: 1.0}
+        assert die.generation_config is changed
+    finally:
+        die.generation_config = own
+
+
+def test_a_completion_ends_with_its_end(tokenizer):
+    model = dice({10: 0.7, 1: 0.2, 7: 0.1})  # 1 is <|im_end|>, eos and padding of the tokenizer
+    model.generation_config.eos_token_id = [7, 1]
+    completions = generate(model, tokenizer, PROMPTS * 8, Sampling(max_new_tokens=6), batch_size=16, seed=0)
+    assert {completion.ids[-1] for completion in completions if completion.finished} == {1, 7}
+    for ids, finished in completions:
+        assert set(ids[:-1]) <= {10} and len(ids) <= 6
+        assert finished == (ids[-1] in (1, 7)) and (finished or len(ids) == 6)
+    assert 0 < sum(not completion.finished for completion in completions) < len(completions)
+
+
+def test_ends_are_those_of_model_and_tokenizer(die, tokenizer):
+    own = die.generation_config.eos_token_id
+    for said, known in ((None, [1]), (1, [1]), ([5, 9], [1, 5, 9])):
+        die.generation_config.eos_token_id = said
+        assert end_ids(die, tokenizer) == known
+    die.generation_config.eos_token_id = own
+
+
+def test_padding_behind_the_end_is_not_the_completions():
+    assert up_to_end([4, 5, 1, 1, 1], [1]) == Completion([4, 5, 1], True)
+    assert up_to_end([1, 0, 0], [1]) == Completion([1], True)
+    assert up_to_end([4, 0, 5], [1]) == Completion([4, 0, 5], False)
+
+
+def test_the_text_has_neither_end_nor_special_tokens(tokenizer):
+    ids = tokenizer(" the cat .").input_ids
+    assert completion_text(tokenizer, Completion([*ids, 1], True)) == " the cat ."
+    assert completion_text(tokenizer, Completion([0, *ids], False)) == " the cat ."
+    (fish,) = tokenizer(" fish").input_ids
+    assert completion_text(tokenizer, Completion([*ids, fish], True)) == " the cat ."  # an end that is a word
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_greedy_completions_do_not_depend_on_the_batch(make_model, tokenizer, family):
+    model = make_model(family)
+    greedy = Sampling(max_new_tokens=8, temperature=0.0)
+    alone = generate(model, tokenizer, PROMPTS, greedy, batch_size=1, seed=0)
+    assert len({tuple(completion.ids) for completion in alone}) > 6
+    assert generate(model, tokenizer, PROMPTS, greedy, batch_size=4, seed=1) == alone
+    assert generate(model, tokenizer, PROMPTS[::-1], greedy, batch_size=13, seed=2) == alone[::-1]
+
+
+def test_draws_depend_on_seed_and_batch_number_alone(make_model, tokenizer):
+    model, sampling = make_model("llama"), Sampling(max_new_tokens=8)
+
+    def run(seed, number):
+        return generate_batch(model, tokenizer, PROMPTS, sampling, seed=seed, number=number)
+
+    first = run(0, 0)
+    torch.rand(7)
+    assert run(0, 0) == first
+    assert run(0, 1) != first and run(1, 0) != first
+    assert run(1, 0) != run(0, 1)  # not of the sum of the two
+
+
+def test_generating_leaves_torchs_own_draws_alone(make_model, tokenizer):
+    model = make_model("llama")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    generate(model, tokenizer, PROMPTS, Sampling(max_new_tokens=2), batch_size=4, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_results_stay_in_the_order_of_the_prompts_whatever_was_kept(make_model, tokenizer):
+    model, sampling = make_model("llama"), Sampling(max_new_tokens=4)
+    kept = []
+
+    def keep(compute):
+        kept.append(compute())
+        return kept[-1]
+
+    first = generate(model, tokenizer, PROMPTS, sampling, batch_size=4, seed=0, run=keep)
+    assert len(kept) == 4
+    again = iter(kept)
+    assert generate(model, tokenizer, PROMPTS, sampling, batch_size=4, seed=0, run=lambda _: next(again)) == first
+
+
+def test_bf16_computes_in_bfloat16(make_model, tokenizer):
+    model, seen = make_model("llama"), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    try:
+        for bf16 in (False, True):
+            generate(model, tokenizer, PROMPTS[:2], Sampling(max_new_tokens=1), batch_size=2, seed=0, bf16=bf16)
+    finally:
+        handle.remove()
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_the_longest_batches_come_first():
+    lengths = [3, 9, 1, 9, 4]
+    batches = batches_of_like_length(lengths, 2)
+    assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
+    assert [[lengths[i] for i in batch] for batch in batches] == [[9], [4, 9], [1, 3]]
+    assert batches_of_like_length([], 2) == []
