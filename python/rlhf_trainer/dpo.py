@@ -17,7 +17,16 @@ from .checkpoint import save_model
 from .config import DPOConfig
 from .data import load_pairs
 from .errors import UsageError
-from .models import FusedLM, LMHead, check_fit, checkpoint_gradients, load_causal_lm, load_tokenizer_for, pad_id_of
+from .models import (
+    FusedLM,
+    LMHead,
+    check_fit,
+    check_same_vocabulary,
+    checkpoint_gradients,
+    load_fused,
+    load_tokenizer_for,
+    pad_id_of,
+)
 from .preferences import Group, PairBatch, collate_groups, group_pairs
 from .prefix import attention_of, can_share, collate_shared
 from .reference import content_key, default_cache_dir, reference_logprobs
@@ -143,13 +152,6 @@ def load_task(
     return DPOTask(config, group_pairs(data.examples), pad_id_of(tokenizer), accelerator, shuffled)
 
 
-def load_fused(config: DPOConfig, name: str, key: str) -> FusedLM:
-    model = load_causal_lm(
-        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
-    )
-    return FusedLM(model, bf16=config.precision == "bf16")
-
-
 def check_sharing(fused: FusedLM, key: str) -> None:
     if not can_share(fused.model):
         raise UsageError(
@@ -164,9 +166,7 @@ def take_reference(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], acc
     reference = policy
     if config.ref_model_name_or_path is not None:
         reference = load_fused(config, config.ref_model_name_or_path, "ref_model_name_or_path")
-        sizes = [lm.model.get_output_embeddings().weight.shape[0] for lm in (policy, reference)]
-        if sizes[0] != sizes[1]:
-            raise UsageError(f"ref_model_name_or_path: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
+        check_same_vocabulary(policy, reference, "ref_model_name_or_path")
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
     reference = reference.to(accelerator.device)

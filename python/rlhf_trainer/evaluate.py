@@ -30,10 +30,10 @@ from .divergence import kl_of_sequences
 from .errors import UsageError
 from .evaluation_report import report_of, table
 from .generation import Completion, completion_text, generate
-from .models import FusedLM, check_fit, load_causal_lm, load_tokenizer, pad_id_of
+from .models import FusedLM, check_fit, check_same_vocabulary, load_fused, load_tokenizer, pad_id_of
 from .progress import Progress, Run, begin, write_jsonl
 from .rows import listing
-from .sampling import is_empty, like_prompt, prompts_of, sampling_of
+from .sampling import SHORTER, is_empty, like_prompt, prompts_of, sampling_of
 from .scoring import batch_count, load_reward_model, score_sequences
 
 
@@ -162,27 +162,24 @@ def load_models(
     """All models, on the CPU until it is their turn; UsageError where they do not fit each other or the prompts."""
     rows = [prompt.row for prompt in prompts]
 
+    lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
+
     def load(key: str) -> FusedLM:
-        model = load_causal_lm(
-            getattr(config, key), key=key, attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
-        check_fit(model, tokenizer, rows, [prompt.length + config.max_new_tokens for prompt in prompts], config.dataset)
-        return FusedLM(model, bf16=config.precision == "bf16")
+        fused = load_fused(config, getattr(config, key), key)
+        check_fit(fused.model, tokenizer, rows, lengths, config.dataset, SHORTER)
+        return fused
 
     policy = load("model_name_or_path")
     reference = None if config.ref_model_name_or_path is None else load("ref_model_name_or_path")
     if reference is not None:
-        sizes = [lm.model.get_output_embeddings().weight.shape[0] for lm in (policy, reference)]
-        if sizes[0] != sizes[1]:
-            raise UsageError(f"ref_model_name_or_path: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
+        check_same_vocabulary(policy, reference, "ref_model_name_or_path")
     judge = load_reward_model(
         config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     # How long the model's own answers are in the judge's tokens will be known when they are written.
-    lengths = [len(answer.judged) if answer and answer.judged else 0 for answer in theirs]
-    check_fit(judge, judge_tokenizer, rows, lengths, config.dataset)
+    judged = [len(answer.judged) if answer and answer.judged else 0 for answer in theirs]
+    check_fit(judge, judge_tokenizer, rows, judged, config.dataset, "leave it out")
     return Models(policy, reference, judge)
 
 
@@ -229,7 +226,9 @@ def judge(
     if not judged:
         return [[None] * len(prompts) for _ in answers]
     sequences = [ids for _, ids in judged]
-    check_fit(model, tokenizer, [row for row, _ in judged], [len(ids) for ids in sequences], config.dataset)
+    check_fit(
+        model, tokenizer, [row for row, _ in judged], [len(ids) for ids in sequences], config.dataset, "leave it out"
+    )
     progress.expect(batch_count(sequences, config.batch_size))
     rewards = score_sequences(
         model, sequences, config.batch_size, pad_id_of(tokenizer), device, bf16=config.precision == "bf16",

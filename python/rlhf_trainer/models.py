@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .config import TrainConfig
+from .config import OutputConfig, TrainConfig
 from .data import Batch
 from .errors import UsageError
 
@@ -57,6 +57,17 @@ def load_causal_lm(
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {missing}")
     return turn_dropout_off(model)
+
+
+def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights, which costs nothing, to see what fits into it."""
+    check_local(name, key)
+    try:
+        facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"{key}: cannot load {name!r} as a causal language model: {error}") from error
 
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -133,7 +144,12 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_fit(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[int], lengths: Sequence[int], source: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    source: str,
+    advice: str = "set max_length to at most {positions}",
 ) -> None:
     """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -148,8 +164,8 @@ def check_fit(
     longest = max(range(len(lengths)), key=lambda i: lengths[i])
     if positions is not None and lengths[longest] > positions:
         raise UsageError(
-            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; set "
-            f"max_length to at most {positions}"
+            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; "
+            + advice.format(positions=positions)
         )
 
 
@@ -239,6 +255,20 @@ class FusedLM(nn.Module):
         ):
             self.model(**inputs_of(batch), use_cache=False)
         return _only_call(results, self.model)
+
+
+def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
+    """The model `name`, as the configuration wants models run."""
+    model = load_causal_lm(
+        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
+    )
+    return FusedLM(model, bf16=config.precision == "bf16")
+
+
+def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:
+    sizes = [fused.model.get_output_embeddings().weight.shape[0] for fused in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"{key}: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:

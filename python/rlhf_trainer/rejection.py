@@ -112,8 +112,6 @@ def reject(config: RejectConfig) -> Path:
     device, finished = begin(config, "rlhf reject")
     if finished:
         return Path(config.output_dir)
-    if config.max_per_prompt is not None and config.selection != "top_overall":
-        raise UsageError(f"max_per_prompt is for selection top_overall; with {config.selection}, k is per prompt")
     tokenizer = load_tokenizer(config.reward_model, key="reward_model", trust_remote_code=config.trust_remote_code)
     rows = [row for file in files_of(config) for row in read_completions(file, tokenizer, config.max_length)]
     usable = [row for row in rows if row.left_out is None]

@@ -28,14 +28,13 @@ from .models import (
     check_fit,
     check_local,
     checkpoint_gradients,
-    inputs_of,
     load_tokenizer_for,
     make_room,
     turn_dropout_off,
     without_report,
 )
 from .preferences import Group, PairBatch, collate_groups, group_pairs
-from .scoring import load_reward_model
+from .scoring import last_values, load_reward_model, value_head_of
 from .training import Measured, Task, begin, means_over, plan_of, train
 
 PAD = "<|pad|>"
@@ -43,16 +42,17 @@ CALIBRATION_BINS = 10
 
 
 class RewardModel(nn.Module):
-    """A sequence classifier whose one logit is the reward."""
+    """A sequence classifier with one output, the value at the last token."""
 
     def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
         super().__init__()
         self.model, self.bf16 = model, bf16
+        self.head = [value_head_of(model)]  # in a list: it is the model's, and is registered there
 
     def forward(self, batch: Batch) -> Tensor:
         """batch of [S, T], padded on the right -> rewards [S] fp32."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(**inputs_of(batch), use_cache=False).logits[:, 0].float()
+            return last_values(self.model, self.head[0], batch.input_ids, batch.attention_mask)
 
 
 class RewardTask(Task):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import commit_output, open_output
 from .config import GenerationConfig, SampleConfig
@@ -19,10 +19,11 @@ from .config_file import dump_yaml
 from .data import Loaded, Prompt, load_prompts
 from .errors import UsageError
 from .generation import Sampling, completion_text, generate_batch
-from .models import check_fit, load_causal_lm, load_tokenizer
+from .models import check_fit, load_causal_lm, load_tokenizer, shell_of
 from .progress import Progress, batches_of_like_length, begin, write_jsonl
 
 COMPLETIONS_FILE = "completions.jsonl"
+SHORTER = "prompt and max_new_tokens together may have at most {positions}"
 
 
 class Part(NamedTuple):
@@ -51,7 +52,8 @@ def sample(config: SampleConfig) -> Path:
         asked = [prompt for prompt in prompts for _ in range(config.num_completions)]
         batches = batches_of_like_length([prompt.length for prompt in asked], config.batch_size)
         lengths = [prompt.length + config.max_new_tokens for prompt in asked]
-        check_fit(shell_of(config, name), tokenizer, [prompt.row for prompt in asked], lengths, config.dataset)
+        shell = shell_of(name, key="models", trust_remote_code=config.trust_remote_code)
+        check_fit(shell, tokenizer, [prompt.row for prompt in asked], lengths, config.dataset, SHORTER)
         parts.append(Part(name, tokenizer, asked, batches, sum(len(part.batches) for part in parts)))
 
     work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
@@ -64,16 +66,6 @@ def sample(config: SampleConfig) -> Path:
     folder = commit_output(config.output_dir, config.overwrite)
     print(summary(rows, len({row["prompt_row"] for row in rows})) + f"; saved to {folder / COMPLETIONS_FILE}")
     return folder
-
-
-def shell_of(config: SampleConfig, name: str) -> PreTrainedModel:
-    """The model without its weights, which costs nothing, to see what fits into it."""
-    try:
-        facts = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(facts, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"models: cannot load {name!r} as a causal language model: {error}") from error
 
 
 def completions_of(config: SampleConfig, part: Part, progress: Progress, device: torch.device) -> list[dict[str, Any]]:

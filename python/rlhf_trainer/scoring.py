@@ -66,7 +66,7 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     ids = torch.tensor([[i for i in range(4) if i != pad_id][:3]], device=model.device)
     mask = torch.ones_like(ids)
     expected = model(input_ids=ids, attention_mask=mask).logits.view(-1)
-    found = _last_values(model, heads[0], ids, mask)
+    found = last_values(model, heads[0], ids, mask)
     if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
         raise UsageError(
             f"{name}: its forward gives {expected.item():.6g} where its head makes {found.item():.6g} of the last "
@@ -101,7 +101,7 @@ def score_sequences(
         def score(asked: list[tuple[int, ...]] = asked) -> list[float]:
             batch = pad_sequences([(list(ids), []) for ids in asked], pad_id).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                return _last_values(model, head, batch.input_ids, batch.attention_mask).tolist()
+                return last_values(model, head, batch.input_ids, batch.attention_mask).tolist()
 
         rewards.update(zip(asked, run(score), strict=True))
     broken = [reward for reward in rewards.values() if not math.isfinite(reward)]
@@ -115,7 +115,7 @@ def batch_count(sequences: Sequence[list[int]], batch_size: int) -> int:
     return math.ceil(len(set(map(tuple, sequences))) / batch_size)
 
 
-def _last_values(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def last_values(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[S] fp32 of [S, T] padded on the right, where no real token of a causal model sees it."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     last = attention_mask.sum(1) - 1

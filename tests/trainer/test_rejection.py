@@ -186,7 +186,7 @@ def test_what_is_too_long_is_left_out(run, write_jsonl):
 def test_a_run_goes_on_with_the_batches_it_has(run, write_jsonl, tmp_path, monkeypatch):
     data = write_jsonl(ROWS)
     whole = run(data, output="whole", batch_size=1)
-    scoring, last_values, calls = rlhf_trainer.scoring, rlhf_trainer.scoring._last_values, []
+    scoring, last_values, calls = rlhf_trainer.scoring, rlhf_trainer.scoring.last_values, []
 
     def break_off_at(call):
         def values(*args):
@@ -196,7 +196,7 @@ def test_a_run_goes_on_with_the_batches_it_has(run, write_jsonl, tmp_path, monke
             return last_values(*args)
 
         calls.clear()
-        monkeypatch.setattr(scoring, "_last_values", values)
+        monkeypatch.setattr(scoring, "last_values", values)
 
     break_off_at(5)  # the check of the head at loading and at scoring, two batches, and in the third
     with pytest.raises(KeyboardInterrupt):
