@@ -57,9 +57,11 @@ def open_output(output_dir: str | Path, overwrite: bool, config_text: str, resum
         return partial
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)  # fails if another run has just made it
-    (partial / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    return partial
+    beside = partial.with_name(f".{partial.name}")  # a folder of a run has its configuration from the start
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that died here
+    beside.mkdir(parents=True)
+    (beside / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+    return beside.rename(partial)  # fails if another run has just made it
 
 
 def is_finished(output_dir: str | Path, config_text: str) -> bool:

@@ -36,6 +36,7 @@ COMMANDS = {
     "sample": Command(config.SampleConfig, "sampling", "sample", "write completions of prompts with some models"),
     "reject": Command(config.RejectConfig, "rejection", "reject", "keep the completions a reward model likes best"),
     "dpo": Command(config.DPOConfig, "dpo", "train_dpo", "train a model on a file of preferences with DPO"),
+    "rounds": Command(config.RoundsConfig, "rounds", "train_rounds", "sample, score and train with DPO, in rounds"),
     "evaluate": Command(config.EvaluateConfig, "evaluate", "evaluate", "win rate, reward, KL, length on new prompts"),
     "demo": Command(config.DemoConfig, "demo", "run", "the pipeline on a CPU in minutes, with a known reward"),
 }  # fmt: skip

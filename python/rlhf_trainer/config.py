@@ -192,6 +192,42 @@ class SampleConfig(GenerationConfig):
 
 
 @dataclass(kw_only=True)
+class RoundsConfig(DPOConfig, GenerationConfig):
+    """Everything `rlhf rounds` can be told. What `rlhf dpo` can be told is meant for each round."""
+
+    dataset: str = _needed("Prompts: a .jsonl or .parquet file, or a hub id.")
+    reward_model: str = _needed("The reward model that judges: a local folder or a hub id.")
+    rounds: int = _option(3, "How often to sample, score and train; each round goes on with the model of the last.")
+    num_completions: int = _option(4, "Completions a prompt and round.")
+    pairing: Literal["best_worst", "all"] = _option(
+        "best_worst", "Pairs of a prompt: its best completion against its worst, or all whose rewards differ."
+    )
+    reference: Literal["previous", "first"] = _option(
+        "previous", "The reference model: the one that the round starts from, or for all rounds the first one."
+    )
+    generation_batch_size: int = _option(32, "Completions generated, or scored, at once.")
+    warmup_steps: int = _option(10, "Steps of each round over which the learning rate rises linearly from 0.")
+    run_name: str = _option("rlhf-rounds", "The project's name in the trackers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "rounds", "generation_batch_size")
+        _at_least(self, 2, "num_completions")
+        if self.temperature == 0:
+            raise UsageError("temperature must be above 0: at 0 all completions of a prompt are the same")
+        if self.tokenizer_name_or_path is not None:
+            raise UsageError(
+                "tokenizer_name_or_path: a model writes with its own tokenizer, so rounds cannot train it with another "
+                "one; save that one into the model's folder"
+            )
+        if self.ref_model_name_or_path is not None and self.reference != "first":
+            raise UsageError(
+                "ref_model_name_or_path: with reference: previous, each round has a reference of its own; pass "
+                "reference: first to hold all rounds to this model"
+            )
+
+
+@dataclass(kw_only=True)
 class RejectConfig(OutputConfig):
     """Everything `rlhf reject` can be told."""
 
@@ -207,7 +243,9 @@ class RejectConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "k", "max_per_prompt", "batch_size")
+        _at_least(self, 1, "k", "max_per_prompt", "batch_size", "max_length")
+        if self.max_per_prompt is not None and self.selection != "top_overall":
+            raise UsageError(f"max_per_prompt is for selection top_overall; with {self.selection}, k is per prompt")
         if not self.completions:
             raise UsageError("completions: name at least one file of completions")
 
@@ -233,9 +271,9 @@ class DemoConfig:
     output_dir: str = _option("demo_output", "Where models, preferences, metrics and the picture go.")
     overwrite: bool = _option(False, "Replace output_dir if it exists; without it, the next free name is used.")
     lm_steps: int = _option(400, "Steps of language modelling that make the first model.")
-    demonstrations: int = _option(1024, "Reviews for SFT.")
+    demonstrations: int = _option(2048, "Reviews for SFT.")
     pairs: int = _option(4096, "Pairs of reviews to compare.")
-    completions: int = _option(8, "Reviews a prompt that rejection sampling chooses from.")
+    completions: int = _option(16, "Reviews a prompt that rejection sampling chooses from.")
     dpo_epochs: int = _option(3, "Passes over the pairs.")
     seed: int = _option(0, "Seeds everything.")
 

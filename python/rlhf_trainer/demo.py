@@ -39,10 +39,10 @@ HELD_OUT_PROMPTS = 30
 HELD_OUT_PAIRS_PER_PROMPT = 8
 REVIEWS_PER_PROMPT = 16
 POSITIONS = 64
-LM_BATCH = 64
+LM_BATCH, LM_TOKENS = 64, 40
 LM_PEAK_LEARNING_RATE = 7e-3
 # A model this small needs larger learning rates than the defaults.
-SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 1e-3, 1e-3, 1e-4
+SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 3e-3, 1e-3, 1e-4
 DPO_BETA = (
     1.0  # the default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there
 )
@@ -96,9 +96,7 @@ def run(config: DemoConfig) -> Path:
         )
     )  # fmt: skip
 
-    print(
-        f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, the reward model takes the best, SFT on it."
-    )
+    print(f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, of which the best 4 are learned.")
     write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in seen])
     sample(
         SampleConfig(
@@ -109,7 +107,7 @@ def run(config: DemoConfig) -> Path:
     )  # fmt: skip
     reject(
         RejectConfig(
-            completions=[str(folder / "completions")], reward_model=str(folder / "reward_model"), k=2, batch_size=512,
+            completions=[str(folder / "completions")], reward_model=str(folder / "reward_model"), k=4, batch_size=512,
             output_dir=str(folder / "selected"), max_length=POSITIONS, seed=config.seed,
         )
     )  # fmt: skip
@@ -205,14 +203,14 @@ def train_lm(
 
 
 def running_text(tokenizer: PreTrainedTokenizerBase, prompts: list[str], rng: random.Random) -> Batch:
-    """LM_BATCH pieces of text in which one review follows the other, [LM_BATCH, POSITIONS]; nothing marks an end."""
+    """LM_BATCH pieces of text in which one review follows the other, [LM_BATCH, LM_TOKENS]; nothing marks an end."""
     rows = []
     for _ in range(LM_BATCH):
         ids: list[int] = []
-        while len(ids) < POSITIONS:
+        while len(ids) < LM_TOKENS:
             prompt = rng.choice(prompts)
             ids += tokenizer(f"{prompt} {write_review(prompt, rng)}").input_ids
-        rows.append(([], ids[:POSITIONS]))
+        rows.append(([], ids[:LM_TOKENS]))
     return pad_sequences(rows, pad_id=0)
 
 

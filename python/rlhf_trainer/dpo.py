@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +14,6 @@ import rlhf_kernels as rk
 from .batching import MicroBatch
 from .checkpoint import save_model
 from .config import DPOConfig
-from .data import load_pairs
 from .errors import UsageError
 from .models import (
     FusedLM,
@@ -27,15 +25,15 @@ from .models import (
     load_tokenizer_for,
     pad_id_of,
 )
-from .preferences import Group, PairBatch, collate_groups, group_pairs
+from .preferences import GroupTask, PairBatch, collate_groups, load_groups
 from .prefix import attention_of, can_share, collate_shared
 from .reference import content_key, default_cache_dir, reference_logprobs
-from .training import Measured, Task, begin, plan_of, train
+from .training import Measured, begin, train
 
 REFERENCE_FREE = ("simpo",)
 
 
-class DPOTask(Task):
+class DPOTask(GroupTask):
     """Groups of responses; means are over their pairs. `ref_logps`: of each group's responses [K], None where free."""
 
     names = (
@@ -43,24 +41,14 @@ class DPOTask(Task):
         "logps/rejected",
     )  # fmt: skip
 
-    def __init__(
-        self, config: DPOConfig, groups: list[Group], pad_id: int, accelerator: Accelerator, shuffled: bool
-    ) -> None:
-        sizes = [len(group.pairs) for group in groups]
-        plan = plan_of(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
-        super().__init__(plan, sizes, accelerator.device)
-        self.config, self.groups, self.pad_id = config, groups, pad_id
-        self.attention = ""  # of the model that shares prefixes, "" where none does
-        self.ref_logps: list[Tensor] | None = None
+    attention = ""  # of the model that shares prefixes, "" where none does
+    ref_logps: list[Tensor] | None = None
 
     def batch(self, indices: MicroBatch) -> PairBatch:
         groups = self.examples(indices)
         if self.attention:
             return collate_shared(groups, self.pad_id, self.attention).to(self.device)
         return collate_groups(groups, self.pad_id).to(self.device)
-
-    def examples(self, indices: MicroBatch) -> list[Any]:
-        return [self.groups[i] for i in indices]
 
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
         pairs = self.batch(indices)
@@ -143,13 +131,8 @@ def load_task(
     shuffled: bool,
 ) -> DPOTask:
     """Reads, reports and plans one data set."""
-    data = load_pairs(
-        source, tokenizer, split=split, format=config.dataset_format, streaming=config.streaming,
-        max_prompt_length=config.max_prompt_length, max_length=config.max_length,
-        skip_invalid_rows=config.skip_invalid_rows,
-    )  # fmt: skip
-    accelerator.print(data.report(source))
-    return DPOTask(config, group_pairs(data.examples), pad_id_of(tokenizer), accelerator, shuffled)
+    groups = load_groups(config, tokenizer, source, split, accelerator)
+    return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
 
 
 def check_sharing(fused: FusedLM, key: str) -> None:

@@ -38,25 +38,43 @@ class LMHead(NamedTuple):
         return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
+def load_pretrained(
+    auto: type,
+    name: str,
+    what: str,
+    *,
+    key: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    new: tuple[str, ...] = (),
+    hint: str = "",
+    **options: Any,
+) -> PreTrainedModel:
+    """`what`, with fp32 weights and dropout off; UsageError where weights are missing but those that begin with `new`.
+    Updates at a learning rate of 1e-6 vanish in bf16 weights."""
+    check_local(name, key)
+    try:
+        with without_report():
+            model, report = auto.from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code, output_loading_info=True, **options,
+            )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UsageError(f"{key}: cannot load {name!r} as {what}: {error}") from error
+    missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
+    if missing:
+        said = ", ".join(missing[:5])
+        raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {said}{hint}")
+    return turn_dropout_off(model)
+
+
 def load_causal_lm(
     name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal LM with fp32 weights, dropout off. Updates at a learning rate of 1e-6 vanish in bf16 weights."""
-    check_local(name, key)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"{key}: cannot load {name!r} as a causal language model: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {missing}")
-    return turn_dropout_off(model)
+    return load_pretrained(
+        AutoModelForCausalLM, name, "a causal language model", key=key, attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
 
 
 def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -88,7 +106,8 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     """Embeddings for tokens that were added to the tokenizer, near the mean of those that are there: logits of the old
     tokens stay what they were, and a new one is as likely as an average one."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        with without_report():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 
 
 def end_where_tokenizer_does(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,9 +6,14 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from .data import Batch, Pair, pad_sequences
+from .batching import MicroBatch
+from .config import PairConfig
+from .data import Batch, Pair, load_pairs, pad_sequences
+from .training import Task, plan_of
 
 
 class Group(NamedTuple):
@@ -73,3 +78,31 @@ def pairs_of(groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
         first += len(group.responses)
     margins = torch.tensor([margin for group in groups for margin in group.margins], dtype=torch.float32)
     return torch.tensor(chosen), torch.tensor(rejected), margins
+
+
+def load_groups(
+    config: PairConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, accelerator: Accelerator
+) -> list[Group]:
+    """Reads one data set, and reports on it."""
+    data = load_pairs(
+        source, tokenizer, split=split, format=config.dataset_format, streaming=config.streaming,
+        max_prompt_length=config.max_prompt_length, max_length=config.max_length,
+        skip_invalid_rows=config.skip_invalid_rows,
+    )  # fmt: skip
+    accelerator.print(data.report(source))
+    return group_pairs(data.examples)
+
+
+class GroupTask(Task):
+    """A task whose examples are groups; means are over their pairs."""
+
+    def __init__(
+        self, config: PairConfig, groups: list[Group], pad_id: int, accelerator: Accelerator, shuffled: bool
+    ) -> None:
+        sizes = [len(group.pairs) for group in groups]
+        plan = plan_of(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
+        super().__init__(plan, sizes, accelerator.device)
+        self.config, self.groups, self.pad_id = config, groups, pad_id
+
+    def examples(self, indices: MicroBatch) -> list[Group]:
+        return [self.groups[i] for i in indices]

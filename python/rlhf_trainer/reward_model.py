@@ -22,20 +22,18 @@ import rlhf_kernels as rk
 from .batching import MicroBatch
 from .checkpoint import save_model
 from .config import RewardConfig
-from .data import Batch, load_pairs
+from .data import Batch
 from .errors import UsageError
 from .models import (
     check_fit,
-    check_local,
     checkpoint_gradients,
+    load_pretrained,
     load_tokenizer_for,
     make_room,
-    turn_dropout_off,
-    without_report,
 )
-from .preferences import Group, PairBatch, collate_groups, group_pairs
+from .preferences import GroupTask, PairBatch, collate_groups, load_groups
 from .scoring import last_values, load_reward_model, value_head_of
-from .training import Measured, Task, begin, means_over, plan_of, train
+from .training import Measured, begin, means_over, train
 
 PAD = "<|pad|>"
 CALIBRATION_BINS = 10
@@ -55,21 +53,19 @@ class RewardModel(nn.Module):
             return last_values(self.model, self.head[0], batch.input_ids, batch.attention_mask)
 
 
-class RewardTask(Task):
+class RewardTask(GroupTask):
     """Groups of responses; means are over their pairs."""
 
-    names = ("loss", "accuracy", "margin", "rewards/chosen", "rewards/rejected", "rewards/min", "rewards/max")
-
-    def __init__(
-        self, config: RewardConfig, groups: list[Group], pad_id: int, accelerator: Accelerator, shuffled: bool
-    ) -> None:
-        sizes = [len(group.pairs) for group in groups]
-        plan = plan_of(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
-        super().__init__(plan, sizes, accelerator.device)
-        self.config, self.groups, self.pad_id = config, groups, pad_id
-
-    def examples(self, indices: MicroBatch) -> list[Any]:
-        return [self.groups[i] for i in indices]
+    names = (
+        "loss",
+        "accuracy",
+        "margin",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/min",
+        "rewards/mean",
+        "rewards/max",
+    )
 
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
         pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
@@ -94,12 +90,12 @@ def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tens
 
 
 def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> Tensor:
-    """RewardTask.names of a micro-batch, [7]."""
+    """RewardTask.names of a micro-batch, [8]."""
     rewards = rewards.detach()
     chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
     return torch.stack([
         loss.detach(), (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean(), rejected.mean(),
-        rewards.min(), rewards.max(),
+        rewards.min(), rewards.mean(), rewards.max(),
     ])  # fmt: skip
 
 
@@ -137,22 +133,12 @@ def train_reward(config: RewardConfig) -> Path:
 
 
 def load_classifier(config: RewardConfig) -> PreTrainedModel:
-    """The model with a head of one output, new (drawn by `seed`) where there is none; fp32 weights, dropout off."""
-    name = config.model_name_or_path
-    check_local(name, "model_name_or_path")
-    try:
-        with without_report():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=torch.float32, attn_implementation=config.attn_implementation,
-                trust_remote_code=config.trust_remote_code, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"model_name_or_path: cannot load {name!r} with a reward head: {error}") from error
-    missing = [key for key in report["missing_keys"] if not key.startswith(("score.", "classifier."))]
-    if missing:
-        said = ", ".join(sorted(missing)[:5])
-        raise UsageError(f"model_name_or_path: {name!r} lacks weights, which would start at random: {said}")
-    return turn_dropout_off(model)
+    """The model with a head of one output: its own, or a new one, drawn by `seed`."""
+    return load_pretrained(
+        AutoModelForSequenceClassification, config.model_name_or_path, "a language model with a reward head",
+        key="model_name_or_path", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code, new=("score.", "classifier."), num_labels=1,
+    )  # fmt: skip
 
 
 def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -173,13 +159,7 @@ def load_task(
     shuffled: bool,
 ) -> RewardTask:
     """Reads, reports and plans one data set."""
-    data = load_pairs(
-        source, tokenizer, split=split, format=config.dataset_format, streaming=config.streaming,
-        max_prompt_length=config.max_prompt_length, max_length=config.max_length,
-        skip_invalid_rows=config.skip_invalid_rows,
-    )  # fmt: skip
-    accelerator.print(data.report(source))
-    groups = group_pairs(data.examples)
+    groups = load_groups(config, tokenizer, source, split, accelerator)
     for group in groups:
         if any(response[-1] == tokenizer.pad_token_id for response in group.responses):
             raise UsageError(f"{source}, row {group.row}: a response ends with the padding token {tokenizer.pad_token}")

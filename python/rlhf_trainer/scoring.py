@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .data import pad_sequences
 from .errors import UsageError
-from .models import check_local, turn_dropout_off
+from .models import load_pretrained
 from .progress import Run, at_once, batches_of_like_length
 
 
@@ -20,29 +20,17 @@ def load_reward_model(
     name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model with one value a sequence, fp32 weights, dropout off; UsageError if it was not trained to be one."""
-    check_local(name, key)
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            dtype=torch.float32,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UsageError(f"{key}: cannot load {name!r} as a reward model: {error}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise UsageError(
-            f"{key}: {name!r} lacks weights, which would start at random: {missing}. Is it a language model? "
-            "`rlhf reward` makes a reward model of one"
-        )
+    model = load_pretrained(
+        AutoModelForSequenceClassification, name, "a reward model", key=key, attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        hint=". Is it a language model? `rlhf reward` makes a reward model of one",
+    )  # fmt: skip
     if model.config.num_labels != 1:
         raise UsageError(
             f"{key}: {name!r} gives {model.config.num_labels} values a sequence; a reward model gives 1 (num_labels)"
         )
     try:
-        value_head_of(turn_dropout_off(model))
+        value_head_of(model)
     except UsageError as error:
         raise UsageError(f"{key}: {name!r}: {error}") from error
     return model

@@ -54,6 +54,7 @@ class SFTTask(Task):
         counts = [sum(sum(sequence.counted[1:]) for sequence in row) for row in self.rows_of_sequences]
         super().__init__(plan, counts, accelerator.device)
         self.packing, self.pad_id = config.packing, pad_id
+        self.noun = "rows of packed conversations" if config.packing else "conversations"
 
     def batch(self, indices: MicroBatch) -> Batch:
         rows = [self.rows_of_sequences[i] for i in indices]

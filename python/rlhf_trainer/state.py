@@ -78,6 +78,11 @@ def load_state(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def remove_state(work: Path) -> None:
+    """Of a finished run, which has nothing to go on with."""
+    shutil.rmtree(work / FOLDER, ignore_errors=True)
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; what is tied, once."""
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,8 +26,7 @@ from .config import TrainConfig
 from .config_file import dump_yaml
 from .errors import UsageError
 from .metrics import MetricsLog, make_accelerator
-from .state import FOLDER as STATE_FOLDER
-from .state import Saved, load_state, newest_state, save_state
+from .state import Saved, load_state, newest_state, remove_state, save_state
 
 BAD_BATCH = "bad_batch.json"
 
@@ -45,6 +43,7 @@ class Task(ABC):
     """Examples of one stage, their plan, and their loss. `counts` [N] is what means are over: pairs, tokens."""
 
     names: tuple[str, ...]  # of the metrics; ".../min" and ".../max" are extremes over the batch
+    noun = "prompts with pairs"  # what its examples are
 
     def __init__(self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device) -> None:
         self.plan, self.counts, self.device = plan, counts, device
@@ -108,6 +107,7 @@ def begin(config: TrainConfig) -> tuple[Accelerator, bool]:
     accelerator = make_accelerator(config.report_to, partial_folder(config.output_dir))
     torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
     if config.resume and is_finished(config.output_dir, dump_yaml(config)):
+        remove_state(Path(config.output_dir))
         accelerator.print(f"{config.output_dir} is finished; nothing is left to do")
         return accelerator, True
     if accelerator.is_main_process:
@@ -145,15 +145,16 @@ def train(
     accelerator.wait_for_everyone()
     work = partial_folder(config.output_dir)
     saved = newest_state(work)
+    data = fingerprint(task) if saved is not None or len(steps) > config.save_steps else ""
     if saved is not None:
-        check_same_data(saved, task)
+        check_same_data(saved, data)
         load_state(saved, accelerator.unwrap_model(model), optimizer)
     done, kept_bytes = (saved.step, saved.facts["metrics_bytes"]) if saved else (0, 0)
 
     with contextlib.closing(
         MetricsLog(work, accelerator, len(steps), config.run_name, dataclasses.asdict(config), done, kept_bytes)
     ) as log:
-        log.say(f"{len(task.counts)} examples, {len(steps)} steps, metrics in {work / 'metrics.jsonl'}")
+        log.say(f"{len(task.counts)} {task.noun}, {len(steps)} steps, metrics in {work / 'metrics.jsonl'}")
         if done:
             log.say(f"goes on after step {done}")
         if len(steps) < config.warmup_steps:
@@ -196,15 +197,14 @@ def train(
             log.advance(**{name: f"{metrics[name]:.4f}" for name in task.names[:2]})
             if step % config.save_steps == 0 and not last:
                 if accelerator.is_main_process:
-                    facts = {"metrics_bytes": log.bytes_written(), "data": fingerprint(task)}
+                    facts = {"metrics_bytes": log.bytes_written(), "data": data}
                     save_state(work, step, accelerator.unwrap_model(model), optimizer, facts)
                 accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save(accelerator.unwrap_model(model), work)
-        folder = commit_output(config.output_dir, config.overwrite)
-        shutil.rmtree(folder / STATE_FOLDER, ignore_errors=True)  # last, so that a run killed before can go on
+        remove_state(commit_output(config.output_dir, config.overwrite))  # last: a run killed before can go on
         print(f"saved to {config.output_dir}")
     accelerator.wait_for_everyone()
     return Path(config.output_dir)
@@ -240,8 +240,8 @@ def fingerprint(task: Task) -> str:
     return digest.hexdigest()
 
 
-def check_same_data(saved: Saved, task: Task) -> None:
-    if saved.facts["data"] != fingerprint(task):
+def check_same_data(saved: Saved, data: str) -> None:
+    if saved.facts["data"] != data:
         raise UsageError(
             f"{saved.folder}: the data set, the tokenizer or the number of processes is not what the run began with, "
             "so --resume cannot go on with it"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib import image
 
-from rlhf_trainer import demo
+from rlhf_trainer import demo, demo_measure
 from rlhf_trainer.checkpoint import CONFIG_FILE
 from rlhf_trainer.config import DemoConfig
 from rlhf_trainer.demo_language import (
@@ -29,7 +29,8 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "REVIEWS_PER_PROMPT", 4)
         patch.setattr(demo, "HELD_OUT_PAIRS_PER_PROMPT", 2)
-        return demo.run(DemoConfig(output_dir=str(folder), lm_steps=60, pairs=256, dpo_epochs=1))
+        sizes = {"lm_steps": 60, "demonstrations": 512, "pairs": 256, "completions": 3, "dpo_epochs": 1}
+        return demo.run(DemoConfig(output_dir=str(folder), **sizes))
 
 
 def test_the_reward_is_what_the_docstring_says():
@@ -69,31 +70,29 @@ def test_optimum_reweights_by_the_exponential_of_the_reward():
     """Two rewards, +1 and -1, equally likely: pi*(+1) = sigma(2 / beta), and its KL to (1/2, 1/2) in closed form."""
     beta = 0.7
     p = 1 / (1 + math.exp(-2 / beta))
-    reward, kl = demo.optimum([1, -1] * 50, beta)
+    reward, kl = demo_measure.optimum([1, -1] * 50, beta)
     assert reward == pytest.approx(2 * p - 1)
     assert kl == pytest.approx(p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
 
 
-def test_kl_per_sequence_is_that_of_full_logits():
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    a, b = demo.make_model(tokenizer), demo.make_model(tokenizer)
-    for parameter in [*a.parameters(), *b.parameters()]:  # else the untrained two say nearly the same
-        torch.nn.init.normal_(parameter, std=0.2)
-    batch = demo.encode(tokenizer, all_prompts()[:2], ["the soup was warm .", "i will happily return ."])
-    kl = demo.kl_per_sequence(demo.FusedLM(a), demo.FusedLM(b), batch)
-    with torch.no_grad():
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        p, q = (model(**inputs).logits.log_softmax(-1) for model in (a, b))
-    per_token = (p.exp() * (p - q)).sum(-1)[:, :-1] * (batch.labels[:, 1:] != -100)
-    torch.testing.assert_close(kl, per_token.sum(-1), rtol=1e-4, atol=1e-4)
-    assert kl.min() > 0.1
+def test_pretraining_reads_running_text_without_an_end():
+    tokenizer, rng = make_tokenizer(), random.Random(0)
+    batch = demo.running_text(tokenizer, all_prompts(), rng)
+    assert batch.input_ids.shape == (demo.LM_BATCH, demo.LM_TOKENS) and batch.attention_mask.all()
+    assert tokenizer.eos_token_id not in batch.input_ids
+    assert tokenizer.decode(batch.input_ids[0]).count("review of the") >= 2
+    assert torch.equal(batch.labels, batch.input_ids)
 
 
 def test_a_short_run_leaves_everything(result):
     names = {path.name for path in result.iterdir()}
-    assert {"start_model", "dpo_model", "preferences.jsonl", "held_out.jsonl", "report.txt", "curves.png"} <= names
-    assert len((result / "preferences.jsonl").read_text().splitlines()) == 256
+    stages = {f"{stage}_model" for stage in ("base", "sft", "reward", "rejection", "dpo")}
+    assert (
+        stages | {"preferences.jsonl", "held_out.jsonl", "completions", "selected", "report.txt", "curves.png"} <= names
+    )
+    pairs = [json.loads(line) for line in (result / "preferences.jsonl").read_text().splitlines()]
+    assert 200 < len(pairs) <= 256 and all(set(pair) == {"prompt", "chosen", "rejected"} for pair in pairs)
+    assert len((result / "completions" / "completions.jsonl").read_text().splitlines()) == 3 * 90
     height, width, _ = image.imread(result / "curves.png").shape
     assert height > 600 and width > 900
     records = [json.loads(line) for line in (result / "dpo_model" / "metrics.jsonl").read_text().splitlines()]
@@ -103,14 +102,14 @@ def test_a_short_run_leaves_everything(result):
 
 def test_the_report_has_table_and_samples(result):
     text = (result / "report.txt").read_text()
-    for phrase in ("hidden reward", "KL to the starting model", "recognised", "before", "after", "optimum"):
+    for phrase in ("hidden reward", "what the reward model says", "KL to the SFT model", "recognised", "optimum"):
         assert phrase in text
     assert text.count("review of the") >= 3
-    (kl,) = [line for line in text.splitlines() if "KL to the starting model" in line]
-    before, after, optimum = (float(word) for word in kl.split()[-3:])
-    assert before == 0.0 and after > 0.0 and optimum > 0.0
+    (kl,) = [line for line in text.splitlines() if "KL to the SFT model" in line]
+    sft, rejection, dpo, optimum = (float(word) for word in kl.split()[-4:])
+    assert sft == 0.0 and min(rejection, dpo, optimum) > 0.0
     (recognised,) = [line for line in text.splitlines() if "recognised" in line]
-    assert recognised.split()[-3] == "50%" != recognised.split()[-2]
+    assert recognised.split()[-4] == "50%" != recognised.split()[-2]
 
 
 def test_a_second_demo_takes_the_next_free_name(tmp_path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from rlhf_trainer.dpo import DPOTask
 from rlhf_trainer.errors import UsageError
@@ -28,6 +29,27 @@ def test_two_processes_train_as_one(yaml_config, tmp_path, python):
     for a, b in zip(one, two, strict=True):
         for key in (*DPOTask.names, "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
+
+
+def test_the_other_stages_in_two_processes(model_folder, rows, write_jsonl, tmp_path, python):
+    """SFT, packed, whole and resumed; a reward model, whose smallest and largest rewards are of all processes."""
+    data = write_jsonl(rows(10))
+    for name, launch in (("one", ()), ("two", LAUNCH)):
+        script = Path(__file__).with_name("other_stages.py")
+        done = python(*launch, str(script), model_folder("llama"), data, name, ACCELERATE_USE_CPU="true")
+        assert done.returncode == 0, done.stderr
+    for stage in ("sft", "resumed", "reward"):
+        one, two = (
+            [json.loads(line) for line in (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        assert len(one) == len(two) > 3
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {"tokens_per_second"}:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (stage, key)
+    whole, resumed = (load_file(tmp_path / "two" / stage / "model.safetensors") for stage in ("sft", "resumed"))
+    assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
 def test_a_head_sharded_on_its_own(python):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_trainer import sft, state, training
+from rlhf_trainer import checkpoint, sft, state, training
 from rlhf_trainer.checkpoint import partial_folder
 from rlhf_trainer.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.dpo import train_dpo
@@ -170,6 +170,22 @@ def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stag
     assert run("out", resume=True) == folder
     assert "is finished; nothing is left to do" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("out"), (training, "remove_state", at_call(1)))
+    assert (tmp_path / "out" / state.FOLDER).is_dir()
+    run("out", resume=True)
+    assert not (tmp_path / "out" / state.FOLDER).exists()
+
+
+def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("out"), (checkpoint.Path, "write_text", at_call(1)))
+    assert not partial_folder(tmp_path / "out").exists()
+    run("out", resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
 
 
 def test_resume_takes_the_run_it_was(stage, tmp_path, rows):

@@ -61,7 +61,7 @@ def test_losses_by_hand():
 
 def test_metrics_by_hand():
     found = reward_metrics(torch.tensor(0.5), REWARDS, collate_groups(GROUPS, 0)).tolist()
-    assert found == pytest.approx([0.5, 1.0, (2 + 1.5 + 0.5) / 3, 4 / 3, 0.0, -1.0, 2.5])
+    assert found == pytest.approx([0.5, 1.0, (2 + 1.5 + 0.5) / 3, 4 / 3, 0.0, -1.0, 1.0, 2.5])
 
 
 def test_calibration_by_hand():

@@ -1,0 +1,45 @@
+"""SFT and reward models, in as many processes as this was started with: `other_stages.py MODEL DATA FOLDER`.
+
+SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too.
+"""
+
+import sys
+from pathlib import Path
+
+from rlhf_trainer import training
+from rlhf_trainer.config import RewardConfig, SFTConfig
+from rlhf_trainer.reward_model import train_reward
+from rlhf_trainer.sft import train_sft
+
+model, data, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+COMMON = {
+    "model_name_or_path": model, "dataset": data, "eval_dataset": data, "batch_size": 6, "micro_batch_size": 2,
+    "learning_rate": 1e-3, "num_train_epochs": 3, "max_length": 96, "save_steps": 2,
+}  # fmt: skip
+SFT = COMMON | {"packing": True}
+
+
+def interrupted(run):
+    """Stops in its fourth step, behind the state of the second."""
+    learning_rate_at, calls = training.learning_rate_at, []
+
+    def once_too_often(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise InterruptedError
+        return learning_rate_at(*args)
+
+    training.learning_rate_at = once_too_often
+    try:
+        run()
+    except InterruptedError:
+        return
+    finally:
+        training.learning_rate_at = learning_rate_at
+    raise AssertionError("it was to be interrupted")
+
+
+train_sft(SFTConfig(**SFT, output_dir=str(folder / "sft")))
+interrupted(lambda: train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"))))
+train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"), resume=True))
+train_reward(RewardConfig(**COMMON, max_prompt_length=48, output_dir=str(folder / "reward")))
