@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,11 +28,27 @@ ENOUGH_S = 300  # for one process
 LARGEST_LOSS_DIFFERENCE = 1e-4  # in fp32, in nats; what rounding makes of the losses of a few steps is a tenth of it
 
 
+def shown(name: str) -> str:
+    return name.replace("trl-", "TRL ").replace("rlhf-", "rlhf, ")
+
+
 class Track:
     """A model and pairs on disk, and what each trainer's turns on them found."""
 
-    def __init__(self, folder: Path, sizes: Sizes, dtype: str = "float32", trainers: tuple[str, ...] = RIVALS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Sizes,
+        dtype: str = "float32",
+        trainers: tuple[str, ...] = RIVALS,
+        *,
+        part: str = "whole",
+        warm_up: int = 2,
+        learning_rate: float = 1e-4,
+        enough_s: float = ENOUGH_S,
+    ) -> None:
         self.folder, self.sizes, self.dtype = folder, sizes, dtype
+        self.part, self.warm_up, self.learning_rate, self.enough_s = part, warm_up, learning_rate, enough_s
         self.turns: dict[str, list[dict]] = {name: [] for name in ("rlhf", *trainers)}
         make_model(folder / "model", sizes)
         make_data(folder / "pairs.jsonl", sizes)
@@ -46,6 +61,7 @@ class Track:
         command = [
             sys.executable, "-m", "benchmarks.step", "--trainer", name, "--model", self.folder / "model", "--data",
             self.folder / "pairs.jsonl", "--out", out, "--batch", str(self.sizes.batch), "--dtype", self.dtype,
+            "--part", self.part, "--warm-up", str(self.warm_up), "--learning-rate", str(self.learning_rate),
         ]  # fmt: skip
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.folder / "datasets"),
@@ -55,10 +71,10 @@ class Track:
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=ENOUGH_S
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=self.enough_s
             )
         except subprocess.TimeoutExpired:
-            turns.append({"status": f"not measured: took more than {ENOUGH_S} s"})
+            turns.append({"status": f"not measured: took more than {self.enough_s:.0f} s"})
             return
         if done.returncode == 0:
             turns.append(json.loads(out.read_text()))
@@ -73,8 +89,8 @@ class Track:
     def entry(self, name: str) -> dict:
         turns = self.turns[name]
         row = {
-            "trainer": name.replace("trl-", "TRL "), "status": turns[-1]["status"], "dtype": self.dtype,
-            "model": asdict(self.sizes), "batch": self.sizes.batch, "rounds": len(turns),
+            "trainer": shown(name), "status": turns[-1]["status"], "dtype": self.dtype,
+            "model": self.sizes.shown(), "batch": self.sizes.batch, "rounds": len(turns),
         }  # fmt: skip
         if row["status"] != "measured":
             return row

@@ -327,8 +327,10 @@ def draw_roofline(tables: list[Table], path: Path) -> bool:
 
 
 def draw_steps(steps: list[dict], path: Path) -> bool:
-    """The losses of whole training steps, which lie on top of each other where trainers agree; time and memory."""
-    able = [step for step in steps if step["status"] == "measured"]
+    """The losses of whole training steps, which lie on top of each other where trainers agree; time and memory. Of the
+    first case that measures a part of a step, where there are no whole ones."""
+    whole = min(tables_of(steps, ("case",)), key=lambda table: bool(table[0].get("case")), default=[])
+    able = measured(whole)
     if not able:
         return False
     figure, (curves, time, memory) = figure_of(3, [0.9 + max(1.8, 0.36 * len(able))], width=10.5)

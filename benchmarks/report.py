@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +36,8 @@ from benchmarks.pictures import (  # noqa: E402
     tables_of,
     wins,
 )
+from benchmarks.step_tables import step_tables, step_targets  # noqa: E402
+from benchmarks.words import both, cell, grid, nats, percent, spread  # noqa: E402
 
 WORDS = {"n": "tokens", "v": "vocabulary", "d": "hidden size", "masked": "masked part"}
 WORDS |= {"dtype": "dtype", "threads": "threads", "pairs_per_response": "pairs a response"}
@@ -63,31 +65,6 @@ milliseconds with them: ratios are what is claimed. Nearer to 1 than the spread,
 """
 
 
-# --- numbers in words ---
-
-
-def percent(fraction: float | None) -> str:
-    return "" if fraction is None else f"{fraction:.0%}" if fraction >= 0.01 else f"{fraction:.1%}"
-
-
-def both(row: dict, columns: tuple[str, str], say: Callable[[float | None], str]) -> str:
-    """ "forward / total"; "" where neither is known."""
-    said = [say(row.get(column)) for column in columns]
-    return " / ".join(word or "–" for word in said) if any(said) else ""
-
-
-def nats(error: float | str | None) -> str:
-    return "" if error is None else f"{float(error):.1e}" if error else "0"  # "nan" stays one
-
-
-def spread(times: dict | None) -> str:
-    return f"{times['min'] / times['median']:.2f}–{times['max'] / times['median']:.2f}" if times else ""
-
-
-def cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
-
-
 def error_of(row: dict) -> str:
     """Of a measured row; a table without it is not printed."""
     if row["contender"] == BARE or row["contender"].endswith(", unmasked"):
@@ -97,11 +74,6 @@ def error_of(row: dict) -> str:
     if row["contender"].endswith(", sum") and row.get("hidden_gradient_error") is not None:
         return "no value per token"  # its gradient is judged
     raise ValueError(f"measured without an error, so not printed: {row['contender']} of {row['op']}")
-
-
-def grid(head: list[str], lines: Iterable[list[str]], text_columns: int = 1) -> list[str]:
-    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
-    return [f"| {' | '.join(line)} |" for line in [head, rule, *lines]] + [""]
 
 
 # --- comparisons ---
@@ -115,7 +87,7 @@ def mark(row: dict, native: dict | None) -> str:
 # --- sections ---
 
 
-def targets(tables: list[Table]) -> list[str]:
+def targets(tables: list[Table], steps: list[dict]) -> list[str]:
     """What docs promise of this machine, held against what was measured."""
     lines, held, missed = [], 0, 0
     for table in tables:
@@ -140,6 +112,9 @@ def targets(tables: list[Table]) -> list[str]:
                 number = "" if found is None else f"{found:.3f}" if found < 10 else short(found)
                 error = error_of(native) if native else ""
                 lines.append([said, what.replace("_", " ") + against, number, f"≤ {most:.4g}", error, verdict])
+    for line, holds in step_targets(steps):
+        held, missed = held + (holds is True), missed + (holds is False)
+        lines.append(line)
     if not lines:
         return []
     head = ["what", "native, as a ratio or in MiB", "measured", "target", "error, nats", "verdict"]
@@ -277,35 +252,6 @@ def pair_table(rows: list[dict]) -> list[str]:
     return ["### Losses of pairs", "", *grid(head, lines, 2)] if lines else []
 
 
-def step_table(steps: list[dict]) -> list[str]:
-    lines = []
-    able = [step for step in steps if step["status"] == "measured"]
-    unjudged = [step["trainer"] for step in able if step.get("max_loss_difference") is None]
-    if len(unjudged) > 1:  # one of them is what the others differ from
-        raise ValueError(f"measured without a difference of losses, so not printed: {', '.join(unjudged)}")
-    ours_mib = next((step["peak_extra_mib"] for step in able if step["trainer"] == "rlhf"), None) or 0.0
-    for step in steps:
-        if step["status"] != "measured":
-            lines.append([f"{step['trainer']}: {cell(step['status'])}", *[""] * 4])
-            continue
-        over = 1.0 if step["trainer"] == "rlhf" else step.get("over_rlhf")
-        less = step.get("peak_extra_mib", ours_mib) < ours_mib
-        better = [what for what, wins in (("time", (over or 1.0) < 1.0), ("memory", less)) if wins]
-        beats = f" ▲ beats rlhf: {', '.join(better)}" if better else ""
-        memory = "" if step.get("peak_extra_mib") is None else f"{step['peak_extra_mib']:,.0f}"
-        difference = nats(step.get("max_loss_difference")) or "what the others differ from"
-        lines.append([f"{step['trainer']}{beats}", short(over), spread(step.get("step_ms")), memory, difference])
-    if not lines:
-        return []
-    first = (able or steps)[0]
-    sizes = first.get("model", {})
-    model = ", ".join(f"{name} {value}" for name, value in sizes.items()) if isinstance(sizes, dict) else sizes
-    said = [first.get("dtype", ""), f"model: {model}" if model else ""]
-    said += [f"{name}: {first[name]}" for name in ("batch", "rounds") if first.get(name)]
-    head = ["trainer", "a step, × rlhf", "spread", "extra MiB", "largest difference of losses"]
-    return ["### Whole training steps", "", "; ".join(word for word in said if word) + ".", "", *grid(head, lines)]
-
-
 def folded(summary: str, lines: list[str]) -> list[str]:
     return [f"<details><summary>{summary}</summary>", "", *lines, "", "</details>", ""] if lines else []
 
@@ -348,7 +294,7 @@ def section(results: dict, stem: str, images: Path) -> list[str]:
     lines += summary(tables + tables_of(pairs, ("op", "s")))
     says = "Time and peak extra memory of forward plus backward at one shape"
     lines += picture("", says, lambda path: pictures.draw_headline(tables, path))
-    lines += targets(tables)
+    lines += targets(tables, steps)
     says = "Forward plus backward of log-probs, shape by shape, in units of the bare GEMMs' time"
     lines += picture("-time", says, lambda path: pictures.draw_time(plain, path))
     says = "Part of the bare GEMMs' rate that is reached"
@@ -369,7 +315,7 @@ def section(results: dict, stem: str, images: Path) -> list[str]:
     for sweep in sweeps:
         lines += sweep_table(sweep)
     lines += pair_table(pairs)
-    whole = step_table(steps)
+    whole = step_tables(steps)
     says = "Losses, time and memory of whole training steps"
     lines += whole + (picture("-step", says, lambda path: pictures.draw_steps(steps, path)) if whole else [])
     notes = dict.fromkeys((row["contender"], row["op"], row["note"]) for row in [*rows, *pairs] if row.get("note"))

@@ -1,5 +1,5 @@
 """`python -m benchmarks.step --trainer rlhf|trl-1.16.0|trl-1.13.0|plain --model DIR --data FILE --out FILE`: one
-trainer's DPO run in a process of its own, on the CPU.
+trainer's DPO run in a process of its own, on the CPU. `--part gradients` measures less of it: see step_parts.py.
 
 FILE is JSON: the time of every optimisation step, the losses, and the most memory a step took. If the trainer cannot
 run here, `status` says why. Whatever the trainer, the measuring is the same, through torch's own global hooks:
@@ -18,13 +18,12 @@ run here, `status` says why. Whatever the trainer, the measuring is the same, th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import os
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.step_parts import Parts, new_mark_mib, status_mib
 from benchmarks.step_trainers import CannotRun, Run, trainer_of
 
 END = "</s>"
@@ -48,6 +48,13 @@ class Sizes:
     batch: int = 4  # pairs of a step
     tokens: int = 96
     steps: int = 6
+    intermediate: int = 0  # of the MLP; 0: twice the hidden size
+    kv_heads: int = 0  # of the attention; 0: as many as it has heads of 64
+    equal: bool = False  # every prompt and response as long as `tokens` allows
+
+    def shown(self) -> dict[str, int]:
+        """What is not left as it was."""
+        return {name: value for name, value in asdict(self).items() if value}
 
 
 def make_model(folder: Path, sizes: Sizes) -> None:
@@ -56,10 +63,12 @@ def make_model(folder: Path, sizes: Sizes) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
+    heads = max(1, sizes.hidden // 64)
     config = LlamaConfig(
-        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=2 * sizes.hidden,
-        num_hidden_layers=sizes.layers, num_attention_heads=max(1, sizes.hidden // 64), bos_token_id=None,
-        eos_token_id=0, pad_token_id=0, initializer_range=0.05,  # wider than usual: logits spread over several nats
+        vocab_size=sizes.vocab, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate or 2 * sizes.hidden,
+        num_hidden_layers=sizes.layers, num_attention_heads=heads, num_key_value_heads=sizes.kv_heads or heads,
+        bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        initializer_range=0.05,  # wider than usual: logits spread over several nats
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({END: 0} | {f"w{i}": i for i in range(1, sizes.vocab)}, unk_token=END))
@@ -68,8 +77,11 @@ def make_model(folder: Path, sizes: Sizes) -> None:
 
 
 def make_data(path: Path, sizes: Sizes) -> None:
-    """Pairs of unequal lengths, as many as `sizes.steps` steps take; half of a response's words give away its side."""
+    """Pairs, as many as `sizes.steps` steps take, of unequal lengths unless `sizes.equal`; half of a response's words
+    give away its side."""
     rng = random.Random(0)
+    most = sizes.tokens - 1  # an end of sequence follows a response
+    least = most if sizes.equal else sizes.tokens // 2
 
     def word(own: int) -> str:
         """Any word, or (if `own` is not 0) as often one of the `LIKED` words from `own` on."""
@@ -78,18 +90,13 @@ def make_data(path: Path, sizes: Sizes) -> None:
         return f"w{rng.randrange(2 * LIKED + 1, sizes.vocab)}"
 
     def text(own: int) -> str:
-        return " ".join(word(own) for _ in range(rng.randint(sizes.tokens // 2, sizes.tokens - 1)))
+        return " ".join(word(own) for _ in range(rng.randint(least, most)))
 
     rows = [
         {"prompt": text(0), "chosen": " " + text(1), "rejected": " " + text(1 + LIKED)}
         for _ in range(sizes.batch * sizes.steps)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def status_mib(field: str) -> float:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 class Watch:
@@ -108,10 +115,7 @@ class Watch:
             return  # the reference's
         self.first_forward.remove()
         self.reference_s = time.perf_counter() - self.started
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what a step needs
-        with open("/proc/self/clear_refs", "w") as refs:
-            refs.write("5")  # the high-water mark starts over from what is resident now
-        self.held_mib = status_mib("VmRSS")
+        self.held_mib = new_mark_mib()
 
     def after_step(self, optimizer: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
         self.ends.append(time.perf_counter())
@@ -144,14 +148,16 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     parser.add_argument("--warm-up", type=int, default=2, help="steps that are not timed")
+    parser.add_argument("--part", choices=("whole", "gradients"), default="whole", help="of a step")
     args = parser.parse_args()
     folder = Path(args.out).resolve().parent / f"{args.trainer}-{os.getpid()}"
     folder.mkdir()
 
     try:
         train = trainer_of(args.trainer)  # imports it
-        watch = Watch()
-        losses = train(Run(args.model, args.data, folder, args.batch, args.learning_rate, args.dtype))
+        watch = Watch() if args.part == "whole" else Parts()
+        parts = watch if isinstance(watch, Parts) else None
+        losses = train(Run(args.model, args.data, folder, args.batch, args.learning_rate, args.dtype, parts))
     except CannotRun as error:
         result = {"status": str(error)}
     else:

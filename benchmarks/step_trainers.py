@@ -7,13 +7,17 @@ off. What differs is how they come from hidden states to a loss, and all that th
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from benchmarks.step_parts import Parts
 
 
 class CannotRun(Exception):
@@ -30,6 +34,7 @@ class Run:
     batch: int
     learning_rate: float
     dtype: str
+    parts: Parts | None = None  # where a step's parts are measured: TRL and the plain loop then hold a reference
     beta: float = 0.1
     max_grad_norm: float = 10.0
     fused_adamw: bool = True  # as that of `rlhf dpo` is
@@ -41,14 +46,22 @@ def trainer_of(name: str) -> Callable[[Run], list[float]]:
     """The trainer of that name, imported; CannotRun if it is not here."""
     if name.startswith("trl-"):
         return trl_trainer(name.removeprefix("trl-"))
-    return {"rlhf": rlhf_trainer, "plain": plain_loop}[name]()
+    ours = {"rlhf": rlhf_trainer, "rlhf-share_prefix": partial(rlhf_trainer, share_prefix=True)}
+    return (ours | {"plain": plain_loop})[name]()
 
 
-def rlhf_trainer() -> Callable[[Run], list[float]]:
+def rlhf_trainer(share_prefix: bool = False) -> Callable[[Run], list[float]]:
+    from accelerate import Accelerator
+
+    from rlhf_trainer import reference
     from rlhf_trainer.config import DPOConfig
-    from rlhf_trainer.dpo import train_dpo
+    from rlhf_trainer.dpo import DPOTask, train_dpo
 
     def train(run: Run) -> list[float]:
+        if run.parts:
+            run.parts.wrap(reference, "sequence_logprobs", reference=True)
+            run.parts.wrap(DPOTask, "measure")
+            run.parts.wrap(Accelerator, "backward")
         folder = train_dpo(
             DPOConfig(
                 model_name_or_path=run.model, dataset=run.data, output_dir=str(run.folder / "out"),
@@ -56,7 +69,7 @@ def rlhf_trainer() -> Callable[[Run], list[float]]:
                 beta=run.beta, batch_size=run.batch, micro_batch_size=run.batch, optimizer="adamw",
                 learning_rate=run.learning_rate, warmup_steps=0, max_grad_norm=run.max_grad_norm,
                 max_prompt_length=run.max_length - 1, max_length=run.max_length, seed=run.seed,
-                precision="bf16" if run.dtype == "bfloat16" else "fp32",
+                precision="bf16" if run.dtype == "bfloat16" else "fp32", share_prefix=share_prefix,
             )
         )  # fmt: skip
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -92,11 +105,14 @@ def trl_trainer(version: str) -> Callable[[Run], list[float]]:
             optim="adamw_torch_fused" if run.fused_adamw else "adamw_torch", learning_rate=run.learning_rate,
             lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=run.max_grad_norm,
             max_length=run.max_length, seed=run.seed,
-            train_sampling_strategy="sequential", precompute_ref_log_probs=True, gradient_checkpointing=False,
+            train_sampling_strategy="sequential", precompute_ref_log_probs=run.parts is None,
+            gradient_checkpointing=False,
             bf16=run.dtype == "bfloat16", model_init_kwargs={"dtype": "float32"}, use_cpu=True, logging_steps=1,
             save_strategy="no", report_to="none",
         )  # fmt: skip
         trainer = DPOTrainer(model=run.model, args=config, train_dataset=Dataset.from_list([rows[i] for i in order]))
+        if run.parts:
+            run.parts.wrap(trainer, "training_step")
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -116,20 +132,28 @@ def plain_loop() -> Callable[[Run], list[float]]:
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0, fused=run.fused_adamw)
 
-        def logps(batch: Batch) -> Tensor:
+        def logps(batch: Batch, model: torch.nn.Module) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=run.dtype == "bfloat16"):
                 logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits[:, :-1]
             targets = batch.labels[:, 1:]
             picked = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
             return torch.where(targets == -100, 0.0, picked).sum(-1)
 
-        with torch.no_grad():
-            references = [logps(batch) for batch in batches]
-        losses = []
-        for batch, reference in zip(batches, references, strict=True):
-            chosen, rejected = (logps(batch) - reference).chunk(2)
-            loss = -torch.nn.functional.logsigmoid(run.beta * (chosen - rejected)).mean()
-            loss.backward()
+        @torch.no_grad()
+        def reference_logps(batch: Batch) -> Tensor:
+            return logps(batch, reference)
+
+        reference, references, losses = model, {}, []
+        if run.parts:
+            reference = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
+        else:
+            references = {k: reference_logps(batch) for k, batch in enumerate(batches)}
+        for k, batch in enumerate(batches):
+            with run.parts.timed() if run.parts else contextlib.nullcontext():
+                ref_logps = references[k] if references else reference_logps(batch)
+                chosen, rejected = (logps(batch, model) - ref_logps).chunk(2)
+                loss = -torch.nn.functional.logsigmoid(run.beta * (chosen - rejected)).mean()
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

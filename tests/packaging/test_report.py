@@ -58,6 +58,14 @@ def step(trainer: str, ms: float, **more) -> dict:
     return made | {"losses": [0.69, 0.6, 0.55], "max_loss_difference": 2e-7} | more
 
 
+def part(trainer: str, ms: float, **more) -> dict:
+    """Of a case; a rival takes 100 ms and 1,000 MiB where ours needs a tenth."""
+    made = step(trainer, ms, case="up to the gradients", cpu_over_rlhf=1.25, first_loss_error=2e-9)
+    if trainer.startswith("rlhf"):
+        made |= {"targets": {"time": {"TRL 1.13.0": 0.4, "TRL 1.16.0": 0.1}, "memory": 0.25, "first_loss_error": 1e-6}}
+    return made | more
+
+
 def cpu() -> dict:
     rows = [
         bare(targets={"forward": 1.0}),  # missed: 10/9
@@ -202,6 +210,56 @@ def test_sweeps_pairs_and_steps(page):
     assert "Liger: has none" in text
     assert "| TRL 1.16.0 | 1.50 | 0.90–1.20 | 1,500 | 2.0e-07 |" in text
     assert "TRL 1.13.0: not installed: trl" in text
+
+
+def parts(dtype: str = "bfloat16", **of_ours) -> list[dict]:
+    """Ours takes 0.2 of the older TRL's time and of the newer one's, and 0.3 of the leaner one's memory."""
+    rows = [part("rlhf", 100, peak_extra_mib=600, judged=dtype == "bfloat16", **of_ours), part("TRL 1.13.0", 500)]
+    rows += [part("TRL 1.16.0", 500, peak_extra_mib=2000), part("plain", 50, max_loss_difference=None)]
+    return [row | {"dtype": dtype} for row in rows]
+
+
+def test_a_case_has_a_table_and_targets_of_its_own(tmp_path):
+    variant = part("rlhf, share_prefix", 80, peak_extra_mib=400) | {"dtype": "bfloat16"}
+    whole = cpu()["steps"]
+    text = written(tmp_path, cpu=cpu() | {"steps": [*parts(), variant, *whole]})
+    before, table = text.split("### up to the gradients")
+    assert "| TRL 1.16.0 | 1.50 | 0.90–1.20 | 1,500 | 2.0e-07 |" in before.split("### Whole training steps")[1]
+    assert "The reference's forward" in table and "bfloat16; model: " in table
+    assert "| rlhf, share_prefix | 0.80 | 0.90–1.20 | 400 | 2.0e-07 | 1.25 | 2.0e-09 |" in table, (
+        "ours does not beat itself"
+    )
+    assert "| plain ▲ beats rlhf: time, memory | 0.50 |" in table
+    targets = text.split("### Targets")[1].split("\n#")[0]
+    ours = [line for line in targets.splitlines() if "up to the gradients, bfloat16, rlhf |" in line]
+    assert [line.split(" | ", 1)[1] for line in ours] == [
+        "time against TRL 1.13.0 | 0.200 | ≤ 0.4 | 2.0e-07 | holds |",
+        "time against TRL 1.16.0 | 0.200 | ≤ 0.1 | 2.0e-07 | **MISSED** |",
+        "extra memory against the leaner of them | 0.300 | ≤ 0.25 | 2.0e-07 | **MISSED** |",
+        "first loss, from log 2 | 2.0e-09 | ≤ 1e-06 | 2.0e-07 | holds |",
+    ]
+    assert "7 hold, 7 missed." in targets  # 2 and 4 of ops, 2 and 2 of rlhf, 3 and 1 of its variant
+    assert text.count("-step.svg") == 1
+
+
+def test_targets_of_bf16_are_not_judged_in_fp32_but_shown(tmp_path):
+    text = written(tmp_path, cpu=cpu() | {"rows": [], "pair_losses": [], "steps": parts("float32")})
+    assert "1 hold, 0 missed." in text
+    line = line_of(text, "time against TRL 1.16.0")
+    assert line.endswith("| 0.200 | ≤ 0.1 | 2.0e-07 | not judged in float32 |")
+    assert line_of(text, "| first loss, from log 2 | 2.0e-09").endswith("| holds |")
+    assert "cpu-step.svg" in text, "the picture of a case, where no whole step was measured"
+
+
+def test_a_rival_or_ours_that_was_not_measured_leaves_its_target_open(tmp_path):
+    lost = {"status": "not installed: trl"}
+    without = [row | (lost if row["trainer"] == "TRL 1.13.0" else {}) for row in parts()]
+    text = written(tmp_path / "rival", cpu=cpu() | {"rows": [], "steps": without})
+    assert line_of(text, "time against TRL 1.13.0").endswith("|  | ≤ 0.4 | 2.0e-07 | not measured |")
+    assert "| 0.300 | ≤ 0.25 |" in line_of(text, "leaner")
+    text = written(tmp_path / "ours", cpu=cpu() | {"rows": [], "steps": parts(status="cannot run here: a | b")})
+    assert "0 hold, 0 missed." in text
+    assert "cannot run here: a \\| b |" in line_of(text, "time against TRL 1.16.0")
 
 
 def test_no_memory_at_all_is_a_win_too(tmp_path):
