@@ -57,25 +57,28 @@ Response = tuple[str, Any]  # the field it stands in, text or messages
 
 
 def comparisons(row: dict[str, Any]) -> list[tuple[Response, Response, float]]:
-    """(better, worse, margin) of `chosen` and `rejected`, or of `responses` by their `pairs` or `scores`."""
+    """(better, worse, margin) of `chosen` and `rejected`, or of `responses` by their `pairs` or `scores`.
+
+    The margin is what the row calls one. Differences of scores are none: their unit is the scorer's, not nats.
+    """
     if "responses" not in row:
         chosen, rejected = (("chosen", need(row, "chosen")), ("rejected", need(row, "rejected")))
-        return [(chosen, rejected, number("margin", row.get("margin", 0.0)))]
+        margin = number("margin", row.get("margin", 0.0))
+        if margin < 0:
+            raise RowError("margin", f"expected by how much 'chosen' is better, got {margin:g}")
+        return [(chosen, rejected, margin)]
     responses = [(f"responses[{i}]", response) for i, response in enumerate(need_list(row, "responses"))]
-    ranking = need_any(row, ("pairs", "scores"))
-    scores = [0.0] * len(responses)
-    if "scores" in row:
+    if need_any(row, ("pairs", "scores")) == "pairs":
+        pairs = [_positions(f"pairs[{i}]", pair, len(responses)) for i, pair in enumerate(need_list(row, "pairs"))]
+    else:
         scores = [number(f"scores[{i}]", score) for i, score in enumerate(need_list(row, "scores"))]
         if len(scores) != len(responses):
             raise RowError("scores", f"expected one for each of the {len(responses)} responses, got {len(scores)}")
-    if ranking == "pairs":
-        pairs = [_positions(f"pairs[{i}]", pair, len(responses)) for i, pair in enumerate(need_list(row, "pairs"))]
-    else:
         places = range(len(scores))
         pairs = [(i, j) for i in places for j in places if scores[i] > scores[j]]
         if not pairs:
             raise RowError("scores", "all are equal: no response is better than another")
-    return [(responses[i], responses[j], scores[i] - scores[j]) for i, j in pairs]
+    return [(responses[i], responses[j], 0.0) for i, j in pairs]
 
 
 def _positions(field: str, pair: Any, count: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed")
+        if self.seed >= 2**32:
+            raise UsageError(f"seed must be below 2**32, got {self.seed}")
 
 
 @dataclass(kw_only=True)
@@ -70,6 +73,7 @@ class TrainConfig(OutputConfig):
     weight_decay: float = _option(0.0, "Decoupled for adamw, added to the gradient for rmsprop.")
     max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
+    workspace_mib: int | None = _option(None, "Scratch memory of the losses; what holds the logits twice saves time.")
 
     save_steps: int = _option(100, "Save what --resume needs every so many steps.")
     report_to: list[str] = _list("Trackers of accelerate: tensorboard, wandb, trackio, ...")
@@ -78,9 +82,14 @@ class TrainConfig(OutputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
+        if not self.learning_rate < math.inf:
+            raise UsageError(f"learning_rate must be finite, got {self.learning_rate}")
+        if self.eval_steps is not None and self.eval_dataset is None:
+            raise UsageError("eval_steps: there is nothing to evaluate on, so pass eval_dataset")
         _at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
         _at_least(self, 1, "save_steps")
         _at_least(self, 2, "max_length")
+        _at_least(self, 8, "workspace_mib")
 
 
 @dataclass(kw_only=True)
@@ -126,6 +135,8 @@ class RewardConfig(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 0, "margin", "label_smoothing", "center_coefficient")
+        if self.margin != 1.0 and self.loss_type != "margin_ranking":
+            raise UsageError(f"margin is for loss_type margin_ranking; {self.loss_type} takes margins from the data")
         if self.compare_with and self.eval_dataset is None:
             raise UsageError("compare_with: models are compared on held-out pairs, so pass eval_dataset")
 

@@ -127,7 +127,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, field: str = 
     """
     text = prompt_text(tokenizer, prompt, field)
     is_chat = not isinstance(prompt, str)  # a template writes the special tokens itself
-    ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
+    ids = _ids(tokenizer, text, field, add_special_tokens=not is_chat)
     if not is_chat and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]  # some tokenizers end every text; this one goes on
     if not ids:
@@ -137,10 +137,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, field: str = 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any, field: str) -> list[int]:
     """Token ids of what follows the prompt, up to and with the token that ends the turn; RowError where none do."""
-    ids = tokenizer(response_text(tokenizer, prompt, response, field), add_special_tokens=False).input_ids
+    ids = _ids(tokenizer, response_text(tokenizer, prompt, response, field), field, add_special_tokens=False)
     if not ids:
         raise RowError(field, "all tokens are masked: the tokenizer makes no token of the response")
     return ids
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, field: str, add_special_tokens: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a character
+        raise RowError(field, f"is not text: {error}") from error
+    return tokenizer(text, add_special_tokens=add_special_tokens).input_ids
 
 
 def _encode_bounded_prompt(

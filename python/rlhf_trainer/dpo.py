@@ -25,7 +25,7 @@ from .models import (
     load_tokenizer_for,
     pad_id_of,
 )
-from .preferences import GroupTask, PairBatch, collate_groups, load_groups
+from .preferences import Group, GroupTask, PairBatch, collate_groups, load_groups
 from .prefix import attention_of, can_share, collate_shared
 from .reference import content_key, default_cache_dir, reference_logprobs
 from .training import Measured, begin, train
@@ -53,7 +53,11 @@ class DPOTask(GroupTask):
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
         pairs = self.batch(indices)
         result = pair_loss(model, pairs, self.ref_of(indices), self.config)
-        return Measured(result.loss, pair_metrics(result, pairs), tokens_of(pairs))
+        tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
+        return Measured(result.loss, pair_metrics(result, pairs), tokens)
+
+    def depends_on(self) -> bytes:
+        return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
 
     def ref_of(self, indices: MicroBatch) -> Tensor | None:
         """[S], in the order of the batch's responses."""
@@ -66,6 +70,9 @@ def train_dpo(config: DPOConfig) -> Path:
     accelerator, finished = begin(config)
     if finished:
         return Path(config.output_dir)
+
+    if config.loss_type == "aot" and accelerator.num_processes > 1:
+        raise UsageError("loss_type aot sorts the margins of a batch, which several processes would share: use one")
 
     # Everything that can be wrong with the input shows here, before any training.
     tokenizer = load_tokenizer_for(config)
@@ -117,9 +124,9 @@ def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> Tensor:
     return torch.stack([mean.float() for mean in means])
 
 
-def tokens_of(pairs: PairBatch) -> Tensor:
-    """How many tokens the responses and their prompts have, however many of them were computed."""
-    return pairs.batch.attention_mask.sum() if pairs.gather is None else (pairs.labels >= 0).sum()
+def tokens_of(groups: list[Group]) -> int:
+    """Tokens of the responses, each with its prompt, however often a prompt is computed."""
+    return sum(len(group.prompt) + len(response) for group in groups for response in group.responses)
 
 
 def load_task(
@@ -161,6 +168,13 @@ def take_reference(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], acc
 
 def check_loss_options(config: DPOConfig) -> None:
     """Lets rlhf_kernels judge the options on a pair of zeros, before anything is loaded."""
+    if config.loss_type == "aot" and config.micro_batch_size < config.batch_size:
+        raise UsageError(
+            f"loss_type aot sorts the margins of a batch, so a batch must be one micro-batch: micro_batch_size must be "
+            f"at least batch_size={config.batch_size}, got {config.micro_batch_size}"
+        )
+    if config.loss_type in REFERENCE_FREE and config.ref_model_name_or_path is not None:
+        raise UsageError(f"ref_model_name_or_path: loss_type {config.loss_type} has no reference")
     zeros, first = torch.zeros(2), torch.tensor([0])
     try:
         rk.dpo_loss(

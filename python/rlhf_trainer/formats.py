@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .chat import RowError, check_messages, kind
-from .columns import need, need_list, need_text, number, text
+from .columns import need, need_list, need_text, text
 from .config import RowFormat
 
 Row = dict[str, Any]
@@ -107,7 +107,7 @@ def _from_reviews(row: Row) -> Row:
 
 
 def _from_conversations(row: Row) -> Row:
-    """UltraFeedback: two whole conversations, equal up to the responses, and perhaps a score for each of them."""
+    """UltraFeedback: two whole conversations, equal up to the responses."""
     chosen, rejected = need_list(row, "chosen"), need_list(row, "rejected")
     check_messages("chosen", chosen)
     check_messages("rejected", rejected)
@@ -117,11 +117,7 @@ def _from_conversations(row: Row) -> Row:
         shared += 1
     if shared == 0:
         raise RowError("chosen", "expected a conversation that begins with the prompt, as 'rejected' does")
-    plain = {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-    if "score_chosen" in row and "score_rejected" in row:
-        scores = [number(field, row[field]) for field in ("score_chosen", "score_rejected")]
-        plain["margin"] = scores[0] - scores[1]
-    return plain
+    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 _READERS: dict[str, Callable[[Row], Row]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class MetricsLog:
         if self.is_main:
             path = folder / "metrics.jsonl"
             path.touch()
-            os.truncate(path, kept_bytes)
+            if path.stat().st_size < kept_bytes:
+                warnings.warn(f"{path} has lost lines; what it has of this run is kept", stacklevel=2)
+            os.truncate(path, min(kept_bytes, path.stat().st_size))
             self.file = path.open("a", encoding="utf-8")
         self.bar = tqdm(total=total_steps, initial=done_steps, desc=run_name, unit="step", disable=not self.is_main)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -59,7 +60,7 @@ def load_pretrained(
                 name, dtype=torch.float32, attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options,
             )  # fmt: skip
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{key}: cannot load {name!r} as {what}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
     if missing:
@@ -71,10 +72,13 @@ def load_pretrained(
 def load_causal_lm(
     name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    return load_pretrained(
+    model = load_pretrained(
         AutoModelForCausalLM, name, "a causal language model", key=key, attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    if any("ForSequenceClassification" in saved for saved in model.config.architectures or []):
+        raise UsageError(f"{key}: {name!r} is a reward model (a sequence classifier), not a language model")
+    return model
 
 
 def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -162,6 +166,21 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
+    """`largest`: the largest id that the tokenizer makes."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer does not belong to the model: its ids go up to {largest}, the model embeds {vocabulary} "
+            f"tokens (ids up to {vocabulary - 1}). Pass the model's own tokenizer (tokenizer_name_or_path) or resize "
+            "the model's embeddings and save it."
+        )
+
+
 def check_fit(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -171,14 +190,7 @@ def check_fit(
     advice: str = "set max_length to at most {positions}",
 ) -> None:
     """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocabulary:
-        raise UsageError(
-            f"the tokenizer does not belong to the model: its ids go up to {largest}, the model embeds {vocabulary} "
-            f"tokens (ids up to {vocabulary - 1}). Pass the model's own tokenizer (tokenizer_name_or_path) or resize "
-            "the model's embeddings and save it."
-        )
+    check_vocabulary(model, largest_id(tokenizer))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(lengths)), key=lambda i: lengths[i])
     if positions is not None and lengths[longest] > positions:

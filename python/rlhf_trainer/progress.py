@@ -29,7 +29,7 @@ def begin(config: OutputConfig, command: str) -> tuple[torch.device, bool]:
             f"{command} works in one process and was launched in {world}: start it without accelerate launch or "
             "torchrun. To use several devices, give each its own part of the data and its own output_dir"
         )
-    finished = config.resume and is_finished(config.output_dir, dump_yaml(config))
+    finished = config.resume and is_finished(config.output_dir, dump_yaml(config), config.overwrite)
     if finished:
         print(f"{config.output_dir} is finished; nothing is left to do")
     else:
@@ -64,7 +64,7 @@ class Progress:
         self.path = path
         header = json.dumps({"data": hashlib.blake2b(repr(data).encode(), digest_size=16).hexdigest()}) + "\n"
         path.touch()
-        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        lines = whole_lines(path)
         if lines and lines[0] != header.encode():
             raise UsageError(
                 f"{path}: the data or a tokenizer is not what the run began with, so --resume cannot go on with it"
@@ -109,6 +109,20 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
         self.file.close()
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines up to the first that is damaged or was cut off."""
+    lines: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines.append(line)
+    return lines
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -61,7 +61,10 @@ def reference_logprobs(
                 parts[i].copy_(part)
     totals = accelerator.reduce(totals, "sum")
     if accelerator.is_main_process:
-        _save(path, totals.cpu())
+        try:
+            _save(path, totals.cpu())
+        except OSError as error:
+            warnings.warn(f"reference log-probs are not kept for the next run: {error}", stacklevel=2)
     return list(totals.split(sizes))
 
 

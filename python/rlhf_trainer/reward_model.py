@@ -26,8 +26,11 @@ from .data import Batch
 from .errors import UsageError
 from .models import (
     check_fit,
+    check_vocabulary,
     checkpoint_gradients,
+    largest_id,
     load_pretrained,
+    load_tokenizer,
     load_tokenizer_for,
     make_room,
 )
@@ -95,7 +98,7 @@ def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> Tensor:
     chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
     return torch.stack([
         loss.detach(), (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean(), rejected.mean(),
-        rewards.min(), rewards.mean(), rewards.max(),
+        rewards.min(), (chosen + rejected).mean() / 2, rewards.max(),
     ])  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def train_reward(config: RewardConfig) -> Path:
     # Everything that can be wrong with the input shows here, before any training.
     tokenizer = load_tokenizer_for(config)
     model = load_classifier(config)
+    check_vocabulary(model, largest_id(tokenizer))  # before room is made for a padding token
     give_pad_token(model, tokenizer)
     task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
     held_out = None
@@ -119,13 +123,15 @@ def train_reward(config: RewardConfig) -> Path:
         if data is not None:
             groups = data.groups
             check_fit(model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
+    for name in config.compare_with if held_out is not None else []:
+        load_rival(name, config, tokenizer, held_out)  # a mistake shows now, not when all is trained
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
 
     def save(trained: nn.Module, folder: Path) -> None:
         save_model(trained.model, tokenizer, folder)
         if held_out is not None:
-            report = report_of(held_out, trained, config)
+            report = report_of(held_out, trained, config, tokenizer)
             (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
             print(told(report))
 
@@ -197,7 +203,25 @@ def calibration(margins: Tensor) -> list[dict[str, float]]:
     return rows
 
 
-def report_of(held_out: RewardTask, trained: nn.Module, config: RewardConfig) -> dict[str, Any]:
+def load_rival(
+    name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, held_out: RewardTask
+) -> PreTrainedModel:
+    """Another reward model, which must read the same tokens."""
+    vocabulary = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code).get_vocab()
+    if any(vocabulary.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
+        raise UsageError(f"compare_with: {name!r} has another tokenizer, so it cannot judge the same tokens")
+    rival = load_reward_model(
+        name, key="compare_with", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    largest = max(i for group in held_out.groups for ids in (group.prompt, *group.responses) for i in ids)
+    check_vocabulary(rival, largest)
+    return rival.to(held_out.device)
+
+
+def report_of(
+    held_out: RewardTask, trained: nn.Module, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """Accuracy and calibration on held-out pairs; with other models, how far they disagree with this one."""
     margins = margins_of(held_out, trained)
     report: dict[str, Any] = {
@@ -208,10 +232,7 @@ def report_of(held_out: RewardTask, trained: nn.Module, config: RewardConfig) ->
     }
     others = []
     for name in config.compare_with:
-        other = load_reward_model(
-            name, key="compare_with", attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        ).to(held_out.device)  # fmt: skip
+        other = load_rival(name, config, tokenizer, held_out)
         others.append(margins_of(held_out, RewardModel(other, bf16=config.precision == "bf16")))
     return report | (disagreement(torch.stack([margins, *others])) if others else {})
 

@@ -26,8 +26,10 @@ from .models import (
     FusedLM,
     LMHead,
     check_fit,
+    check_vocabulary,
     checkpoint_gradients,
     end_where_tokenizer_does,
+    largest_id,
     load_causal_lm,
     load_tokenizer_for,
     make_room,
@@ -90,6 +92,7 @@ def train_sft(config: SFTConfig) -> Path:
 
     # Everything that can be wrong with the input shows here, before any training.
     tokenizer = load_tokenizer_for(config)
+    largest = largest_id(tokenizer)
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
@@ -100,6 +103,7 @@ def train_sft(config: SFTConfig) -> Path:
         config.model_name_or_path, key="model_name_or_path", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+    check_vocabulary(model, largest)  # before room is made for what a template brings
     if config.chat_template is not None:
         make_room(model, tokenizer)
         end_where_tokenizer_does(model, tokenizer)

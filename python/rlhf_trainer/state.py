@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .errors import UsageError
 
 FOLDER = "state"
 FACTS = "state.json"
@@ -34,7 +37,13 @@ class Saved(NamedTuple):
 
 def save_state(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     """Into `work`/state/step-...; `facts`: what else the run wants back, as JSON."""
-    folder = work / FOLDER / f"step-{step:09d}"
+    try:
+        _save(work / FOLDER / f"step-{step:09d}", step, model, optimizer, facts)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the state of step {step} cannot be saved in {work / FOLDER}: {error}") from error
+
+
+def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, facts: dict) -> None:
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)  # of a run that died here
     beside.mkdir(parents=True)
@@ -48,8 +57,11 @@ def save_state(work: Path, step: int, model: nn.Module, optimizer: torch.optim.O
         shutil.rmtree(folder)
     beside.rename(folder)
     _flush(folder.parent)
-    for old in sorted(folder.parent.glob("step-*"))[:-KEPT]:
-        shutil.rmtree(old)
+    states = sorted(folder.parent.glob("step-*"))
+    kept = [state for state in states if state <= folder][-KEPT:]  # later ones were found damaged
+    for state in states:
+        if state not in kept:
+            shutil.rmtree(state)
 
 
 def newest_state(work: Path) -> Saved | None:
@@ -69,7 +81,10 @@ def newest_state(work: Path) -> Saved | None:
 def load_state(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer back, in place."""
     tensors = tensors_of(model)
-    for name, tensor in load_file(saved.folder / MODEL).items():
+    found = load_file(saved.folder / MODEL)
+    if {name: tensor.shape for name, tensor in found.items()} != {name: t.shape for name, t in tensors.items()}:
+        raise UsageError(f"{saved.folder} is of another model, so --resume cannot go on with it")
+    for name, tensor in found.items():
         tensors[name].copy_(tensor)
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in load_file(saved.folder / OPTIMIZER).items():

@@ -6,10 +6,12 @@ A stage says what its examples are and what their loss is (`Task`); the rest is 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +22,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+import rlhf_kernels as rk
+
 from .batching import MicroBatch, plan_batches, share_of_process, step_plan
 from .checkpoint import check_free, commit_output, is_finished, open_output, partial_folder
 from .config import TrainConfig
@@ -29,6 +33,8 @@ from .metrics import MetricsLog, make_accelerator
 from .state import Saved, load_state, newest_state, remove_state, save_state
 
 BAD_BATCH = "bad_batch.json"
+M_MMAP_THRESHOLD = -3  # of malloc.h
+MAPPED_BYTES = 1 << 20  # smaller tensors are not worth a call of the system each
 
 
 class Measured(NamedTuple):
@@ -55,6 +61,10 @@ class Task(ABC):
     @abstractmethod
     def examples(self, indices: MicroBatch) -> list[Any]:
         """NamedTuples with `row`, for a person who looks for what is wrong with them."""
+
+    def depends_on(self) -> bytes:
+        """What the loss depends on beside the examples and the model."""
+        return b""
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """The metrics over all examples."""
@@ -105,14 +115,24 @@ def means_over(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[s
 def begin(config: TrainConfig) -> tuple[Accelerator, bool]:
     """Devices and processes, and whether the run is done already; raises UsageError where output_dir is not free."""
     accelerator = make_accelerator(config.report_to, partial_folder(config.output_dir))
+    give_back_freed_memory()
+    rk.set_workspace_budget(config.workspace_mib)
     torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
-    if config.resume and is_finished(config.output_dir, dump_yaml(config)):
+    if config.resume and is_finished(config.output_dir, dump_yaml(config), config.overwrite):
         remove_state(Path(config.output_dir))
         accelerator.print(f"{config.output_dir} is finished; nothing is left to do")
         return accelerator, True
     if accelerator.is_main_process:
         check_free(config.output_dir, config.overwrite, config.resume)
     return accelerator, False
+
+
+def give_back_freed_memory() -> None:
+    """Has glibc return freed tensors to the system at once. By itself it comes to keep what was freed of up to 32 MiB:
+    a step's activations, which are then still held when the largest gradients arrive."""
+    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(allocator, "mallopt"):
+        allocator.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def plan_of(
@@ -202,6 +222,9 @@ def train(
                 accelerator.wait_for_everyone()
 
     accelerator.wait_for_everyone()
+    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if broken:
+        raise UsageError(f"step {len(steps)}: the last update left weights that are not finite: {broken[0]}, ...")
     if accelerator.is_main_process:
         save(accelerator.unwrap_model(model), work)
         remove_state(commit_output(config.output_dir, config.overwrite))  # last: a run killed before can go on
@@ -233,7 +256,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 def fingerprint(task: Task) -> str:
     """Of the examples and their order: a run may go on only with the data it began with."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(task.plan).encode())
+    digest.update(repr(task.plan).encode() + task.depends_on())
     for batch in task.plan:
         for micro in batch:
             digest.update(repr(task.examples(micro)).encode())
@@ -243,8 +266,8 @@ def fingerprint(task: Task) -> str:
 def check_same_data(saved: Saved, data: str) -> None:
     if saved.facts["data"] != data:
         raise UsageError(
-            f"{saved.folder}: the data set, the tokenizer or the number of processes is not what the run began with, "
-            "so --resume cannot go on with it"
+            f"{saved.folder}: the data set, the tokenizer, a reference model or the number of processes is not what "
+            "the run began with, so --resume cannot go on with it"
         )
 
 

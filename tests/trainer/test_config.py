@@ -46,7 +46,13 @@ def test_yaml_alone_and_flags_over_yaml(yaml_file):
 def test_every_key_of_the_yaml_file_is_a_flag(yaml_file, capsys):
     """What dump_yaml writes, --config reads; and each of its keys is a flag."""
     config = DPOConfig(
-        model_name_or_path="m", dataset="d", output_dir="o", beta=0.3, report_to=["wandb"], eval_steps=3, max_steps=7
+        model_name_or_path="m",
+        dataset="d",
+        output_dir="o",
+        beta=0.3,
+        report_to=["wandb"],
+        eval_dataset="e",
+        max_steps=7,
     )
     path = yaml_file(dump_yaml(config), required=False)
     assert parse("--config", path) == config

@@ -145,8 +145,8 @@ def test_pairs_from_every_kind_of_row(chatml):
         (3, dogs, f"ran{end}", f"ate{end}", 0.0),
         (4, "dogs", f" ran far{end}", f" ate{end}", 0.0),
         (4, "dogs", f" sat{end}", f" ate{end}", 0.0),
-        (5, "fish", f" see me{end}", f" ate{end}", 1.5),  # a draw of 0.5 and 0.5 is no pair
-        (5, "fish", f" sat{end}", f" ate{end}", 1.5),
+        (5, "fish", f" see me{end}", f" ate{end}", 0.0),  # a draw of 0.5 and 0.5 is no pair
+        (5, "fish", f" sat{end}", f" ate{end}", 0.0),
     ]
     assert data.report("f") == "f: 7 pairs"
 
@@ -171,7 +171,7 @@ def test_a_transcript_is_text_for_a_tokenizer_without_a_template(tokenizer):
 def test_a_response_in_many_pairs_is_cut_once(tokenizer, write_jsonl):
     row = {"prompt": "the", "responses": [" cat" * 20, " sat", " ran"], "scores": [3, 2, 1]}
     data = load(write_jsonl([row]), tokenizer, max_prompt_length=4, max_length=9)
-    assert [(len(p.chosen), len(p.rejected), p.margin) for p in data.examples] == [(8, 2, 1), (8, 2, 2), (2, 2, 1)]
+    assert [(len(p.chosen), len(p.rejected), p.margin) for p in data.examples] == [(8, 2, 0), (8, 2, 0), (2, 2, 0)]
     assert data.cut == 1
 
 
@@ -217,6 +217,8 @@ BAD_ROWS = {
         "rejected", "expected one message, what the assistant answers, got 3",
     ),
     "a word for a margin": (GOOD | {"margin": "big"}, "margin", "expected a finite number, got text"),
+    "a margin below 0": (GOOD | {"margin": -1}, "margin", "expected by how much 'chosen' is better, got -1"),
+    "half a character": (GOOD | {"chosen": "a \ud83d"}, "chosen", "is not text: 'utf-8' codec can't encode"),
     "no margin": (GOOD | {"margin": float("nan")}, "margin", "expected a finite number, got float nan"),
     "responses without judgement": (
         {"prompt": "a", "responses": [" b", " c"]}, "pairs", "missing, with no 'scores' either; the row has: ",

@@ -139,10 +139,11 @@ def test_a_tie_is_not_accurate_and_a_share_weighs_what_it_is_worth():
     """Three pairs, one right, one wrong, one tied; half of a batch."""
     chosen, rejected = torch.tensor([1.0, 0.0, 0.5]), torch.tensor([0.0, 1.0, 0.5])
     logps = torch.tensor([-1.0, -4.0, -2.0, -5.0, -3.0, -6.0])  # pair by pair
-    pairs = collate_groups([Group(1, [1], [[2, 3], [4]], [(0, 1)], [0.0])] * 3, pad_id=0)
+    groups = [Group(1, [1], [[2, 3], [4]], [(0, 1)], [0.0])] * 3
+    pairs = collate_groups(groups, pad_id=0)
     result = rk.LinearDPOLoss(torch.tensor(0.7), chosen, rejected, logps, None)
     totals = Totals(DPOTask.names, torch.device("cpu"))
-    measured = Measured(result.loss, pair_metrics(result, pairs), tokens_of(pairs))
+    measured = Measured(result.loss, pair_metrics(result, pairs), torch.tensor(tokens_of(groups)))
     totals.add(measured, 0.5)
     totals.add(measured, 0.0)  # a repeated micro-batch adds nothing
     expected = {"loss": 0.7, "rewards/chosen": 0.5, "rewards/rejected": 0.5, "rewards/accuracies": 1 / 3}
@@ -302,6 +303,8 @@ def test_a_run_that_diverges_stops_and_names_the_step(model_folder, rows, write_
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
         ({"loss_type": "ipo", "beta": 0.0}, "beta"),
         ({"label_smoothing": 0.7}, "label_smoothing"),
+        ({"loss_type": "aot", "batch_size": 8, "micro_batch_size": 4}, "a batch must be one micro-batch"),
+        ({"loss_type": "simpo", "ref_model_name_or_path": "r"}, "loss_type simpo has no reference"),
     ],
 )
 def test_loss_options_are_checked_before_anything_is_loaded(options, message, train):

@@ -77,7 +77,7 @@ def test_ultrafeedback_conversations_share_their_prompt(format):
     first, second = (plain_row(row, format) for row in rows_of("ultrafeedback.jsonl"))
     assert first["prompt"] == [user("Name a colour.")]
     assert (first["chosen"], first["rejected"]) == ([assistant("Green.")], [assistant("No.")])
-    assert (first["margin"], second["margin"]) == (5.5, 0.0)
+    assert "margin" not in first | second, "differences of scores are none"
     assert first["messages"] == [user("Name a colour."), assistant("Green.")]  # what fine-tuning takes
 
 
@@ -167,10 +167,6 @@ REFUSED = {
         "auto", ULTRAFEEDBACK | {"rejected": [user("x"), assistant("c")]}, "chosen", "that begins with the prompt",
     ),
     "ultrafeedback of no messages": ("auto", ULTRAFEEDBACK | {"chosen": ["b"]}, r"chosen\[0\]", "got text"),
-    "ultrafeedback with a word for a score": (
-        "auto", ULTRAFEEDBACK | {"score_chosen": "good", "score_rejected": 1}, "score_chosen",
-        "expected a finite number, got text",
-    ),
 }  # fmt: skip
 
 

@@ -172,6 +172,83 @@ def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stag
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+def test_a_run_that_replaces_another_goes_on_too(stage, tmp_path):
+    """Told the same again, with --resume: the old output, of other settings, is in place until the end."""
+    run = stage("sft")
+    run("out", seed=3)
+    whole = run("whole")
+    killed(lambda: run("out", overwrite=True), (training, "learning_rate_at", at_call(4)))
+    with pytest.raises(UsageError, match=r"is of another run.*pass --overwrite to replace it"):
+        run("out", resume=True)
+    assert_same(run("out", overwrite=True, resume=True), whole)
+
+
+def test_two_damaged_states_do_not_cost_the_new_ones(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("broken"), (training, "commit_output", at_call(1)))
+    states = partial_folder(tmp_path / "broken") / state.FOLDER
+    for folder in states.iterdir():
+        damage(folder)
+    killed(lambda: run("broken", resume=True), (training, "learning_rate_at", at_call(4)))
+    assert [path.name for path in states.iterdir()] == ["step-000000002"]
+
+
+def test_two_processes_do_not_work_in_one_folder(stage):
+    """The second is told; the first is not disturbed."""
+    run = stage("sft")
+    context = multiprocessing.get_context("fork")
+    working, go_on = context.Event(), context.Event()
+
+    def child():
+        original = training.learning_rate_at
+
+        def waiting(*args):
+            working.set()
+            assert go_on.wait(60)
+            return original(*args)
+
+        training.learning_rate_at = waiting
+        run("out")
+
+    process = context.Process(target=child)
+    process.start()
+    assert working.wait(60)
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match="another process is working in"):
+            run("out", **options)
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_metrics_that_were_lost_are_told(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    (partial_folder(tmp_path / "broken") / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="metrics.jsonl has lost lines"):
+        _, records = result_of(run("broken", resume=True))
+    assert [record["step"] for record in records] == [3, 4, 5, 6]
+
+
+def test_a_full_disk_is_told(stage, monkeypatch):
+    monkeypatch.setattr(state, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(UsageError, match=r"the state of step 2 cannot be saved .*: No space left"):
+        stage("sft")("out")
+
+
+def test_another_model_behind_the_same_name_is_told(stage, model_folder, make_model, tokenizer, tmp_path):
+    run, start = stage("dpo"), tmp_path / "start"
+    shutil.copytree(model_folder("llama"), start)
+    options = {"model_name_or_path": str(start)}
+    killed(lambda: run("broken", **options), (training, "learning_rate_at", at_call(4)))
+    make_model("llama", seed=5).save_pretrained(start)
+    with pytest.raises(UsageError, match="a reference model"):
+        run("broken", resume=True, **options)
+    make_model("gpt2").save_pretrained(start)
+    with pytest.raises(UsageError, match=r"a reference model|of another model"):
+        run("broken", resume=True, **options)
+
+
 def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
     run = stage("sft")
     killed(lambda: run("out"), (training, "remove_state", at_call(1)))
@@ -198,7 +275,7 @@ def test_resume_takes_the_run_it_was(stage, tmp_path, rows):
     data = Path(tmp_path / "train.jsonl")
     shutil.copy(data, tmp_path / "kept.jsonl")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(12, seed=1)))
-    with pytest.raises(UsageError, match="the data set, the tokenizer or the number of processes is not what"):
+    with pytest.raises(UsageError, match="the data set, the tokenizer, a reference model or the number"):
         run("broken", resume=True)
     shutil.copy(tmp_path / "kept.jsonl", data)
     run("broken", resume=True, save_steps=1)

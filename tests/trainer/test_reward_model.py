@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import tokenizers
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -61,7 +62,7 @@ def test_losses_by_hand():
 
 def test_metrics_by_hand():
     found = reward_metrics(torch.tensor(0.5), REWARDS, collate_groups(GROUPS, 0)).tolist()
-    assert found == pytest.approx([0.5, 1.0, (2 + 1.5 + 0.5) / 3, 4 / 3, 0.0, -1.0, 1.0, 2.5])
+    assert found == pytest.approx([0.5, 1.0, (2 + 1.5 + 0.5) / 3, 4 / 3, 0.0, -1.0, 2 / 3, 2.5])
 
 
 def test_calibration_by_hand():
@@ -167,11 +168,61 @@ def test_margins_reach_the_loss(model_folder, rows, write_jsonl, reward):
         ({"label_smoothing": 0.7}, "label_smoothing"),
         ({"loss_type": "margin_ranking", "center_coefficient": 0.1}, "margin_ranking takes neither"),
         ({"compare_with": ["x"]}, "pass eval_dataset"),
+        ({"margin": 2.0}, "margin is for loss_type margin_ranking"),
+        ({"learning_rate": math.inf}, "learning_rate must be finite"),
     ],
 )
 def test_options_are_checked_before_anything_is_loaded(options, message, reward):
     with pytest.raises(UsageError, match=message):
         reward(model_name_or_path="/nowhere/at/all", dataset="/nowhere/at/all.jsonl", **options)
+
+
+def test_rivals_are_looked_at_before_training(model_folder, rows, write_jsonl, reward, make_model, tokenizer, tmp_path):
+    """One that is not there, one that reads other tokens, one that is no reward model."""
+    import copy
+
+    data = write_jsonl(rows(4))
+    common = {"model_name_or_path": model_folder("llama"), "dataset": data, "eval_dataset": data, "max_steps": 1}
+    folder, _ = reward(**common)
+    other = copy.deepcopy(AutoTokenizer.from_pretrained(folder))
+    other.add_tokens(["<other>"])
+    for name in ("moved", "renamed"):
+        AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / name)
+    changed = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = changed["model"]["vocab"]
+    words["the"], words["Ġcat"] = words["Ġcat"], words["the"]
+    type(tokenizer)(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(changed))).save_pretrained(
+        tmp_path / "renamed"
+    )
+    cases = {"/no/such/rm": "no such folder", str(tmp_path / "renamed"): "has another tokenizer"}
+    cases |= {model_folder("gpt2"): "lacks weights|has another tokenizer"}
+    for name, message in cases.items():
+        with pytest.raises(UsageError, match=message):
+            reward(**common, compare_with=[name])
+    reward(**common, compare_with=[str(folder)])
+
+
+def test_a_tokenizer_of_another_model_is_refused(model_folder, tokenizer, rows, write_jsonl, reward, tmp_path):
+    """Room is made for a padding token, not for hundreds."""
+    import copy
+
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<extra{i}>" for i in range(200)])
+    larger.save_pretrained(tmp_path / "larger")
+    with pytest.raises(UsageError, match="the tokenizer does not belong to the model"):
+        reward(
+            model_name_or_path=model_folder("llama"), dataset=write_jsonl(rows(4)),
+            tokenizer_name_or_path=str(tmp_path / "larger"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_reward_model_is_no_language_model(family, model_folder, rows, write_jsonl, reward, train):
+    """Where embeddings are tied, no weight is missing, so nothing else would tell."""
+    data = write_jsonl(rows(4))
+    folder, _ = reward(model_name_or_path=model_folder(family), dataset=data, max_steps=1)
+    with pytest.raises(UsageError, match=r"is a reward model|lacks weights"):
+        train(model_name_or_path=str(folder), dataset=data)
 
 
 def test_a_response_that_ends_with_padding_is_refused(tokenizer, make_model, write_jsonl, reward, tmp_path):

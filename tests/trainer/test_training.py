@@ -64,6 +64,15 @@ def test_a_plan_by_sizes():
     assert plan_batches([1, 1], 2, 2, seed=None, sizes=[7, 1]) == [[[0]], [[1]]], "one that exceeds it stands alone"
 
 
+def test_weights_that_the_last_update_broke_are_not_saved(model_folder, rows, write_jsonl, train, tmp_path):
+    with pytest.raises(UsageError, match="step 1: the last update left weights that are not finite"):
+        train(
+            model_name_or_path=model_folder("gpt2"), dataset=write_jsonl(rows(4)), max_steps=1, warmup_steps=0,
+            learning_rate=1e38, output_dir=str(tmp_path / "out"),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_batch_that_breaks_the_run_is_saved(model_folder, rows, write_jsonl, train, tmp_path):
     data = rows(4)
     with pytest.raises(UsageError, match=r"rows \[1, 2, 3, 4\], saved with their tokens in .*bad_batch.json"):
