@@ -35,6 +35,7 @@ from .state import Saved, load_state, newest_state, remove_state, save_state
 BAD_BATCH = "bad_batch.json"
 M_MMAP_THRESHOLD = -3  # of malloc.h
 MAPPED_BYTES = 1 << 20  # smaller tensors are not worth a call of the system each
+LARGE_BYTES = 64 << 20
 
 
 class Measured(NamedTuple):
@@ -115,7 +116,6 @@ def means_over(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[s
 def begin(config: TrainConfig) -> tuple[Accelerator, bool]:
     """Devices and processes, and whether the run is done already; raises UsageError where output_dir is not free."""
     accelerator = make_accelerator(config.report_to, partial_folder(config.output_dir))
-    give_back_freed_memory()
     rk.set_workspace_budget(config.workspace_mib)
     torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
     if config.resume and is_finished(config.output_dir, dump_yaml(config), config.overwrite):
@@ -127,11 +127,13 @@ def begin(config: TrainConfig) -> tuple[Accelerator, bool]:
     return accelerator, False
 
 
-def give_back_freed_memory() -> None:
+def give_back_freed_memory(model: nn.Module) -> None:
     """Has glibc return freed tensors to the system at once. By itself it comes to keep what was freed of up to 32 MiB:
-    a step's activations, which are then still held when the largest gradients arrive."""
+    a step's activations, which are then still held when the largest gradients arrive. Where gradients are small that
+    is no matter, and fetching memory anew for each tensor would take longer than to compute it."""
+    largest = max(weight.nbytes for weight in model.parameters())
     allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(allocator, "mallopt"):
+    if largest >= LARGE_BYTES and hasattr(allocator, "mallopt"):
         allocator.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
@@ -158,6 +160,7 @@ def train(
 ) -> Path:
     """Trains `module`; `save(module, folder)` writes the result. Returns output_dir, whole once it is there."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    give_back_freed_memory(module)
     model, optimizer = accelerator.prepare(module, make_optimizer(config, module))
     steps = step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)
     if accelerator.is_main_process:
