@@ -15,15 +15,15 @@ LossType = Literal[
 RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback"]
 
 
-def _option(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _needed(help: str) -> Any:
+def needed(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def _list(help: str) -> Any:
+def listed(help: str) -> Any:
     return field(default_factory=list, metadata={"help": help})
 
 
@@ -31,16 +31,16 @@ def _list(help: str) -> Any:
 class OutputConfig:
     """What every command that leaves files can be told."""
 
-    output_dir: str = _needed("Where the results and this configuration go.")
-    overwrite: bool = _option(False, "Replace output_dir if it exists; without this flag nothing is replaced.")
-    resume: bool = _option(False, "Go on where a run into output_dir stopped; from the start if there is none.")
-    trust_remote_code: bool = _option(False, "Run model code that comes with a hub repository.")
-    attn_implementation: str | None = _option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
-    precision: Literal["fp32", "bf16"] = _option("fp32", "bf16 computes in bfloat16, with fp32 master weights.")
-    seed: int = _option(42, "Seeds everything that is drawn.")
+    output_dir: str = needed("Where the results and this configuration go.")
+    overwrite: bool = option(False, "Replace output_dir if it exists; without this flag nothing is replaced.")
+    resume: bool = option(False, "Go on where a run into output_dir stopped; from the start if there is none.")
+    trust_remote_code: bool = option(False, "Run model code that comes with a hub repository.")
+    attn_implementation: str | None = option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
+    precision: Literal["fp32", "bf16"] = option("fp32", "bf16 computes in bfloat16, with fp32 master weights.")
+    seed: int = option(42, "Seeds everything that is drawn.")
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed")
+        at_least(self, 0, "seed")
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
 
@@ -49,70 +49,70 @@ class OutputConfig:
 class TrainConfig(OutputConfig):
     """What every command that trains can be told."""
 
-    model_name_or_path: str = _needed("The model to train: a local folder or a hub id.")
-    tokenizer_name_or_path: str | None = _option(None, "The tokenizer; default: the model's.")
+    model_name_or_path: str = needed("The model to train: a local folder or a hub id.")
+    tokenizer_name_or_path: str | None = option(None, "The tokenizer; default: the model's.")
 
-    dataset: str = _needed("A .jsonl or .parquet file, or a hub id.")
-    dataset_split: str = _option("train", "The split of a hub data set.")
-    dataset_format: RowFormat = _option("auto", "How rows are laid out; auto goes by their columns.")
-    streaming: bool = _option(False, "Read a hub data set row by row instead of downloading it whole first.")
-    eval_dataset: str | None = _option(None, "Held-out rows, in the same formats.")
-    eval_split: str = _option("test", "The split of a hub evaluation set.")
-    eval_steps: int | None = _option(None, "Evaluate every so many steps; default: before training and at its end.")
-    max_length: int = _option(1024, "Tokens of a sequence; what is longer is cut, and the cuts counted.")
-    skip_invalid_rows: bool = _option(False, "Leave invalid rows out and report them, instead of stopping.")
+    dataset: str = needed("A .jsonl or .parquet file, or a hub id.")
+    dataset_split: str = option("train", "The split of a hub data set.")
+    dataset_format: RowFormat = option("auto", "How rows are laid out; auto goes by their columns.")
+    streaming: bool = option(False, "Read a hub data set row by row instead of downloading it whole first.")
+    eval_dataset: str | None = option(None, "Held-out rows, in the same formats.")
+    eval_split: str = option("test", "The split of a hub evaluation set.")
+    eval_steps: int | None = option(None, "Evaluate every so many steps; default: before training and at its end.")
+    max_length: int = option(1024, "Tokens of a sequence; what is longer is cut, and the cuts counted.")
+    skip_invalid_rows: bool = option(False, "Leave invalid rows out and report them, instead of stopping.")
 
-    num_train_epochs: int = _option(1, "Passes over the data.")
-    max_steps: int | None = _option(None, "Stop after so many optimizer steps, whatever num_train_epochs says.")
-    batch_size: int = _option(64, "Examples per optimizer step, over all processes and micro-batches together.")
-    micro_batch_size: int = _option(8, "Examples per forward pass; changes memory and speed, not the result.")
-    optimizer: Literal["rmsprop", "adamw"] = _option("adamw", "The optimizer.")
-    learning_rate: float = _option(1e-5, "The learning rate after the warm-up.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = _option("constant", "After the warm-up: stay, or fall to 0.")
-    warmup_steps: int = _option(0, "Steps over which the learning rate rises linearly from 0.")
-    weight_decay: float = _option(0.0, "Decoupled for adamw, added to the gradient for rmsprop.")
-    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
-    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass to save memory.")
-    workspace_mib: int | None = _option(None, "Scratch memory of the losses; what holds the logits twice saves time.")
+    num_train_epochs: int = option(1, "Passes over the data.")
+    max_steps: int | None = option(None, "Stop after so many optimizer steps, whatever num_train_epochs says.")
+    batch_size: int = option(64, "Examples per optimizer step, over all processes and micro-batches together.")
+    micro_batch_size: int = option(8, "Examples per forward pass; changes memory and speed, not the result.")
+    optimizer: Literal["rmsprop", "adamw"] = option("adamw", "The optimizer.")
+    learning_rate: float = option(1e-5, "The learning rate after the warm-up.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "After the warm-up: stay, or fall to 0.")
+    warmup_steps: int = option(0, "Steps over which the learning rate rises linearly from 0.")
+    weight_decay: float = option(0.0, "Decoupled for adamw, added to the gradient for rmsprop.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    workspace_mib: int | None = option(None, "Scratch memory of the losses; what holds the logits twice saves time.")
 
-    save_steps: int = _option(100, "Save what --resume needs every so many steps.")
-    report_to: list[str] = _list("Trackers of accelerate: tensorboard, wandb, trackio, ...")
-    run_name: str = _option("rlhf", "The project's name in the trackers.")
+    save_steps: int = option(100, "Save what --resume needs every so many steps.")
+    report_to: list[str] = listed("Trackers of accelerate: tensorboard, wandb, trackio, ...")
+    run_name: str = option("rlhf", "The project's name in the trackers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
+        at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
         if not self.learning_rate < math.inf:
             raise UsageError(f"learning_rate must be finite, got {self.learning_rate}")
         if self.eval_steps is not None and self.eval_dataset is None:
             raise UsageError("eval_steps: there is nothing to evaluate on, so pass eval_dataset")
-        _at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
-        _at_least(self, 1, "save_steps")
-        _at_least(self, 2, "max_length")
-        _at_least(self, 8, "workspace_mib")
+        at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
+        at_least(self, 1, "save_steps")
+        at_least(self, 2, "max_length")
+        at_least(self, 8, "workspace_mib")
 
 
 @dataclass(kw_only=True)
 class SFTConfig(TrainConfig):
     """Everything `rlhf sft` can be told. Batches of 256, as InstructGPT's and Tulu 3's are of that order."""
 
-    chat_template: str | None = _option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
-    assistant_turns: Literal["all", "last"] = _option("all", "Which turns of a conversation are learned.")
-    packing: bool = _option(False, "Put several conversations into a row of max_length; none sees another.")
-    batch_size: int = _option(256, "Conversations per optimizer step, over all processes and micro-batches together.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = _option("cosine", "After the warm-up: stay, or fall to 0.")
-    run_name: str = _option("rlhf-sft", "The project's name in the trackers.")
+    chat_template: str | None = option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
+    assistant_turns: Literal["all", "last"] = option("all", "Which turns of a conversation are learned.")
+    packing: bool = option(False, "Put several conversations into a row of max_length; none sees another.")
+    batch_size: int = option(256, "Conversations per optimizer step, over all processes and micro-batches together.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("cosine", "After the warm-up: stay, or fall to 0.")
+    run_name: str = option("rlhf-sft", "The project's name in the trackers.")
 
 
 @dataclass(kw_only=True)
 class PairConfig(TrainConfig):
     """What commands that train on pairs of responses can be told."""
 
-    max_prompt_length: int = _option(512, "A prompt with more tokens is invalid: it is never cut silently.")
+    max_prompt_length: int = option(512, "A prompt with more tokens is invalid: it is never cut silently.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "max_prompt_length")
+        at_least(self, 1, "max_prompt_length")
         if self.max_length <= self.max_prompt_length:
             raise UsageError(
                 f"max_length must leave room for a response: it must exceed "
@@ -124,17 +124,17 @@ class PairConfig(TrainConfig):
 class RewardConfig(PairConfig):
     """Everything `rlhf reward` can be told. One epoch: more of them overfit, says InstructGPT, appendix C.2."""
 
-    loss_type: Literal["bradley_terry", "margin_ranking"] = _option("bradley_terry", "The pair loss.")
-    margin: float = _option(1.0, "How far apart margin_ranking wants the two rewards.")
-    label_smoothing: float = _option(0.0, "The share of labels taken to be flipped (bradley_terry).")
-    center_coefficient: float = _option(0.0, "Holds a pair's rewards near 0; 0.01 is usual (bradley_terry).")
-    compare_with: list[str] = _list("Reward models, say of other seeds: their disagreement on eval_dataset is told.")
-    max_grad_norm: float = _option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
-    run_name: str = _option("rlhf-reward", "The project's name in the trackers.")
+    loss_type: Literal["bradley_terry", "margin_ranking"] = option("bradley_terry", "The pair loss.")
+    margin: float = option(1.0, "How far apart margin_ranking wants the two rewards.")
+    label_smoothing: float = option(0.0, "The share of labels taken to be flipped (bradley_terry).")
+    center_coefficient: float = option(0.0, "Holds a pair's rewards near 0; 0.01 is usual (bradley_terry).")
+    compare_with: list[str] = listed("Reward models, say of other seeds: their disagreement on eval_dataset is told.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    run_name: str = option("rlhf-reward", "The project's name in the trackers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "margin", "label_smoothing", "center_coefficient")
+        at_least(self, 0, "margin", "label_smoothing", "center_coefficient")
         if self.margin != 1.0 and self.loss_type != "margin_ranking":
             raise UsageError(f"margin is for loss_type margin_ranking; {self.loss_type} takes margins from the data")
         if self.compare_with and self.eval_dataset is None:
@@ -145,45 +145,45 @@ class RewardConfig(PairConfig):
 class DPOConfig(PairConfig):
     """Everything `rlhf dpo` can be told. The defaults of the algorithm are those of the DPO paper, appendix B."""
 
-    ref_model_name_or_path: str | None = _option(None, "The reference model; default: the model before training.")
-    ref_cache_dir: str | None = _option(None, "Reference log-probs are kept here; default: ~/.cache/rlhf_trainer.")
-    beta: float = _option(0.1, "How strongly the reference holds the policy back.")
-    loss_type: LossType = _option("sigmoid", "The pair loss.")
-    label_smoothing: float = _option(0.0, "The share of labels taken to be flipped (cDPO; robust; exo).")
-    gamma: float = _option(0.5, "SimPO's target margin, in units of beta.")
-    share_prefix: bool = _option(False, "Run a prompt once for all its responses, where the model's attention can.")
-    optimizer: Literal["rmsprop", "adamw"] = _option("rmsprop", "The optimizer.")
-    learning_rate: float = _option(1e-6, "The learning rate after the warm-up.")
-    warmup_steps: int = _option(150, "Steps over which the learning rate rises linearly from 0.")
-    max_grad_norm: float = _option(10.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
-    run_name: str = _option("rlhf-dpo", "The project's name in the trackers.")
+    ref_model_name_or_path: str | None = option(None, "The reference model; default: the model before training.")
+    ref_cache_dir: str | None = option(None, "Reference log-probs are kept here; default: ~/.cache/rlhf_trainer.")
+    beta: float = option(0.1, "How strongly the reference holds the policy back.")
+    loss_type: LossType = option("sigmoid", "The pair loss.")
+    label_smoothing: float = option(0.0, "The share of labels taken to be flipped (cDPO; robust; exo).")
+    gamma: float = option(0.5, "SimPO's target margin, in units of beta.")
+    share_prefix: bool = option(False, "Run a prompt once for all its responses, where the model's attention can.")
+    optimizer: Literal["rmsprop", "adamw"] = option("rmsprop", "The optimizer.")
+    learning_rate: float = option(1e-6, "The learning rate after the warm-up.")
+    warmup_steps: int = option(150, "Steps over which the learning rate rises linearly from 0.")
+    max_grad_norm: float = option(10.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    run_name: str = option("rlhf-dpo", "The project's name in the trackers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "beta")
+        at_least(self, 0, "beta")
 
 
 @dataclass(kw_only=True)
 class GenerationConfig(OutputConfig):
     """What commands that generate can be told."""
 
-    dataset: str = _needed("Prompts: a .jsonl or .parquet file, or a hub id.")
-    dataset_split: str = _option("train", "The split of a hub data set.")
-    dataset_format: RowFormat = _option("auto", "How rows are laid out; auto goes by their columns.")
-    streaming: bool = _option(False, "Read a hub data set row by row instead of downloading it whole first.")
-    max_prompts: int | None = _option(None, "Take only so many prompts, from the start.")
-    max_prompt_length: int = _option(512, "A prompt with more tokens is invalid: it is never cut silently.")
-    max_new_tokens: int = _option(512, "A completion ends here at the latest.")
-    skip_invalid_rows: bool = _option(False, "Leave invalid rows out and report them, instead of stopping.")
-    temperature: float = _option(1.0, "Divides the logits; 0 takes the likeliest token.")
-    top_k: int = _option(0, "Sample from the k likeliest tokens; 0: from all.")
-    top_p: float = _option(1.0, "Sample from the likeliest tokens that together have this probability.")
-    batch_size: int = _option(32, "Completions generated, or scored, at once.")
+    dataset: str = needed("Prompts: a .jsonl or .parquet file, or a hub id.")
+    dataset_split: str = option("train", "The split of a hub data set.")
+    dataset_format: RowFormat = option("auto", "How rows are laid out; auto goes by their columns.")
+    streaming: bool = option(False, "Read a hub data set row by row instead of downloading it whole first.")
+    max_prompts: int | None = option(None, "Take only so many prompts, from the start.")
+    max_prompt_length: int = option(512, "A prompt with more tokens is invalid: it is never cut silently.")
+    max_new_tokens: int = option(512, "A completion ends here at the latest.")
+    skip_invalid_rows: bool = option(False, "Leave invalid rows out and report them, instead of stopping.")
+    temperature: float = option(1.0, "Divides the logits; 0 takes the likeliest token.")
+    top_k: int = option(0, "Sample from the k likeliest tokens; 0: from all.")
+    top_p: float = option(1.0, "Sample from the likeliest tokens that together have this probability.")
+    batch_size: int = option(32, "Completions generated, or scored, at once.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "temperature", "top_k")
-        _at_least(self, 1, "max_prompts", "max_prompt_length", "max_new_tokens", "batch_size")
+        at_least(self, 0, "temperature", "top_k")
+        at_least(self, 1, "max_prompts", "max_prompt_length", "max_new_tokens", "batch_size")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be in (0, 1], got {self.top_p}")
 
@@ -192,12 +192,12 @@ class GenerationConfig(OutputConfig):
 class SampleConfig(GenerationConfig):
     """Everything `rlhf sample` can be told."""
 
-    models: list[str] = _list("The models that write: local folders or hub ids. Each writes num_completions a prompt.")
-    num_completions: int = _option(10, "Completions a prompt, of each model; 10 to 30 is usual.")
+    models: list[str] = listed("The models that write: local folders or hub ids. Each writes num_completions a prompt.")
+    num_completions: int = option(10, "Completions a prompt, of each model; 10 to 30 is usual.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "num_completions")
+        at_least(self, 1, "num_completions")
         if not self.models:
             raise UsageError("models: name at least one model that writes")
 
@@ -206,24 +206,24 @@ class SampleConfig(GenerationConfig):
 class RoundsConfig(DPOConfig, GenerationConfig):
     """Everything `rlhf rounds` can be told. What `rlhf dpo` can be told is meant for each round."""
 
-    dataset: str = _needed("Prompts: a .jsonl or .parquet file, or a hub id.")
-    reward_model: str = _needed("The reward model that judges: a local folder or a hub id.")
-    rounds: int = _option(3, "How often to sample, score and train; each round goes on with the model of the last.")
-    num_completions: int = _option(4, "Completions a prompt and round.")
-    pairing: Literal["best_worst", "all"] = _option(
+    dataset: str = needed("Prompts: a .jsonl or .parquet file, or a hub id.")
+    reward_model: str = needed("The reward model that judges: a local folder or a hub id.")
+    rounds: int = option(3, "How often to sample, score and train; each round goes on with the model of the last.")
+    num_completions: int = option(4, "Completions a prompt and round.")
+    pairing: Literal["best_worst", "all"] = option(
         "best_worst", "Pairs of a prompt: its best completion against its worst, or all whose rewards differ."
     )
-    reference: Literal["previous", "first"] = _option(
+    reference: Literal["previous", "first"] = option(
         "previous", "The reference model: the one that the round starts from, or for all rounds the first one."
     )
-    generation_batch_size: int = _option(32, "Completions generated, or scored, at once.")
-    warmup_steps: int = _option(10, "Steps of each round over which the learning rate rises linearly from 0.")
-    run_name: str = _option("rlhf-rounds", "The project's name in the trackers.")
+    generation_batch_size: int = option(32, "Completions generated, or scored, at once.")
+    warmup_steps: int = option(10, "Steps of each round over which the learning rate rises linearly from 0.")
+    run_name: str = option("rlhf-rounds", "The project's name in the trackers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "rounds", "generation_batch_size")
-        _at_least(self, 2, "num_completions")
+        at_least(self, 1, "rounds", "generation_batch_size")
+        at_least(self, 2, "num_completions")
         if self.temperature == 0:
             raise UsageError("temperature must be above 0: at 0 all completions of a prompt are the same")
         if self.tokenizer_name_or_path is not None:
@@ -239,22 +239,40 @@ class RoundsConfig(DPOConfig, GenerationConfig):
 
 
 @dataclass(kw_only=True)
-class RejectConfig(OutputConfig):
-    """Everything `rlhf reject` can be told."""
+class JudgeConfig(OutputConfig):
+    """What commands that reward completions can be told: a reward model, reward functions, or a weighted sum."""
 
-    completions: list[str] = _list("Files of `rlhf sample`, or folders that hold them.")
-    reward_model: str = _needed("The reward model that judges: a local folder or a hub id.")
-    selection: Literal["top_per_prompt", "top_overall", "random"] = _option(
-        "top_per_prompt", "The best of each prompt; the best of all; or as many at random, to compare with."
-    )
-    k: int = _option(1, "How many: of each prompt (top_per_prompt, random), or in all (top_overall).")
-    max_per_prompt: int | None = _option(None, "At most so many of one prompt (top_overall).")
-    batch_size: int = _option(32, "Completions scored at once.")
-    max_length: int = _option(1024, "Tokens of prompt and completion; what is longer is invalid.")
+    reward_model: str | None = option(None, "A reward model that judges: a local folder or a hub id.")
+    rewards: list[str] = listed("Reward functions: exact_answer, regex:PATTERN, ..., module:function, model:FOLDER.")
+    reward_weights: list[float] = listed("Their weights in the reward, the reward_model's first; default: 1 each.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "k", "max_per_prompt", "batch_size", "max_length")
+        count = len(self.rewards) + (self.reward_model is not None)
+        if count == 0:
+            raise UsageError("nothing judges: name a reward_model or rewards")
+        if self.reward_weights and len(self.reward_weights) != count:
+            raise UsageError(f"reward_weights: expected {count}, one for each judge, got {len(self.reward_weights)}")
+        if not all(math.isfinite(weight) for weight in self.reward_weights):
+            raise UsageError(f"reward_weights must be finite, got {self.reward_weights}")
+
+
+@dataclass(kw_only=True)
+class RejectConfig(JudgeConfig):
+    """Everything `rlhf reject` can be told."""
+
+    completions: list[str] = listed("Files of `rlhf sample`, or folders that hold them.")
+    selection: Literal["top_per_prompt", "top_overall", "random"] = option(
+        "top_per_prompt", "The best of each prompt; the best of all; or as many at random, to compare with."
+    )
+    k: int = option(1, "How many: of each prompt (top_per_prompt, random), or in all (top_overall).")
+    max_per_prompt: int | None = option(None, "At most so many of one prompt (top_overall).")
+    batch_size: int = option(32, "Completions scored at once.")
+    max_length: int = option(1024, "Tokens of prompt and completion; what is longer is invalid.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "k", "max_per_prompt", "batch_size", "max_length")
         if self.max_per_prompt is not None and self.selection != "top_overall":
             raise UsageError(f"max_per_prompt is for selection top_overall; with {self.selection}, k is per prompt")
         if not self.completions:
@@ -265,34 +283,34 @@ class RejectConfig(OutputConfig):
 class EvaluateConfig(GenerationConfig):
     """Everything `rlhf evaluate` can be told."""
 
-    model_name_or_path: str = _needed("The model that answers: a local folder or a hub id.")
-    ref_model_name_or_path: str | None = _option(None, "The model that KL is measured from; none: no KL.")
-    reward_model: str = _needed("The reward model that judges: a local folder or a hub id.")
-    resamples: int = _option(1000, "Bootstrap resamples of the prompts behind each interval.")
+    model_name_or_path: str = needed("The model that answers: a local folder or a hub id.")
+    ref_model_name_or_path: str | None = option(None, "The model that KL is measured from; none: no KL.")
+    reward_model: str = needed("The reward model that judges: a local folder or a hub id.")
+    resamples: int = option(1000, "Bootstrap resamples of the prompts behind each interval.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "resamples")
+        at_least(self, 1, "resamples")
 
 
 @dataclass
 class DemoConfig:
     """Everything `rlhf demo` can be told."""
 
-    output_dir: str = _option("demo_output", "Where models, preferences, metrics and the picture go.")
-    overwrite: bool = _option(False, "Replace output_dir if it exists; without it, the next free name is used.")
-    lm_steps: int = _option(400, "Steps of language modelling that make the first model.")
-    demonstrations: int = _option(2048, "Reviews for SFT.")
-    pairs: int = _option(4096, "Pairs of reviews to compare.")
-    completions: int = _option(16, "Reviews a prompt that rejection sampling chooses from.")
-    dpo_epochs: int = _option(3, "Passes over the pairs.")
-    seed: int = _option(0, "Seeds everything.")
+    output_dir: str = option("demo_output", "Where models, preferences, metrics and the picture go.")
+    overwrite: bool = option(False, "Replace output_dir if it exists; without it, the next free name is used.")
+    lm_steps: int = option(400, "Steps of language modelling that make the first model.")
+    demonstrations: int = option(2048, "Reviews for SFT.")
+    pairs: int = option(4096, "Pairs of reviews to compare.")
+    completions: int = option(16, "Reviews a prompt that rejection sampling chooses from.")
+    dpo_epochs: int = option(3, "Passes over the pairs.")
+    seed: int = option(0, "Seeds everything.")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "lm_steps", "demonstrations", "pairs", "completions", "dpo_epochs")
+        at_least(self, 1, "lm_steps", "demonstrations", "pairs", "completions", "dpo_epochs")
 
 
-def _at_least(config: Any, minimum: float, *names: str) -> None:
+def at_least(config: Any, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:
