@@ -12,7 +12,7 @@ LossType = Literal[
     "sigmoid", "hinge", "ipo", "ipo_mean", "robust", "simpo", "apo_zero", "apo_down", "sppo", "nca", "exo", "aot",
     "discopop",
 ]  # fmt: skip
-RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback"]
+RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback", "gsm8k"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -59,7 +59,6 @@ class TrainConfig(OutputConfig):
     eval_dataset: str | None = option(None, "Held-out rows, in the same formats.")
     eval_split: str = option("test", "The split of a hub evaluation set.")
     eval_steps: int | None = option(None, "Evaluate every so many steps; default: before training and at its end.")
-    max_length: int = option(1024, "Tokens of a sequence; what is longer is cut, and the cuts counted.")
     skip_invalid_rows: bool = option(False, "Leave invalid rows out and report them, instead of stopping.")
 
     num_train_epochs: int = option(1, "Passes over the data.")
@@ -88,7 +87,6 @@ class TrainConfig(OutputConfig):
             raise UsageError("eval_steps: there is nothing to evaluate on, so pass eval_dataset")
         at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
         at_least(self, 1, "save_steps")
-        at_least(self, 2, "max_length")
         at_least(self, 8, "workspace_mib")
 
 
@@ -98,10 +96,15 @@ class SFTConfig(TrainConfig):
 
     chat_template: str | None = option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
     assistant_turns: Literal["all", "last"] = option("all", "Which turns of a conversation are learned.")
+    max_length: int = option(1024, "Tokens of a sequence; what is longer is cut, and the cuts counted.")
     packing: bool = option(False, "Put several conversations into a row of max_length; none sees another.")
     batch_size: int = option(256, "Conversations per optimizer step, over all processes and micro-batches together.")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("cosine", "After the warm-up: stay, or fall to 0.")
     run_name: str = option("rlhf-sft", "The project's name in the trackers.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 2, "max_length")
 
 
 @dataclass(kw_only=True)
@@ -109,6 +112,7 @@ class PairConfig(TrainConfig):
     """What commands that train on pairs of responses can be told."""
 
     max_prompt_length: int = option(512, "A prompt with more tokens is invalid: it is never cut silently.")
+    max_length: int = option(1024, "Tokens of a sequence; what is longer is cut, and the cuts counted.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,6 +165,32 @@ class DPOConfig(PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "beta")
+
+
+@dataclass(kw_only=True)
+class ServerConfig(OutputConfig):
+    """What commands can be told whose completions may come from an HTTP server."""
+
+    server_url: str | None = option(None, "An OpenAI-compatible server that generates, as http://host:8000.")
+    server_model: str | None = option(None, "The model's name on the server; default: its name here.")
+    server_prompts: Literal["ids", "text"] = option("ids", "How prompts travel: vLLM and SGLang take token ids.")
+    server_sync: Literal["none", "folder", "reload"] = option(
+        "none", "The policy goes to the server: never; as a folder that is asked for by name; by reloading (SGLang)."
+    )
+    server_timeout: float = option(600.0, "Seconds to wait for an answer.")
+    server_retries: int = option(4, "How often a request that failed is sent again, after 1, 2, 4, ... seconds.")
+    server_concurrency: int = option(64, "Requests under way at the same time.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "server_retries")
+        at_least(self, 1, "server_concurrency")
+        if not 0 < self.server_timeout < math.inf:
+            raise UsageError(f"server_timeout must be a positive number of seconds, got {self.server_timeout}")
+        if self.server_url is not None and not self.server_url.startswith(("http://", "https://")):
+            raise UsageError(f"server_url must start with http:// or https://, got {self.server_url!r}")
+        if self.server_url is None and (self.server_model is not None or self.server_sync != "none"):
+            raise UsageError("server_model and server_sync are for a server: pass server_url")
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from .metrics import MetricsLog, make_accelerator
 from .state import Saved, load_state, newest_state, remove_state, save_state
 
 BAD_BATCH = "bad_batch.json"
+LOWER_RATE = "Lower learning_rate or max_grad_norm, or lengthen warmup_steps."
 M_MMAP_THRESHOLD = -3  # of malloc.h
 MAPPED_BYTES = 1 << 20  # smaller tensors are not worth a call of the system each
 LARGE_BYTES = 64 << 20
@@ -150,6 +152,100 @@ def plan_of(
     return plan_batches(lengths, config.batch_size, micro, config.seed if shuffled else None, sizes)
 
 
+class Run:
+    """A training run into output_dir: the model and its optimizer, the folder it works in, its log and its states.
+
+    `total`: how many steps it logs. `data`: tells what it trains on, as a run may go on only with what it began with.
+    A run that was stopped continues after `done` steps; `facts` is what it kept then.
+    """
+
+    def __init__(
+        self, config: TrainConfig, module: nn.Module, accelerator: Accelerator, total: int, data: Callable[[], str]
+    ) -> None:
+        self.config, self.accelerator, self.total = config, accelerator, total
+        give_back_freed_memory(module)
+        self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
+        if accelerator.is_main_process:
+            open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+        accelerator.wait_for_everyone()
+        self.work = partial_folder(config.output_dir)
+        saved = newest_state(self.work)
+        self.data = data() if saved is not None or total > config.save_steps else ""
+        if saved is not None:
+            check_same_data(saved, self.data)
+            load_state(saved, self.unwrapped, self.optimizer)
+        self.done, self.facts = (saved.step, saved.facts) if saved else (0, {"metrics_bytes": 0})
+        settings = dataclasses.asdict(config)
+        kept_bytes = self.facts["metrics_bytes"]
+        self.log = MetricsLog(self.work, accelerator, total, config.run_name, settings, self.done, kept_bytes)
+        if self.done:
+            self.log.say(f"goes on after step {self.done}")
+        if total < config.warmup_steps:
+            self.log.say(
+                f"note: the warm-up takes {config.warmup_steps} steps, so the learning rate stays below its peak"
+            )
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.log.close()
+
+    def update(self, task: Task, batch: list[MicroBatch], step: int) -> tuple[dict[str, float], float]:
+        """One optimizer step on `batch`; `step` sets the learning rate. Returns metrics, and the number of tokens."""
+        accelerator = self.accelerator
+        rank, world = accelerator.process_index, accelerator.num_processes
+        learning_rate = learning_rate_at(self.config, step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        totals = Totals(task.names, accelerator.device)
+        shares = share_of_process(batch, rank, world, task.counts)
+        for i, share in enumerate(shares):
+            # Gradients travel between processes once a step, with the last micro-batch.
+            with contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model):
+                measured = task.measure(self.model, share.indices)
+                # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
+                accelerator.backward(measured.loss * (share.weight * world))
+            totals.add(measured, share.weight)
+
+        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        metrics, tokens = totals.reduce(accelerator)
+        metrics["grad_norm"] = float(grad_norm)
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise UsageError(told_of_bad_batch(step, metrics, task, batch, self.work, accelerator))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics | {"learning_rate": learning_rate}, tokens
+
+    def keep(self, step: int, **facts: float) -> None:
+        """What --resume needs to go on after `step`, every save_steps steps; after the last one, the result is kept."""
+        if step % self.config.save_steps == 0 and step < self.total:
+            if self.accelerator.is_main_process:
+                known = {"metrics_bytes": self.log.bytes_written(), "data": self.data}
+                save_state(self.work, step, self.unwrapped, self.optimizer, known | facts)
+            self.accelerator.wait_for_everyone()
+
+    def finish(self, save: Callable[[nn.Module, Path], None]) -> Path:
+        """`save(module, folder)` writes the result. Returns output_dir, whole once it is there."""
+        self.accelerator.wait_for_everyone()
+        broken = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
+        if broken:
+            raise UsageError(
+                f"step {self.total}: the last update left weights that are not finite: {broken[0]}, ... {LOWER_RATE}"
+            )
+        if self.accelerator.is_main_process:
+            save(self.unwrapped, self.work)
+            remove_state(commit_output(self.config.output_dir, self.config.overwrite))  # last: until then it can go on
+            print(f"saved to {self.config.output_dir}")
+        self.accelerator.wait_for_everyone()
+        return Path(self.config.output_dir)
+
+
 def train(
     config: TrainConfig,
     module: nn.Module,
@@ -158,82 +254,22 @@ def train(
     accelerator: Accelerator,
     save: Callable[[nn.Module, Path], None],
 ) -> Path:
-    """Trains `module`; `save(module, folder)` writes the result. Returns output_dir, whole once it is there."""
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    give_back_freed_memory(module)
-    model, optimizer = accelerator.prepare(module, make_optimizer(config, module))
+    """Trains `module` on the task's plan; `save(module, folder)` writes the result. Returns output_dir."""
     steps = step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)
-    if accelerator.is_main_process:
-        open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
-    accelerator.wait_for_everyone()
-    work = partial_folder(config.output_dir)
-    saved = newest_state(work)
-    data = fingerprint(task) if saved is not None or len(steps) > config.save_steps else ""
-    if saved is not None:
-        check_same_data(saved, data)
-        load_state(saved, accelerator.unwrap_model(model), optimizer)
-    done, kept_bytes = (saved.step, saved.facts["metrics_bytes"]) if saved else (0, 0)
-
-    with contextlib.closing(
-        MetricsLog(work, accelerator, len(steps), config.run_name, dataclasses.asdict(config), done, kept_bytes)
-    ) as log:
-        log.say(f"{len(task.counts)} {task.noun}, {len(steps)} steps, metrics in {work / 'metrics.jsonl'}")
-        if done:
-            log.say(f"goes on after step {done}")
-        if len(steps) < config.warmup_steps:
-            log.say(f"note: the warm-up takes {config.warmup_steps} steps, so the learning rate stays below its peak")
-        if held_out is not None and not done:
-            log.log(0, 0.0, evaluate(held_out, model, accelerator))
-
-        for step, index in enumerate(steps[done:], start=done + 1):
+    with Run(config, module, accelerator, len(steps), lambda: fingerprint(task)) as run:
+        run.log.say(f"{len(task.counts)} {task.noun}, {len(steps)} steps, metrics in {run.work / 'metrics.jsonl'}")
+        if held_out is not None and not run.done:
+            run.log.log(0, 0.0, evaluate(held_out, run.model, accelerator))
+        for step, index in enumerate(steps[run.done :], start=run.done + 1):
             started = time.perf_counter()
-            learning_rate = learning_rate_at(config, step, len(steps))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-
-            totals = Totals(task.names, device)
-            shares = share_of_process(task.plan[index], rank, world, task.counts)
-            for i, share in enumerate(shares):
-                # Gradients travel between processes once a step, with the last micro-batch.
-                with contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(model):
-                    measured = task.measure(model, share.indices)
-                    # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
-                    accelerator.backward(measured.loss * (share.weight * world))
-                totals.add(measured, share.weight)
-
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-            metrics, tokens = totals.reduce(accelerator)
-            metrics["grad_norm"] = float(grad_norm)
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise UsageError(told_of_bad_batch(step, metrics, task, task.plan[index], work, accelerator))
-            optimizer.step()
-            optimizer.zero_grad()
-
-            metrics |= {
-                "learning_rate": learning_rate,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-            }
-            last = step == len(steps)
-            if held_out is not None and (last or step % (config.eval_steps or len(steps)) == 0):
-                metrics |= evaluate(held_out, model, accelerator)
-            log.log(step, step / len(task.plan), metrics)
-            log.advance(**{name: f"{metrics[name]:.4f}" for name in task.names[:2]})
-            if step % config.save_steps == 0 and not last:
-                if accelerator.is_main_process:
-                    facts = {"metrics_bytes": log.bytes_written(), "data": data}
-                    save_state(work, step, accelerator.unwrap_model(model), optimizer, facts)
-                accelerator.wait_for_everyone()
-
-    accelerator.wait_for_everyone()
-    broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if broken:
-        raise UsageError(f"step {len(steps)}: the last update left weights that are not finite: {broken[0]}, ...")
-    if accelerator.is_main_process:
-        save(accelerator.unwrap_model(model), work)
-        remove_state(commit_output(config.output_dir, config.overwrite))  # last: a run killed before can go on
-        print(f"saved to {config.output_dir}")
-    accelerator.wait_for_everyone()
-    return Path(config.output_dir)
+            metrics, tokens = run.update(task, task.plan[index], step)
+            metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
+            if held_out is not None and (step == len(steps) or step % (config.eval_steps or len(steps)) == 0):
+                metrics |= evaluate(held_out, run.model, accelerator)
+            run.log.log(step, step / len(task.plan), metrics)
+            run.log.advance(**{name: f"{metrics[name]:.4f}" for name in task.names[:2]})
+            run.keep(step)
+    return run.finish(save)
 
 
 def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -284,5 +320,6 @@ def told_of_bad_batch(
         (work / BAD_BATCH).write_text(json.dumps(content), encoding="utf-8")
     rows = sorted({example.row for example in examples})
     return (
-        f"step {step}: stopped before the update, {metrics}; rows {rows}, saved with their tokens in {work / BAD_BATCH}"
+        f"step {step}: stopped before the update, {metrics}; rows {rows}, saved with their tokens in "
+        f"{work / BAD_BATCH}. Look at these rows; if they are as they should be: {LOWER_RATE}"
     )
