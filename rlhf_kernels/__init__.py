@@ -18,9 +18,19 @@ from .dpo import (
 )
 from .kl import kl_penalty, linear_kl
 from .logprob import LinearLogprobs, SequenceLogprobs, linear_logprobs, sequence_logprobs
+from .policy_gradient import (
+    ClipFraction,
+    clip_fraction,
+    grpo_clip_fraction,
+    grpo_counts,
+    grpo_loss,
+    ppo_loss,
+    value_loss,
+)
 
 __all__ = [
     "BCOLoss",
+    "ClipFraction",
     "DPOLoss",
     "KTOLoss",
     "LinearDPOLoss",
@@ -31,14 +41,20 @@ __all__ = [
     "bco_loss",
     "bradley_terry_loss",
     "build_info",
+    "clip_fraction",
     "dpo_loss",
+    "grpo_clip_fraction",
+    "grpo_counts",
+    "grpo_loss",
     "kl_penalty",
     "kto_loss",
     "linear_dpo_loss",
     "linear_kl",
     "linear_logprobs",
     "orpo_loss",
+    "ppo_loss",
     "sequence_logprobs",
     "set_workspace_budget",
+    "value_loss",
 ]
 __version__ = "0.1.0"

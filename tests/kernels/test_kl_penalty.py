@@ -76,6 +76,38 @@ def test_the_expectation_under_the_policy_is_the_kl(backend, device, estimator, 
     assert abs(expectation - other) > 1e-3 * kl
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_expectations_and_those_of_the_gradients_against_the_exact_kl(backend, device, estimator):
+    """Every token of a vocabulary of 30 weighed by its probability. As estimates of KL(policy || ref), k1 and k3 are
+    unbiased and k2 is not. As losses they differ: k1's gradient expects to nothing, k2's to that of KL(policy || ref),
+    and k3's to that of the other one, KL(ref || policy)."""
+    head, ref = T.make_head(1, 8, 30, seed=1, device=device), T.make_head(1, 8, 30, seed=2, device=device)
+    hidden, weight = (x.requires_grad_() for x in (head.hidden, head.weight))
+    tokens = torch.arange(30, device=device)
+
+    def logprobs(hidden, weight):  # of every token, at one position
+        return rk.linear_logprobs(hidden.expand(30, 8), weight, tokens, backend=backend).logprobs
+
+    policy, other = logprobs(hidden, weight), logprobs(ref.hidden, ref.weight)
+    expectation = (policy.detach().exp() * rk.kl_penalty(policy, other, estimator, backend=backend)).sum()
+    exact = {
+        direction: rk.linear_kl(hidden, weight, ref.hidden, ref.weight, direction=direction, backend=backend).sum()
+        for direction in ("policy_ref", "ref_policy")
+    }
+    kl = exact["policy_ref"].item()
+    assert abs(exact["ref_policy"].item() - kl) > 0.05 * kl  # or the test could not tell them apart
+    assert (abs(expectation.item() - kl) < 1e-5 * kl) == (estimator != "k2")
+    found = torch.autograd.grad(expectation, (hidden, weight))
+    grads = {name: torch.autograd.grad(value, (hidden, weight)) for name, value in exact.items()}
+    assert all(T.relative_error(a, b) > 0.1 for a, b in zip(*grads.values(), strict=True))
+    for i, grad in enumerate(found):
+        if estimator == "k1":
+            assert grad.norm() < 1e-5 * grads["policy_ref"][i].norm()
+        else:
+            want = grads["policy_ref" if estimator == "k2" else "ref_policy"][i]
+            assert T.relative_error(grad, want) < 1e-5
+
+
 def test_signs(backend, device):
     """A token that the policy likes more than the reference does costs: k1 > 0, and its gradient is +1."""
     policy = torch.tensor([-1.0], device=device, requires_grad=True)

@@ -1,0 +1,7 @@
+"""Policy gradients of reinforcement learning, from log-probabilities of sampled tokens: PPO, its values, and GRPO."""
+
+from .grpo import grpo_clip_fraction, grpo_counts, grpo_loss
+from .ppo import ClipFraction, clip_fraction, ppo_loss
+from .value import value_loss
+
+__all__ = ["ClipFraction", "clip_fraction", "grpo_clip_fraction", "grpo_counts", "grpo_loss", "ppo_loss", "value_loss"]
