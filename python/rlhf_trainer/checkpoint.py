@@ -14,14 +14,11 @@ from .errors import UsageError
 
 # Every run writes its configuration under this name first, so that a folder can be told to be a run's.
 CONFIG_FILE = "rlhf_config.yaml"
+# What may differ between a run and its resumption.
 MAY_DIFFER = (
-    "overwrite",
-    "resume",
-    "save_steps",
-    "report_to",
-    "run_name",
-    "compare_with",
-)  # between a run and its resumption
+    "overwrite", "resume", "save_steps", "report_to", "run_name", "compare_with", "recipe", "set", "server_url",
+    "server_timeout", "server_retries", "server_concurrency",
+)  # fmt: skip
 
 
 def partial_folder(output_dir: str | Path) -> Path:

@@ -13,6 +13,7 @@ LossType = Literal[
     "discopop",
 ]  # fmt: skip
 RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback", "gsm8k"]
+Pairing = Literal["best_worst", "all"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -219,7 +220,7 @@ class GenerationConfig(OutputConfig):
 
 
 @dataclass(kw_only=True)
-class SampleConfig(GenerationConfig):
+class SampleConfig(GenerationConfig, ServerConfig):
     """Everything `rlhf sample` can be told."""
 
     models: list[str] = listed("The models that write: local folders or hub ids. Each writes num_completions a prompt.")
@@ -230,6 +231,10 @@ class SampleConfig(GenerationConfig):
         at_least(self, 1, "num_completions")
         if not self.models:
             raise UsageError("models: name at least one model that writes")
+        if self.server_sync != "none":
+            raise UsageError("server_sync: nothing changes the models, so there is nothing to send to the server")
+        if self.server_model is not None and len(self.models) > 1:
+            raise UsageError("server_model is the name of one model on the server, and models has several")
 
 
 @dataclass(kw_only=True)
@@ -240,7 +245,7 @@ class RoundsConfig(DPOConfig, GenerationConfig):
     reward_model: str = needed("The reward model that judges: a local folder or a hub id.")
     rounds: int = option(3, "How often to sample, score and train; each round goes on with the model of the last.")
     num_completions: int = option(4, "Completions a prompt and round.")
-    pairing: Literal["best_worst", "all"] = option(
+    pairing: Pairing = option(
         "best_worst", "Pairs of a prompt: its best completion against its worst, or all whose rewards differ."
     )
     reference: Literal["previous", "first"] = option(
@@ -292,13 +297,14 @@ class RejectConfig(JudgeConfig):
     """Everything `rlhf reject` can be told."""
 
     completions: list[str] = listed("Files of `rlhf sample`, or folders that hold them.")
+    min_reward: float | None = option(None, "Select only completions with at least this reward, say the correct ones.")
     selection: Literal["top_per_prompt", "top_overall", "random"] = option(
         "top_per_prompt", "The best of each prompt; the best of all; or as many at random, to compare with."
     )
     k: int = option(1, "How many: of each prompt (top_per_prompt, random), or in all (top_overall).")
     max_per_prompt: int | None = option(None, "At most so many of one prompt (top_overall).")
     batch_size: int = option(32, "Completions scored at once.")
-    max_length: int = option(1024, "Tokens of prompt and completion; what is longer is invalid.")
+    max_length: int = option(1024, "Tokens of prompt and completion to reward models; what is longer is left out.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,6 +313,23 @@ class RejectConfig(JudgeConfig):
             raise UsageError(f"max_per_prompt is for selection top_overall; with {self.selection}, k is per prompt")
         if not self.completions:
             raise UsageError("completions: name at least one file of completions")
+        if self.min_reward is not None and math.isnan(self.min_reward):
+            raise UsageError("min_reward must be a number, got nan")
+
+
+@dataclass(kw_only=True)
+class PairsConfig(OutputConfig):
+    """Everything `rlhf pairs` can be told."""
+
+    scored: list[str] = listed("Files scored.jsonl of `rlhf reject`, or folders that hold them.")
+    pairing: Pairing = option(
+        "best_worst", "Pairs of a prompt: its best completion against its worst, or all whose rewards differ."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scored:
+            raise UsageError("scored: name at least one file of scored completions")
 
 
 @dataclass(kw_only=True)
@@ -338,6 +361,38 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "lm_steps", "demonstrations", "pairs", "completions", "dpo_epochs")
+
+
+@dataclass
+class RecipeConfig:
+    """Everything `rlhf recipe` can be told; what its stages are told stands in the recipe."""
+
+    recipe: str = needed("The name of a recipe that is shipped, or a YAML file.")
+    output_dir: str = needed("Where the stages' folders and the report go.")
+    overwrite: bool = option(False, "Replace output_dir if it exists; without this flag nothing is replaced.")
+    resume: bool = option(False, "Go on where a run into output_dir stopped; from the start if there is none.")
+    set: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Changes: variable=value, or stage.key=value, as often as wanted.", "action": "extend"},
+    )
+    dry_run: bool = option(False, "Check the recipe and print its stages as commands, without running them.")
+
+
+@dataclass
+class FrontierConfig:
+    """Everything `rlhf frontier` can be told."""
+
+    output_dir: str = option("frontier_output", "Where models, results and pictures go.")
+    overwrite: bool = option(False, "Replace output_dir if it exists; without this flag nothing is replaced.")
+    resume: bool = option(False, "Go on where a run into output_dir stopped; from the start if there is none.")
+    quick: bool = option(False, "One seed, few strengths, short trainings: to see that all runs, not how it comes out.")
+    seeds: int = option(3, "How often every training is repeated, with other data and another order.")
+    workers: int | None = option(None, "Trainings at once, with one thread each; default: as many as there are cores.")
+    seed: int = option(0, "Seeds everything.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "seeds", "workers")
+        at_least(self, 0, "seed")
 
 
 def at_least(config: Any, minimum: float, *names: str) -> None:

@@ -5,7 +5,19 @@ from collections import Counter
 import pytest
 import torch
 
-from rlhf_trainer.generation import Completion, Sampling, completion_text, end_ids, generate, generate_batch, up_to_end
+import rlhf_kernels as rk
+from rlhf_trainer.data import pad_sequences
+from rlhf_trainer.generation import (
+    Completion,
+    DrawnLogprobs,
+    Sampling,
+    completion_text,
+    end_ids,
+    generate,
+    generate_batch,
+    up_to_end,
+)
+from rlhf_trainer.models import FusedLM, checkpoint_gradients
 from rlhf_trainer.progress import batches_of_like_length
 from tests.trainer.known_models import dice
 
@@ -69,7 +81,7 @@ def test_a_completion_ends_with_its_end(tokenizer):
     model.generation_config.eos_token_id = [7, 1]
     completions = generate(model, tokenizer, PROMPTS * 8, Sampling(max_new_tokens=6), batch_size=16, seed=0)
     assert {completion.ids[-1] for completion in completions if completion.finished} == {1, 7}
-    for ids, finished in completions:
+    for ids, finished, _ in completions:
         assert set(ids[:-1]) <= {10} and len(ids) <= 6
         assert finished == (ids[-1] in (1, 7)) and (finished or len(ids) == 6)
     assert 0 < sum(not completion.finished for completion in completions) < len(completions)
@@ -160,3 +172,86 @@ def test_the_longest_batches_come_first():
     assert sorted(i for batch in batches for i in batch) == [0, 1, 2, 3, 4]
     assert [[lengths[i] for i in batch] for batch in batches] == [[9], [4, 9], [1, 3]]
     assert batches_of_like_length([], 2) == []
+
+
+# --- log-probs of what was drawn
+
+
+def test_logprobs_are_of_the_distribution_drawn_from(die, tokenizer):
+    """Closed forms: of the die, of its squares normalised, of its two likeliest faces."""
+    faces = {
+        (): PROBABILITIES,
+        (("temperature", 0.5),): {10: 0.25 / 0.365, 11: 0.09 / 0.365, 12: 0.0225 / 0.365, 13: 0.0025 / 0.365},
+        (("top_k", 2),): {10: 0.625, 11: 0.375},
+        (("temperature", 0.5), ("top_p", 0.75)): {10: 0.25 / 0.34, 11: 0.09 / 0.34},
+        (("temperature", 0.0),): PROBABILITIES,  # nothing is drawn: the model's own
+    }
+    for options, expected in faces.items():
+        sampling = Sampling(max_new_tokens=40, **dict(options))
+        (done,) = generate_batch(die, tokenizer, [[20]], sampling, seed=1, number=0, with_logprobs=True)
+        assert len(done.ids) == len(done.logprobs) == 40
+        assert torch.tensor(done.logprobs).exp().tolist() == pytest.approx([expected[id] for id in done.ids], abs=1e-5)
+
+
+@torch.no_grad()
+def trainer_logprobs(model, prompts, completions, temperature):
+    """What the losses make of the same tokens, one list a completion: right padding, no cache, one forward."""
+    fused = FusedLM(model)
+    batch = pad_sequences([(p, done.ids) for p, done in zip(prompts, completions, strict=True)], pad_id=1)
+
+    def logprobs(hidden, head):
+        targets = batch.labels[:, 1:]
+        found = rk.linear_logprobs(hidden[:, :-1], head.weight, targets, temperature=temperature, **head.options())
+        return [row[counted].tolist() for row, counted in zip(found.logprobs, targets != -100, strict=True)]
+
+    return fused(batch, logprobs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "cohere", "phi", "granite"])
+def test_logprobs_are_the_trainers_whatever_the_padding(make_model, tokenizer, family):
+    model = make_model(family)
+    for temperature in (1.0, 0.7):
+        sampling = Sampling(max_new_tokens=10, temperature=temperature)
+        drawn = generate_batch(model, tokenizer, PROMPTS, sampling, seed=2, number=0, with_logprobs=True)
+        expected = trainer_logprobs(model, PROMPTS, drawn, temperature)
+        for done, theirs in zip(drawn, expected, strict=True):
+            assert done.logprobs == pytest.approx(theirs, abs=2e-4)
+        without = generate_batch(model, tokenizer, PROMPTS, sampling, seed=2, number=0)
+        assert without == [done._replace(logprobs=None) for done in drawn]
+
+
+def test_the_end_has_its_logprob_and_padding_has_none(tokenizer):
+    model = dice({10: 0.7, 1: 0.3})
+    drawn = generate_batch(
+        model, tokenizer, PROMPTS * 4, Sampling(max_new_tokens=6), seed=0, number=0, with_logprobs=True
+    )
+    ended = [done for done in drawn if done.finished and len(done.ids) < 6]
+    assert len({len(done.ids) for done in ended}) > 2
+    for done in ended:
+        expected = [*[0.7] * (len(done.ids) - 1), 0.3]
+        assert torch.tensor(done.logprobs).exp().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_steps_that_generate_takes_back_are_not_counted():
+    """It may run ahead of its stopping check."""
+    drawn = DrawnLogprobs()
+    scores = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    for ids in ([9], [9, 0], [9, 0, 1]):
+        drawn(torch.tensor([ids]), scores)
+    assert drawn.of(torch.tensor([[0, 1]])).exp().tolist() == [pytest.approx([0.5, 0.25])]
+    assert drawn.of(torch.tensor([[0, 1, 0]])).exp().tolist() == [pytest.approx([0.5, 0.25, 0.5])]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_policy_that_checkpoints_gradients_draws_the_same(make_model, tokenizer, family):
+    model, sampling = make_model(family), Sampling(max_new_tokens=8)
+    plain = generate_batch(model, tokenizer, PROMPTS, sampling, seed=0, number=0, with_logprobs=True)
+    checkpoint_gradients(model)
+    assert generate_batch(model, tokenizer, PROMPTS, sampling, seed=0, number=0, with_logprobs=True) == plain
+    assert any(module.training for module in model.modules())  # and goes on to checkpoint
+
+
+def test_what_was_kept_by_a_run_that_knew_no_logprobs_is_read(die, tokenizer):
+    kept = [[[10, 11], False]]
+    completions = generate(die, tokenizer, [[20]], Sampling(2), batch_size=1, seed=0, run=lambda _: kept)
+    assert completions == [Completion([10, 11], False, None)]

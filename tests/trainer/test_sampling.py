@@ -1,10 +1,13 @@
 """`rlhf sample`: prompts times models times completions, and the same file however often the run is killed."""
 
+import datetime
 import json
 import multiprocessing
 import os
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_trainer import sampling
@@ -69,6 +72,18 @@ def test_chat_prompts_get_chat_completions_and_answers_travel_along(run, write_j
         assert line["prompt"] in (prompt, prompt[1:]) and line["answer"] == answer
         (message,) = line["completion"]
         assert message["role"] == "assistant" and "<|im_" not in message["content"]
+
+
+def test_the_other_columns_of_a_prompt_travel_with_its_completions(run, tmp_path):
+    """A reward function may need them; a date, which JSON does not know, stays behind."""
+    day = datetime.date(2024, 5, 6)
+    rows = [
+        {"prompt": "the cat", "ground_truth": "4", "tests": ["assert f"], "day": day},
+        {"prompt": "dogs", "ground_truth": None, "tests": None, "day": day},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines = lines_of(run(dataset=str(tmp_path / "rows.parquet"), num_completions=1))
+    assert [line.get("columns") for line in lines] == [{"ground_truth": "4", "tests": ["assert f"]}, None] * 2
 
 
 def test_only_the_first_prompts(run):

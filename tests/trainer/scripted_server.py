@@ -1,0 +1,73 @@
+"""A server on loopback that answers as a test tells it to."""
+
+import json
+import threading
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from rlhf_trainer.data import encode_prompt
+from rlhf_trainer.rollout import Asked
+
+
+class Scripted:
+    """Answers POST and GET as `answer(path, body)` says, and keeps what it was asked.
+
+    The answer: (status, JSON or bytes), or bytes that are sent as they are, without so much as a status line.
+    """
+
+    def __init__(self):
+        self.asked, self.keys, self.answer, self.lock = [], [], None, threading.Lock()
+        self.over = threading.Event()
+
+    @contextmanager
+    def running(self):
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                body = json.loads(body) if body else None
+                with script.lock:
+                    script.asked.append((self.path, body))
+                    script.keys.append(self.headers.get("Authorization"))
+                said = script.answer(self.path, body)
+                with suppress(ConnectionError):  # the client did not wait for it
+                    if isinstance(said, bytes):
+                        self.wfile.write(said)
+                    else:
+                        self.say(*said)
+
+            def say(self, status, said):
+                said = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(said)))
+                self.end_headers()
+                self.wfile.write(said)
+
+            do_GET = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            self.over.set()
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+def choice(**fields):
+    """An answer of /v1/completions, of the shape that vLLM gives it."""
+    return 200, {"choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": None} | fields]}
+
+
+def some_prompts(tokenizer):
+    """Three texts and a conversation, as samplers are asked to continue them."""
+    prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
+    return [Asked(encode_prompt(tokenizer, prompt), prompt, f"row {i}") for i, prompt in enumerate(prompts, start=1)]
