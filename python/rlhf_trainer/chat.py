@@ -131,11 +131,9 @@ def need_fast(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, field: str = "prompt") -> str:
     """Plain text as it is; messages through the chat template, up to where the assistant's turn begins."""
+    check_prompt(prompt, field)
     if isinstance(prompt, str):
         return prompt
-    if not isinstance(prompt, list):
-        raise RowError(field, f"expected text or a list of messages, got {type(prompt).__name__}")
-    check_messages(field, prompt)
     return _render(tokenizer, field, prompt, add_generation_prompt=True)
 
 
@@ -146,21 +144,10 @@ def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any
     without the white space it puts behind the end of the turn (generation stops before that, so it is never the
     model's own).
     """
-    if isinstance(prompt, str) != isinstance(response, str) or not isinstance(response, str | list):
-        expected = "text" if isinstance(prompt, str) else "a list of messages"
-        raise RowError(field, f"expected {expected}, as in 'prompt', got {kind(response)}")
+    check_response(prompt, response, field)
     eos = tokenizer.eos_token or ""
     if isinstance(response, str):
-        if not response.strip():
-            raise RowError(field, "the response is empty")
         return response + eos
-    check_messages(field, response)
-    if not response[-1]["content"].strip():
-        raise RowError(field, "the response is empty")
-    if response[-1]["role"] != "assistant":
-        raise RowError(field, f"the last message must be the assistant's, got role {response[-1]['role']!r}")
-    if len(response) > 1:  # what the user says in between would be learned as if the model had written it
-        raise RowError(field, f"expected one message, what the assistant answers, got {len(response)}")
     before = prompt_text(tokenizer, prompt)
     whole = _render(tokenizer, field, [*prompt, *response], add_generation_prompt=False)
     if not whole.startswith(before):
@@ -183,6 +170,32 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase, text: str, tokens: tuple[int, 
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
     length = low + draw % (high - low + 1)
     return text[: offsets[min(length, len(offsets)) - 1][1]]
+
+
+def check_prompt(prompt: Any, field: str = "prompt") -> None:
+    """A prompt is text or messages."""
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list):
+        raise RowError(field, f"expected text or a list of messages, got {type(prompt).__name__}")
+    check_messages(field, prompt)
+
+
+def check_response(prompt: Any, response: Any, field: str) -> None:
+    """A response is text after text, one message of the assistant after messages, and not empty."""
+    if isinstance(prompt, str) != isinstance(response, str) or not isinstance(response, str | list):
+        expected = "text" if isinstance(prompt, str) else "a list of messages"
+        raise RowError(field, f"expected {expected}, as in 'prompt', got {kind(response)}")
+    if isinstance(response, list):
+        check_messages(field, response)
+    if not (response if isinstance(response, str) else response[-1]["content"]).strip():
+        raise RowError(field, "the response is empty")
+    if isinstance(response, str):
+        return
+    if response[-1]["role"] != "assistant":
+        raise RowError(field, f"the last message must be the assistant's, got role {response[-1]['role']!r}")
+    if len(response) > 1:  # what the user says in between would be learned as if the model had written it
+        raise RowError(field, f"expected one message, what the assistant answers, got {len(response)}")
 
 
 def check_messages(field: str, messages: list[Any]) -> None:

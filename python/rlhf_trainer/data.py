@@ -6,7 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
 import torch
@@ -21,6 +24,7 @@ from .formats import plain_row
 from .rows import RowProblem, listing, read_rows
 
 IGNORED = -100
+PROMPT_COLUMNS = ("prompt", "messages", "text")  # where a prompt is looked for, in this order
 Example = TypeVar("Example")
 
 
@@ -52,12 +56,16 @@ class Sequence(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a model is to answer, as text or messages and as token ids; `answer` is the row's own, where it has one."""
+    """What a model is to answer, as text or messages and as token ids; `answer` is the row's own, where it has one.
+
+    `columns` is what else the row says, for rewards to go by: all its plain columns but prompt, messages and text.
+    """
 
     row: int
     prompt: str | list[dict[str, str]]
     ids: list[int]
     answer: str | list[dict[str, str]] | None
+    columns: Mapping[str, Any] = MappingProxyType({})  # a default that nobody can write into
 
     @property
     def length(self) -> int:
@@ -251,14 +259,25 @@ def load_prompts(
     def prompt_of(number: int, row: dict[str, Any]) -> tuple[list[Prompt], int]:
         field, prompt, answer = _prompt_and_answer(tokenizer, row)
         ids = _encode_bounded_prompt(tokenizer, prompt, max_prompt_length, field)
-        return [Prompt(number, prompt, ids, answer)], 0
+        columns = {column: value for column, value in row.items() if column not in PROMPT_COLUMNS}
+        return [Prompt(number, prompt, ids, answer, columns)], 0
 
     return _load(source, tokenizer, prompt_of, "prompts", **reading)
 
 
+def json_columns(prompt: Prompt) -> dict[str, Any]:
+    """The prompt's columns that JSON can hold, to travel with its completions; dates and images, say, stay behind."""
+    kept = {}
+    for name, value in prompt.columns.items():
+        with suppress(TypeError, ValueError):
+            json.dumps(value)
+            kept[name] = value
+    return kept
+
+
 def _prompt_and_answer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[str, Any, Any]:
     """(the field that holds the prompt, the prompt, the answer or None)."""
-    field = need_any(row, ("prompt", "messages", "text"))
+    field = need_any(row, PROMPT_COLUMNS)
     if field == "prompt":
         return field, row["prompt"], row.get("completion", row.get("chosen"))
     if field == "text":

@@ -17,6 +17,7 @@ from .config import RowFormat
 Row = dict[str, Any]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+FINAL_ANSWER = "####"
 TURN = re.compile(f"({HUMAN}|{ASSISTANT})")
 
 
@@ -29,6 +30,8 @@ def plain_row(row: Any, format: RowFormat = "auto", *, chat: bool = True) -> Row
         format = format_of(row)
     if format == "hh":
         return _from_transcripts(row, chat)
+    if format == "gsm8k":
+        return _from_word_problems(row, chat)
     return _READERS[format](row)
 
 
@@ -43,6 +46,8 @@ def format_of(row: Row) -> RowFormat:
         return "ultrafeedback"
     if "text" in row and not row.keys() & {"prompt", "messages", "completion", "chosen", "responses"}:
         return "imdb"
+    if {"question", "answer"} <= row.keys() and not row.keys() & {"prompt", "messages", "text"}:
+        return "gsm8k" if isinstance(row["answer"], str) and FINAL_ANSWER in row["answer"] else "plain"
     return "plain"
 
 
@@ -73,6 +78,19 @@ def _from_transcripts(row: Row, chat: bool) -> Row:
         for mark, content in zip(parts[::2], parts[1::2], strict=True)
     ]
     return {"prompt": messages, "chosen": _answer(chosen), "rejected": _answer(rejected)}
+
+
+def _from_word_problems(row: Row, chat: bool) -> Row:
+    """GSM8K: a question and a worked answer, whose last line gives the result after ####."""
+    question, solution = need_text(row, "question").strip(), need_text(row, "answer").strip()
+    _, mark, result = solution.rpartition(FINAL_ANSWER)
+    if not mark or not result.strip():
+        raise RowError("answer", f"expected a solution with its result behind {FINAL_ANSWER}, got {solution[-30:]!r}")
+    if chat:
+        texts = {"prompt": [{"role": "user", "content": question}], "completion": _answer(solution)}
+    else:
+        texts = {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
+    return {**row, **texts, "ground_truth": result.strip()}
 
 
 def _answer(content: str) -> list[dict[str, str]]:

@@ -1,12 +1,14 @@
-"""`rlhf reject`: rejection sampling. A reward model scores completions, and the best are kept to be learned by SFT.
+"""`rlhf reject`: rejection sampling. Completions get rewards, and the best are kept to be learned by SFT.
 
 Rewards make a matrix, prompts by completions (a ragged one: numbers may differ). `top_per_prompt` takes the best of
 each row (k = 1: best of N), so every prompt is represented; `top_overall` the best of the whole matrix, so prompts
-that the reward model likes are represented more often; `random` as many of each row as `top_per_prompt`, to tell what
-the reward model's choice is worth.
+with high rewards are represented more often; `random` as many of each row as `top_per_prompt`, to tell what choosing
+by reward is worth. With `min_reward`, only completions with at least that reward can be selected: those that are right,
+say, where the reward is a verifiable one (DeepSeek-R1 makes its data for SFT in this way).
 
 Left out, and counted, is what must not be learned: a completion that did not end within max_new_tokens (SFT would put
-an end behind it and teach to stop in mid-sentence), an empty one, and one that is longer than max_length.
+an end behind it and teach to stop in mid-sentence), an empty one, and one that is longer than max_length to a reward
+model.
 """
 
 from __future__ import annotations
@@ -16,28 +18,30 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import RowError, kind
+from .chat import RowError, check_prompt, check_response, kind
 from .checkpoint import commit_output, open_output
 from .config import RejectConfig
 from .config_file import dump_yaml
-from .data import encode_prompt, encode_response
+from .data import Prompt, encode_prompt, encode_response
 from .errors import UsageError
-from .models import check_fit, load_tokenizer, pad_id_of
+from .models import check_fit
 from .progress import Progress, begin, write_jsonl
+from .rewards import load_rewards
 from .rows import RowProblem, listing, read_rows
 from .sampling import COMPLETIONS_FILE, is_empty
-from .scoring import batch_count, load_reward_model, score_sequences
 
+SCORED_FILE = "scored.jsonl"
 UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"
 
 
 class Row(NamedTuple):
-    """A completion as it was read; `ids`: prompt and completion as the reward model's tokenizer makes them."""
+    """A completion as it was read; `ids`: prompt and completion as each of the reward models' tokenizers makes them."""
 
     source: str
     number: int
@@ -45,7 +49,8 @@ class Row(NamedTuple):
     completion: Any
     model: str
     finished: bool
-    ids: list[int]
+    columns: dict[str, Any]  # of the prompt's row
+    ids: list[list[int]]
     left_out: str | None  # why it cannot be selected
 
     @property
@@ -100,6 +105,11 @@ def best_first(candidates: Sequence[Candidate], positions: Sequence[int]) -> lis
 
 
 def select(config: RejectConfig, candidates: Sequence[Candidate]) -> list[int]:
+    """Positions of the candidates that are selected, of those with min_reward."""
+    if config.min_reward is not None:
+        good = [i for i, candidate in enumerate(candidates) if candidate.reward >= config.min_reward]
+        chosen = select(replace(config, min_reward=None), [candidates[i] for i in good])
+        return [good[i] for i in chosen]
     if config.selection == "top_overall":
         return top_overall(candidates, config.k, config.max_per_prompt)
     if config.selection == "random":
@@ -112,36 +122,40 @@ def reject(config: RejectConfig) -> Path:
     device, finished = begin(config, "rlhf reject")
     if finished:
         return Path(config.output_dir)
-    tokenizer = load_tokenizer(config.reward_model, key="reward_model", trust_remote_code=config.trust_remote_code)
-    rows = [row for file in files_of(config) for row in read_completions(file, tokenizer, config.max_length)]
+    files = files_in(config.completions, COMPLETIONS_FILE, "completions")
+    judges = load_rewards(config, device, batch_size=config.batch_size)
+    tokenizers = [model.tokenizer for model in judges.models]
+    rows = [row for file in files for row in read_completions(file, tokenizers, config.max_length)]
     usable = [row for row in rows if row.left_out is None]
     if not usable:
         raise UsageError(f"completions: none of {len(rows)} can be selected ({in_numbers(left_out(rows))})")
-    model = load_reward_model(
-        config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    for file, group in itertools.groupby(usable, key=lambda row: row.source):
-        numbers, lengths = zip(*((row.number, len(row.ids)) for row in group), strict=True)
-        check_fit(model, tokenizer, numbers, lengths, file)
+    prompts = [Prompt(row.number, row.prompt, [], None, row.columns) for row in usable]
+    texts = [text_of(row.completion) for row in usable]
+    for file, group in itertools.groupby(range(len(usable)), key=lambda i: usable[i].source):
+        places = list(group)
+        for j, model in enumerate(judges.models):
+            lengths = [len(usable[i].ids[j]) for i in places]
+            check_fit(model.model, model.tokenizer, [usable[i].number for i in places], lengths, file)
+        judges.check([prompts[i] for i in places], file)
 
     work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
-    sequences = [row.ids for row in usable]
-    batches = batch_count(sequences, config.batch_size)
-    with Progress(work / "progress.jsonl", batches, "rlhf reject", sequences) as progress:
-        rewards = score_sequences(
-            model, sequences, config.batch_size, pad_id_of(tokenizer), device, bf16=config.precision == "bf16",
-            run=progress.run,
-        ).tolist()  # fmt: skip
-    prompts = {name: i for i, name in enumerate(dict.fromkeys(row.prompt_key for row in usable))}
-    candidates = [Candidate(prompts[row.prompt_key], reward) for row, reward in zip(usable, rewards, strict=True)]
+    data = [(row.ids, row.prompt_key, text, row.columns) for row, text in zip(usable, texts, strict=True)]
+    batches = judges.batch_count(prompts, texts)
+    with Progress(work / "progress.jsonl", batches, "rlhf reject", data) as progress:
+        scores = judges(prompts, texts, run=progress.run)
+    rewards = scores.total.tolist()
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(row.prompt_key for row in usable))}
+    candidates = [Candidate(numbers[row.prompt_key], reward) for row, reward in zip(usable, rewards, strict=True)]
     selected = select(config, candidates)
 
-    known = iter(rewards)
-    scored = [as_scored(row, next(known) if row.left_out is None else None) for row in rows]
-    write_jsonl(work / "scored.jsonl", scored)
+    parts = [dict(zip(judges.names, values, strict=True)) for values in scores.parts.tolist()]
+    known = iter(zip(rewards, parts, strict=True))
+    scored = [as_scored(row, *(next(known) if row.left_out is None else (None, {}))) for row in rows]
+    write_jsonl(work / SCORED_FILE, scored)
     write_jsonl(work / "selected.jsonl", [as_selected(usable[i], rewards[i]) for i in selected])
     report = report_of(rows, usable, rewards, selected)
+    if config.min_reward is not None:
+        report["below_min_reward"] = sum(reward < config.min_reward for reward in rewards)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.remove()
     folder = commit_output(config.output_dir, config.overwrite)
@@ -149,24 +163,24 @@ def reject(config: RejectConfig) -> Path:
     return folder
 
 
-def files_of(config: RejectConfig) -> list[str]:
-    """Files as they are, of folders their completions.jsonl; UsageError where one is there twice."""
-    files = [str(Path(name) / COMPLETIONS_FILE) if Path(name).is_dir() else name for name in config.completions]
+def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
+    """Files as they are, of folders the one of that name; UsageError where one is there twice."""
+    files = [str(Path(name) / file_name) if Path(name).is_dir() else name for name in names]
     places = Counter(Path(file).resolve() for file in files)
     twice = [str(place) for place, times in places.items() if times > 1]
     if twice:
-        raise UsageError(f"completions: {twice[0]} is there twice")
+        raise UsageError(f"{key}: {twice[0]} is there twice")
     return files
 
 
-def read_completions(file: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+def read_completions(file: str, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> list[Row]:
     """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
-    `finished` true or false, by default true."""
+    `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
     rows: list[Row] = []
     problems: list[str] = []
     for number, row in read_rows(file, split="train"):
         try:
-            rows.append(checked_row(file, number, row, tokenizer, max_length))
+            rows.append(checked_row(file, number, row, tokenizers, max_length))
         except RowError as error:
             problems.append(f"row {number}, {error}")
     if problems:
@@ -176,33 +190,45 @@ def read_completions(file: str, tokenizer: PreTrainedTokenizerBase, max_length: 
     return rows
 
 
-def checked_row(file: str, number: int, row: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
+def checked_row(
+    file: str, number: int, row: Any, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
+) -> Row:
     if isinstance(row, RowProblem) or not isinstance(row, dict):
         raise RowError("row", row if isinstance(row, RowProblem) else f"expected a mapping, got {kind(row)}")
     for field in ("prompt", "completion"):
         if row.get(field) is None:
             raise RowError(field, f"missing; the row has: {', '.join(row)}")
     model, finished = row.get("model", file), row.get("finished", True)
+    columns = {} if row.get("columns") is None else row["columns"]
     if not isinstance(model, str):
         raise RowError("model", f"expected text, got {kind(model)}")
     if not isinstance(finished, bool):
         raise RowError("finished", f"expected true or false, got {kind(finished)}")
+    if not isinstance(columns, dict):
+        raise RowError("columns", f"expected a mapping, got {kind(columns)}")
     prompt, completion = row["prompt"], row["completion"]
-    ids, problem = encode_prompt(tokenizer, prompt), None
+    check_prompt(prompt)
+    ids = [encode_prompt(tokenizer, prompt) for tokenizer in tokenizers]
     if is_empty(completion):
-        problem = EMPTY
-    else:
-        ids += encode_response(tokenizer, prompt, completion, "completion")
-        problem = UNFINISHED if not finished else TOO_LONG if len(ids) > max_length else None
-    return Row(file, number, prompt, completion, model, finished, ids, problem)
+        return Row(file, number, prompt, completion, model, finished, columns, ids, EMPTY)
+    check_response(prompt, completion, "completion")
+    for tokenizer, sequence in zip(tokenizers, ids, strict=True):
+        sequence += encode_response(tokenizer, prompt, completion, "completion")
+    is_long = any(len(sequence) > max_length for sequence in ids)
+    problem = UNFINISHED if not finished else TOO_LONG if is_long else None
+    return Row(file, number, prompt, completion, model, finished, columns, ids, problem)
 
 
-def as_scored(row: Row, reward: float | None) -> dict[str, Any]:
-    """A line of scored.jsonl: `reward` is null where `left_out` says why."""
+def text_of(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def as_scored(row: Row, reward: float | None, parts: dict[str, float]) -> dict[str, Any]:
+    """A line of scored.jsonl: `reward` is null where `left_out` says why; of several functions, `rewards` has each."""
     return {
         "prompt": row.prompt, "completion": row.completion, "model": row.model, "finished": row.finished,
         "reward": reward, "left_out": row.left_out,
-    }  # fmt: skip
+    } | ({"rewards": parts} if len(parts) > 1 else {})  # fmt: skip
 
 
 def as_selected(row: Row, reward: float) -> dict[str, Any]:
@@ -245,7 +271,7 @@ def in_words(report: dict[str, Any]) -> str:
         f"candidates: {candidates['completions']} of {candidates['prompts']} prompts, "
         f"mean reward {candidates['mean_reward']:+.4f}\n"
         f"selected:   {selected['completions']} of {selected['prompts']} prompts, "
-        f"mean reward {selected['mean_reward']:+.4f}"
+        + (f"mean reward {selected['mean_reward']:+.4f}" if selected["completions"] else "none has min_reward")
     )
 
 

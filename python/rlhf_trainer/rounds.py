@@ -8,12 +8,9 @@ of rounds does, too. The prompts are the same in all rounds, the draws are not.
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,14 +24,14 @@ from .dpo import check_loss_options, check_sharing, load_task, train_dpo
 from .errors import UsageError
 from .metrics import make_accelerator
 from .models import check_fit, check_same_vocabulary, load_fused, load_tokenizer, load_tokenizer_for
+from .pairs import pair_up
 from .progress import begin, write_jsonl
-from .rejection import Candidate, best_first, in_numbers, left_out, read_completions, reject
+from .rejection import in_numbers, left_out, read_completions, reject
 from .rows import read_rows
 from .sampling import COMPLETIONS_FILE, prompts_of, sample
 from .scoring import load_reward_model
 from .state import FOLDER as STATE_FOLDER
 
-EQUAL, TOO_FEW = "equal rewards", "fewer than two usable completions"  # why a prompt gives no pair
 Config = TypeVar("Config", bound=OutputConfig)
 
 
@@ -53,7 +50,7 @@ def train_rounds(config: RoundsConfig) -> Path:
         seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
         drawn = {"seed": seed, "batch_size": config.generation_batch_size}
         completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], **drawn))
-        written = read_completions(str(completions / COMPLETIONS_FILE), judge_tokenizer, config.max_length)
+        written = read_completions(str(completions / COMPLETIONS_FILE), [judge_tokenizer], config.max_length)
         if all(row.left_out is not None for row in written):
             raise no_pair(number, model, left_out(written), noun="completions")
         scored = reject(stage(RejectConfig, config, folder / "scored", completions=[str(completions)], **drawn))
@@ -118,42 +115,6 @@ def check_input(config: RoundsConfig) -> PreTrainedTokenizerBase:
         told = stage(DPOConfig, config, work, dataset_format="auto")
         load_task(told, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
     return judge_tokenizer
-
-
-def pair_up(scored: Sequence[dict[str, Any]], pairing: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Lines of scored.jsonl -> rows of pairs.jsonl, one of each prompt that gives pairs; how many give none, and why.
-
-    Completions that were left out have no reward and are in no pair. Equal completions are one response.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in scored:
-        groups.setdefault(json.dumps(line["prompt"], sort_keys=True), []).append(line)
-    rows: list[dict[str, Any]] = []
-    without: Counter[str] = Counter()
-    for group in groups.values():
-        usable = [line for line in group if line["reward"] is not None]
-        distinct: dict[str, dict[str, Any]] = {}
-        for line in usable:
-            distinct.setdefault(json.dumps(line["completion"], sort_keys=True), line)
-        responses = [line["completion"] for line in distinct.values()]
-        scores = [line["reward"] for line in distinct.values()]
-        pairs = pairs_among(scores, pairing)
-        if pairs:
-            rows.append({"prompt": group[0]["prompt"], "responses": responses, "scores": scores, "pairs": pairs})
-        else:
-            without[EQUAL if len(usable) > 1 else TOO_FEW] += 1
-    return rows, {reason: without[reason] for reason in (EQUAL, TOO_FEW)}
-
-
-def pairs_among(rewards: Sequence[float], pairing: str) -> list[tuple[int, int]]:
-    """Positions of (better, worse), the best ones first; none where all are equal.
-
-    best_worst: the best and the worst; of equal rewards, the earlier is the better one, as for `rlhf reject`. all:
-    whatever two rewards differ.
-    """
-    order = best_first([Candidate(0, reward) for reward in rewards], range(len(rewards)))
-    pairs = zip(order[:1], order[-1:], strict=True) if pairing == "best_worst" else itertools.combinations(order, 2)
-    return [(better, worse) for better, worse in pairs if rewards[better] > rewards[worse]]
 
 
 def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompts") -> UsageError:

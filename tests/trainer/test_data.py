@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 import torch
 
-from rlhf_trainer.chat import set_chat_template
 from rlhf_trainer.data import collate, load_pairs
 from rlhf_trainer.errors import UsageError
+from tests.trainer.messages import assistant, user
 
 DATA = Path(__file__).parent / "data"
 
@@ -22,22 +22,6 @@ def load(source, tokenizer, **options):
     return load_pairs(
         source, tokenizer, **({"split": "train", "max_prompt_length": 20, "max_length": 40} | options)
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def chatml(tokenizer):
-    """The tokenizer with a template that says what is learned."""
-    tokenizer = copy.deepcopy(tokenizer)
-    set_chat_template(tokenizer, "chatml")
-    return tokenizer
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
 
 
 # --- what becomes of a good row

@@ -128,6 +128,29 @@ def test_auto_goes_by_columns_and_contents(row, format):
     assert format_of(row) == format
 
 
+# --- GSM8K
+
+WORD_PROBLEM = {"question": "2 cats have how many ears? ", "answer": "Each has 2.\n2 * 2 = <<2*2=4>>4\n#### 4"}
+
+
+def test_a_word_problem_is_a_prompt_with_its_solution_and_its_result():
+    row = WORD_PROBLEM | {"id": 7}
+    assert format_of(row) == "gsm8k"
+    assert plain_row(row, chat=True) == row | {
+        "prompt": [user("2 cats have how many ears?")], "completion": [assistant(WORD_PROBLEM["answer"])],
+        "ground_truth": "4",
+    }  # fmt: skip
+    assert plain_row(row, chat=False) == row | {
+        "prompt": "Question: 2 cats have how many ears?\nAnswer:", "completion": " " + WORD_PROBLEM["answer"],
+        "ground_truth": "4",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [{"answer": "4"}, {"answer": 4}, {"prompt": "p"}, {"messages": [user("q")]}])
+def test_a_question_with_another_answer_is_no_word_problem(changes):
+    assert format_of(WORD_PROBLEM | changes) == "plain"
+
+
 # --- what is refused: (format, row, field, problem)
 
 REFUSED = {
@@ -166,6 +189,8 @@ REFUSED = {
     "ultrafeedback of two prompts": (
         "auto", ULTRAFEEDBACK | {"rejected": [user("x"), assistant("c")]}, "chosen", "that begins with the prompt",
     ),
+    "gsm8k without result": ("gsm8k", WORD_PROBLEM | {"answer": "4"}, "answer", "with its result behind ####, got '4'"),
+    "gsm8k with an empty result": ("auto", WORD_PROBLEM | {"answer": "4 ####"}, "answer", "its result behind ####"),
     "ultrafeedback of no messages": ("auto", ULTRAFEEDBACK | {"chosen": ["b"]}, r"chosen\[0\]", "got text"),
 }  # fmt: skip
 

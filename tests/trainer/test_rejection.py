@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 
@@ -239,6 +240,121 @@ def test_bad_sources(run, write_jsonl, tmp_path):
         UsageError, match=r"long.jsonl, row 1: \d+ tokens, but the model has 96 positions; set max_length"
     ):
         run(write_jsonl([row("the", " cat" * 99)], "long.jsonl"))
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+# --- other rewards, and several
+
+
+MATHS = [
+    row("2 + 2", " It is 4.", columns={"ground_truth": "4", "level": 1}),
+    row("2 + 2", " It is 5.", columns={"ground_truth": "4", "level": 1}),
+    row("2 + 3", " 5 cat", columns={"ground_truth": "5"}),
+    row("2 + 3", " #### 5", columns={"ground_truth": "5"}),
+    row("2 + 5", " 6", columns={"ground_truth": "7"}),
+    row("2 + 5", " 7", finished=False, columns={"ground_truth": "7"}),
+]
+LENGTH = """
+calls = []
+def shortness(completions, level):
+    calls.append(level)
+    return [-0.01 * len(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Without a reward model."""
+    (tmp_path / "lengths.py").write_text(LENGTH)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "lengths", raising=False)
+
+    def judged(*completions, output="out", **options):
+        return reject(RejectConfig(completions=list(completions), output_dir=str(tmp_path / output), **options))
+
+    yield judged
+    sys.modules.pop("lengths", None)
+
+
+def test_only_what_is_right_is_selected(judged, write_jsonl, capsys):
+    """DeepSeek-R1's third step: of many completions, those whose answer is right."""
+    folder = judged(write_jsonl(MATHS), rewards=["exact_answer"], min_reward=1.0, k=9)
+    selected = [(line["prompt"], line["completion"]) for line in lines_of(folder / "selected.jsonl")]
+    assert selected == [("2 + 2", " It is 4."), ("2 + 3", " 5 cat"), ("2 + 3", " #### 5")]
+    scored = lines_of(folder / "scored.jsonl")
+    assert [line["reward"] for line in scored] == [1, 0, 1, 1, 0, None]
+    assert all("rewards" not in line for line in scored)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["below_min_reward"] == 2 and report["selected"]["prompts"] == 2
+    assert "selected:   3 of 2 prompts, mean reward +1.0000" in capsys.readouterr().out
+
+    folder = judged(write_jsonl(MATHS), rewards=["exact_answer"], min_reward=1.5, output="none")
+    assert (folder / "selected.jsonl").read_text() == ""
+    assert "selected:   0 of 0 prompts, none has min_reward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("selection", ["top_overall", "random"])
+def test_min_reward_goes_before_every_selection(judged, write_jsonl, selection):
+    options = {"rewards": ["exact_answer"], "min_reward": 0.5, "selection": selection}
+    for seed in range(4):
+        folder = judged(write_jsonl(MATHS), output=f"out{seed}", k=2, seed=seed, **options)
+        assert {line["reward"] for line in lines_of(folder / "selected.jsonl")} == {1}
+
+
+def test_a_weighted_sum_of_a_reward_model_and_functions(judged, write_jsonl, word_judge):
+    folder = judged(
+        write_jsonl(MATHS), reward_model=word_judge, rewards=["exact_answer", "lengths:shortness"],
+        reward_weights=[10.0, 1.0, 2.0],
+    )  # fmt: skip
+    scored = lines_of(folder / "scored.jsonl")
+    for line in scored[:5]:
+        parts = line["rewards"]
+        assert list(parts) == ["reward_model", "exact_answer", "shortness"]
+        assert parts["shortness"] == pytest.approx(-0.01 * len(line["completion"]))
+        expected = 10 * parts["reward_model"] + parts["exact_answer"] + 2 * parts["shortness"]
+        assert line["reward"] == pytest.approx(expected)
+    assert scored[2]["rewards"]["reward_model"] > 0 and "rewards" not in scored[5]
+    assert sys.modules["lengths"].calls == [[1, 1, None, None, None]]
+
+
+def test_functions_are_not_called_again_when_a_run_goes_on(judged, write_jsonl, word_judge, monkeypatch):
+    data = write_jsonl(MATHS)
+    options = {"rewards": ["lengths:shortness", f"model:{word_judge}"]}
+    whole = judged(data, output="whole", **options)
+    calls, last_values = sys.modules["lengths"].calls, rlhf_trainer.scoring.last_values
+    calls.clear()
+
+    def interrupted(model, head, ids, mask):
+        if len(ids) > 1:  # not the check of the head
+            raise KeyboardInterrupt
+        return last_values(model, head, ids, mask)
+
+    monkeypatch.setattr(rlhf_trainer.scoring, "last_values", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judged(data, **options)
+    monkeypatch.setattr(rlhf_trainer.scoring, "last_values", last_values)
+    assert len(calls) == 1
+    folder = judged(data, resume=True, **options)
+    assert len(calls) == 1
+    assert (folder / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
+
+
+def test_what_rewards_cannot_use_is_named_before_anything_is_written(judged, write_jsonl, tmp_path):
+    with pytest.raises(UsageError, match=r"train.jsonl, row 2, prompt 'on': the reward 'exact_answer' needs a column"):
+        judged(write_jsonl([MATHS[0], row("on", " cat")]), rewards=["exact_answer"])
+    for line, message in (
+        (row("a", " b", columns=[1]), "row 1, field 'columns': expected a mapping, got a list"),
+        (row(["a"], " b"), r"row 1, field 'prompt\[0\]': expected"),
+        (row(7, " b"), "row 1, field 'prompt': expected text or a list of messages, got int"),
+        (row("a", 7), "row 1, field 'completion': expected text, as in 'prompt', got int 7"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            judged(write_jsonl([line]), rewards=["regex:a"])
+    with pytest.raises(UsageError, match="nothing judges: name a reward_model or rewards"):
+        judged("none.jsonl")
+    with pytest.raises(UsageError, match="min_reward must be a number, got nan"):
+        judged("none.jsonl", rewards=["regex:a"], min_reward=float("nan"))
     assert not partial_folder(tmp_path / "out").exists()
 
 

@@ -17,13 +17,14 @@ from rlhf_trainer.config import DPOConfig, RoundsConfig
 from rlhf_trainer.data import load_pairs
 from rlhf_trainer.dpo import train_dpo
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.pairs import pair_up
 from rlhf_trainer.preferences import group_pairs
 from rlhf_trainer.progress import write_jsonl as write_rows
-from rlhf_trainer.rounds import pair_up, train_rounds
+from rlhf_trainer.rounds import train_rounds
 from rlhf_trainer.rows import read_rows
 from tests.trainer.known_models import dice, save_word_judge
+from tests.trainer.test_pairs import NOTHING
 from tests.trainer.test_resume import at_call, kill, killed
-from tests.trainer.test_round_pairs import NOTHING
 
 # --- whole runs: the model draws each token from given probabilities, the judge rewards the share of " cat"
 
