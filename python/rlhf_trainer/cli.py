@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from . import config
+from . import config, online_config
 from .errors import UsageError
 
 
@@ -34,10 +34,15 @@ COMMANDS = {
     "sft": Command(config.SFTConfig, "sft", "train_sft", "fine-tune a model on conversations or demonstrations"),
     "reward": Command(config.RewardConfig, "reward_model", "train_reward", "train a reward model on preferences"),
     "sample": Command(config.SampleConfig, "sampling", "sample", "write completions of prompts with some models"),
-    "reject": Command(config.RejectConfig, "rejection", "reject", "keep the completions a reward model likes best"),
+    "reject": Command(config.RejectConfig, "rejection", "reject", "keep the completions with the best rewards"),
+    "pairs": Command(config.PairsConfig, "pairs", "make_pairs", "make preferences of scored completions"),
     "dpo": Command(config.DPOConfig, "dpo", "train_dpo", "train a model on a file of preferences with DPO"),
+    "ppo": Command(online_config.PPOConfig, "ppo", "train_ppo", "raise rewards with PPO and a KL penalty"),
+    "grpo": Command(online_config.GRPOConfig, "grpo", "train_grpo", "raise rewards relative to a group's (GRPO)"),
     "rounds": Command(config.RoundsConfig, "rounds", "train_rounds", "sample, score and train with DPO, in rounds"),
     "evaluate": Command(config.EvaluateConfig, "evaluate", "evaluate", "win rate, reward, KL, length on new prompts"),
+    "recipe": Command(config.RecipeConfig, "recipe", "run_recipe", "the stages of a YAML file in order, to one report"),
+    "frontier": Command(config.FrontierConfig, "frontier", "run", "reward over KL of each method, exact, on a CPU"),
     "demo": Command(config.DemoConfig, "demo", "run", "the pipeline on a CPU in minutes, with a known reward"),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from .data import IGNORED, Batch, pad_sequences
-from .models import FusedLM
+from .models import FusedLM, LMHead
 from .progress import Run, at_once, batches_of_like_length
 
 
@@ -38,11 +39,27 @@ def kl_of_sequences(
 @torch.no_grad()
 def kl_per_sequence(policy: FusedLM, reference: FusedLM, batch: Batch) -> Tensor:
     """[S] nats: exact KL(policy || reference) before each token that batch.labels count, summed over the sequence."""
-    hidden, head = policy(batch, lambda hidden, head: (hidden, head))
-    ref_hidden, ref_head = reference(batch, lambda hidden, head: (hidden, head))
-    counted = (batch.labels[:, 1:] != IGNORED).contiguous()
+    counted = batch.labels[:, 1:] != IGNORED
+    return kl_per_token(states_of(policy, batch), states_of(reference, batch), counted).sum(-1)
+
+
+class States(NamedTuple):
+    """Hidden states before the head, [S, T, D], and the head."""
+
+    hidden: Tensor
+    head: LMHead
+
+
+def states_of(model: FusedLM, batch: Batch) -> States:
+    return model(batch, States)
+
+
+def kl_per_token(policy: States, reference: States, counted: Tensor, temperature: float = 1.0) -> Tensor:
+    """[S, T - 1] nats: exact KL(policy || reference) before each token but the first, 0 where not `counted`; with a
+    gradient to the policy's side."""
+    head, ref_head = policy.head, reference.head
     return rk.linear_kl(
-        hidden[:, :-1], head.weight, ref_hidden[:, :-1], ref_head.weight, counted,
+        policy.hidden[:, :-1], head.weight, reference.hidden[:, :-1], ref_head.weight, counted.contiguous(),
         bias=head.bias, ref_bias=ref_head.bias, logit_scale=head.logit_scale, logit_softcap=head.logit_softcap,
-        ref_logit_scale=ref_head.logit_scale, ref_logit_softcap=ref_head.logit_softcap,
-    ).sum(-1)  # fmt: skip
+        ref_logit_scale=ref_head.logit_scale, ref_logit_softcap=ref_head.logit_softcap, temperature=temperature,
+    )  # fmt: skip

@@ -170,6 +170,12 @@ def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values())
 
 
+def have_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both mean the same by an id, where both know the token: one may have more, such as a padding token."""
+    vocabulary = other.get_vocab()
+    return all(vocabulary.get(token, i) == i for token, i in tokenizer.get_vocab().items())
+
+
 def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
     """`largest`: the largest id that the tokenizer makes."""
     vocabulary = model.get_input_embeddings().weight.shape[0]

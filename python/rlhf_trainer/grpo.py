@@ -1,0 +1,81 @@
+"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives, from a configuration to a
+model folder. Completions of one prompt are compared with each other, so no value model is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import rlhf_kernels as rk
+
+from .advantages import equal_groups, group_advantages
+from .batching import MicroBatch
+from .episodes import Episode
+from .online import Credited, OnlineTask, train_online
+from .online_config import GRPOConfig
+from .online_metrics import kl_of_tokens
+from .online_setup import Setup, prepare
+from .training import Measured
+
+
+class GRPOTask(OnlineTask):
+    """Means are over completions or over their tokens, as the variant's are."""
+
+    names = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
+
+    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        config = self.config
+        part, seen, kl = self.see(model, indices)
+        old_logprobs = self.old_logprobs(indices, seen)
+        advantages = torch.stack([episode.advantages for episode in part]).to(self.device)
+        loss = rk.grpo_loss(
+            seen.logprobs, old_logprobs, advantages, seen.mask, variant=config.variant, kl=kl,
+            beta=0.0 if kl is None else self.beta, clip_low=config.clip_low, clip_high=config.clip_high,
+            sampler_logprobs=self.sampler_logprobs(part, seen), is_cap=config.is_cap, max_length=config.max_new_tokens,
+        )  # fmt: skip
+        clipped = rk.grpo_clip_fraction(
+            seen.logprobs, old_logprobs, advantages, seen.mask, config.variant, config.clip_low, config.clip_high
+        )
+        tokens = seen.mask.sum()
+        penalty = torch.zeros_like(loss) if kl is None else kl.sum() / tokens
+        metrics = [
+            loss, seen.entropy.sum() / tokens, clipped.low, clipped.high, clipped.low + clipped.high, penalty,
+        ]  # fmt: skip
+        return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
+
+
+class GRPO:
+    """Rewards relative to those of the group."""
+
+    needs_values = False
+
+    def credit(self, config: GRPOConfig, episodes: list[Episode], beta: float) -> Credited:
+        rewards = torch.tensor([score_of(episode, config, beta) for episode in episodes])
+        groups = rewards.view(-1, config.num_generations)
+        advantages = group_advantages(groups, config.variant).flatten()
+        credited = [
+            episode._replace(advantages=advantage) for episode, advantage in zip(episodes, advantages, strict=True)
+        ]
+        return Credited(credited, {"frac_reward_zero_std": equal_groups(groups).float().mean().item()})
+
+    def task(self, setup: Setup, episodes: list[Episode], plan: list[list[MicroBatch]], beta: float) -> GRPOTask:
+        sizes = [len(episode.ids) for episode in episodes]
+        mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
+        counts = rk.grpo_counts(mask, setup.config.variant).tolist()
+        return GRPOTask(setup, episodes, plan, counts, beta)
+
+
+def score_of(episode: Episode, config: GRPOConfig, beta: float) -> float:
+    """What the group compares: the score, less beta times the completion's KL where that is in the reward."""
+    score = config.score_of(episode.reward, episode.finished)
+    if beta and config.kl_in == "reward":
+        score -= beta * kl_of_tokens(episode, config).sum().item()
+    return score
+
+
+def train_grpo(config: GRPOConfig) -> Path:
+    """Trains; returns the folder that holds the policy, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
+    setup = prepare(config)
+    return Path(config.output_dir) if setup is None else train_online(setup, setup.policy, GRPO())

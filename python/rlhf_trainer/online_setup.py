@@ -1,0 +1,89 @@
+"""What a run that learns from its own completions has before it begins, loaded and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from .data import Prompt, load_prompts
+from .errors import UsageError
+from .models import (
+    FusedLM,
+    check_fit,
+    check_same_vocabulary,
+    checkpoint_gradients,
+    load_fused,
+    load_tokenizer_for,
+    pad_id_of,
+)
+from .online_config import OnlineConfig
+from .rewards import Rewards, load_rewards
+from .training import begin
+
+SHORTER = "max_prompt_length and max_new_tokens together may be at most {positions}"
+
+
+class Setup(NamedTuple):
+    """Models, data and judges."""
+
+    config: OnlineConfig
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    policy: FusedLM
+    reference: FusedLM | None
+    rewards: Rewards
+
+    @property
+    def pad_id(self) -> int:
+        return pad_id_of(self.tokenizer)
+
+
+def prepare(config: OnlineConfig) -> Setup | None:
+    """Loads and checks everything before any completion is drawn; None where the run is finished already."""
+    accelerator, finished = begin(config)
+    if finished:
+        return None
+    tokenizer = load_tokenizer_for(config)
+    rewards = load_rewards(config, accelerator.device)
+    prompts = prompts_of(config, config.dataset, config.dataset_split, tokenizer, accelerator)
+    held_out = []
+    if config.eval_dataset is not None:
+        held_out = prompts_of(config, config.eval_dataset, config.eval_split, tokenizer, accelerator)
+    policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
+    for source, part in ((config.dataset, prompts), (config.eval_dataset, held_out)):
+        if part:
+            rewards.check(part, str(source), config.max_new_tokens)
+            lengths = [prompt.length + config.max_new_tokens for prompt in part]
+            check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
+    reference = None
+    if config.beta:
+        key = "model_name_or_path" if config.ref_model_name_or_path is None else "ref_model_name_or_path"
+        reference = load_fused(config, getattr(config, key), key).to(accelerator.device)
+        check_same_vocabulary(policy, reference, key)
+    elif config.ref_model_name_or_path is not None:
+        raise UsageError("ref_model_name_or_path: with beta 0 nothing is compared with it; set beta, or drop it")
+    if config.gradient_checkpointing:
+        checkpoint_gradients(policy.model)
+    return Setup(config, accelerator, tokenizer, prompts, held_out, policy, reference, rewards)
+
+
+def prompts_of(
+    config: OnlineConfig, source: str, split: str, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> list[Prompt]:
+    loaded = load_prompts(
+        source, tokenizer, split=split, max_prompt_length=config.max_prompt_length, format=config.dataset_format,
+        streaming=config.streaming, skip_invalid_rows=config.skip_invalid_rows,
+    )  # fmt: skip
+    accelerator.print(loaded.report(source))
+    return loaded.examples
+
+
+def digest(setup: Setup) -> str:
+    """Of what a run goes on with only if it is the same: the prompts and the number of processes."""
+    told = [[prompt.ids for prompt in part] for part in (setup.prompts, setup.held_out)]
+    return hashlib.blake2b(repr((told, setup.accelerator.num_processes)).encode(), digest_size=16).hexdigest()

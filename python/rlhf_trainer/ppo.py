@@ -1,0 +1,119 @@
+"""Proximal policy optimisation with a KL penalty (Ziegler et al., 2019, arXiv:1909.08593; Ouyang et al., 2022,
+arXiv:2203.02155), from a configuration to a model folder.
+
+    reward of token t = score of the completion, at its last token, - beta KL_t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels as rk
+
+from .advantages import gae, whiten
+from .batching import MicroBatch
+from .episodes import Episode
+from .online import Credited, OnlineTask, train_online
+from .online_config import PPOConfig
+from .online_metrics import kl_of_tokens
+from .online_setup import Setup, prepare
+from .training import Measured
+from .values import make_actor_critic
+
+
+class PPOTask(OnlineTask):
+    """Means are over tokens."""
+
+    names = (
+        "loss", "loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "policy/approxkl_avg", "policy/clipfrac_avg",
+        "val/clipfrac_avg", "val/ratio", "loss/kl_avg",
+    )  # fmt: skip
+
+    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        config = self.config
+        part, seen, kl = self.see(model, indices)
+        mask, tokens = seen.mask, seen.mask.sum()
+        old_logprobs = self.old_logprobs(indices, seen)
+        advantages, old_values, returns = (
+            self.padded(name, part, mask) for name in ("advantages", "values", "returns")
+        )
+
+        def mean(terms: Tensor) -> Tensor:
+            return terms.sum() / tokens
+
+        policy = mean(
+            rk.ppo_loss(
+                seen.logprobs, old_logprobs, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high
+            )
+        )
+        value = mean(rk.value_loss(seen.values, old_values, returns, mask, clip=config.clip_value))
+        entropy = mean(seen.entropy)
+        penalty = torch.zeros_like(policy) if kl is None else mean(kl)
+        loss = policy + config.vf_coef * value - config.entropy_coef * entropy + self.beta * penalty
+
+        clipped = rk.clip_fraction(seen.logprobs, old_logprobs, advantages, mask, config.clip_low, config.clip_high)
+        moved = seen.logprobs.detach() - old_logprobs
+        value_clipped = ((seen.values - old_values).abs() > config.clip_value) & mask
+        metrics = [
+            loss, policy, value, entropy, mean(0.5 * moved.square()), clipped.low + clipped.high, mean(value_clipped),
+            mean(moved.exp() * mask), penalty,
+        ]  # fmt: skip
+        return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
+
+
+class PPO:
+    """GAE over the tokens' rewards and values."""
+
+    needs_values = True
+
+    def credit(self, config: PPOConfig, episodes: list[Episode], beta: float) -> Credited:
+        rewards, values, mask = token_rewards(episodes, config, beta), *padded_values(episodes)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+        metrics = {
+            "val/values": values[mask].mean().item(),
+            "val/returns": returns[mask].mean().item(),
+            "val/explained_variance": explained.item(),
+        }
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        credited = [
+            episode._replace(advantages=advantages[i, : len(episode.ids)], returns=returns[i, : len(episode.ids)])
+            for i, episode in enumerate(episodes)
+        ]
+        return Credited(credited, metrics)
+
+    def task(self, setup: Setup, episodes: list[Episode], plan: list[list[MicroBatch]], beta: float) -> PPOTask:
+        return PPOTask(setup, episodes, plan, [len(episode.ids) for episode in episodes], beta)
+
+
+def token_rewards(episodes: Sequence[Episode], config: PPOConfig, beta: float) -> Tensor:
+    """[B, T]: -beta KL at every token, where the KL is in the reward, and at the last one the completion's score."""
+    rewards = torch.zeros(len(episodes), max(len(episode.ids) for episode in episodes))
+    for row, episode in zip(rewards, episodes, strict=True):
+        count = len(episode.ids)
+        if beta and config.kl_in == "reward":
+            row[:count] -= beta * kl_of_tokens(episode, config)
+        row[count - 1] += config.score_of(episode.reward, episode.finished)
+    return rewards
+
+
+def padded_values(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+    """(values, mask), both [B, T], aligned with `token_rewards`."""
+    values = nn.utils.rnn.pad_sequence([episode.values for episode in episodes], batch_first=True)
+    lengths = torch.tensor([len(episode.ids) for episode in episodes])
+    return values, torch.arange(values.shape[1]) < lengths[:, None]
+
+
+def train_ppo(config: PPOConfig) -> Path:
+    """Trains; returns the folder that holds the policy, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
+    setup = prepare(config)
+    if setup is None:
+        return Path(config.output_dir)
+    return train_online(setup, make_actor_critic(setup.policy, config, setup.tokenizer), PPO())

@@ -1,0 +1,13 @@
+"""PPO or GRPO, in as many processes as this was started with: `online_stages.py ALGORITHM OPTIONS.json FOLDER`."""
+
+import json
+import sys
+from pathlib import Path
+
+from rlhf_trainer.grpo import train_grpo
+from rlhf_trainer.online_config import GRPOConfig, PPOConfig
+from rlhf_trainer.ppo import train_ppo
+
+algorithm, options, folder = sys.argv[1:]
+config, train = {"ppo": (PPOConfig, train_ppo), "grpo": (GRPOConfig, train_grpo)}[algorithm]
+train(config(**json.loads(Path(options).read_text()), output_dir=folder))
