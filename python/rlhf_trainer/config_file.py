@@ -43,11 +43,16 @@ def load_yaml(cls: type, path: str) -> dict[str, Any]:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold 'key: value' lines, got {type(values).__name__}")
+    return checked_values(cls, values, path)
+
+
+def checked_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`values` checked against the fields of `cls`, by name and type; not all need be there."""
     hints = typing.get_type_hints(cls)
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
-        raise UsageError(f"{path}: unknown key {', '.join(map(repr, unknown))}; the keys are: {', '.join(hints)}")
-    return {key: checked_value(value, hints[key], f"{path}: key {key!r}") for key, value in values.items()}
+        raise UsageError(f"{where}: unknown key {', '.join(map(repr, unknown))}; the keys are: {', '.join(hints)}")
+    return {key: checked_value(value, hints[key], f"{where}: key {key!r}") for key, value in values.items()}
 
 
 def checked_value(value: Any, hint: Any, where: str) -> Any:

@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def run(config: DemoConfig) -> Path:
     print(f"1/5  Pretraining: a tiny GPT-2 reads text of the language from scratch, in {config.lm_steps} steps.")
     tokenizer = make_tokenizer()
     base = make_model(tokenizer)
-    nats = train_lm(base, tokenizer, prompts, config.lm_steps, rng)
+    nats = train_lm(base, lambda: running_text(tokenizer, prompts, rng), config.lm_steps, LM_PEAK_LEARNING_RATE)
     save_model(base, tokenizer, folder / "base_model")
     stops = ends_in_time(base, tokenizer, held_out, config.seed)
     print(f"     {sum(p.numel() for p in base.parameters()):,} weights, {nats:.2f} nats a token at the end.")
@@ -175,25 +176,23 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(tokenizer: PreTrainedTokenizerBase, width: int = 96, layers: int = 2) -> PreTrainedModel:
     end = tokenizer.eos_token_id
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=96, n_layer=2, n_head=4, resid_pdrop=0.0,
+        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
 
-def train_lm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], steps: int, rng: random.Random
-) -> float:
-    """Language modelling on running text; returns the last step's loss in nats a token."""
+def train_lm(model: PreTrainedModel, draw: Callable[[], Batch], steps: int, peak: float) -> float:
+    """Language modelling on batches of running text; returns the last step's loss in nats a token."""
     fused = FusedLM(model)
-    optimizer = torch.optim.AdamW(fused.parameters(), lr=LM_PEAK_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LM_PEAK_LEARNING_RATE, total_steps=steps)
+    optimizer = torch.optim.AdamW(fused.parameters(), lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
     loss = torch.tensor(0.0)
     for _ in tqdm(range(steps), desc="pretraining", unit="step"):
-        batch = running_text(tokenizer, prompts, rng)
+        batch = draw()
         loss = fused(batch, lambda hidden, head, batch=batch: mean_nats(hidden, head, batch))
         loss.backward()
         optimizer.step()

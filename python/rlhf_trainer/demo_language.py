@@ -14,6 +14,7 @@ import itertools
 import math
 import random
 import re
+from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -74,9 +75,9 @@ def prefers_first(first: str, second: str, rng: random.Random) -> bool:
     return rng.random() < 1.0 / (1.0 + math.exp(hidden_reward(second) - hidden_reward(first)))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    texts = [*all_prompts(), *RETURN, "was", *STAFF, *ROOM, *KIND, *UNKIND]
+def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word, of this language and of `more`."""
+    texts = [*all_prompts(), *RETURN, "was", *STAFF, *ROOM, *KIND, *UNKIND, *more]
     vocabulary = [END, UNKNOWN, *sorted({word for text in texts for word in text.split()})]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import margin_ranking_loss
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
-from .batching import MicroBatch
+from .batching import MicroBatch, share_of_process
 from .checkpoint import save_model
 from .config import RewardConfig
 from .data import Batch
@@ -28,6 +29,7 @@ from .models import (
     check_fit,
     check_vocabulary,
     checkpoint_gradients,
+    have_same_tokens,
     largest_id,
     load_pretrained,
     load_tokenizer,
@@ -36,7 +38,7 @@ from .models import (
 )
 from .preferences import GroupTask, PairBatch, collate_groups, load_groups
 from .scoring import last_values, load_reward_model, value_head_of
-from .training import Measured, begin, means_over, train
+from .training import Measured, Totals, begin, train
 
 PAD = "<|pad|>"
 CALIBRATION_BINS = 10
@@ -70,15 +72,36 @@ class RewardTask(GroupTask):
         "rewards/max",
     )
 
+    margins: Tensor | None = None  # [P] on the CPU, in the order of the plan: those of the last evaluation
+
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        return self.look(model, indices)[0]
+
+    def look(self, model: nn.Module, indices: MicroBatch) -> tuple[Measured, Tensor]:
+        """What is measured, and r(chosen) - r(rejected) of these examples' pairs."""
         pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
         rewards = model(pairs.batch)
         loss = pair_losses(rewards, pairs, self.config).mean()
-        return Measured(loss, reward_metrics(loss, rewards, pairs), pairs.batch.attention_mask.sum())
+        measured = Measured(loss, reward_metrics(loss, rewards, pairs), pairs.batch.attention_mask.sum())
+        return measured, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
 
+    @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        margins = margins_of(self, model)
-        return means_over(self, model, accelerator) | {"calibration_error": calibration_error(margins)}
+        """The metrics and, as calibration is no mean over pairs, the margins of all pairs; in one pass, shared by the
+        processes."""
+        rank, world = accelerator.process_index, accelerator.num_processes
+        totals, everything = Totals(self.names, self.device), sum(self.counts)
+        found = []  # (place in the plan, margins)
+        for number, batch in enumerate(self.plan):
+            part = sum(self.counts[i] for micro in batch for i in micro) / everything
+            for i, share in enumerate(share_of_process(batch, rank, world, self.counts)):
+                measured, margins = self.look(model, share.indices)
+                totals.add(measured, part * share.weight)
+                if share.weight > 0:  # 0: a repeated micro-batch
+                    found.append(((number, rank + i * world), margins.cpu()))
+        in_order = sorted(gather_object(found), key=lambda placed: placed[0])
+        self.margins = torch.cat([margins for _, margins in in_order])
+        return totals.reduce(accelerator)[0] | {"calibration_error": calibration_error(self.margins)}
 
 
 def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tensor:
@@ -131,7 +154,7 @@ def train_reward(config: RewardConfig) -> Path:
     def save(trained: nn.Module, folder: Path) -> None:
         save_model(trained.model, tokenizer, folder)
         if held_out is not None:
-            report = report_of(held_out, trained, config, tokenizer)
+            report = report_of(held_out, config, tokenizer)
             (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
             print(told(report))
 
@@ -175,13 +198,7 @@ def load_task(
 @torch.no_grad()
 def margins_of(task: RewardTask, model: nn.Module) -> Tensor:
     """r(chosen) - r(rejected) of every pair, [P] on the CPU, in the order of the plan; by this process alone."""
-    margins = []
-    for batch in task.plan:
-        for micro in batch:
-            pairs = collate_groups(task.examples(micro), task.pad_id).to(task.device)
-            rewards = model(pairs.batch)
-            margins.append((rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]).cpu())
-    return torch.cat(margins)
+    return torch.cat([task.look(model, micro)[1].cpu() for batch in task.plan for micro in batch])
 
 
 def calibration_error(margins: Tensor) -> float:
@@ -207,8 +224,8 @@ def load_rival(
     name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, held_out: RewardTask
 ) -> PreTrainedModel:
     """Another reward model, which must read the same tokens."""
-    vocabulary = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code).get_vocab()
-    if any(vocabulary.get(token, i) != i for token, i in tokenizer.get_vocab().items()):
+    own = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code)
+    if not have_same_tokens(tokenizer, own):
         raise UsageError(f"compare_with: {name!r} has another tokenizer, so it cannot judge the same tokens")
     rival = load_reward_model(
         name, key="compare_with", attn_implementation=config.attn_implementation,
@@ -219,11 +236,10 @@ def load_rival(
     return rival.to(held_out.device)
 
 
-def report_of(
-    held_out: RewardTask, trained: nn.Module, config: RewardConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Accuracy and calibration on held-out pairs; with other models, how far they disagree with this one."""
-    margins = margins_of(held_out, trained)
+def report_of(held_out: RewardTask, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Accuracy and calibration on held-out pairs, which have just been evaluated; with other models, how far they
+    disagree with this one."""
+    margins = held_out.margins
     report: dict[str, Any] = {
         "pairs": len(margins),
         "accuracy": (margins > 0).float().mean().item(),

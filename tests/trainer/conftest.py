@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer trained here, and preference files: nothing is downloaded."""
 
+import copy
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 import rlhf_kernels
 import rlhf_trainer
+from rlhf_trainer.chat import set_chat_template
 from rlhf_trainer.config import DPOConfig
 from rlhf_trainer.dpo import train_dpo
 
@@ -100,6 +102,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
+
+
+@pytest.fixture(scope="session")
+def chatml(tokenizer):
+    """The tokenizer with a template that says what is learned."""
+    tokenizer = copy.deepcopy(tokenizer)
+    set_chat_template(tokenizer, "chatml")
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

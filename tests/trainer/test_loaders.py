@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_trainer.chat import conversation_ids, set_chat_template
+from rlhf_trainer.chat import conversation_ids
 from rlhf_trainer.data import (
     IGNORED,
     Sequence,
@@ -17,24 +17,9 @@ from rlhf_trainer.data import (
     load_prompts,
 )
 from rlhf_trainer.errors import UsageError
+from tests.trainer.messages import assistant, user
 
 DATA = Path(__file__).parent / "data"
-
-
-@pytest.fixture(scope="module")
-def chatml(tokenizer):
-    """The tokenizer with a template that says what is learned."""
-    tokenizer = copy.deepcopy(tokenizer)
-    set_chat_template(tokenizer, "chatml")
-    return tokenizer
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
-
-def assistant(text):
-    return [{"role": "assistant", "content": text}]
 
 
 # --- conversations

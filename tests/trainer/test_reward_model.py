@@ -14,9 +14,11 @@ from rlhf_trainer.errors import UsageError
 from rlhf_trainer.preferences import Group, collate_groups
 from rlhf_trainer.reward_model import (
     PAD,
+    RewardTask,
     calibration,
     calibration_error,
     disagreement,
+    margins_of,
     pair_losses,
     reward_metrics,
     train_reward,
@@ -150,6 +152,23 @@ def test_it_learns_and_reports_on_held_out_pairs(model_folder, write_jsonl, rewa
     compared = json.loads((second / "report.json").read_text())
     assert compared["models"] == 2 and 0 < compared["disagreement"] < 0.5 and compared["margin_std"] > 0
     assert "2 models disagree on" in capsys.readouterr().out
+
+
+def test_held_out_pairs_are_scored_once_an_evaluation(model_folder, rows, write_jsonl, reward, monkeypatch):
+    """Before training, at its end; the report takes up the last, whose margins stand in the order of the plan."""
+    calls = []
+    original = RewardTask.look
+
+    def look(task, model, indices):
+        calls.append((task, model))
+        return original(task, model, indices)
+
+    monkeypatch.setattr(RewardTask, "look", look)
+    data = write_jsonl(rows(20))
+    reward(model_name_or_path=model_folder("llama"), dataset=data, eval_dataset=data, max_steps=1)
+    held_out, model = calls[-1]
+    assert [task is held_out for task, _ in calls] == [True] * 3 + [False] + [True] * 3  # batches of 8, 8, 4
+    assert held_out.margins.tolist() == pytest.approx(margins_of(held_out, model).tolist(), abs=1e-6)
 
 
 def test_margins_reach_the_loss(model_folder, rows, write_jsonl, reward):
