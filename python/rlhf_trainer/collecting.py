@@ -65,7 +65,8 @@ def draw(setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], seed: int) -
 
 
 def report_failures(setup: Setup, drawn: Sequence[Completion | Failure], work: Path, step: int) -> None:
-    """Prompts that the sampler gave up on, in a file; UsageError where it gave up on all."""
+    """Prompts that the sampler gave up on, in a file; UsageError where it gave up on all. At an iteration's end, those
+    of the evaluation."""
     failures = [failure for failure in drawn if isinstance(failure, Failure)]
     if failures and setup.accelerator.is_main_process:
         with (work / FAILURES_FILE).open("a", encoding="utf-8") as file:
@@ -79,7 +80,7 @@ def forget_failures(work: Path, after: int) -> None:
     path = work / FAILURES_FILE
     if path.is_file():
         lines = [json.loads(line) for line in whole_lines(path)]
-        write_jsonl(path, [line for line in lines if line["step"] <= after])
+        write_jsonl(path, [line for line in lines if after and line["step"] <= after])
 
 
 def complete_groups(

@@ -111,14 +111,17 @@ def looked_at(
     the first ratio is exactly 1.
     """
 
+    def said(states: States, batch: Batch) -> Tensor:  # within the model's call, so in the precision of the policy's
+        return logprobs_of(states, targets_of(batch), temperature).logprobs
+
     def look(indices: MicroBatch) -> list[dict[str, Tensor]]:
         part = [episodes[i] for i in indices]
         batch = batch_of(part, pad_id).to(accelerator.device)
-        states = None if reference is None else reference(batch, States)
-        seen = see(model, batch, temperature, states if exact_kl else None)
-        found = {"logprobs": seen.logprobs, "kl": seen.kl, "values": seen.values}
+        states = ref_logprobs = None
         if reference is not None:
-            found["ref_logprobs"] = logprobs_of(states, targets_of(batch), temperature).logprobs
+            states, ref_logprobs = reference(batch, lambda *states: (States(*states), said(States(*states), batch)))
+        seen = see(model, batch, temperature, states if exact_kl else None)
+        found = {"logprobs": seen.logprobs, "kl": seen.kl, "values": seen.values, "ref_logprobs": ref_logprobs}
         sizes = [len(episode.ids) for episode in part]
         split = {name: unpadded(tensor, seen.mask, sizes) for name, tensor in found.items() if tensor is not None}
         return [{name: tensors[k] for name, tensors in split.items()} for k in range(len(part))]

@@ -6,13 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rlhf_kernels as rk
 
 from .advantages import equal_groups, group_advantages
 from .batching import MicroBatch
-from .episodes import Episode
+from .episodes import Episode, Seen, padded
+from .errors import UsageError
 from .online import Credited, OnlineTask, train_online
 from .online_config import GRPOConfig
 from .online_metrics import kl_of_tokens
@@ -33,17 +34,30 @@ class GRPOTask(OnlineTask):
         loss = rk.grpo_loss(
             seen.logprobs, old_logprobs, advantages, seen.mask, variant=config.variant, kl=kl,
             beta=0.0 if kl is None else self.beta, clip_low=config.clip_low, clip_high=config.clip_high,
-            sampler_logprobs=self.sampler_logprobs(part, seen), is_cap=config.is_cap, max_length=config.max_new_tokens,
+            sampler_logprobs=self.sampler_logprobs(part, seen, old_logprobs), is_cap=config.is_cap,
+            max_length=config.max_new_tokens,
         )  # fmt: skip
         clipped = rk.grpo_clip_fraction(
             seen.logprobs, old_logprobs, advantages, seen.mask, config.variant, config.clip_low, config.clip_high
         )
-        tokens = seen.mask.sum()
-        penalty = torch.zeros_like(loss) if kl is None else kl.sum() / tokens
-        metrics = [
-            loss, seen.entropy.sum() / tokens, clipped.low, clipped.high, clipped.low + clipped.high, penalty,
-        ]  # fmt: skip
+        penalty = torch.zeros_like(loss) if kl is None else self.mean(kl, seen.mask)
+        entropy = self.mean(seen.entropy, seen.mask)
+        metrics = [loss, entropy, clipped.low, clipped.high, clipped.low + clipped.high, penalty]
         return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
+
+    def sampler_logprobs(self, part: list[Episode], seen: Seen, old_logprobs: Tensor) -> Tensor | None:
+        """Where the loss corrects for the sampler; a completion whose log-probs it did not tell has weight 1."""
+        if self.config.is_cap is None:
+            return None
+        unknown = [torch.full((len(episode.ids),), torch.nan) for episode in part]
+        known = [u if e.sampler_logprobs is None else e.sampler_logprobs for e, u in zip(part, unknown, strict=True)]
+        rows = padded(known, seen.mask)
+        return torch.where(rows.isnan(), old_logprobs, rows)
+
+    def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
+        """[S, T - 1] -> scalar: each completion's mean, weighted by what it counts for in the loss."""
+        counts = rk.grpo_counts(mask, self.config.variant)
+        return (terms.sum(1) / mask.sum(1) * counts).sum() / counts.sum()
 
 
 class GRPO:
@@ -52,13 +66,18 @@ class GRPO:
     needs_values = False
 
     def credit(self, config: GRPOConfig, episodes: list[Episode], beta: float) -> Credited:
+        if config.is_cap is not None and all(episode.sampler_logprobs is None for episode in episodes):
+            raise UsageError(
+                "is_cap: the sampler tells no log-probs of its tokens; use a server that does, or leave is_cap out"
+            )
         rewards = torch.tensor([score_of(episode, config, beta) for episode in episodes])
         groups = rewards.view(-1, config.num_generations)
         advantages = group_advantages(groups, config.variant).flatten()
         credited = [
             episode._replace(advantages=advantage) for episode, advantage in zip(episodes, advantages, strict=True)
         ]
-        return Credited(credited, {"frac_reward_zero_std": equal_groups(groups).float().mean().item()})
+        compared = {"frac_reward_zero_std": equal_groups(groups).float().mean().item()}
+        return Credited(credited, compared if config.num_generations > 1 else {})
 
     def task(self, setup: Setup, episodes: list[Episode], plan: list[list[MicroBatch]], beta: float) -> GRPOTask:
         sizes = [len(episode.ids) for episode in episodes]

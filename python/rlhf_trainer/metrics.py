@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, LoggerType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from tqdm.auto import tqdm
 
 from .errors import UsageError
@@ -26,7 +27,10 @@ def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
             raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(known)}")
         if name in shipped and name not in [*installed, "all"]:
             raise UsageError(f"report_to: {name} is not installed here; installed: {', '.join(installed) or 'none'}")
-    accelerator = Accelerator(mixed_precision="no", log_with=report_to or None, project_dir=str(folder))
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait for one that asks a server or a judge
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=report_to or None, project_dir=str(folder), kwargs_handlers=[patient]
+    )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UsageError(f"{kind}: one process, or several by DDP, is what is supported now; launch without {kind}")

@@ -34,7 +34,6 @@ from .collecting import (
 )
 from .divergence import states_of
 from .episodes import Episode, Seen, batch_of, looked_at, padded, see, unpadded
-from .errors import UsageError
 from .generation import completion_text
 from .kl_control import adapted
 from .online_config import OnlineConfig
@@ -106,18 +105,6 @@ class OnlineTask(Task):
                 self.episodes[i] = episode._replace(logprobs=logprobs)
         return old
 
-    def sampler_logprobs(self, part: list[Episode], seen: Seen) -> Tensor | None:
-        """Where the loss corrects for the sampler."""
-        if self.config.is_cap is None:
-            return None
-        without = [episode.row for episode in part if episode.sampler_logprobs is None]
-        if without:
-            raise UsageError(
-                f"is_cap: the sampler gave no log-probs of its tokens for the prompt of row {without[0]}; use a server "
-                "that returns token ids with their log-probs, or leave is_cap out"
-            )
-        return self.padded("sampler_logprobs", part, seen.mask)
-
     def padded(self, name: str, part: list[Episode], mask: Tensor) -> Tensor | None:
         """This field of the episodes, as `episodes.padded`."""
         return padded([getattr(episode, name) for episode in part], mask)
@@ -140,8 +127,8 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
     config, accelerator, policy = setup.config, setup.accelerator, setup.policy
     asked_each = config.batch_size // config.num_generations
     total = config.max_steps or math.ceil(len(setup.prompts) * config.num_train_epochs / asked_each)
+    sampler = make_sampler(config, policy.model, setup.tokenizer)  # before output_dir is made: a server may be down
     with Run(config, module, accelerator, total, lambda: digest(setup)) as run:
-        sampler = make_sampler(config, policy.model, setup.tokenizer)
         beta = run.facts.get("beta", config.beta)
         if accelerator.is_main_process:
             forget_failures(run.work, run.done)
@@ -152,18 +139,21 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 "moves; sampling/kl tells how far"
             )
         if setup.held_out and not run.done:
-            run.log.log(0, 0.0, evaluate(setup, sampler, run.work))
+            run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
+        has_moved = run.done > 0
         for step in range(run.done + 1, total + 1):
             started = time.perf_counter()
-            if step > 1:
+            if has_moved:
                 share_policy(setup, sampler, run.work / POLICY_FOLDER)
             metrics, beta = iterate(setup, run, sampler, algorithm, step, beta)
+            has_moved = True
             metrics["seconds"] = time.perf_counter() - started
             if setup.held_out and (step == total or step % (config.eval_steps or total) == 0):
                 share_policy(setup, sampler, run.work / POLICY_FOLDER)
-                metrics |= evaluate(setup, sampler, run.work)
+                metrics |= evaluate(setup, sampler, run.work, step)
+                has_moved = False
             run.log.log(step, step * asked_each / len(setup.prompts), metrics)
-            run.log.advance(reward=f"{metrics['reward']:.4f}", kl=f"{metrics.get('objective/kl', 0.0):.4f}")
+            run.log.advance(**{name: f"{metrics[name]:.4f}" for name in ("reward", "objective/kl") if name in metrics})
             run.keep(step, beta=beta)
 
     def save(_module: nn.Module, folder: Path) -> None:
@@ -183,6 +173,9 @@ def iterate(
     drawn = draw(setup, sampler, asked, seed)
     report_failures(setup, drawn, run.work, step)
     prompts, completions = complete_groups(config, asked, drawn)
+    failed = {"rollouts/failed": float(len(drawn) - len(completions))}
+    if not completions:  # each prompt lacks one: nothing to compare, and nothing to learn in this iteration
+        return failed, beta
     judged = judge(setup, prompts, completions)
     episodes = episodes_of(prompts, completions, judged)
 
@@ -204,7 +197,7 @@ def iterate(
     updates = [run.update(task, plan[index], step)[0] for order in orders for index in order]
     metrics = rollout_metrics(credited.episodes, judged, setup.rewards.names, config, beta) | credited.metrics
     metrics |= means_of_updates(updates) | task.mismatch()
-    metrics["rollouts/failed"] = float(len(drawn) - len(completions))
+    metrics |= failed
     if config.target_kl is not None:
         beta = adapted(beta, metrics["objective/kl"], config.target_kl, config.kl_gain)
     return metrics, beta
@@ -217,13 +210,12 @@ def share_policy(setup: Setup, sampler: Sampler, folder: Path) -> None:
     setup.accelerator.wait_for_everyone()
 
 
-def evaluate(setup: Setup, sampler: Sampler, work: Path) -> dict[str, float]:
+def evaluate(setup: Setup, sampler: Sampler, work: Path, step: int) -> dict[str, float]:
     """Rewards and lengths of a completion of each held-out prompt, the same draws every time; some are kept."""
     seed = random.Random(f"{setup.config.seed}, evaluation").getrandbits(48)
     drawn = draw(setup, sampler, setup.held_out, seed)
+    report_failures(setup, drawn, work, step)
     done = [k for k, one in enumerate(drawn) if not isinstance(one, Failure)]
-    if not done:
-        raise UsageError(f"eval_dataset: no prompt was completed; {drawn[0].where}: {drawn[0].reason}")
     prompts, completions = [setup.held_out[k] for k in done], [drawn[k] for k in done]
     judged = judge(setup, prompts, completions)
     if setup.accelerator.is_main_process:
@@ -237,4 +229,5 @@ def evaluate(setup: Setup, sampler: Sampler, work: Path) -> dict[str, float]:
         )
     episodes = episodes_of(prompts, completions, judged)
     found = reward_metrics(judged, setup.rewards.names) | length_metrics(episodes)
+    found["rollouts/failed"] = float(len(drawn) - len(done))
     return {f"eval/{name}": value for name, value in found.items()}

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .config import JudgeConfig, ServerConfig, TrainConfig, at_least, needed, option
 from .errors import UsageError
+from .kl_control import BOUND
 
 Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
 
@@ -26,6 +27,7 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
     num_mini_batches: int = option(1, "Optimizer steps that an iteration's completions are divided into.")
     num_ppo_epochs: int = option(1, "Passes over an iteration's completions.")
 
+    save_steps: int = option(10, "Save what --resume needs every so many iterations.")
     ref_model_name_or_path: str | None = option(None, "The reference model; default: the model before training.")
     beta: float = option(0.05, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed.")
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = option(
@@ -38,7 +40,9 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
     clip_high: float = option(0.2, "It is clipped above 1 plus this.")
     missing_eos_penalty: float = option(0.0, "Subtracted from the reward of a completion that did not end in time.")
     reward_clip: float | None = option(None, "Rewards are clipped to plus and minus this.")
-    mask_truncated_completions: bool = option(False, "Do not learn from completions that did not end in time.")
+    mask_truncated_completions: bool = option(
+        False, "Do not learn from completions that did not end in time; means are over the others."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,8 +60,12 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
                 f"batch_size counts completions: it must be a multiple of num_generations={self.num_generations}, "
                 f"got {self.batch_size}"
             )
-        if self.num_mini_batches > self.batch_size:
-            raise UsageError(f"num_mini_batches must be at most batch_size={self.batch_size}")
+        if self.batch_size % self.num_mini_batches:
+            raise UsageError(f"num_mini_batches must divide batch_size={self.batch_size}, got {self.num_mini_batches}")
+        if not self.beta < math.inf:
+            raise UsageError(f"beta must be finite, got {self.beta}")
+        if not self.kl_gain < 1 / BOUND:
+            raise UsageError(f"kl_gain must be below {1 / BOUND:g}, or beta would reach 0; got {self.kl_gain}")
         if self.beta and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UsageError("kl_in loss with kl_estimator k1: its expected gradient is zero. Take k2, k3 or exact")
         if self.target_kl is not None and not self.beta:
@@ -87,9 +95,9 @@ class PPOConfig(OnlineConfig):
     gamma: float = option(1.0, "Discount a token.")
     lam: float = option(0.95, "GAE's lambda: 1 sums up rewards, 0 trusts the next value.")
     vf_coef: float = option(0.1, "Weight of the value loss.")
-    clip_value: float = option(0.2, "A value moves at most this far from the old one before its gradient vanishes.")
+    clip_value: float = option(0.2, "A value that moved farther from the old one gets no gradient; inf: not clipped.")
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    whiten_rewards: bool = option(False, "Divide rewards by their standard deviation over the iteration's tokens.")
+    whiten_rewards: bool = option(False, "Rewards of tokens to variance 1 around their mean, over the iteration.")
     whiten_advantages: bool = option(True, "Advantages to mean 0 and variance 1 over the iteration's tokens.")
     num_ppo_epochs: int = option(4, "Passes over an iteration's completions.")
     learning_rate: float = option(3e-6, "The learning rate after the warm-up.")
@@ -110,7 +118,9 @@ class GRPOConfig(OnlineConfig):
     """Everything `rlhf grpo` can be told."""
 
     num_generations: int = option(8, "Completions of each prompt, whose rewards are compared.")
-    variant: Variant = option("grpo", "The advantage, the ratio's level, and what the mean is over.")
+    variant: Variant = option(
+        "grpo", "Sets advantage, ratio and mean. gspo wants clips of some 3e-4; cispo clip_low 1."
+    )
     is_cap: float | None = option(
         None, "Corrects for a sampler that differs from the trainer by importance weights, truncated here; 2 is usual."
     )

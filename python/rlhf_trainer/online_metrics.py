@@ -19,14 +19,15 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Of the completions as they were drawn, before they are learned from."""
     metrics = reward_metrics(judged, names) | length_metrics(episodes) | {"beta": beta}
-    metrics["objective/scores"] = metrics["reward"]
+    scores = [config.score_of(episode.reward, episode.finished) for episode in episodes]
+    metrics["objective/scores"] = sum(scores) / len(scores)
     if episodes[0].ref_logprobs is not None:
         kl = torch.tensor([kl_of_tokens(episode, config).sum().item() for episode in episodes])
-        penalty = beta * kl.mean().item()
+        penalty = beta * kl.mean().item() if config.kl_in == "reward" else 0.0
         metrics |= {
             "objective/kl": kl.mean().item(),
             "objective/non_score_reward": -penalty,
-            "objective/rlhf_reward": metrics["reward"] - penalty,
+            "objective/rlhf_reward": metrics["objective/scores"] - penalty,
         }
     if episodes[0].logprobs is not None:
         metrics["objective/entropy"] = -sum(episode.logprobs.sum().item() for episode in episodes) / len(episodes)

@@ -38,6 +38,11 @@ class Setup(NamedTuple):
     reference: FusedLM | None
     rewards: Rewards
 
+    def sources(self) -> list[tuple[str, list[Prompt]]]:
+        """The data sets, by name, and what was read from them."""
+        both = [(self.config.dataset, self.prompts), (str(self.config.eval_dataset), self.held_out)]
+        return [(source, prompts) for source, prompts in both if prompts]
+
     @property
     def pad_id(self) -> int:
         return pad_id_of(self.tokenizer)
@@ -49,7 +54,7 @@ def prepare(config: OnlineConfig) -> Setup | None:
     if finished:
         return None
     tokenizer = load_tokenizer_for(config)
-    rewards = load_rewards(config, accelerator.device)
+    rewards = load_rewards(config, accelerator.device, batch_size=config.generation_batch_size)
     prompts = prompts_of(config, config.dataset, config.dataset_split, tokenizer, accelerator)
     held_out = []
     if config.eval_dataset is not None:
@@ -84,6 +89,6 @@ def prompts_of(
 
 
 def digest(setup: Setup) -> str:
-    """Of what a run goes on with only if it is the same: the prompts and the number of processes."""
-    told = [[prompt.ids for prompt in part] for part in (setup.prompts, setup.held_out)]
+    """Of what a run goes on with only if it is the same: the rows and the number of processes."""
+    told = [[(p.ids, sorted(p.columns.items())) for p in part] for part in (setup.prompts, setup.held_out)]
     return hashlib.blake2b(repr((told, setup.accelerator.num_processes)).encode(), digest_size=16).hexdigest()

@@ -50,14 +50,16 @@ class PPOTask(OnlineTask):
                 seen.logprobs, old_logprobs, advantages, mask, clip_low=config.clip_low, clip_high=config.clip_high
             )
         )
-        value = mean(rk.value_loss(seen.values, old_values, returns, mask, clip=config.clip_value))
+        values = (seen.values, old_values, returns, mask)
+        value_terms = rk.value_loss(*values, clip=config.clip_value)
+        value = mean(value_terms)
         entropy = mean(seen.entropy)
         penalty = torch.zeros_like(policy) if kl is None else mean(kl)
         loss = policy + config.vf_coef * value - config.entropy_coef * entropy + self.beta * penalty
 
         clipped = rk.clip_fraction(seen.logprobs, old_logprobs, advantages, mask, config.clip_low, config.clip_high)
         moved = seen.logprobs.detach() - old_logprobs
-        value_clipped = ((seen.values - old_values).abs() > config.clip_value) & mask
+        value_clipped = value_terms > rk.value_loss(*values, clip=None)
         metrics = [
             loss, policy, value, entropy, mean(0.5 * moved.square()), clipped.low + clipped.high, mean(value_clipped),
             mean(moved.exp() * mask), penalty,
@@ -116,4 +118,4 @@ def train_ppo(config: PPOConfig) -> Path:
     setup = prepare(config)
     if setup is None:
         return Path(config.output_dir)
-    return train_online(setup, make_actor_critic(setup.policy, config, setup.tokenizer), PPO())
+    return train_online(setup, make_actor_critic(setup, config), PPO())

@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from .data import Batch
 from .errors import UsageError
 from .models import (
     FusedLM,
     LMHead,
-    check_vocabulary,
+    check_fit,
+    checkpoint_gradients,
     have_same_tokens,
     inputs_of,
-    largest_id,
     load_pretrained,
     load_tokenizer,
 )
 from .online_config import PPOConfig
+from .online_setup import SHORTER, Setup
 from .scoring import value_head_of
 
 
@@ -57,8 +58,9 @@ def values_of(head: nn.Linear, hidden: Tensor) -> Tensor:
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
-def make_actor_critic(policy: FusedLM, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> ActorCritic:
+def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
     """With a new head, all zeros, where there is none to start from: every state is then worth nothing at first."""
+    policy, tokenizer = setup.policy, setup.tokenizer
     if config.value_model == "shared":
         head = nn.Linear(policy.model.get_output_embeddings().in_features, 1)
         nn.init.zeros_(head.weight)
@@ -73,14 +75,18 @@ def make_actor_critic(policy: FusedLM, config: PPOConfig, tokenizer: PreTrainedT
         attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
         new=("score.", "classifier."), num_labels=1,
     )  # fmt: skip
-    check_vocabulary(critic, largest_id(tokenizer))
+    for source, prompts in setup.sources():
+        lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
+        check_fit(critic, tokenizer, [prompt.row for prompt in prompts], lengths, source, SHORTER)
     if not have_same_tokens(tokenizer, load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)):
         raise UsageError(
             f"{key}: {name!r} has another tokenizer, so values cannot start from it; name a model with the policy's "
             "tokens in value_model_name_or_path"
         )
-    if key == "model_name_or_path":
+    if not any("ForSequenceClassification" in saved for saved in critic.config.architectures or []):
         nn.init.zeros_(getattr(critic, name_of_head(critic)).weight)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(critic)
     return ActorCritic(policy, critic)
 
 

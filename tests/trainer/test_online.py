@@ -59,7 +59,7 @@ def run(task, tmp_path):
 def first_batch(config, algorithm):
     """(setup, task, plan) of the first iteration, as the loop makes them."""
     setup = prepare(config)
-    module = make_actor_critic(setup.policy, config, setup.tokenizer) if algorithm.needs_values else setup.policy
+    module = make_actor_critic(setup, config) if algorithm.needs_values else setup.policy
     prompts = prompts_of_step(setup, 1)
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
     completions = draw(setup, sampler, prompts, seed=1)
@@ -97,6 +97,12 @@ def moved(model, by):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(by * torch.randn_like(weight))
+
+
+def test_in_bf16_too_the_policy_begins_as_its_reference(run):
+    """Both heads compute in the same precision: no KL is made up of rounding."""
+    _, lines = run("ppo", precision="bf16", max_steps=1)
+    assert lines[0]["objective/kl"] == 0.0 and lines[0]["val/ratio"] == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3", "exact"])
@@ -154,6 +160,7 @@ def test_before_an_update_every_ratio_is_one(run):
     _, lines = run("ppo", num_ppo_epochs=1)
     for line in lines:
         assert line["val/ratio"] == 1.0 and line["policy/approxkl_avg"] == 0.0
+        assert line["objective/kl"] == 0.0 or line["step"] == 2
     _, lines = run("ppo", num_ppo_epochs=3)
     assert lines[0]["val/ratio"] != 1.0 and lines[0]["policy/approxkl_avg"] > 0.0
 
@@ -241,6 +248,31 @@ def test_prompts_that_fail_are_reported_and_the_others_learned_from(run, monkeyp
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
+def test_an_iteration_without_a_whole_group_teaches_nothing(run, monkeypatch):
+    """One completion of each group fails: there is nothing to compare, and the run goes on."""
+
+    class OneOfFour(LocalSampler):
+        def generate(self, asked, sampling, *, seed, number):
+            done = super().generate(asked, sampling, seed=seed, number=number)
+            return [
+                Failure(one.where, "it stalls") if k % 4 == 0 else c
+                for k, (one, c) in enumerate(zip(asked, done, strict=True))
+            ]
+
+    with_sampler(monkeypatch, lambda sampler: OneOfFour(sampler.model, sampler.tokenizer, sampler.bf16))
+    folder, lines = run("grpo")
+    assert all(line["rollouts/failed"] == 16 and "loss" not in line for line in lines)
+    assert len((folder / "failures.jsonl").read_text().splitlines()) == 8
+
+
+def test_held_out_prompts_that_fail_are_reported(run, task, monkeypatch):
+    with_sampler(monkeypatch, lambda sampler: Failing(sampler, lambda prompt: prompt.startswith("a")))
+    folder, lines = run("ppo", eval_dataset=task["dataset"], max_steps=1)
+    assert [line["eval/rollouts/failed"] for line in lines] == [4, 4]
+    steps = [json.loads(line)["step"] for line in (folder / "failures.jsonl").read_text().splitlines()]
+    assert steps.count(0) == 4 and steps.count(1) == 8
+
+
 def test_where_all_prompts_fail_the_run_stops(run, monkeypatch):
     with_sampler(monkeypatch, lambda sampler: Failing(sampler, lambda prompt: True))
     with pytest.raises(UsageError, match=r"step 1: no prompt was completed; .*rows.jsonl, row \d+: it stalls"):
@@ -279,7 +311,7 @@ def test_correcting_for_a_sampler_takes_its_log_probs(run, monkeypatch):
     Shifted.shift = None
     with_sampler(monkeypatch, lambda sampler: Shifted(sampler.model, sampler.tokenizer, sampler.bf16))
     assert "sampling/kl" not in run("grpo", max_steps=1)[1][0]
-    with pytest.raises(UsageError, match=r"is_cap: the sampler gave no log-probs .* row"):
+    with pytest.raises(UsageError, match="is_cap: the sampler tells no log-probs of its tokens; use a server"):
         run("grpo", is_cap=2.0)
 
 
@@ -332,6 +364,9 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("ppo", {"lam": 1.5}, r"lam must be in \[0, 1\]"),
         ("ppo", {"target_kl": 1.0, "beta": 0.0}, "target_kl adapts beta, which must start above 0"),
         ("ppo", {"value_model_name_or_path": "x"}, "a shared value head starts from the policy"),
+        ("ppo", {"num_mini_batches": 3}, "num_mini_batches must divide batch_size=16, got 3"),
+        ("ppo", {"kl_gain": 5.0}, "kl_gain must be below 5"),
+        ("ppo", {"beta": math.inf}, "beta must be finite"),
         ("ppo", {"rewards": []}, "nothing judges"),
         ("ppo", {"max_new_tokens": 40}, "max_prompt_length and max_new_tokens together"),
         ("ppo", {"beta": 0.0, "ref_model_name_or_path": "x"}, "with beta 0 nothing is compared with it"),

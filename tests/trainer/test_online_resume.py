@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_trainer import online, state, training
+from rlhf_trainer.errors import UsageError
 from rlhf_trainer.grpo import train_grpo
 from rlhf_trainer.online_config import GRPOConfig, PPOConfig
 from rlhf_trainer.ppo import train_ppo
@@ -80,6 +81,16 @@ def test_a_killed_run_goes_on(algorithm, point, run):
     whole = run(algorithm, "whole")
     killed(lambda: run(algorithm, "broken"), KILLS[point])
     assert_same(run(algorithm, "broken", resume=True), whole)
+
+
+def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
+    """Rewards go by the columns of the rows, so these are part of what a run began with."""
+    rows = [json.loads(line) for line in Path(options["dataset"]).read_text().splitlines()]
+    data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
+    killed(lambda: run("grpo", "broken", dataset=data), (online, "draw", at_call(5)))
+    tasks.write_rows(tmp_path / "rows.jsonl", [row | {"answer": "x"} for row in rows])
+    with pytest.raises(UsageError, match="is not what the run began with, so --resume cannot go on with it"):
+        run("grpo", "broken", dataset=data, resume=True)
 
 
 def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):

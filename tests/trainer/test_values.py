@@ -8,6 +8,7 @@ from rlhf_trainer.data import pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models import FusedLM, load_tokenizer
 from rlhf_trainer.online_config import PPOConfig
+from rlhf_trainer.online_setup import Setup
 from rlhf_trainer.scoring import load_reward_model, score_sequences
 from rlhf_trainer.values import make_actor_critic
 from tests.trainer.known_models import save_word_judge
@@ -23,9 +24,13 @@ def config(model_folder):
     )  # fmt: skip
 
 
+def setup_of(config, tokenizer, model):
+    return Setup(config, None, tokenizer, [], [], FusedLM(model), None, None)
+
+
 def values_of(config, tokenizer, model):
     """[S, T] as they reach the loss, and the module."""
-    module = make_actor_critic(FusedLM(model), config, tokenizer)
+    module = make_actor_critic(setup_of(config, tokenizer, model), config)
     batch = pad_sequences(SEQUENCES, pad_id=0)
     return module(batch, lambda hidden, head, values: values), module
 
@@ -38,6 +43,14 @@ def test_a_separate_critic_starts_as_the_reward_model(config, tokenizer, make_mo
     rewards = score_sequences(load_reward_model(judge, key="reward_model"), whole, 4, 0, torch.device("cpu"))
     last = torch.tensor([len(ids) - 1 for ids in whole])
     torch.testing.assert_close(values[torch.arange(3), last], rewards)
+
+
+def test_a_language_model_to_start_from_brings_no_head(config, tokenizer, make_model, model_folder):
+    """Its head is new, so all zeros, whichever option names it; and it recomputes activations like the policy."""
+    options = config(value_model_name_or_path=model_folder("llama"), gradient_checkpointing=True)
+    values, module = values_of(options, tokenizer, make_model("llama"))
+    assert not values.any()
+    assert any(getattr(part, "gradient_checkpointing", False) and part.training for part in module.critic.modules())
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
@@ -66,5 +79,6 @@ def test_a_critic_with_other_tokens_is_refused(config, make_model, tokenizer, tm
     policy_tokens.add_tokens(["lion"])  # at the place where the judge's tokenizer, saved below, has "zebra"
     other.save_pretrained(judge)
     policy_tokens.add_tokens(["zebra"])
+    judged = config(reward_model=judge)
     with pytest.raises(UsageError, match="has another tokenizer, so values cannot start from it; name a model with"):
-        make_actor_critic(FusedLM(make_model("llama")), config(reward_model=judge), policy_tokens)
+        make_actor_critic(setup_of(judged, policy_tokens, make_model("llama")), judged)
