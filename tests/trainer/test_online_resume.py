@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_trainer import online, state, training
 from rlhf_trainer.errors import UsageError
@@ -15,7 +14,7 @@ from rlhf_trainer.ppo import train_ppo
 from rlhf_trainer.rollout import Failure, LocalSampler
 from tests.trainer import known_tasks as tasks
 from tests.trainer.test_distributed import LAUNCH
-from tests.trainer.test_resume import at_call, killed
+from tests.trainer.test_resume import assert_same, at_call, killed, result_of
 
 # beta adapts, and lines of failures are dropped with the iterations that are repeated: what is beside the weights.
 PPO = {
@@ -48,19 +47,6 @@ def run(options, tmp_path):
         return function(config(**options | own | more, output_dir=str(tmp_path / output)))
 
     return train
-
-
-def result_of(folder):
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        record.pop("seconds", None)
-    return load_file(folder / "model.safetensors"), records
-
-
-def assert_same(a, b):
-    (weights, records), (other_weights, other_records) = result_of(a), result_of(b)
-    assert records == other_records
-    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
 KILLS = {
