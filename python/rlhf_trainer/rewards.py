@@ -19,11 +19,9 @@ None where a row lacks it. Of these it gets what its parameters ask for; `**kwar
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +39,7 @@ from .errors import UsageError
 from .model_rewards import ClassifierReward, ModelReward
 from .progress import Run, at_once
 from .sampling import like_prompt
+from .user_functions import import_function
 from .verifiable import VERIFIABLE, Verifiable
 
 MODEL, CLASSIFIER = "model", "classifier"
@@ -102,26 +101,8 @@ def maker_of(spec: str) -> Maker:
     if not argument:
         known = ", ".join([*VERIFIABLE, f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
         raise UsageError(f"rewards: {spec!r} is unknown; known are {known}, and module:function for one of your own")
-    user_reward = UserReward(spec, import_function(spec, name, argument))
+    user_reward = UserReward(spec, import_function(spec, "rewards:"))
     return lambda *_: user_reward
-
-
-def import_function(spec: str, module: str, name: str) -> Callable[..., Any]:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that it hides nothing
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever a module does when it is imported
-        raise UsageError(
-            f"rewards: {spec!r}: cannot import {module!r}, from {os.getcwd()} or what is installed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not hasattr(found, name):
-        raise UsageError(f"rewards: {spec!r}: {module!r} ({getattr(found, '__file__', 'built in')}) has no {name!r}")
-    function = getattr(found, name)
-    if not callable(function):
-        raise UsageError(f"rewards: {spec!r}: expected a function, got {kind(function)}")
-    return function
 
 
 class Rewards:
