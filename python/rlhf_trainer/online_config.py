@@ -31,7 +31,8 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
     ref_model_name_or_path: str | None = option(None, "The reference model; default: the model before training.")
     beta: float = option(0.05, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed.")
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = option(
-        "k1", "Of the KL at each token: from the token that was drawn, or exact over the whole vocabulary."
+        "k1",
+        "From the token that was drawn, or exact over all. In the reward, only k1 and exact have the KL's gradient.",
     )
     kl_in: Literal["reward", "loss"] = option("reward", "Where the KL is subtracted: a constant, or with a gradient.")
     target_kl: float | None = option(None, "Adapts beta so that completions come to this KL, in nats.")
@@ -109,6 +110,10 @@ class PPOConfig(OnlineConfig):
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.whiten_rewards and self.beta and self.kl_estimator == "exact" and self.kl_in == "reward":
+            raise UsageError(
+                "whiten_rewards: with the exact KL in the reward, pass whiten_advantages or kl_in loss instead"
+            )
         if self.value_model_name_or_path is not None and self.value_model == "shared":
             raise UsageError("value_model_name_or_path: a shared value head starts from the policy; drop it")
 
@@ -138,3 +143,8 @@ class GRPOConfig(OnlineConfig):
             raise UsageError(f"variant {self.variant} compares completions of a prompt: num_generations must be >= 2")
         if self.is_cap is not None and not self.is_cap > 0:
             raise UsageError(f"is_cap must be above 0, got {self.is_cap}")
+        if self.beta and self.kl_in == "reward" and self.kl_estimator == "exact":
+            raise UsageError(
+                "kl_in reward with kl_estimator exact: the tokens of a completion share an advantage, in which an exact "
+                "KL would hold no token back by its own probability. Take k1, or kl_in loss"
+            )

@@ -2,6 +2,9 @@
 arXiv:2203.02155), from a configuration to a model folder.
 
     reward of token t = score of the completion, at its last token, - beta KL_t
+
+KL_t may be estimated from the token that was drawn, or exact: then it belongs to the state before the token, whose
+choice does not change it. As a reward it holds back the tokens before; for the token itself k1 stands (`own_penalties`).
 """
 
 from __future__ import annotations
@@ -77,6 +80,7 @@ class PPO:
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        advantages -= own_penalties(episodes, config, beta)
         explained = 1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
         metrics = {
             "val/values": values[mask].mean().item(),
@@ -104,6 +108,17 @@ def token_rewards(episodes: Sequence[Episode], config: PPOConfig, beta: float) -
             row[:count] -= beta * kl_of_tokens(episode, config)
         row[count - 1] += config.score_of(episode.reward, episode.finished)
     return rewards
+
+
+def own_penalties(episodes: Sequence[Episode], config: PPOConfig, beta: float) -> Tensor:
+    """[B, T]: what a token's advantage loses beside its rewards: beta (k1 - KL) where the exact KL is in the reward,
+    else nothing. Its mean over the tokens that might have been drawn is 0, its gradient that of the KL."""
+    penalties = torch.zeros(len(episodes), max(len(episode.ids) for episode in episodes))
+    if beta and config.kl_in == "reward" and config.kl_estimator == "exact":
+        for row, episode in zip(penalties, episodes, strict=True):
+            k1 = rk.kl_penalty(episode.logprobs, episode.ref_logprobs, "k1")
+            row[: len(episode.ids)] = beta * (k1 - episode.kl)
+    return penalties
 
 
 def padded_values(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:

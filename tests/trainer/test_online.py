@@ -341,6 +341,45 @@ def test_the_reward_of_tokens(task):
     torch.testing.assert_close(token_rewards(episodes, config, beta=0.1), torch.tensor([[0.0, 1.0], [-0.7, 0.0]]))
 
 
+@pytest.mark.parametrize("kind", ["k1", "exact"])
+def test_the_kl_in_the_reward_has_the_gradient_of_the_kl(task, kind):
+    """Over all 13 completions of one or two tokens of a table of four: the mean of advantage times grad log pi is the
+    gradient of E[score] - beta KL(policy || reference)."""
+    torch.manual_seed(2)
+    logits, ref = (
+        torch.randn(5, 4, requires_grad=True),
+        torch.randn(5, 4).log_softmax(-1),
+    )  # before the first, behind each
+    logp, beta = logits.log_softmax(-1), 0.7
+    kl = (logp.exp() * (logp - ref)).sum(-1)
+    config = PPOConfig(
+        **task | {"output_dir": "out"}, beta=beta, kl_estimator=kind, lam=1.0, whiten_advantages=False,
+    )  # fmt: skip
+    ends = [[3]]  # token 3 ends
+    sequences = ends + [[first, second] for first in range(3) for second in range(4)]
+    episodes, chances, scores = [], [], []
+    for ids in sequences:
+        states = [0, *(1 + i for i in ids)][: len(ids)]
+        score = float(sum(ids)) - 2.0 * (ids[0] == 1)
+        told = [table[states, ids].detach() for table in (logp, ref)]
+        episodes.append(
+            Episode(1, [0], ids, True, score, None, told[0], told[1], kl[states].detach(), torch.zeros(len(ids)))
+        )
+        chances.append(logp[states, ids])
+        scores.append(score - beta * (chances[-1] - ref[states, ids]).sum())
+    credited = PPO().credit(config, episodes, beta).episodes
+    total = [chance.sum().exp() for chance in chances]
+    assert sum(total).item() == pytest.approx(1.0)
+    aim = sum(
+        (whole.detach() * chance * episode.advantages).sum()
+        for whole, chance, episode in zip(total, chances, credited, strict=True)
+    )
+    (found,) = torch.autograd.grad(aim, logits, retain_graph=True)
+    objective = sum(whole * score for whole, score in zip(total, scores, strict=True))
+    (expected,) = torch.autograd.grad(objective, logits)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_groups_of_equal_rewards_are_counted(run):
     _, lines = run("grpo", max_new_tokens=1)
     assert lines[0]["frac_reward_zero_std"] == 1.0 and lines[0]["grad_norm"] == 0.0
@@ -359,6 +398,8 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("grpo", {"num_generations": 1}, "num_generations must be >= 2"),
         ("grpo", {"batch_size": 10}, "batch_size counts completions: .* num_generations=4"),
         ("grpo", {"beta": 0.1, "kl_estimator": "k1"}, "its expected gradient is zero. Take k2, k3 or exact"),
+        ("grpo", {"beta": 0.1, "kl_estimator": "exact", "kl_in": "reward"}, "Take k1, or kl_in loss"),
+        ("ppo", {"kl_estimator": "exact", "whiten_rewards": True}, "pass whiten_advantages or kl_in loss instead"),
         ("grpo", {"is_cap": 0.0}, "is_cap must be above 0"),
         ("ppo", {"temperature": 0.0}, "temperature must be finite and above 0"),
         ("ppo", {"lam": 1.5}, r"lam must be in \[0, 1\]"),
