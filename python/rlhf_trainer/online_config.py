@@ -145,6 +145,6 @@ class GRPOConfig(OnlineConfig):
             raise UsageError(f"is_cap must be above 0, got {self.is_cap}")
         if self.beta and self.kl_in == "reward" and self.kl_estimator == "exact":
             raise UsageError(
-                "kl_in reward with kl_estimator exact: the tokens of a completion share an advantage, in which an exact "
+                "kl_in reward with kl_estimator exact: tokens of a completion share an advantage, in which an exact "
                 "KL would hold no token back by its own probability. Take k1, or kl_in loss"
             )

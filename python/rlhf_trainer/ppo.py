@@ -4,7 +4,7 @@ arXiv:2203.02155), from a configuration to a model folder.
     reward of token t = score of the completion, at its last token, - beta KL_t
 
 KL_t may be estimated from the token that was drawn, or exact: then it belongs to the state before the token, whose
-choice does not change it. As a reward it holds back the tokens before; for the token itself k1 stands (`own_penalties`).
+choice does not change it. As a reward it holds back the tokens before; for the token itself stands k1: `own_penalties`.
 """
 
 from __future__ import annotations
