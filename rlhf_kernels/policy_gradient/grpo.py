@@ -104,9 +104,9 @@ def grpo_loss(
 
     Source: grpo: Shao et al. (2024), "DeepSeekMath", arXiv:2402.03300, eq. 3 and 4; dr_grpo: Liu et al. (2025),
     "Understanding R1-Zero-Like Training", arXiv:2503.20783; dapo: Yu et al. (2025), arXiv:2503.14476, eq. 8; gspo:
-    Zheng et al. (2025), arXiv:2507.18071, eq. 5 and 7; cispo: MiniMax (2025), "MiniMax-M1", arXiv:2506.13585; rloo:
-    Ahmadian et al. (2024), "Back to Basics", arXiv:2402.14740; reinforce: Williams (1992); the sampler's weights: Yao
-    et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    Zheng et al. (2025), arXiv:2507.18071, eq. 5 and 7; cispo: MiniMax (2025), "MiniMax-M1", arXiv:2506.13585, eq. 4
+    and 5; rloo: Ahmadian et al. (2024), "Back to Basics", arXiv:2402.14740; reinforce: Williams (1992); the sampler's
+    weights: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
     check_choice("variant", variant, tuple(VARIANTS))
     kind = VARIANTS[variant]
