@@ -70,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"rlhf {name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nrlhf {name}: interrupted; the same command with --resume goes on from what it has kept", file=sys.stderr
+        )
+        return 130
     return 0
 
 

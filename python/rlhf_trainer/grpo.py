@@ -24,7 +24,8 @@ from .training import Measured
 class GRPOTask(OnlineTask):
     """Means are over completions or over their tokens, as the variant's are."""
 
-    names = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
+    names = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+    kl_name = "kl"
 
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
         config = self.config
@@ -40,9 +41,10 @@ class GRPOTask(OnlineTask):
         clipped = rk.grpo_clip_fraction(
             seen.logprobs, old_logprobs, advantages, seen.mask, config.variant, config.clip_low, config.clip_high
         )
-        penalty = torch.zeros_like(loss) if kl is None else self.mean(kl, seen.mask)
         entropy = self.mean(seen.entropy, seen.mask)
-        metrics = [loss, entropy, clipped.low, clipped.high, clipped.low + clipped.high, penalty]
+        metrics = [loss, entropy, clipped.low, clipped.high, clipped.low + clipped.high]
+        if kl is not None:
+            metrics.append(self.mean(kl, seen.mask))
         return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
 
     def sampler_logprobs(self, part: list[Episode], seen: Seen, old_logprobs: Tensor) -> Tensor | None:

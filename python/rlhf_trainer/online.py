@@ -32,14 +32,16 @@ from .collecting import (
     prompts_of_step,
     report_failures,
 )
+from .data import Prompt
 from .divergence import states_of
 from .episodes import Episode, Seen, batch_of, looked_at, padded, see, unpadded
-from .generation import completion_text
+from .generation import Completion, completion_text
 from .kl_control import adapted
 from .online_config import OnlineConfig
 from .online_metrics import length_metrics, means_of_updates, reward_metrics, rollout_metrics
 from .online_setup import Setup, digest
 from .progress import write_jsonl
+from .rewards import Scores
 from .rollout import Failure, Sampler, make_sampler, mismatch
 from .training import Run, Task
 
@@ -69,12 +71,16 @@ class OnlineTask(Task):
     """Episodes of one iteration, each with its advantages."""
 
     noun = "completions"
+    kl_name: str  # of the metric, where the KL is in the loss
 
     def __init__(
         self, setup: Setup, episodes: list[Episode], plan: list[list[MicroBatch]], counts: Sequence[float], beta: float
     ) -> None:
         super().__init__(plan, counts, setup.accelerator.device)
         self.setup, self.config, self.episodes, self.beta = setup, setup.config, episodes, beta
+        self.has_kl = beta != 0 and setup.config.kl_in == "loss"
+        if self.has_kl:
+            self.names = (*self.names, self.kl_name)
 
     def examples(self, indices: MicroBatch) -> list[Any]:
         return [self.episodes[i].told() for i in indices]
@@ -83,13 +89,12 @@ class OnlineTask(Task):
         """The episodes, what the model makes of them, and their KL [S, T - 1] with a gradient, if the loss has it."""
         config, part = self.config, [self.episodes[i] for i in indices]
         batch = batch_of(part, self.setup.pad_id).to(self.device)
-        in_loss = self.beta != 0 and config.kl_in == "loss"
         states = None
-        if in_loss and config.kl_estimator == "exact":
+        if self.has_kl and config.kl_estimator == "exact":
             with torch.no_grad():
                 states = states_of(self.setup.reference, batch)
         seen = see(model, batch, config.temperature, states)
-        if not in_loss or states is not None:
+        if not self.has_kl or states is not None:
             return part, seen, seen.kl
         ref_logprobs = self.padded("ref_logprobs", part, seen.mask)
         return part, seen, rk.kl_penalty(seen.logprobs, ref_logprobs, config.kl_estimator)
@@ -132,7 +137,12 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
         beta = run.facts.get("beta", config.beta)
         if accelerator.is_main_process:
             forget_failures(run.work, run.done)
-        run.log.say(f"{len(setup.prompts)} prompts, {total} iterations, metrics in {run.work / 'metrics.jsonl'}")
+        asked = f"{asked_each} prompts x {config.num_generations} completions"
+        epochs = total * asked_each / len(setup.prompts)
+        run.log.say(
+            f"{len(setup.prompts)} prompts; {total} iterations of {asked}, which is {epochs:.3g} epochs; metrics in "
+            f"{run.work / 'metrics.jsonl'}"
+        )
         if config.server_url is not None and config.server_sync == "none":
             run.log.say(
                 "note: server_sync is none: completions stay those of the server's own model, however far the policy "
@@ -177,6 +187,8 @@ def iterate(
     if not completions:  # each prompt lacks one: nothing to compare, and nothing to learn in this iteration
         return failed, beta
     judged = judge(setup, prompts, completions)
+    if not setup.held_out:
+        show_samples(setup, prompts, completions, judged, run.work)
     episodes = episodes_of(prompts, completions, judged)
 
     plan = plan_of(setup, episodes, seed)
@@ -218,16 +230,21 @@ def evaluate(setup: Setup, sampler: Sampler, work: Path, step: int) -> dict[str,
     done = [k for k, one in enumerate(drawn) if not isinstance(one, Failure)]
     prompts, completions = [setup.held_out[k] for k in done], [drawn[k] for k in done]
     judged = judge(setup, prompts, completions)
-    if setup.accelerator.is_main_process:
-        rows = zip(prompts[:SAMPLES], completions[:SAMPLES], judged.total.tolist()[:SAMPLES], strict=True)
-        write_jsonl(
-            work / SAMPLES_FILE,
-            [
-                {"prompt": p.prompt, "completion": completion_text(setup.tokenizer, c), "reward": reward}
-                for p, c, reward in rows
-            ],
-        )
+    show_samples(setup, prompts, completions, judged, work)
     episodes = episodes_of(prompts, completions, judged)
     found = reward_metrics(judged, setup.rewards.names) | length_metrics(episodes)
     found["rollouts/failed"] = float(len(drawn) - len(done))
     return {f"eval/{name}": value for name, value in found.items()}
+
+
+def show_samples(
+    setup: Setup, prompts: Sequence[Prompt], completions: Sequence[Completion], judged: Scores, work: Path
+) -> None:
+    """The first of the last evaluation, or without one of the last iteration, for a person to read."""
+    if setup.accelerator.is_main_process:
+        rows = zip(prompts[:SAMPLES], completions[:SAMPLES], judged.total.tolist()[:SAMPLES], strict=True)
+        texts = [
+            {"row": p.row, "prompt": p.prompt, "completion": completion_text(setup.tokenizer, c), "reward": reward}
+            for p, c, reward in rows
+        ]
+        write_jsonl(work / SAMPLES_FILE, texts)

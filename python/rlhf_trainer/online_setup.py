@@ -55,14 +55,13 @@ def prepare(config: OnlineConfig) -> Setup | None:
         return None
     tokenizer = load_tokenizer_for(config)
     rewards = load_rewards(config, accelerator.device, batch_size=config.generation_batch_size)
-    prompts = prompts_of(config, config.dataset, config.dataset_split, tokenizer, accelerator)
+    prompts = prompts_of(config, config.dataset, config.dataset_split, tokenizer, rewards, accelerator)
     held_out = []
     if config.eval_dataset is not None:
-        held_out = prompts_of(config, config.eval_dataset, config.eval_split, tokenizer, accelerator)
+        held_out = prompts_of(config, config.eval_dataset, config.eval_split, tokenizer, rewards, accelerator)
     policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
     for source, part in ((config.dataset, prompts), (config.eval_dataset, held_out)):
         if part:
-            rewards.check(part, str(source), config.max_new_tokens)
             lengths = [prompt.length + config.max_new_tokens for prompt in part]
             check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
     reference = None
@@ -78,14 +77,33 @@ def prepare(config: OnlineConfig) -> Setup | None:
 
 
 def prompts_of(
-    config: OnlineConfig, source: str, split: str, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: OnlineConfig,
+    source: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Rewards,
+    accelerator: Accelerator,
 ) -> list[Prompt]:
+    """Those that have what the rewards need."""
     loaded = load_prompts(
         source, tokenizer, split=split, max_prompt_length=config.max_prompt_length, format=config.dataset_format,
         streaming=config.streaming, skip_invalid_rows=config.skip_invalid_rows,
     )  # fmt: skip
-    accelerator.print(loaded.report(source))
-    return loaded.examples
+    if not config.skip_invalid_rows:
+        rewards.check(loaded.examples, source, config.max_new_tokens)
+        accelerator.print(loaded.report(source))
+        return loaded.examples
+    prompts, skipped = [], list(loaded.skipped)
+    for prompt in loaded.examples:
+        try:
+            rewards.check([prompt], source, config.max_new_tokens)
+            prompts.append(prompt)
+        except UsageError as error:
+            skipped.append(str(error))
+    if not prompts:
+        raise UsageError(f"{source}: no row can be used: {skipped[0]}")
+    accelerator.print(loaded._replace(examples=prompts, skipped=skipped).report(source))
+    return prompts
 
 
 def digest(setup: Setup) -> str:

@@ -33,8 +33,9 @@ class PPOTask(OnlineTask):
 
     names = (
         "loss", "loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "policy/approxkl_avg", "policy/clipfrac_avg",
-        "val/clipfrac_avg", "val/ratio", "loss/kl_avg",
+        "val/clipfrac_avg", "val/ratio",
     )  # fmt: skip
+    kl_name = "loss/kl_avg"
 
     def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
         config = self.config
@@ -57,15 +58,16 @@ class PPOTask(OnlineTask):
         value_terms = rk.value_loss(*values, clip=config.clip_value)
         value = mean(value_terms)
         entropy = mean(seen.entropy)
-        penalty = torch.zeros_like(policy) if kl is None else mean(kl)
-        loss = policy + config.vf_coef * value - config.entropy_coef * entropy + self.beta * penalty
+        loss = policy + config.vf_coef * value - config.entropy_coef * entropy
+        if kl is not None:
+            loss = loss + self.beta * mean(kl)
 
         clipped = rk.clip_fraction(seen.logprobs, old_logprobs, advantages, mask, config.clip_low, config.clip_high)
         moved = seen.logprobs.detach() - old_logprobs
         value_clipped = value_terms > rk.value_loss(*values, clip=None)
         metrics = [
             loss, policy, value, entropy, mean(0.5 * moved.square()), clipped.low + clipped.high, mean(value_clipped),
-            mean(moved.exp() * mask), penalty,
+            mean(moved.exp() * mask), *([] if kl is None else [mean(kl)]),
         ]  # fmt: skip
         return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -141,6 +142,12 @@ class Rewards:
         return Scores(parts @ torch.tensor(self.weights, dtype=torch.float32), parts)
 
 
+def line_of(error: BaseException) -> str:
+    """Where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}"
+
+
 class RowReward:
     """A verifiable reward, of a text and a column of the row."""
 
@@ -226,9 +233,8 @@ class UserReward:
         except Exception as error:
             prompt, found = self.culprit(prompts, texts) or (None, error)
             place = "all prompts together" if prompt is None else where(prompt)
-            raise UsageError(
-                f"the reward function {self.spec!r} raised {type(found).__name__}: {found} (for {place})"
-            ) from found
+            said = f"raised {type(found).__name__}: {found} (for {place}; {line_of(found)})"
+            raise UsageError(f"the reward function {self.spec!r} {said}") from found
 
     def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, Exception] | None:
         for prompt, text in zip(prompts, texts, strict=True):

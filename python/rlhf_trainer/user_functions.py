@@ -15,6 +15,8 @@ from .errors import UsageError
 def import_function(spec: str, where: str) -> Callable[..., Any]:
     """Found as `import module` finds it, or in the working directory; UsageError, beginning with `where`, if not."""
     module, _, name = spec.partition(":")
+    if module.endswith(".py"):
+        raise UsageError(f"{where} {spec!r}: a module is named without .py: {module.removesuffix('.py')}:{name}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that it hides nothing
     try:

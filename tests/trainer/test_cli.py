@@ -7,7 +7,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_trainer
-from rlhf_trainer.cli import main
+from rlhf_trainer.cli import Command, main
 from rlhf_trainer.dpo import DPOTask
 
 
@@ -64,3 +64,12 @@ def test_importing_the_trainer_sees_only_public_names_of_the_kernels():
                 assert all(a.name == "rlhf_kernels" for a in node.names if a.name.startswith("rlhf_kernels")), path
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rk":
                 assert node.attr in rk.__all__ or node.attr == "__version__", (path, node.attr)
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "run", interrupted)
+    assert main(["grpo"]) == 130
+    assert "rlhf grpo: interrupted; the same command with --resume goes on" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -378,6 +379,24 @@ def test_the_kl_in_the_reward_has_the_gradient_of_the_kl(task, kind):
     objective = sum(whole * score for whole, score in zip(total, scores, strict=True))
     (expected,) = torch.autograd.grad(objective, logits)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_without_an_answer_are_skipped_if_that_is_wanted(run, task, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(task["dataset"]).read_text().splitlines()]
+    del rows[5]["answer"]
+    data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UsageError, match=r"row 6, .*needs a column"):
+        run("grpo", dataset=data)
+    run("grpo", dataset=data, skip_invalid_rows=True)
+    assert "15 prompts, 1 invalid rows skipped" in capsys.readouterr().out
+
+
+def test_a_kl_that_is_not_known_is_not_logged(run):
+    _, lines = run("grpo")
+    assert "kl" not in lines[0] and "objective/kl" not in lines[0]
+    folder, lines = run("grpo", beta=0.1)
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6) and lines[1]["kl"] > 0
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
 
 
 def test_groups_of_equal_rewards_are_counted(run):

@@ -160,8 +160,14 @@ def test_what_else_counts_as_numbers(functions, name, values):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"'my_rewards:raises' raised KeyError: 'no such key' \(for row 2, prompt 'bad'\)"),
-        ("raises_on_many", r"raised RuntimeError: too many \(for all prompts together\)"),
+        (
+            "raises",
+            r"'my_rewards:raises' raised KeyError: 'no such key' \(for row 2, prompt 'bad'; .*my_rewards.py:\d+, in",
+        ),
+        (
+            "raises_on_many",
+            r"raised RuntimeError: too many \(for all prompts together; .*my_rewards.py:\d+, in raises_on_many\)",
+        ),
         ("nan", r"'my_rewards:nan' gave float nan, expected a finite number \(for row 2, prompt 'bad'\)"),
         ("inf", r"gave float -inf, expected a finite number \(for row 2"),
         ("huge", r"gave float 1e\+39, expected a finite number \(for row 2"),  # fp32 holds no such number
@@ -190,6 +196,7 @@ def test_a_long_prompt_is_shortened_and_a_chat_shows_its_last_message(functions)
     ("spec", "message"),
     [
         ("exact_anwser", r"'exact_anwser' is unknown; known are exact_answer, regex, .*module:function for one"),
+        ("my_rewards.py:f", "a module is named without .py: my_rewards:f"),
         ("no_module_here:f", r"cannot import 'no_module_here', from .*ModuleNotFoundError"),
         ("broken_rewards:f", r"cannot import 'broken_rewards', .*No module named 'nothing_of_this_name'"),
         ("my_rewards:f", r"'my_rewards' \(.*my_rewards.py\) has no 'f'"),
