@@ -387,11 +387,12 @@ class FrontierConfig:
     resume: bool = option(False, "Go on where a run into output_dir stopped; from the start if there is none.")
     quick: bool = option(False, "One seed, few strengths, short trainings: to see that all runs, not how it comes out.")
     seeds: int = option(3, "How often every training is repeated, with other data and another order.")
+    reward_model_seeds: int = option(9, "The same of reward models, which differ more and cost less.")
     workers: int | None = option(None, "Trainings at once, with one thread each; default: as many as there are cores.")
     seed: int = option(0, "Seeds everything.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "seeds", "workers")
+        at_least(self, 1, "seeds", "reward_model_seeds", "workers")
         at_least(self, 0, "seed")
 
 

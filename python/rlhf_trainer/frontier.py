@@ -47,7 +47,7 @@ from .frontier_language import leaf_rewards
 from .frontier_methods import METHODS, QUICK, REWARD_MODEL, WHOLE, Method, World, make_world
 from .frontier_overoptimisation import agreement, curve, peak, proxy_rewards
 from .frontier_plots import draw_frontier, draw_overoptimisation
-from .frontier_report import environment, report_of
+from .frontier_report import commit, environment, report_of
 from .models import load_causal_lm, load_tokenizer
 from .scoring import load_reward_model
 
@@ -93,9 +93,13 @@ def run(config: FrontierConfig) -> Path:
         truth = truth_of(world, work / LEAVES_FILE)
     print(f"the reference model knows the language; {sizes.held_out} prompts are held out")
 
-    seeds = [config.seed + 1 + number for number in range(1 if config.quick else config.seeds)]
-    methods = (*METHODS, REWARD_MODEL)
-    jobs = [Job(method, strength, seed) for method in methods for strength in method.strengths(sizes) for seed in seeds]
+    counts = [(method, config.seeds) for method in METHODS] + [(REWARD_MODEL, config.reward_model_seeds)]
+    jobs = [
+        Job(method, strength, config.seed + 1 + number)
+        for method, count in counts
+        for strength in method.strengths(sizes)
+        for number in range(1 if config.quick else count)
+    ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
     for _ in tqdm(results(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
@@ -103,7 +107,7 @@ def run(config: FrontierConfig) -> Path:
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
     found = environment() | {
-        "seed": config.seed, "seeds": seeds, "sizes": sizes._asdict(),
+        "seed": config.seed, "sizes": sizes._asdict(),
         "seconds_of_this_run": round(time.perf_counter() - started, 1),
     } | counted(truth, config.seed)  # fmt: skip
     found["points"] = [point for point in points if "curve" not in point]
@@ -218,7 +222,7 @@ def do(job: Job, world: World, work: Path) -> None:
         raise UsageError(f"{job.name}: {error}\nwhat it said is in {log}; --resume goes on from there") from error
     found = {"method": job.method.name, job.method.strength: job.strength, "seed": job.seed} | measured
     found |= {
-        "train_seconds": round(trained - started, 2), "train_cpu_seconds": round(trained_cpu - started_cpu, 2),
+        "commit": commit(), "train_seconds": round(trained - started, 2), "train_cpu_seconds": round(trained_cpu - started_cpu, 2),
         "measure_seconds": round(time.perf_counter() - trained, 2),
     }  # fmt: skip
     path = point_file(work, job)

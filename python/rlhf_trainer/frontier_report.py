@@ -164,14 +164,15 @@ def name_of(point: Point) -> str:
 
 
 def head_of(found: Found) -> str:
-    reference, seeds = found["reference"], len(found["seeds"])
+    reference = found["reference"]
+    seeds, judges = (len({point["seed"] for point in found[key]}) for key in ("points", "overoptimisation"))
     weights = ", ".join(f"{row['median']:,.1f} at beta {row['beta']:g}" for row in found["importance_weighting"])
     least, most = (found["importance_weighting"][0][key] for key in ("least", "most"))
     return (
         f"{found['sizes']['held_out']} held-out prompts with {reference['leaves']:,} completions each; the reference's "
         f"hidden reward is {reference['reward']:+.3f} (standard deviation {reference['reward_std']:.2f}, the best "
         f"completion {reference['largest_reward']:+.2f}), its entropy {reference['entropy']:.2f} nats. "
-        f"{seeds} seeds; +- is one standard error over them.\n"
+        f"{seeds} seeds, {judges} of reward models; +- is one standard error over them.\n"
         f"Effective sample size of {found['importance_weighting'][0]['draws']:,} draws from the reference, weighted by "
         f"exp(r / beta), median over prompts: {weights} (there {least:,.1f} to {most:,.1f} at the first)."
     )
