@@ -222,7 +222,8 @@ def do(job: Job, world: World, work: Path) -> None:
         raise UsageError(f"{job.name}: {error}\nwhat it said is in {log}; --resume goes on from there") from error
     found = {"method": job.method.name, job.method.strength: job.strength, "seed": job.seed} | measured
     found |= {
-        "commit": commit(), "train_seconds": round(trained - started, 2), "train_cpu_seconds": round(trained_cpu - started_cpu, 2),
+        "commit": commit(), "train_seconds": round(trained - started, 2),
+        "train_cpu_seconds": round(trained_cpu - started_cpu, 2),
         "measure_seconds": round(time.perf_counter() - trained, 2),
     }  # fmt: skip
     path = point_file(work, job)
