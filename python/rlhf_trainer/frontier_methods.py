@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from .frontier_language import (
     prefers_first,
     write_completion,
 )
+from .frontier_report import COVERING
 from .grpo import train_grpo
 from .online_config import GRPOConfig, PPOConfig
 from .ppo import train_ppo
@@ -126,29 +127,33 @@ def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
 
 
 def completions_of(
-    world: World, count: int, seed: int, folder: Path, steps: int = MAX_WORDS
+    world: World, count: int, seed: int, folder: Path, steps: int = MAX_WORDS, writers: Sequence[str] = ()
 ) -> list[list[dict[str, Any]]]:
-    """`count` completions of the reference for each training prompt, by prompt; in `folder`."""
+    """`count` completions for each training prompt, by prompt; of the reference, or shared out to `writers`."""
+    writers = writers or (world.reference,)
     sample(
         SampleConfig(
-            models=[world.reference], dataset=world.prompts_file, output_dir=str(folder), num_completions=count,
-            max_prompt_length=PROMPT_WORDS, max_new_tokens=steps, batch_size=1024, seed=seed,
+            models=list(writers), dataset=world.prompts_file, output_dir=str(folder), seed=seed, batch_size=1024,
+            num_completions=count // len(writers), max_prompt_length=PROMPT_WORDS, max_new_tokens=steps,
         )
     )  # fmt: skip
     lines = (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
-    rows = (json.loads(line) for line in lines)
-    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["prompt_row"])]
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        groups.setdefault(row["prompt_row"], []).append(row)
+    return list(groups.values())
 
 
-def write_pairs(world: World, count: int, seed: int, folder: Path) -> Path:
-    """`count` pairs of the reference's completions, spread over the training prompts, each judged once.
+def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
+    """`count` pairs of completions, of the reference or `writers`, spread over the training prompts, each judged once.
 
     Left out are completions that say nothing, and pairs of equals.
     """
     rng = random.Random(seed)
     per_prompt = -(-count // len(world.seen))
     rows, left = [], count
-    for group in completions_of(world, min(world.sizes.completions, 2 * per_prompt), seed, folder / "completions"):
+    each = min(world.sizes.completions, 2 * per_prompt)
+    for group in completions_of(world, each, seed, folder / "completions", writers=writers):
         prompt = group[0]["prompt"]
         said = sorted({row["completion"] for row in group if row["completion"]})
         rewards = [hidden_reward(prompt, text) for text in said]
@@ -165,9 +170,9 @@ def write_pairs(world: World, count: int, seed: int, folder: Path) -> Path:
     return path
 
 
-def dpo(world: World, beta: float, seed: int, folder: Path) -> Path:
+def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
     """As many pairs of each prompt's completions, each judged once; about five prompts a step."""
-    pairs = write_pairs(world, world.sizes.pairs, seed, folder)
+    pairs = write_pairs(world, world.sizes.pairs, seed, folder, writers)
     told = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
     return train_dpo(
         DPOConfig(
@@ -176,6 +181,13 @@ def dpo(world: World, beta: float, seed: int, folder: Path) -> Path:
             lr_schedule="cosine", warmup_steps=20,
         )
     )  # fmt: skip
+
+
+def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
+    """The same, but half of the completions are of a policy that PPO has brought near the optimum for this beta: what
+    the best policy says, which the reference says hardly ever, is then among the pairs."""
+    near_optimum = ppo(world, beta, seed, folder / "ppo")
+    return dpo(world, beta, seed, folder, (world.reference, str(near_optimum)))
 
 
 def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
@@ -249,9 +261,10 @@ class Method(NamedTuple):
     name: str
     strength: str
     train: Callable[[World, float, int, Path], Path]
+    most: int | None = None  # of the strengths, from the first
 
     def strengths(self, sizes: Sizes) -> tuple[float, ...]:
-        return {"beta": sizes.betas, "N": sizes.counts, "pairs": sizes.reward_pairs}[self.strength]
+        return {"beta": sizes.betas, "N": sizes.counts, "pairs": sizes.reward_pairs}[self.strength][: self.most]
 
 
 METHODS = (
@@ -259,5 +272,6 @@ METHODS = (
     Method("DPO", "beta", dpo),
     Method("PPO", "beta", ppo),
     Method("GRPO", "beta", grpo),
+    Method(COVERING, "beta", dpo_covering, most=2),
 )
 REWARD_MODEL = Method("reward model", "pairs", reward_model)

@@ -11,11 +11,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .frontier_report import mean_and_error, strengths_of
+from .frontier_report import COVERING, mean_and_error, strengths_of
 
 INK, PALE = "#7d8590", "#7d859055"
-COLOURS = {"DPO": "#2f81f7", "PPO": "#3fb950", "GRPO": "#e667ac", "rejection sampling + SFT": "#d29922"}
-MARKERS = {"DPO": "o", "PPO": "s", "GRPO": "D", "rejection sampling + SFT": "^"}
+COLOURS = {
+    "DPO": "#2f81f7", "PPO": "#3fb950", "GRPO": "#e667ac", "rejection sampling + SFT": "#d29922", COVERING: "#56c4d6",
+}  # fmt: skip
+MARKERS = {"DPO": "o", "PPO": "s", "GRPO": "D", "rejection sampling + SFT": "^", COVERING: "v"}
 BEST_OF_N = "#a371f7"
 BY_PAIRS = ("#d29922", "#2f81f7", "#3fb950")  # from the fewest to the most
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rlhf_trainer", "font.size": 10.5}

@@ -20,6 +20,8 @@ import rlhf_kernels as rk
 NEAR = 0.9  # of what could be gained over the reference at the same KL
 ROUNDING = 1e-6  # of sums over leaves and of bisection
 
+COVERING = "DPO, half from PPO"  # of its completions
+
 Found = dict[str, Any]
 Point = dict[str, Any]
 
@@ -30,7 +32,7 @@ def report_of(found: Found) -> tuple[list[Point], str]:
     expectations = [
         none_above(points), *(grows(points, method) for method in methods_of(points)),
         *(is_near(points, method) for method in methods_of(points) if method in ("PPO", "DPO")),
-        *(is_below(points, method) for method in methods_of(points) if method.startswith("rejection")),
+        covers(points), *(is_below(points, method) for method in methods_of(points) if method.startswith("rejection")),
         within_bound(found["best_of_n"]), proxy_rises(runs), *(falls(runs, pairs) for pairs in pairs_of(runs)),
         *(peaks_later(runs, a, b) for a, b in itertools.pairwise(pairs_of(runs))),
     ]  # fmt: skip
@@ -73,6 +75,17 @@ def is_near(points: Sequence[Point], method: str) -> Point:
     knob, rows = rows_of(points, method)
     holds = all(row["share"][0] + 2 * row["share"][1] >= NEAR for row in rows)
     return stated(f"{method} is near the frontier (at least {NEAR:.0%} of the gain)", holds, shares(rows, knob))
+
+
+def covers(points: Sequence[Point]) -> Point:
+    """Where DPO falls short, is it that its pairs lack what the best policy says?"""
+    knob, better = rows_of(points, COVERING)
+    plain = {row[knob]: row["share"] for row in rows_of(points, "DPO")[1]}
+    gains = [
+        (row["share"][0] - plain[row[knob]][0], math.hypot(row["share"][1], plain[row[knob]][1])) for row in better
+    ]
+    holds = all(gain > 2 * error for gain, error in gains)
+    return stated(f"{COVERING} comes nearer than DPO", holds, shares(better, knob))
 
 
 def is_below(points: Sequence[Point], method: str) -> Point:
