@@ -41,10 +41,13 @@ def prompts_of_step(setup: Setup, step: int) -> list[Prompt]:
     return chosen
 
 
-def draw(setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], seed: int) -> list[Completion | Failure]:
-    """One completion for each, known to every process; a server is asked by the main one only."""
+def draw(
+    setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], seed: int, source: str
+) -> list[Completion | Failure]:
+    """One completion for each of the prompts, which are of `source`, known to every process; a server is asked by the
+    main one only."""
     config = setup.config
-    asked = [Asked(prompt.ids, prompt.prompt, f"{config.dataset}, row {prompt.row}") for prompt in prompts]
+    asked = [Asked(prompt.ids, prompt.prompt, f"{source}, row {prompt.row}") for prompt in prompts]
     sampling = Sampling(config.max_new_tokens, config.temperature)
     if config.server_url is not None:
         found = [sampler.generate(asked, sampling, seed=seed, number=0) if setup.accelerator.is_main_process else None]

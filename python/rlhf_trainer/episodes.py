@@ -73,7 +73,7 @@ def see(model: nn.Module, batch: Batch, temperature: float, reference: States | 
 
     def use(hidden: Tensor, head: LMHead, values: Tensor | None = None) -> Seen:
         states = States(hidden, head)
-        found = logprobs_of(states, targets, temperature)
+        found = logprobs_of(states, targets, temperature, ("entropy",))
         kl = None if reference is None else kl_per_token(states, reference, mask, temperature)
         values = None if values is None else torch.where(mask, values[:, :-1], 0.0)
         return Seen(mask, found.logprobs, found.entropy, kl, values)
@@ -81,11 +81,13 @@ def see(model: nn.Module, batch: Batch, temperature: float, reference: States | 
     return model(batch, use)
 
 
-def logprobs_of(states: States, targets: Tensor, temperature: float) -> rk.LinearLogprobs:
+def logprobs_of(
+    states: States, targets: Tensor, temperature: float, outputs: tuple[str, ...] = ()
+) -> rk.LinearLogprobs:
     """Of the tokens [S, T - 1] that follow the states' first T - 1."""
     hidden, head = states
     return rk.linear_logprobs(
-        hidden[:, :-1], head.weight, targets, **head.options(), temperature=temperature, outputs=("entropy",)
+        hidden[:, :-1], head.weight, targets, **head.options(), temperature=temperature, outputs=outputs
     )
 
 

@@ -180,7 +180,7 @@ def iterate(
     config = setup.config
     seed = random.Random(f"{config.seed}, iteration {step}").getrandbits(48)
     asked = prompts_of_step(setup, step)
-    drawn = draw(setup, sampler, asked, seed)
+    drawn = draw(setup, sampler, asked, seed, config.dataset)
     report_failures(setup, drawn, run.work, step)
     prompts, completions = complete_groups(config, asked, drawn)
     failed = {"rollouts/failed": float(len(drawn) - len(completions))}
@@ -225,7 +225,7 @@ def share_policy(setup: Setup, sampler: Sampler, folder: Path) -> None:
 def evaluate(setup: Setup, sampler: Sampler, work: Path, step: int) -> dict[str, float]:
     """Rewards and lengths of a completion of each held-out prompt, the same draws every time; some are kept."""
     seed = random.Random(f"{setup.config.seed}, evaluation").getrandbits(48)
-    drawn = draw(setup, sampler, setup.held_out, seed)
+    drawn = draw(setup, sampler, setup.held_out, seed, str(setup.config.eval_dataset))
     report_failures(setup, drawn, work, step)
     done = [k for k, one in enumerate(drawn) if not isinstance(one, Failure)]
     prompts, completions = [setup.held_out[k] for k in done], [drawn[k] for k in done]

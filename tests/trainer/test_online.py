@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def first_batch(config, algorithm):
     module = make_actor_critic(setup, config) if algorithm.needs_values else setup.policy
     prompts = prompts_of_step(setup, 1)
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
-    completions = draw(setup, sampler, prompts, seed=1)
+    completions = draw(setup, sampler, prompts, seed=1, source="rows")
     episodes = episodes_of(prompts, completions, judge(setup, prompts, completions))
     plan = plan_of(setup, episodes, seed=1)
     micros = [micro for batch in plan for micro in batch]
@@ -177,7 +178,7 @@ def test_estimates_of_the_kl_agree_with_the_exact_one(task, tmp_path):
     moved(setup.policy.model, 0.05)
     prompts = setup.prompts * 32
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
-    completions = draw(setup, sampler, prompts, seed=1)
+    completions = draw(setup, sampler, prompts, seed=1, source="rows")
     episodes = episodes_of(prompts, completions, judge(setup, prompts, completions))
     micros = [list(range(k, k + 128)) for k in range(0, 512, 128)]
     episodes = looked_at(
@@ -266,12 +267,16 @@ def test_an_iteration_without_a_whole_group_teaches_nothing(run, monkeypatch):
     assert len((folder / "failures.jsonl").read_text().splitlines()) == 8
 
 
-def test_held_out_prompts_that_fail_are_reported(run, task, monkeypatch):
+def test_held_out_prompts_that_fail_are_reported(run, task, tmp_path, monkeypatch):
     with_sampler(monkeypatch, lambda sampler: Failing(sampler, lambda prompt: prompt.startswith("a")))
-    folder, lines = run("ppo", eval_dataset=task["dataset"], max_steps=1)
+    held_out = tmp_path / "held_out.jsonl"
+    shutil.copy(task["dataset"], held_out)
+    folder, lines = run("ppo", eval_dataset=str(held_out), max_steps=1)
     assert [line["eval/rollouts/failed"] for line in lines] == [4, 4]
-    steps = [json.loads(line)["step"] for line in (folder / "failures.jsonl").read_text().splitlines()]
+    failures = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
+    steps = [failure["step"] for failure in failures]
     assert steps.count(0) == 4 and steps.count(1) == 8
+    assert all("held_out.jsonl, row" in failure["where"] for failure in failures if failure["step"] == 0)
 
 
 def test_where_all_prompts_fail_the_run_stops(run, monkeypatch):
