@@ -61,11 +61,11 @@ def load_pretrained(
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{key}: cannot load {name!r} as {what}: {error}") from error
+        raise UsageError(f"{key}: cannot load {said(name)} as {what}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
     if missing:
-        said = ", ".join(missing[:5])
-        raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {said}{hint}")
+        some = ", ".join(missing[:5])
+        raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {some}{hint}")
     return turn_dropout_off(model)
 
 
@@ -89,7 +89,7 @@ def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrai
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"{key}: cannot load {name!r} as a causal language model: {error}") from error
+        raise UsageError(f"{key}: cannot load {said(name)} as a causal language model: {error}") from error
 
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -97,7 +97,7 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UsageError(f"{key}: cannot load a tokenizer from {name!r}: {error}") from error
+        raise UsageError(f"{key}: cannot load a tokenizer from {said(name)}: {error}") from error
 
 
 def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -125,6 +125,11 @@ def check_local(name: str, key: str) -> None:
     """A hub id is `name` or `owner/name`; a path that is neither that nor there would only be looked for in vain."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"{key}: no such folder: {name}")
+
+
+def said(name: str) -> str:
+    """A name for messages, with what it was taken for if it may be a mistake."""
+    return repr(name) if Path(name).exists() else f"{name!r} (no folder here, so taken for a hub id)"
 
 
 @contextmanager

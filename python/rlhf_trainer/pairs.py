@@ -21,7 +21,7 @@ from .config_file import dump_yaml
 from .errors import UsageError
 from .progress import begin, write_jsonl
 from .rejection import SCORED_FILE, Candidate, best_first, files_in, in_numbers
-from .rows import RowProblem, listing, read_rows
+from .rows import read_checked
 
 PAIRS_FILE = "pairs.jsonl"
 EQUAL, TOO_FEW = "equal rewards", "fewer than two usable completions"  # why a prompt gives no pair
@@ -58,23 +58,11 @@ def make_pairs(config: PairsConfig) -> Path:
 
 def read_scored(file: str) -> list[dict[str, Any]]:
     """All lines; UsageError naming those that are not scored completions."""
-    lines: list[dict[str, Any]] = []
-    problems: list[str] = []
-    for place, line in read_rows(file, split="train"):
-        try:
-            lines.append(checked_line(line))
-        except RowError as error:
-            problems.append(f"row {place}, {error}")
-    if problems:
-        raise UsageError(f"{file}: {len(problems)} rows are not scored completions:\n{listing(problems)}")
-    if not lines:
-        raise UsageError(f"{file} is empty: expected rows with prompt, completion and reward, as `rlhf reject` writes")
-    return lines
+    expected = "rows with prompt, completion and reward, as `rlhf reject` writes them"
+    return read_checked(file, checked_line, "scored completions", expected)
 
 
-def checked_line(line: Any) -> dict[str, Any]:
-    if isinstance(line, RowProblem) or not isinstance(line, dict):
-        raise RowError("row", line if isinstance(line, RowProblem) else f"expected a mapping, got {kind(line)}")
+def checked_line(_number: int, line: dict[str, Any]) -> dict[str, Any]:
     for field in ("prompt", "completion"):
         if not isinstance(need(line, field), str | list):
             raise RowError(field, f"expected text or a list of messages, got {kind(line[field])}")

@@ -33,7 +33,7 @@ from .errors import UsageError
 from .models import check_fit
 from .progress import Progress, begin, write_jsonl
 from .rewards import load_rewards
-from .rows import RowProblem, listing, read_rows
+from .rows import read_checked
 from .sampling import COMPLETIONS_FILE, is_empty
 
 SCORED_FILE = "scored.jsonl"
@@ -176,25 +176,15 @@ def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
 def read_completions(file: str, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> list[Row]:
     """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
     `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    for number, row in read_rows(file, split="train"):
-        try:
-            rows.append(checked_row(file, number, row, tokenizers, max_length))
-        except RowError as error:
-            problems.append(f"row {number}, {error}")
-    if problems:
-        raise UsageError(f"{file}: {len(problems)} rows are not completions:\n{listing(problems)}")
-    if not rows:
-        raise UsageError(f"{file} is empty: expected rows with prompt and completion, as `rlhf sample` writes them")
-    return rows
+    return read_checked(
+        file, lambda number, row: checked_row(file, number, row, tokenizers, max_length), "completions",
+        "rows with prompt and completion, as `rlhf sample` writes them",
+    )  # fmt: skip
 
 
 def checked_row(
-    file: str, number: int, row: Any, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
+    file: str, number: int, row: dict[str, Any], tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
 ) -> Row:
-    if isinstance(row, RowProblem) or not isinstance(row, dict):
-        raise RowError("row", row if isinstance(row, RowProblem) else f"expected a mapping, got {kind(row)}")
     for field in ("prompt", "completion"):
         if row.get(field) is None:
             raise RowError(field, f"missing; the row has: {', '.join(row)}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .chat import RowError, kind
 from .errors import UsageError
 
+Checked = TypeVar("Checked")
 SHOWN_ERRORS = 5
 
 
@@ -37,6 +39,27 @@ def listing(problems: list[str]) -> str:
     """The first problems, a line each, and how many more there are."""
     more = [f"  ... and {len(problems) - SHOWN_ERRORS} more"] if len(problems) > SHOWN_ERRORS else []
     return "\n".join([f"  {problem}" for problem in problems[:SHOWN_ERRORS]] + more)
+
+
+def read_checked(
+    source: str, check: Callable[[int, dict[str, Any]], Checked], noun: str, expected: str
+) -> list[Checked]:
+    """`check(number, row)` of every row of a file that another command wrote; UsageError naming those that it refuses
+    by RowError. `noun`: what rows should be; `expected`: what to say of a file without any."""
+    found: list[Checked] = []
+    problems: list[str] = []
+    for number, row in read_rows(source, split="train"):
+        try:
+            if isinstance(row, RowProblem) or not isinstance(row, dict):
+                raise RowError("row", row if isinstance(row, RowProblem) else f"expected a mapping, got {kind(row)}")
+            found.append(check(number, row))
+        except RowError as error:
+            problems.append(f"row {number}, {error}")
+    if problems:
+        raise UsageError(f"{source}: {len(problems)} rows are not {noun}:\n{listing(problems)}")
+    if not found:
+        raise UsageError(f"{source} is empty: expected {expected}")
+    return found
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
