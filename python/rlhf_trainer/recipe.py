@@ -36,9 +36,10 @@ def run_recipe(config: RecipeConfig) -> Path:
     if config.dry_run:
         print("\n".join(as_commands(recipe, folder)))
         return folder
+    if config.resume and not partial_folder(folder).exists():  # before `begin` says that nothing is left to do
+        check_same_stages(folder, recipe)
     _, finished = begin(config, "rlhf recipe")
     if finished:
-        check_same_stages(folder, recipe)
         return folder
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)

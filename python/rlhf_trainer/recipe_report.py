@@ -94,7 +94,8 @@ def in_markdown(report: dict[str, Any]) -> str:
         left += [f"a model, {stage['steps']} steps"] if "steps" in stage else []
         seconds = f"{stage['seconds']:.0f}" + (", resumed" if stage["resumed"] else "")
         lines.append(f"| {stage['stage']} | {stage['what']} | {taken} | {'; '.join(left)} | {seconds} |")
-    lines += ["", f"{report['seconds']:.0f} seconds in all; of a stage that was resumed, since then."]
+    since = "; of a stage that was resumed, since then" if any(stage["resumed"] for stage in report["stages"]) else ""
+    lines += ["", f"{report['seconds']:.0f} seconds in all{since}."]
     for stage in report["stages"]:
         details = [*metrics_lines(stage.get("metrics", {})), *report_lines(stage.get("report", {}))]
         if details:
