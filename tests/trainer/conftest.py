@@ -23,7 +23,9 @@ import rlhf_kernels
 import rlhf_trainer
 from rlhf_trainer.chat import set_chat_template
 from rlhf_trainer.config import DPOConfig
+from rlhf_trainer.data import encode_prompt
 from rlhf_trainer.dpo import train_dpo
+from rlhf_trainer.rollout import Asked
 
 logging.disable_progress_bar()
 
@@ -163,6 +165,19 @@ def rows():
         ]
 
     return make
+
+
+@pytest.fixture
+def loopback_without_proxy(monkeypatch):
+    """For tests of servers: whatever proxy is set, they are asked directly."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def asked(tokenizer):
+    """Three texts and a conversation, as samplers are asked to continue them."""
+    prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
+    return [Asked(encode_prompt(tokenizer, prompt), prompt, f"row {i}") for i, prompt in enumerate(prompts, start=1)]
 
 
 @pytest.fixture

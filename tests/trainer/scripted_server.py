@@ -5,9 +5,6 @@ import threading
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from rlhf_trainer.data import encode_prompt
-from rlhf_trainer.rollout import Asked
-
 
 class Scripted:
     """Answers POST and GET as `answer(path, body)` says, and keeps what it was asked.
@@ -65,9 +62,3 @@ class Scripted:
 def choice(**fields):
     """An answer of /v1/completions, of the shape that vLLM gives it."""
     return 200, {"choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": None} | fields]}
-
-
-def some_prompts(tokenizer):
-    """Three texts and a conversation, as samplers are asked to continue them."""
-    prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
-    return [Asked(encode_prompt(tokenizer, prompt), prompt, f"row {i}") for i, prompt in enumerate(prompts, start=1)]

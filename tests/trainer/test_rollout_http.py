@@ -18,20 +18,11 @@ from rlhf_trainer.json_server import KEY_VARIABLE
 from rlhf_trainer.rollout import Asked, Failure, make_sampler
 from rlhf_trainer.rollout_http import ServerSampler
 from tests.trainer.conftest import VOCABULARY
-from tests.trainer.scripted_server import Scripted, choice, some_prompts
+from tests.trainer.scripted_server import Scripted, choice
 
+pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
 END = 1
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
-
-
-@pytest.fixture(autouse=True)
-def loopback_without_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-@pytest.fixture(scope="module")
-def asked(tokenizer):
-    return some_prompts(tokenizer)
 
 
 @pytest.fixture

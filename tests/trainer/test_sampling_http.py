@@ -16,9 +16,8 @@ PROMPTS = ["the cat", "dogs ran far", "a mat on the green hills"]
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, loopback_without_proxy):
     """It writes three words by the seed it is given."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(json_server, "LONGEST_DELAY_S", 0.01)
 
     def answer(path, body):

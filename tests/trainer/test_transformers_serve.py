@@ -19,20 +19,10 @@ from rlhf_trainer.online_config import GRPOConfig
 from rlhf_trainer.rollout import LocalSampler, make_sampler
 from rlhf_trainer.sampling import COMPLETIONS_FILE, sample
 from tests.trainer.conftest import VOCABULARY, WORDS
-from tests.trainer.scripted_server import some_prompts
 
+pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
 END = 1
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
-
-
-@pytest.fixture(autouse=True)
-def loopback_without_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-@pytest.fixture(scope="module")
-def asked(tokenizer):
-    return some_prompts(tokenizer)
 
 
 def writes_words(make_model, tokenizer, seed):
