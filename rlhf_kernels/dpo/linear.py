@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_same_device, check_targets, check_vector
+from .._checks import check_same_device, check_vector
 from .._logits import LogitTransform
+from .._packing import packing_of
 from ..logprob import _sequence_logprobs
 from .pairwise import check_loss_options, dpo_loss
 from .reference import LOSS_TYPES
@@ -44,6 +45,8 @@ def linear_dpo_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> LinearDPOLoss:
     r"""Mean DPO loss over pairs, from the last hidden states of policy and reference.
 
@@ -57,31 +60,32 @@ def linear_dpo_loss(
         chosen_idxs, rejected_idxs: [P] int64 pairs; default: first half chosen, second half rejected.
         beta, loss_type, label_smoothing, gamma: as in `dpo_loss`, every type of it.
         temperature, logit_scale, logit_softcap, backend: as in `linear_logprobs`, for policy and reference alike.
+        cu_seqlens, position_ids: as in `sequence_logprobs`, for S packed sequences: hidden [1, N, D] or [N, D], labels
+            [1, N] or [N], and ref_hidden packed alike. Padding that position_ids count as a sequence counts in S.
 
     Returns:
         LinearDPOLoss. `set_workspace_budget` says which logits are kept for backward, which saves up to one GEMM of
         four (native).
 
     Raises:
-        ValueError: odd S without index pairs, both or no references, P = 0, and as `dpo_loss`.
-        TypeError, IndexError: as `linear_logprobs` and `dpo_loss`.
+        ValueError: odd S without index pairs, both or no references, P = 0, and as `sequence_logprobs` and `dpo_loss`.
+        TypeError, IndexError: as `sequence_logprobs` and `dpo_loss`.
 
     Source: Rafailov et al. (2023), arXiv:2305.18290; the other types are listed in `dpo_loss`.
     """
     check_loss_options(beta, loss_type, label_smoothing, gamma)
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must be [S, T, D], got {tuple(hidden.shape)}")
-    check_targets(labels, hidden, "labels")
+    packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[S, T, D]")
+    size = hidden.shape[0] if packing is None else packing.size
     kind = LOSS_TYPES[loss_type]
-    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, kind.reference_free, loss_type)
-    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs)
+    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, kind.reference_free, loss_type, size)
+    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs, size)
 
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    policy, counts = _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend)
+    policy, counts = _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend, packing)
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
             ref_logps, _ = _sequence_logprobs(
-                ref_hidden, ref_weight, labels, ref_bias, transform, True, False, -100, backend
+                ref_hidden, ref_weight, labels, ref_bias, transform, True, False, -100, backend, packing
             )
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
@@ -92,11 +96,14 @@ def linear_dpo_loss(
     return LinearDPOLoss(losses.mean(), rewards[chosen], rewards[rejected], policy.detach(), ref_logps)
 
 
-def _pairs(hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pairs(
+    hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The index pairs, by default the halves of `size` sequences; None: hidden's rows."""
     if (chosen is None) != (rejected is None):
         raise ValueError("pass both chosen_idxs and rejected_idxs, or neither")
     if chosen is None or rejected is None:
-        size = hidden.shape[0]
+        size = hidden.shape[0] if size is None else size
         if size % 2:
             raise ValueError(
                 f"without index pairs the first half is chosen and the second rejected: S must be even, got {size}"
@@ -116,7 +123,9 @@ def _check_reference(
     ref_bias: Tensor | None,
     reference_free: bool,
     loss_type: str,
+    size: int | None = None,
 ) -> None:
+    """`size`: the number of sequences; None: hidden's rows."""
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("pass both ref_hidden and ref_weight, or neither")
     if ref_bias is not None and ref_hidden is None:
@@ -130,7 +139,7 @@ def _check_reference(
             f"got {'both' if given else 'none'}"
         )
     if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, hidden.shape[0])
+        check_vector("ref_logps", ref_logps, hidden.shape[0] if size is None else size)
         check_same_device(hidden=hidden, ref_logps=ref_logps)
-    if ref_hidden is not None and ref_hidden.shape[:2] != hidden.shape[:2]:
-        raise ValueError(f"ref_hidden must be {(*hidden.shape[:2], 'D')}, got {tuple(ref_hidden.shape)}")
+    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')}, got {tuple(ref_hidden.shape)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import check_choice, check_head, check_target_range, check_targets
 from .._dispatch import resolve_backend
 from .._logits import LogitTransform, gemm_dtype
+from .._packing import Packing, counts_of_sequences, packing_of, sums_of_sequences
 from .._rows import is_traced_or_captured
 from . import ops, reference
 
@@ -29,7 +30,7 @@ class LinearLogprobs(NamedTuple):
 
 
 class SequenceLogprobs(NamedTuple):
-    """Per-sequence results: `logprobs` [B] fp32 in nats and `token_counts` [B] int64."""
+    """Per-sequence results, B of them or, of packed sequences, S: `logprobs` fp32 in nats, `token_counts` int64."""
 
     logprobs: Tensor
     token_counts: Tensor
@@ -117,9 +118,16 @@ def _linear_logprobs(
     return LinearLogprobs(logprobs, logsumexp, *optional)
 
 
-def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """labels [B, T] in the HF convention -> targets [B, T]: position t predicts token t + 1, the last one nothing."""
-    return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+def next_token_targets(labels: Tensor, ignore_index: int = -100, packing: Packing | None = None) -> Tensor:
+    """labels in the HF convention -> targets of their shape: position t predicts token t + 1, the last one nothing.
+
+    Each row of [B, T] is a sequence. With packing the sequences lie one after another, through all rows, and the first
+    label of each is nobody's target.
+    """
+    if packing is None:
+        return torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    following = torch.nn.functional.pad(labels.flatten(), (0, 1), value=ignore_index)
+    return following.index_fill(0, packing.boundaries, ignore_index)[1:].view(labels.shape)
 
 
 def sequence_logprobs(
@@ -135,6 +143,8 @@ def sequence_logprobs(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> SequenceLogprobs:
     """log pi(y | x) = sum_t log pi(y_t | x, y_<t) of each sequence, over its unmasked tokens.
 
@@ -144,18 +154,30 @@ def sequence_logprobs(
         labels: [B, T] int64, -100 where masked (prompt, padding): the convention of Hugging Face, not yet shifted.
         shift: position t predicts labels[:, t + 1]. False: labels are already the targets of their positions.
         average: divide by the number of unmasked tokens.
+        cu_seqlens: [S + 1] int32 or int64. Packed: hidden [1, N, D] or [N, D] and labels [1, N] or [N] hold S sequences
+            one after another, sequence s being tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1 (flash attention's
+            cu_seqlens, transformers' cu_seq_lens_q). Starts at 0, ends at N, never decreases.
+        position_ids: or else labels' shape, int32 or int64: 0 at the first token of a sequence, and on by 1 from there.
+            hidden may have rows, [B, T, D]: each begins a sequence, and they are numbered row by row. Padding too must
+            have such positions; a stretch of it counts as one sequence more.
 
     Returns:
-        SequenceLogprobs(logprobs [B] in nats (nats per token with `average`), token_counts [B]). A fully masked row
-        gives 0, with zero gradient.
+        SequenceLogprobs(logprobs [B] in nats (nats per token with `average`), token_counts [B]); [S] if packed. A fully
+        masked row or sequence, an empty one too, gives 0, with zero gradient.
 
-    Raises: as `linear_logprobs`.
+    Packed sequences give what they give as padded rows: the shift never crosses from one into the next, and the last
+    token of each predicts nothing. The native and Triton backends give each token the same bits in both forms (torch's
+    matmuls, the reference's, may not). Both forms add in fp64 and round once, so that the sums, too, have the same bits
+    but where rounding is undecided to 16 digits. On a GPU cu_seqlens is not read back, position_ids once.
+
+    Raises: as `linear_logprobs`, and
+        ValueError: cu_seqlens or position_ids that are not as above, or both. On a GPU, and while a graph is traced or
+            captured, cu_seqlens is not read: a wrong one makes every logprob NaN. Such a graph refuses position_ids.
+        TypeError: cu_seqlens or position_ids that are not int32 or int64.
     """
-    if hidden.dim() != 3:
-        raise ValueError(f"hidden must be [B, T, D], got {tuple(hidden.shape)}")
-    check_targets(labels, hidden, "labels")
+    packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[B, T, D]")
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    return _sequence_logprobs(hidden, weight, labels, bias, transform, shift, average, ignore_index, backend)
+    return _sequence_logprobs(hidden, weight, labels, bias, transform, shift, average, ignore_index, backend, packing)
 
 
 def _sequence_logprobs(
@@ -168,9 +190,17 @@ def _sequence_logprobs(
     average: bool,
     ignore_index: int,
     backend: str,
+    packing: Packing | None = None,
 ) -> SequenceLogprobs:
-    targets = next_token_targets(labels, ignore_index) if shift else labels
-    per_token = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend)
-    counts = (targets != ignore_index).sum(-1)
-    totals = per_token.logprobs.sum(-1)
+    targets = next_token_targets(labels, ignore_index, packing) if shift else labels
+    per_token = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend).logprobs
+    return totals_of(per_token, targets, average, ignore_index, packing)
+
+
+def totals_of(
+    per_token: Tensor, targets: Tensor, average: bool, ignore_index: int, packing: Packing | None
+) -> SequenceLogprobs:
+    """Log-probs of targets, both [B, T] (or as packed), 0 where ignored -> their sums or means by sequence."""
+    counts = counts_of_sequences(targets != ignore_index, packing)
+    totals = sums_of_sequences(per_token, packing).to(per_token.dtype)
     return SequenceLogprobs(totals / counts.clamp(min=1) if average else totals, counts)
