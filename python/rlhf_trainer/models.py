@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,29 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rlhf_kernels.integrations.lm_head import LMHead, LogitOptions, logit_options_of, run_in_head
+from rlhf_kernels.integrations.lm_head import lm_head_of as read_head
+
 from .config import OutputConfig, TrainConfig
 from .data import Batch
 from .errors import UsageError
 
 Result = TypeVar("Result")
-
-# What configs call the factor on the logits. One name may mean different things: Granite divides by logits_scaling,
-# HyperCLOVA X multiplies by it, MiniCPM 3 applies it before the head. So a config only proposes; see `lm_head_of`.
-SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-SOFTCAP_NAME = "final_logit_softcapping"
-
-
-class LMHead(NamedTuple):
-    """Logits are `hidden @ weight.T + bias`, times logit_scale, soft-capped `cap * tanh(x / cap)`."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    logit_scale: float
-    logit_softcap: float | None
-
-    def options(self) -> dict[str, Any]:
-        """What the functions of rlhf_kernels take beside `hidden` and `weight`."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
 def load_pretrained(
@@ -212,91 +196,40 @@ def check_fit(
 
 
 def lm_head_of(model: PreTrainedModel) -> LMHead:
-    """The LM head, with scale and soft cap read from the config and confirmed by the model's own forward.
-
-    Raises UsageError where the head is not a plain linear layer (LoRA, a quantised or patched head), or where the
-    model does something to its logits that `LMHead` cannot express: a loss computed from it would be silently wrong.
-    """
-    head = _head_module(model)
-    config = model.config.get_text_config()
-    numbers = [float(v) for n in SCALE_NAMES if isinstance(v := getattr(config, n, None), int | float) and v]
-    cap = getattr(config, SOFTCAP_NAME, None)
-    scales = [1.0, *numbers, *(1.0 / number for number in numbers)]
-    caps = [None] if cap is None else [None, float(cap)]
-    logits, shown = _what_forward_makes_of_logits(model, head)
-    for scale, cap in itertools.product(scales, caps):
-        expected = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
-        if shown.shape == expected.shape and torch.allclose(shown, expected, rtol=1e-4, atol=1e-4 * abs(scale)):
-            return LMHead(head.weight, head.bias, scale, cap)
-    raise UsageError(
-        f"the LM head of {type(model).__name__} cannot be read: its forward turns logits from {logits.min():.3g} to "
-        f"{logits.max():.3g} into values from {shown.min():.3g} to {shown.max():.3g}, shape {tuple(shown.shape)}, "
-        f"which no scale or soft cap of its config explains (looked for {', '.join(SCALE_NAMES)}, {SOFTCAP_NAME})"
-    )
-
-
-def _head_module(model: nn.Module) -> nn.Linear:
-    head = model.get_output_embeddings()
-    name = type(model).__name__
-    if head is None:
-        raise UsageError(f"the LM head of {name} cannot be read: it has no output embeddings")
-    if type(head) is not nn.Linear:  # a subclass may add anything to the matmul
-        raise UsageError(
-            f"the LM head of {name} cannot be read: expected torch.nn.Linear, got {type(head).__module__}."
-            f"{type(head).__qualname__}. For LoRA on the head: merge it first (merge_and_unload), or leave the head "
-            "out of target_modules and modules_to_save."
-        )
-    if "forward" in vars(head):
-        raise UsageError(f"the LM head of {name} cannot be read: its forward was replaced (a device map, a patch)")
-    return head
-
-
-@torch.no_grad()
-def _what_forward_makes_of_logits(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Known logits [1, 2, V] put in place of the head's output, and what the model's forward returns for them."""
-    vocabulary = head.weight.shape[0]
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
-    # Small values tell scales apart, large ones soft caps; the two positions differ.
-    ramp = torch.linspace(-1.0, 1.0, vocabulary, device=ids.device)
-    logits = torch.stack([ramp, 100.0 * ramp])[None]
-    with _computing_in_head(head, lambda _: None, placeholder=logits) as calls:
-        shown = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    _only_call(calls, model)
-    return logits, shown.float()
+    """The LM head, with scale and soft cap; UsageError where it is not one matrix of a known form."""
+    with _for_users():
+        return read_head(model)
 
 
 class FusedLM(nn.Module):
     """A causal LM whose forward runs a function of (hidden states, head) where the head's matmul would have been.
 
-    The model's own forward is called, so hidden states arrive with every hook, mask and scaling it applies, and
-    `[tokens, vocab]` logits never exist. `use` runs *inside the head module's call, inside the model's call*: what
-    wraps either (DDP, FSDP, ZeRO, anything with hooks) sees the head's weight used where it expects it, gathers it if
-    it is sharded, and synchronises its gradient. So the loss belongs in `use`, not behind the wrapped module: wrap
-    this module, call the wrapper.
+    See `run_in_head`: the loss belongs in `use`, inside the model's call, not behind the wrapped module. So wrap this
+    module (DDP, FSDP, ZeRO), and call the wrapper.
     """
 
     def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
         super().__init__()
         self.model = model
         self.bf16 = bf16
-        head = lm_head_of(model)
-        self.logit_scale, self.logit_softcap = head.logit_scale, head.logit_softcap
+        with _for_users():
+            self.logit_scale, self.logit_softcap = logit_options_of(model)
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
         """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
-        head = self.model.get_output_embeddings()
+        options = LogitOptions(self.logit_scale, self.logit_softcap)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            result, _ = run_in_head(self.model, use, options, inputs_of(batch) | {"use_cache": False})
+        return result
 
-        def in_place_of_logits(hidden: Tensor) -> Result:
-            # The weight is read now: a wrapper may have put another tensor there since __init__.
-            return use(hidden, LMHead(head.weight, head.bias, self.logit_scale, self.logit_softcap))
 
-        device = batch.input_ids.device.type
-        with (
-            torch.autocast(device, torch.bfloat16, enabled=self.bf16),
-            _computing_in_head(head, in_place_of_logits) as results,
-        ):
-            self.model(**inputs_of(batch), use_cache=False)
-        return _only_call(results, self.model)
+@contextmanager
+def _for_users() -> Iterator[None]:
+    """A model that cannot be used is for its user to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
@@ -317,37 +250,3 @@ def inputs_of(batch: Batch) -> dict[str, Tensor]:
     """What a model is called with."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}
-
-
-@contextmanager
-def _computing_in_head(
-    head: nn.Linear, compute: Callable[[Tensor], Result], placeholder: Tensor | None = None
-) -> Iterator[list[Result]]:
-    """Inside, a call of `head` runs `compute(hidden)`; its results gather in the list, the model gets a placeholder.
-
-    The result is taken by a forward hook registered last, that is, after those of wrappers, which may replace outputs
-    or hook their backward. (Only full backward hooks on the head itself come later still and see the placeholder.)
-    """
-    results: list[Result] = []
-
-    def divert(_module: nn.Module, args: tuple[Tensor, ...], output: Result) -> Tensor:
-        results.append(output)
-        # Zero tokens wide: whatever the model does to its logits costs nothing.
-        return args[0].new_empty((*args[0].shape[:-1], 0)) if placeholder is None else placeholder
-
-    handle = head.register_forward_hook(divert)
-    head.forward = compute  # shadows the class's method; __call__, and with it every hook, stays
-    try:
-        yield results
-    finally:
-        del head.forward
-        handle.remove()
-
-
-def _only_call(results: list[Result], model: nn.Module) -> Result:
-    if len(results) != 1:
-        raise UsageError(
-            f"the LM head of {type(model).__name__} cannot be read: its forward calls get_output_embeddings() "
-            f"{len(results)} times, expected once"
-        )
-    return results[0]

@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rlhf_kernels as rk
 from rlhf_trainer.data import IGNORED, pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models import FusedLM, check_fit, checkpoint_gradients, lm_head_of, load_causal_lm, load_tokenizer
+from tests.vocabulary_tensors import LargestVocabularyTensor
 
 
 @pytest.fixture
@@ -102,22 +101,28 @@ def test_logits_cut_to_an_unpadded_vocabulary_are_refused(make_model):
         lm_head_of(model)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
-    ids=["lora on the head", "trained copy of the head"],
-)
-def test_a_head_wrapped_by_peft_is_refused(options, make_model):
+def test_an_adapter_that_is_more_than_a_low_rank_term_is_refused_on_the_head(make_model):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, **options))
-    with pytest.raises(UsageError, match=r"expected torch.nn.Linear, got peft.*merge_and_unload"):
+    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(UsageError, match=r"adapter 'default' on the LM head is a Dora.*merge_and_unload"):
         FusedLM(model)
 
 
-def test_lora_elsewhere_is_fine_and_counts(make_model, batch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["on the trunk", "on the head", "a trained copy of the head"],
+)
+def test_adapters_count(options, make_model, batch):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, **options))
     with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.add_(0.1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
@@ -132,7 +137,8 @@ def test_a_parametrised_a_patched_or_a_missing_head_is_refused(make_model):
     with pytest.raises(UsageError, match=r"expected torch\.nn\.Linear"):
         lm_head_of(model)
     model = make_model("llama")
-    model.lm_head.forward = model.lm_head.forward
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * forward(hidden)
     with pytest.raises(UsageError, match="forward was replaced"):
         lm_head_of(model)
     model = make_model("llama")
@@ -190,20 +196,7 @@ def test_the_model_is_itself_again_afterwards(make_model, batch):
     with pytest.raises(ZeroDivisionError):
         fused(batch, lambda hidden, head: 1 / 0)
     torch.testing.assert_close(model(input_ids=batch.input_ids).logits, before)
-    assert len(model.lm_head._forward_hooks) == hooks and "forward" not in vars(model.lm_head)
-
-
-class LargestVocabularyTensor(TorchDispatchMode):
-    """Remembers the most elements of any tensor, made by any op, whose last dimension is the vocabulary."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[-1] == self.vocabulary:
-                self.elements = max(self.elements, leaf.numel())
-        return result
+    assert len(model.lm_head._forward_hooks) == hooks
 
 
 @pytest.fixture
@@ -222,8 +215,7 @@ def test_no_logits_of_all_tokens(make_model, small_budget):
     assert tokens * vocabulary * 4 > 3 * small_budget  # the logits of the response tokens alone would not fit
 
     def watched(run):
-        with LargestVocabularyTensor() as mode:
-            mode.vocabulary = vocabulary
+        with LargestVocabularyTensor(vocabulary) as mode:
             run().backward()
         return mode.elements
 

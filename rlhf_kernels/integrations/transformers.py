@@ -1,0 +1,264 @@
+"""Causal language models of transformers whose forward returns log-probabilities instead of logits."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
+
+from ..logprob import LinearLogprobs, linear_logprobs, next_token_targets
+from .lm_head import CausalLM, LMHead, LogitOptions, lm_head_of, logit_options_of, replaced_forward, run_in_head
+
+__all__ = [
+    "CausalLMLogprobs",
+    "LMHead",
+    "LogitOptions",
+    "lm_head_of",
+    "logit_options_of",
+    "logprobs_of",
+    "nll_loss",
+    "patch_causal_lm",
+    "run_in_head",
+    "with_shift_labels",
+]
+
+IGNORED = -100
+
+
+@dataclass
+class CausalLMLogprobs(ModelOutput):
+    """What a patched model returns. Tensors of a token are [B, T], fp32, in nats, and exactly 0 where not counted.
+
+    loss: scalar; the sum of -logprobs over `num_items_in_batch`, or over the number of tokens that count; with router
+        logits plus the model's load-balancing loss times its coefficient.
+    logprobs: position t holds log p(label t + 1 | up to t), the last one 0; with `shift_labels` that of its own label.
+    entropy, is_top1, mean_logit, log_sum_sq_probs: as in `rlhf_kernels.linear_logprobs`, None if not asked for.
+    token_mask: bool, where a label counts.
+    """
+
+    loss: Tensor | None = None
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logit: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    token_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def patch_causal_lm(
+    model: CausalLM,
+    *,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    backend: str = "auto",
+    logit_options: LogitOptions | None = None,
+) -> CausalLM:
+    """Gives `model.forward` a path that returns `CausalLMLogprobs` and never makes `[tokens, vocab]` logits.
+
+        model = patch_causal_lm(model)
+        out = model(input_ids=ids, attention_mask=mask, labels=labels)  # through whatever wraps the model
+        out.logprobs, out.loss
+
+    It is taken when `labels` ([B, T], Hugging Face's convention: -100 where masked, shifted inside) or `shift_labels`
+    ([B, T], targets of their own positions) are given. Everything else, generation say, is the model's own forward;
+    `logprobs=False` takes that with labels too. The call also takes `num_items_in_batch`, and `temperature` and
+    `outputs` in place of those given here. A deep copy is patched like the model; a pickled copy is not.
+
+    Args:
+        model: a causal LM of transformers, before DDP, FSDP or DeepSpeed wrap it (patch, wrap, call the wrapper). With
+            adapters of peft: the PeftModel or its base model, before or after the adapters come.
+        temperature, outputs, backend: as in `rlhf_kernels.linear_logprobs`.
+        logit_options: scale and soft cap of its logits; None asks the model, by a forward of two tokens. Give them
+            where that cannot run, because weights are not there yet (ZeRO-3's zero.Init, the meta device).
+
+    Returns: the same model.
+
+    Raises ValueError: the head is no linear layer (or carries an adapter that is more than a low-rank term, DoRA say),
+    its logits are not what the config says, its loss is not the next-token one, prompt learning (its virtual tokens
+    come between labels and hidden states), a forward that was replaced before.
+    """
+    _refuse_prompt_learning(model)
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _refuse_other_models(causal_lm)
+    options = logit_options or logit_options_of(causal_lm)
+    default_temperature, default_outputs = temperature, tuple(outputs)
+    original = type(causal_lm).forward
+
+    def forward(
+        self: CausalLM,
+        *args: Any,
+        logprobs: bool | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        temperature: float | None = None,
+        outputs: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        labelled = labels is not None or shift_labels is not None
+        if not (labelled if logprobs is None else logprobs):
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return original(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+        return logprobs_of(
+            self,
+            options,
+            functools.partial(original, self, *args),
+            kwargs,
+            labels=labels,
+            shift_labels=shift_labels,
+            num_items_in_batch=num_items_in_batch,
+            temperature=default_temperature if temperature is None else temperature,
+            outputs=default_outputs if outputs is None else outputs,
+            backend=backend,
+        )
+
+    causal_lm.forward = types.MethodType(_looking_like(original, forward), causal_lm)
+    return model
+
+
+def _looking_like(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, with the name and signature of `original`, which `generate` and Trainer look at, and `shift_labels`.
+
+    Not with `__wrapped__`, which accelerate follows, past the patch, when it takes its own wrapper off.
+    """
+    functools.update_wrapper(forward, original)
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    parameters = dict(inspect.signature(original).parameters)
+    if "shift_labels" not in parameters:
+        extra = inspect.Parameter("shift_labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        last = [parameters.popitem()[1]] if list(parameters.values())[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+        parameters = {parameter.name: parameter for parameter in [*parameters.values(), extra, *last]}
+    forward.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    return forward
+
+
+def logprobs_of(
+    model: CausalLM,
+    options: LogitOptions,
+    forward: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    backend: str = "auto",
+) -> CausalLMLogprobs:
+    """The log-probs that `forward(**inputs)`, the own forward of `model`, would have given logits for; see
+    `patch_causal_lm`. To be called inside the model's (patched) forward."""
+    if shift_labels is not None:  # first, as in transformers' own loss; padding-free collators give both
+        targets = shift_labels
+    elif labels is not None:
+        targets = next_token_targets(labels, IGNORED)
+    else:
+        raise ValueError("log-probs need labels or shift_labels")
+
+    def use(hidden: Tensor, head: LMHead) -> tuple[LinearLogprobs, Tensor]:
+        here = targets.to(hidden.device)
+        if here.shape != hidden.shape[:-1]:
+            here = _kept(here, inputs.get("logits_to_keep"))
+        if here.shape != hidden.shape[:-1]:
+            raise ValueError(
+                f"expected a label for each hidden state, got labels {tuple(targets.shape)} and hidden states "
+                f"{tuple(hidden.shape[:-1])}: does something put tokens before or between those of input_ids?"
+            )
+        found = linear_logprobs(
+            hidden, head.weight, here, temperature=temperature, outputs=outputs, backend=backend, **head.options()
+        )
+        # No views: what a caller changes in place would lose the hook by which FSDP2 gathers weights before backward.
+        return LinearLogprobs._make(None if r is None else r.clone() for r in found), here != IGNORED
+
+    given = {**inputs, "use_cache": False, "return_dict": True}
+    (found, mask), output = run_in_head(model, use, options, given, forward)
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -found.logprobs.sum() / count
+    aux_loss = output.get("aux_loss")
+    if aux_loss is not None:
+        loss = loss + _aux_loss_coefficient(model) * aux_loss.to(loss.device)
+    return CausalLMLogprobs(
+        loss=loss, logprobs=found.logprobs, entropy=found.entropy, is_top1=found.is_top1, mean_logit=found.mean_logit,
+        log_sum_sq_probs=found.log_sum_sq_probs, token_mask=mask, aux_loss=aux_loss,
+        hidden_states=output.get("hidden_states"),
+    )  # fmt: skip
+
+
+def nll_loss(
+    outputs: CausalLMLogprobs, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Negative log-likelihood in nats of a patched model's outputs, for `Trainer(compute_loss_func=nll_loss)`.
+
+    The sum over tokens that count, divided by `num_items_in_batch`, or by their number. Write your own like it:
+    `outputs.logprobs` is differentiable, as is `outputs.entropy` where it was asked for. Trainer takes `labels` away
+    before it calls the model, so wrap the collator in `with_shift_labels`. Without a loss function of your own neither
+    is needed. (Trainer's label smoothing, which needs all logits, takes labels away too, and so gets the model's own.)
+    """
+    if not isinstance(outputs, CausalLMLogprobs) or outputs.logprobs is None or outputs.token_mask is None:
+        raise ValueError(
+            "the model returned no log-probs: patch it (patch_causal_lm) and wrap the collator in with_shift_labels"
+        )
+    count = outputs.token_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return -outputs.logprobs.sum() / count
+
+
+def with_shift_labels(collate: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A data collator whose batches hold `shift_labels` as well, each position's own target, made from `labels` unless
+    the collator gave them already."""
+
+    @functools.wraps(collate)
+    def collate_with_targets(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        batch = collate(*args, **kwargs)
+        batch.setdefault("shift_labels", next_token_targets(batch["labels"], IGNORED))
+        return batch
+
+    return collate_with_targets
+
+
+def _kept(targets: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
+    """[B, T] -> those of the positions whose hidden states reach the head, as transformers chooses them: the last ones,
+    those of indices [K] or [B, K], or where a mask [B, T] says so, one after another."""
+    if logits_to_keep is None or isinstance(logits_to_keep, int):
+        return targets[:, -(logits_to_keep or 0) :]
+    kept = logits_to_keep.to(targets.device)
+    if kept.dim() == 2:
+        return targets[kept] if kept.dtype == torch.bool else targets.gather(1, kept)
+    return targets[:, kept]
+
+
+def _aux_loss_coefficient(model: CausalLM) -> float:
+    """What mixtures of experts multiply their load-balancing loss by."""
+    config = model.config.get_text_config()
+    for owner, name in ((model, "router_aux_loss_coef"), (model, "aux_loss_coef"), (config, "router_aux_loss_coef")):
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise ValueError(f"{type(model).__name__} returns an aux_loss and has no router_aux_loss_coef to weigh it by")
+
+
+def _refuse_other_models(model: CausalLM) -> None:
+    name = type(model).__name__
+    if replaced_forward(model) is not None:
+        raise ValueError(
+            f"the forward of {name} was replaced already (a patch, a device map): patch it once, and first"
+        )
+    if model.config.is_encoder_decoder or model.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"the loss of {name} is not that of a causal language model (ForCausalLMLoss of one stack)")
+
+
+def _refuse_prompt_learning(model: CausalLM) -> None:
+    configs = getattr(model, "peft_config", {})
+    for name, config in configs.items() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"adapter {name!r} is {type(config).__name__}: prompt learning puts virtual tokens before the labels; "
+                "LoRA, DoRA and full fine-tuning are supported"
+            )

@@ -1,0 +1,26 @@
+"""Tests of hosts that are not installed are skipped, with the reason; where RLHF_KERNELS_REQUIRE_HOSTS=1 says that all of
+them are, they fail instead."""
+
+import os
+
+import pytest
+
+# What every such reason has, and no other one.
+MISSING = "not installed"
+
+
+def fail_if_missing(report):
+    if os.environ.get("RLHF_KERNELS_REQUIRE_HOSTS") == "1" and report.skipped and MISSING in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"RLHF_KERNELS_REQUIRE_HOSTS=1, but {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return fail_if_missing((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return fail_if_missing((yield))
