@@ -17,7 +17,7 @@ def folder_of(package: str) -> Path:
     """The newest build/peers/<package>-*."""
     found = sorted(FOLDER.glob(f"{package}-*"))
     if not found:
-        raise ModuleNotFoundError(f"not in build/peers: {package} (make peers)", name=f"build/peers/{package}-*")
+        raise ModuleNotFoundError(f"{package} is not installed in build/peers: make hosts", name=f"build/peers/{package}-*")
     return found[-1]
 
 
