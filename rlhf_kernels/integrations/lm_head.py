@@ -6,8 +6,9 @@ that returns an output with `.logits`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -248,12 +249,28 @@ def _what_forward_makes_of_logits(model: CausalLM, head: Any) -> tuple[Tensor, T
     slot.compute = known
     devices = [ids.device] if ids.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):  # dropout must not take numbers that training would have drawn
+        # Dropout must not take numbers that training would have drawn.
+        with torch.random.fork_rng(devices), _attention_of_cpus(model, ids.device):
             shown = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         slot.compute = None
     _check_called_once(calls, model)
     return logits, shown.float()
+
+
+@contextlib.contextmanager
+def _attention_of_cpus(model: CausalLM, device: torch.device) -> Iterator[None]:
+    """Models that are to go to a GPU are made on the CPU, where flash attention does not run: eager, meanwhile."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    chosen = base.config._attn_implementation
+    if device.type != "cpu" or "flash" not in str(chosen):
+        yield
+        return
+    base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(chosen)
 
 
 def _check_called_once(calls: int, model: CausalLM) -> None:

@@ -129,13 +129,7 @@ def _patch(actor: Any, logit_options: LogitOptions | None) -> None:
             "the model's weights are partitioned by ZeRO-3 already, so its logits cannot be looked at: say what it "
             "does to them, fused(Actor, logit_options=LogitOptions()) if nothing"
         )
-    base = actor.model.get_base_model() if hasattr(actor.model, "get_base_model") else actor.model
-    attention = base.config._attn_implementation
-    base.set_attn_implementation("eager")  # flash attention has no CPU to run two tokens on
-    try:
-        patch_causal_lm(actor.model, logit_options=logit_options)
-    finally:
-        base.set_attn_implementation(attention)
+    patch_causal_lm(actor.model, logit_options=logit_options)
 
 
 def _padded(host: Any, sequences: Tensor, attention_mask: Tensor, wanted: Tensor, ring: Any) -> _Rows:

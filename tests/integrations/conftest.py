@@ -1,5 +1,5 @@
-"""Tests of hosts that are not installed are skipped, with the reason; where RLHF_KERNELS_REQUIRE_HOSTS=1 says that all of
-them are, they fail instead."""
+"""Tests of hosts that are not installed are skipped, with the reason. Where RLHF_KERNELS_REQUIRE_HOSTS=1 says that all
+of them are there, they fail instead."""
 
 import os
 

@@ -331,3 +331,20 @@ def test_reading_a_head_says_what_it_is():
         "logit_scale": 1.0,
         "logit_softcap": 3.0,
     }
+
+
+def test_a_model_made_for_flash_attention_is_patched_on_the_cpu(monkeypatch):
+    """Where models are loaded before they go to a GPU; its attention is flash attention again afterwards."""
+    model = make_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    chosen = []
+    set_as_ever = type(model).set_attn_implementation
+
+    def set_what_is_installed(self, name):
+        chosen.append(name)
+        if name == "eager":
+            set_as_ever(self, name)
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", set_what_is_installed)
+    patch_causal_lm(model)
+    assert chosen == ["eager", "flash_attention_2"]
