@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test bench bench-guard peers format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
+.PHONY: install demo test integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
 	triton-interpreted triton-check cuda-on-host cuda-check clean distclean
 
 install: $(STAMP)
@@ -45,16 +45,29 @@ test: $(STAMP)
 triton-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels
 
+# Only what tests/integrations has, with every host there: a host that is missing fails there, where it is skipped by
+# `make test` alone.
+integrations: $(STAMP) hosts
+	RLHF_KERNELS_REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integrations $(TEST_ARGS)
+
 bench: $(STAMP) peers
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
 
-# Packages to compare with that cannot lie beside the others: a second TRL; verl, which asks for an older transformers.
+# Packages that cannot lie beside the others: a second TRL; verl and OpenRLHF, which ask for an older transformers;
+# DeepSpeed, which transformers would load wherever it is found. PEERS are compared with, HOSTS integrated into.
 PEERS := trl-1.13.0 verl-0.9.1
+HOSTS := $(PEERS) openrlhf-0.11.2 deepspeed-0.19.8
 peers: $(PEERS:%=build/peers/%/.installed)
+hosts: $(HOSTS:%=build/peers/%/.installed)
 
+build/peers/deepspeed-0.19.8/.installed: WITH := hjson py-cpuinfo msgpack einops
+# Its one wheel names a Python, though there is nothing but Python in it.
+build/peers/openrlhf-0.11.2/.installed: WITH := --only-binary=:all: --platform manylinux1_x86_64 --python-version 3.11 \
+	--implementation cp --abi cp311
 build/peers/%/.installed: | $(STAMP)
 	rm -rf $(@D)
-	$(BIN)/python -m pip install -q --no-deps --target $(@D) $(subst -,==,$*)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(@D) $(subst -,==,$*) $(WITH)
 	touch $@
 
 # Whether the working tree is slower than the commit BASE, on this machine. CONTRIBUTING.md says how to read it.

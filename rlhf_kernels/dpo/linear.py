@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .._checks import check_same_device, check_vector
 from .._logits import LogitTransform
 from .._packing import packing_of
-from ..logprob import _sequence_logprobs
+from ..logprob import SequenceLogprobs, _sequence_logprobs
 from .pairwise import check_loss_options, dpo_loss
 from .reference import LOSS_TYPES
 
@@ -73,37 +74,57 @@ def linear_dpo_loss(
 
     Source: Rafailov et al. (2023), arXiv:2305.18290; the other types are listed in `dpo_loss`.
     """
-    check_loss_options(beta, loss_type, label_smoothing, gamma)
     packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[S, T, D]")
-    size = hidden.shape[0] if packing is None else packing.size
-    kind = LOSS_TYPES[loss_type]
-    _check_reference(hidden, ref_logps, ref_hidden, ref_weight, ref_bias, kind.reference_free, loss_type, size)
-    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs, size)
-
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    policy, counts = _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend, packing)
+
+    def sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SequenceLogprobs:
+        return _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend, packing)
+
+    return _loss_of_sequences(
+        sequences, hidden.shape[0] if packing is None else packing.size, (hidden, weight, bias), ref_logps,
+        (ref_hidden, ref_weight, ref_bias), chosen_idxs, rejected_idxs, beta, loss_type, label_smoothing, gamma,
+        backend,
+    )  # fmt: skip
+
+
+def _loss_of_sequences(
+    sequences: Callable[[Tensor, Tensor, Tensor | None], SequenceLogprobs],
+    size: int,
+    policy: tuple[Tensor, Tensor, Tensor | None],
+    ref_logps: Tensor | None,
+    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
+    chosen_idxs: Tensor | None,
+    rejected_idxs: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    gamma: float,
+    backend: str,
+) -> LinearDPOLoss:
+    """`sequences(hidden, weight, bias)`: the log-probs of the `size` sequences, of policy and reference alike."""
+    check_loss_options(beta, loss_type, label_smoothing, gamma)
+    hidden = policy[0]
+    _check_reference(hidden, ref_logps, *reference, LOSS_TYPES[loss_type].reference_free, loss_type, size)
+    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs, size)
+    logps, counts = sequences(*policy)
+    ref_hidden, ref_weight, ref_bias = reference
     if ref_hidden is not None and ref_weight is not None:
         with torch.no_grad():
-            ref_logps, _ = _sequence_logprobs(
-                ref_hidden, ref_weight, labels, ref_bias, transform, True, False, -100, backend, packing
-            )
+            ref_logps, _ = sequences(ref_hidden, ref_weight, ref_bias)
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
     losses, rewards = dpo_loss(
-        policy, ref_logps, chosen, rejected, beta, loss_type=loss_type, label_smoothing=label_smoothing,
+        logps, ref_logps, chosen, rejected, beta, loss_type=loss_type, label_smoothing=label_smoothing,
         token_counts=counts, gamma=gamma, backend=backend,
     )  # fmt: skip
-    return LinearDPOLoss(losses.mean(), rewards[chosen], rewards[rejected], policy.detach(), ref_logps)
+    return LinearDPOLoss(losses.mean(), rewards[chosen], rewards[rejected], logps.detach(), ref_logps)
 
 
-def _pairs(
-    hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None, size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The index pairs, by default the halves of `size` sequences; None: hidden's rows."""
+def _pairs(hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """The index pairs, by default the halves of `size` sequences."""
     if (chosen is None) != (rejected is None):
         raise ValueError("pass both chosen_idxs and rejected_idxs, or neither")
     if chosen is None or rejected is None:
-        size = hidden.shape[0] if size is None else size
         if size % 2:
             raise ValueError(
                 f"without index pairs the first half is chosen and the second rejected: S must be even, got {size}"
@@ -123,9 +144,8 @@ def _check_reference(
     ref_bias: Tensor | None,
     reference_free: bool,
     loss_type: str,
-    size: int | None = None,
+    size: int,
 ) -> None:
-    """`size`: the number of sequences; None: hidden's rows."""
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("pass both ref_hidden and ref_weight, or neither")
     if ref_bias is not None and ref_hidden is None:
@@ -139,7 +159,7 @@ def _check_reference(
             f"got {'both' if given else 'none'}"
         )
     if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, hidden.shape[0] if size is None else size)
+        check_vector("ref_logps", ref_logps, size)
         check_same_device(hidden=hidden, ref_logps=ref_logps)
     if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')}, got {tuple(ref_hidden.shape)}")

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import rlhf_kernels as rk
 
-transformers = pytest.importorskip("transformers", reason="needs transformers, which the extra `trainer` installs")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `trainer`)")
 
 LENGTHS = (5, 11, 1, 8)
 LIMIT = 1e-4

@@ -1,0 +1,165 @@
+"""Which rank holds which rows of the vocabulary, and how ranks find out that their arguments fit together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from .._checks import check_head
+
+Prepared = TypeVar("Prepared")
+
+
+class Shards(NamedTuple):
+    """Rank r of `group` holds `sizes[r]` rows of the vocabulary, in the order of the ranks; this is rank `rank`."""
+
+    group: dist.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def start(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    def owners(self, targets: Tensor) -> Tensor:
+        """Of each target, which must be in range, the rank that holds its row."""
+        ends = torch.tensor(tuple(itertools.accumulate(self.sizes)), device=targets.device)
+        return torch.bucketize(targets, ends, right=True)
+
+
+class LocalHead(NamedTuple):
+    """This rank's rows: weight [V_local, D], bias [V_local]. `sizes`: every rank's; None: they do not know them yet."""
+
+    weight: Tensor
+    bias: Tensor | None
+    group: dist.ProcessGroup
+    sizes: tuple[int, ...] | None
+
+    def check(self, hidden: Tensor, prefix: str = "") -> None:
+        """As `check_head`, but that a shard may have no rows."""
+        weight, bias = self.weight, self.bias
+        if isinstance(hidden, DTensor):
+            raise ValueError(
+                f"{prefix}hidden must be a plain tensor, the same on every rank, got a DTensor: redistribute it to "
+                "Replicate() and pass its to_local()"
+            )
+        if weight.dim() == 2 and weight.shape[0] == 0:
+            if bias is not None and bias.shape == (0,):
+                bias = bias.new_empty(1)
+            weight = weight.new_empty(1, weight.shape[1])
+        check_head(hidden, weight, bias, prefix=prefix)
+
+
+def local_head(weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, *, prefix: str = "") -> LocalHead:
+    """What this rank holds of a head that is given as its own rows and a group, or as a DTensor."""
+    if not isinstance(weight, DTensor):
+        if group is None:
+            raise ValueError(
+                f"{prefix}weight is a plain tensor: pass the group whose ranks hold the head's rows "
+                "(torch.distributed.group.WORLD is all), or a DTensor sharded on dim 0"
+            )
+        if isinstance(bias, DTensor):
+            raise ValueError(f"{prefix}bias is a DTensor and {prefix}weight is not: pass bias.to_local()")
+        return LocalHead(weight, bias, group, None)
+    mesh = weight.device_mesh
+    _check_placement(f"{prefix}weight", weight)
+    if group is not None and group != mesh.get_group():
+        raise ValueError(f"{prefix}weight is a DTensor: leave group out, or pass its mesh's own group")
+    if isinstance(bias, DTensor):
+        _check_placement(f"{prefix}bias", bias)
+        if bias.device_mesh != mesh:
+            raise ValueError(f"{prefix}bias and {prefix}weight must be sharded over one mesh")
+        bias = bias.to_local()
+    # A group is in the order of its ranks, whatever the mesh's is. A traced graph cannot look.
+    if not torch.compiler.is_compiling() and dist.get_process_group_ranks(mesh.get_group()) != mesh.mesh.tolist():
+        raise ValueError(f"{prefix}weight's mesh must list its ranks in rising order, got {mesh.mesh.tolist()}")
+    ranks, vocab = mesh.size(), weight.shape[0]
+    chunk = -(-vocab // ranks)
+    sizes = tuple(max(0, min(chunk, vocab - rank * chunk)) for rank in range(ranks))
+    local = weight.to_local()
+    if local.shape[0] != sizes[mesh.get_local_rank()]:
+        raise ValueError(
+            f"{prefix}weight has {local.shape[0]} rows on rank {mesh.get_local_rank()}, and an even sharding of "
+            f"{vocab} has {sizes[mesh.get_local_rank()]}: pass weight.to_local() and the group instead"
+        )
+    return LocalHead(local, bias, mesh.get_group(), sizes)
+
+
+def _check_placement(name: str, tensor: DTensor) -> None:
+    if tensor.device_mesh.ndim != 1 or type(tensor.placements[0]) is not Shard or tensor.placements[0].dim != 0:
+        raise ValueError(
+            f"{name} must be a DTensor sharded on dim 0 over a 1-D mesh, got {tensor.placements} over "
+            f"{tuple(tensor.device_mesh.shape)}"
+        )
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[...] of each rank -> [ranks, ...]. What is made of it in one order on every rank has the same bits there."""
+    out = x.new_empty((dist.get_world_size(group), *x.shape))
+    if x.numel():
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
+    return out
+
+
+def agreed(
+    prepare: Callable[[], tuple[Prepared, dict[str, Any]]], head: LocalHead, device: torch.device
+) -> tuple[Prepared, Shards]:
+    """`prepare()` checks this rank's arguments and returns (what is made of them, facts that all ranks must share)."""
+    rank = dist.get_rank(head.group)
+    if head.sizes is not None:
+        return prepare()[0], Shards(head.group, rank, head.sizes)
+    prepared, own = exchanged(prepare, head.group, device, head.weight.shape[0] if head.weight.dim() else 0)
+    shards = Shards(head.group, rank, tuple(own))
+    if shards.vocab_size == 0:
+        raise ValueError("the head has no rows: weight is [0, D] on every rank of the group")
+    return prepared, shards
+
+
+@torch.compiler.disable
+def exchanged(
+    prepare: Callable[[], tuple[Prepared, dict[str, Any]]], group: dist.ProcessGroup, device: torch.device, own: int
+) -> tuple[Prepared, list[int]]:
+    """One all-gather of integers: each rank's `own`, its facts, and whether `prepare` failed. Then an error on every
+    rank, or (what was prepared, every rank's `own`)."""
+    refusal: Exception | None = None
+    names: tuple[str, ...] = ()
+    values: list[Any] = []
+    try:
+        prepared, facts = prepare()
+        names, values = tuple(facts), list(facts.values())
+    except Exception as error:  # whatever it is: the other ranks wait
+        refusal = error
+    header = torch.zeros(2 + _MOST_FACTS, dtype=torch.int64, device=device)
+    header[0], header[1] = own, int(refusal is not None)
+    for i, value in enumerate(values):
+        header[2 + i] = value  # a tensor is not read here
+    rows = gather(header, group).tolist()
+    if refusal is not None:
+        raise refusal
+    refusing = [rank for rank, row in enumerate(rows) if row[1]]
+    if refusing:
+        raise ValueError(f"rank {refusing[0]} of the group failed: its own error says why")
+    for i, name in enumerate(names):
+        found = [row[2 + i] for row in rows]
+        if len(set(found)) > 1:
+            raise ValueError(f"{name} must be the same on every rank of the group, got {found} in the ranks' order")
+    return prepared, [row[0] for row in rows]
+
+
+_MOST_FACTS = 12
+
+
+def fingerprint(x: Tensor) -> Tensor:
+    """Of integers or bools: a number that differs where replicated tensors are not replicas, in all likelihood."""
+    x = x.reshape(-1).to(torch.int64)
+    return (x * torch.arange(1, x.numel() + 1, device=x.device)).sum()
