@@ -17,7 +17,8 @@ def folder_of(package: str) -> Path:
     """The newest build/peers/<package>-*."""
     found = sorted(FOLDER.glob(f"{package}-*"))
     if not found:
-        raise ModuleNotFoundError(f"{package} is not installed in build/peers: make hosts", name=f"build/peers/{package}-*")
+        missing = f"build/peers/{package}-*"
+        raise ModuleNotFoundError(f"{package} is not installed in build/peers: make hosts", name=missing)
     return found[-1]
 
 

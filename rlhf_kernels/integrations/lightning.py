@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..dpo import dpo_loss
 from ..dpo.reference import LOSS_TYPES
 from .lm_head import CausalLM
-from .transformers import IGNORED, CausalLMLogprobs, _aux_loss_coefficient
+from .scores import IGNORED, aux_loss_coefficient
+from .transformers import CausalLMLogprobs
 
 __all__ = ["FusedDPOMixin", "FusedSFTMixin"]
 
@@ -110,7 +111,7 @@ class FusedDPOMixin(_Steps):
         )  # fmt: skip
         loss = losses.mean()
         if policy.aux_loss is not None:
-            loss = loss + _aux_loss_coefficient(self.model) * policy.aux_loss
+            loss = loss + aux_loss_coefficient(self.model) * policy.aux_loss
         chosen, rejected = rewards.chunk(2)
         logps_chosen, logps_rejected = logps.detach().chunk(2)
         metrics = {

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .lm_head import LogitOptions
-from .transformers import IGNORED, patch_causal_lm
+from .scores import IGNORED
+from .transformers import patch_causal_lm
 from .versions import check_parameters, check_version
 
 __all__ = ["fused"]

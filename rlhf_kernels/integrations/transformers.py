@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from ..logprob import LinearLogprobs, linear_logprobs, next_token_targets
+from ..logprob import next_token_targets
 from .lm_head import CausalLM, LMHead, LogitOptions, lm_head_of, logit_options_of, replaced_forward, run_in_head
+from .scores import IGNORED, aux_loss_coefficient, refuse_prompt_learning, score
 
 __all__ = [
     "CausalLMLogprobs",
@@ -29,8 +29,6 @@ __all__ = [
     "run_in_head",
     "with_shift_labels",
 ]
-
-IGNORED = -100
 
 
 @dataclass
@@ -87,7 +85,7 @@ def patch_causal_lm(
     its logits are not what the config says, its loss is not the next-token one, prompt learning (its virtual tokens
     come between labels and hidden states), a forward that was replaced before.
     """
-    _refuse_prompt_learning(model)
+    refuse_prompt_learning(model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     _refuse_other_models(causal_lm)
     options = logit_options or logit_options_of(causal_lm)
@@ -164,33 +162,19 @@ def logprobs_of(
     else:
         raise ValueError("log-probs need labels or shift_labels")
 
-    def use(hidden: Tensor, head: LMHead) -> tuple[LinearLogprobs, Tensor]:
-        here = targets.to(hidden.device)
-        if here.shape != hidden.shape[:-1]:
-            here = _kept(here, inputs.get("logits_to_keep"))
-        if here.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"expected a label for each hidden state, got labels {tuple(targets.shape)} and hidden states "
-                f"{tuple(hidden.shape[:-1])}: does something put tokens before or between those of input_ids?"
-            )
-        found = linear_logprobs(
-            hidden, head.weight, here, temperature=temperature, outputs=outputs, backend=backend, **head.options()
-        )
-        # No views: what a caller changes in place would lose the hook by which FSDP2 gathers weights before backward.
-        return LinearLogprobs._make(None if r is None else r.clone() for r in found), here != IGNORED
-
-    given = {**inputs, "use_cache": False, "return_dict": True}
-    (found, mask), output = run_in_head(model, use, options, given, forward)
-    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -found.logprobs.sum() / count
-    aux_loss = output.get("aux_loss")
-    if aux_loss is not None:
-        loss = loss + _aux_loss_coefficient(model) * aux_loss.to(loss.device)
+    scored = score(model, options, forward, inputs, targets, temperature=temperature, outputs=outputs, backend=backend)
+    found = scored.found
     return CausalLMLogprobs(
-        loss=loss, logprobs=found.logprobs, entropy=found.entropy, is_top1=found.is_top1, mean_logit=found.mean_logit,
-        log_sum_sq_probs=found.log_sum_sq_probs, token_mask=mask, aux_loss=aux_loss,
-        hidden_states=output.get("hidden_states"),
-    )  # fmt: skip
+        loss=scored.loss(num_items_in_batch, lambda: aux_loss_coefficient(model)),
+        logprobs=found.logprobs,
+        entropy=found.entropy,
+        is_top1=found.is_top1,
+        mean_logit=found.mean_logit,
+        log_sum_sq_probs=found.log_sum_sq_probs,
+        token_mask=scored.mask,
+        aux_loss=scored.aux_loss,
+        hidden_states=scored.output.get("hidden_states"),
+    )
 
 
 def nll_loss(
@@ -224,26 +208,6 @@ def with_shift_labels(collate: Callable[..., dict[str, Any]]) -> Callable[..., d
     return collate_with_targets
 
 
-def _kept(targets: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
-    """[B, T] -> those of the positions whose hidden states reach the head, as transformers chooses them: the last ones,
-    those of indices [K] or [B, K], or where a mask [B, T] says so, one after another."""
-    if logits_to_keep is None or isinstance(logits_to_keep, int):
-        return targets[:, -(logits_to_keep or 0) :]
-    kept = logits_to_keep.to(targets.device)
-    if kept.dim() == 2:
-        return targets[kept] if kept.dtype == torch.bool else targets.gather(1, kept)
-    return targets[:, kept]
-
-
-def _aux_loss_coefficient(model: CausalLM) -> float:
-    """What mixtures of experts multiply their load-balancing loss by."""
-    config = model.config.get_text_config()
-    for owner, name in ((model, "router_aux_loss_coef"), (model, "aux_loss_coef"), (config, "router_aux_loss_coef")):
-        if hasattr(owner, name):
-            return getattr(owner, name)
-    raise ValueError(f"{type(model).__name__} returns an aux_loss and has no router_aux_loss_coef to weigh it by")
-
-
 def _refuse_other_models(model: CausalLM) -> None:
     name = type(model).__name__
     if replaced_forward(model) is not None:
@@ -252,13 +216,3 @@ def _refuse_other_models(model: CausalLM) -> None:
         )
     if model.config.is_encoder_decoder or model.loss_function is not ForCausalLMLoss:
         raise ValueError(f"the loss of {name} is not that of a causal language model (ForCausalLMLoss of one stack)")
-
-
-def _refuse_prompt_learning(model: CausalLM) -> None:
-    configs = getattr(model, "peft_config", {})
-    for name, config in configs.items() if isinstance(configs, dict) else ():
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"adapter {name!r} is {type(config).__name__}: prompt learning puts virtual tokens before the labels; "
-                "LoRA, DoRA and full fine-tuning are supported"
-            )

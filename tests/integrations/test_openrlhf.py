@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 from rlhf_kernels.integrations import openrlhf as ours
+from rlhf_kernels.integrations import scores
 from rlhf_kernels.integrations.lm_head import LogitOptions
 from tests.integrations import openrlhf_here
 
@@ -140,13 +141,13 @@ def test_packed_samples_do_not_see_each_other(folders):
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_prompts_cost_nothing_without_entropy(folders, packing, monkeypatch):
     rows = []
-    real = ours.patch_causal_lm.__globals__["linear_logprobs"]
+    real = scores.linear_logprobs
 
     def counting(hidden, weight, targets, **options):
         rows.append(int((targets != -100).sum()))
         return real(hidden, weight, targets, **options)
 
-    monkeypatch.setitem(ours.patch_causal_lm.__globals__, "linear_logprobs", counting)
+    monkeypatch.setattr(scores, "linear_logprobs", counting)
     theirs, own = actors(folders["llama"], packing_samples=packing)
     assert_same(ppo_step(own, entropy=False), ppo_step(theirs, entropy=False))
     assert rows == [int(experience()[2].sum())]
