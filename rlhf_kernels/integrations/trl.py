@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -63,17 +62,6 @@ def _module_for(version: str) -> types.ModuleType:
             "(pip install 'trl==1.16.*'), or use TRL's trainer as it is"
         )
     return importlib.import_module(f"{__package__}.{VERSIONS[release]}")
-
-
-def check_signature(function: Callable[..., Any], expected: str) -> None:
-    """Raises ImportError where a function of TRL does not take what it took when this was written; "..." at the end of
-    `expected` is anything more."""
-    found = ", ".join(inspect.signature(function).parameters)
-    if not (found + ", ").startswith(expected.removesuffix("...")) if expected.endswith("...") else found != expected:
-        raise ImportError(
-            f"{function.__module__}.{function.__qualname__} of TRL {trl.__version__} takes ({found}), expected "
-            f"({expected}): this version needs another rlhf_kernels, or use TRL's trainer as it is"
-        )
 
 
 def module_of(cls: type) -> types.ModuleType:

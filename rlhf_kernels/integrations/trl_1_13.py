@@ -24,7 +24,6 @@ from .lm_head import CausalLM, logit_options_of
 from .scores import IGNORED, score
 from .trl import (
     aux_loss_coefficient,
-    check_signature,
     forward_of,
     module_of,
     refuse_loss_of_logits,
@@ -33,12 +32,13 @@ from .trl import (
     with_head_as_it_was,
 )
 from .trl_1_13_logits import LogitsNeverMade, entropy_from_logits, selective_log_softmax
+from .versions import check_parameters
 
 Host: Any = object  # of the mixins below: a trainer of TRL comes after them in the mro
 PATCHED = "_rlhf_kernels_scores"
 
-check_signature(utils.selective_log_softmax, "logits, index")
-check_signature(utils.entropy_from_logits, "logits, chunk_size")
+check_parameters(utils.selective_log_softmax, "logits, index")
+check_parameters(utils.entropy_from_logits, "logits, chunk_size")
 
 
 class Asked(NamedTuple):
@@ -204,7 +204,7 @@ def fuse(trainer: Any, base: type) -> Any:
         if getattr(module, name) is not getattr(utils, name):
             raise ImportError(f"{module.__name__}.{name} is not that of trl.trainer.utils: another patch of it?")
     for name, parameters in mixin.SEAM.items():
-        check_signature(getattr(base, name), parameters)
+        check_parameters(getattr(base, name), parameters)
 
     class Fused(mixin, trainer):  # type: ignore[misc, valid-type]
         _rlhf_kernels_module = module

@@ -16,7 +16,6 @@ from .lora import is_lora
 from .scores import IGNORED, score
 from .trl import (
     aux_loss_coefficient,
-    check_signature,
     forward_of,
     module_of,
     refuse_loss_of_logits,
@@ -24,6 +23,7 @@ from .trl import (
     replaced,
     with_head_as_it_was,
 )
+from .versions import check_parameters
 
 TRAINERS = ("DPOTrainer", "GRPOTrainer", "RLOOTrainer", "SFTTrainer", "KTOTrainer")
 
@@ -35,8 +35,8 @@ OUTPUTS = {
     "is_top1": "is_top1",
 }
 
-check_signature(utils.add_fused_lm_head, "model, temperature, cast_lm_head_to_fp32, outputs")
-check_signature(
+check_parameters(utils.add_fused_lm_head, "model, temperature, cast_lm_head_to_fp32, outputs")
+check_parameters(
     utils.FusedCausalLMOutput, "loss, log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1, label_mask, aux_loss"
 )
 

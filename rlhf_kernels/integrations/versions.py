@@ -19,9 +19,11 @@ def check_version(package: str, known: Sequence[str]) -> None:
 
 
 def check_parameters(function: Callable[..., Any], expected: str) -> None:
-    """Raises ImportError where a function of a host does not take `expected`, its parameters joined by ", "."""
+    """Raises ImportError where a function of a host does not take `expected`, its parameters joined by ", "; "..." at
+    the end is anything more."""
     found = ", ".join(inspect.signature(function).parameters)
-    if found != expected:
+    known = expected.removesuffix("...")
+    if found != expected and not (known != expected and f"{found}, ".startswith(known)):
         raise ImportError(
             f"{function.__module__}.{function.__qualname__} takes ({found}), expected ({expected}): another patch of "
             "it, or a version that needs another rlhf_kernels"
