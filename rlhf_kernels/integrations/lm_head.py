@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,7 +64,7 @@ def lm_head_of(model: CausalLM) -> LMHead:
 
 
 def logit_options_of(model: CausalLM) -> LogitOptions:
-    """Scale and soft cap, read from the config and confirmed by the model's own forward on two tokens.
+    """Scale and soft cap, read from the config and confirmed by the model's own forward on four tokens.
 
     Raises ValueError where the model does something to its logits that `LogitOptions` cannot express: a loss computed
     from it would be silently wrong.
@@ -76,7 +77,8 @@ def logit_options_of(model: CausalLM) -> LogitOptions:
     cap = getattr(config, SOFTCAP_NAME, None)
     scales = [1.0, *numbers, *(1.0 / number for number in numbers)]
     caps = [None] if cap is None else [None, float(cap)]
-    logits, shown = _what_forward_makes_of_logits(model, head)
+    logits, output = what_forward_makes_of_logits(model)
+    shown = output.logits.float()
     for scale, cap in itertools.product(scales, caps):
         expected = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
         if shown.shape == expected.shape and torch.allclose(shown, expected, rtol=1e-4, atol=1e-4 * abs(scale)):
@@ -121,6 +123,7 @@ def run_in_head(
     head = _head_module(model)
     slot = _slot_of(head)
     results: list[Result] = []
+    slot.check_free(model)
 
     def compute(hidden: Tensor) -> Any:
         # The weight is read now: a wrapper may have put another tensor there since the model was made.
@@ -134,13 +137,15 @@ def run_in_head(
         return result
 
     def divert(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Tensor:
+        if slot.is_anothers():
+            return output
         results.append(output)
         return _no_logits(args[0])
 
     # Taken by a forward hook registered last, that is, after those of wrappers, which may replace outputs or hook their
     # backward. (Only full backward hooks on the head itself come later still and see the placeholder.)
     handle = None if torch.compiler.is_compiling() else head.register_forward_hook(divert)
-    slot.compute = compute
+    slot.take(compute)
     try:
         output = (forward or model)(**inputs)
     finally:
@@ -157,14 +162,31 @@ def _no_logits(hidden: Tensor) -> Tensor:
 
 
 class _Slot:
-    """What a head computes instead of its matmul; None: its matmul."""
+    """What a head computes instead of its matmul, in one thread; None, and in other threads: its matmul."""
 
     compute: Callable[[Tensor], Any] | None = None
+    thread: int = 0
+
+    def take(self, compute: Callable[[Tensor], Any]) -> None:
+        self.compute = compute
+        if not torch.compiler.is_compiling():  # a traced graph is one thread's
+            self.thread = threading.get_ident()
+
+    def is_anothers(self) -> bool:
+        return not torch.compiler.is_compiling() and self.thread != threading.get_ident()
+
+    def check_free(self, model: CausalLM) -> None:
+        if self.compute is not None:
+            raise ValueError(
+                f"the LM head of {type(model).__name__} is in use, "
+                + ("by another thread: give each thread a copy" if self.is_anothers() else "by a call around this one")
+            )
 
 
 def _forward_or_computed(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    compute = getattr(self, SLOT).compute
-    if compute is None:
+    slot = getattr(self, SLOT)
+    compute = slot.compute
+    if compute is None or slot.is_anothers():
         return type(self).forward(self, hidden, *args, **kwargs)
     if args or kwargs:  # peft's adapter_names, say
         raise ValueError(f"the LM head is called with more than hidden states: {[*args, *kwargs]}")
@@ -224,38 +246,49 @@ def _plain_head(head: nn.Module, model: CausalLM) -> tuple[Tensor, Tensor | None
     return weight, bias
 
 
+class Shown(NamedTuple):
+    """What a model's forward makes of known logits [1, 4, V] that take the place of its head's output."""
+
+    logits: Tensor
+    output: Any
+
+
 @torch.no_grad()
-def _what_forward_makes_of_logits(model: CausalLM, head: Any) -> tuple[Tensor, Tensor]:
-    """Known logits [1, 2, V] put in place of the head's output, and what the model's forward returns for them."""
+def what_forward_makes_of_logits(model: CausalLM, **labels: Tensor) -> Shown:
+    """By a forward of four tokens. `labels`: what else the model is called with."""
+    head = _head_module(model)
     weight, _ = _plain_head(head.get_base_layer() if is_lora(head) else head, model)
     vocabulary = weight.shape[0] if weight.dim() == 2 else 0
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    if ids.is_meta or not vocabulary:
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta" or not vocabulary:
         raise ValueError(
             f"the weights of {type(model).__name__} are not there yet (the meta device, or partitioned), so that its "
             "forward cannot be asked what it does to logits: give LogitOptions(logit_scale, logit_softcap), which "
             "logit_options_of returns for a small model of the same class"
         )
-    # Small values tell scales apart, large ones soft caps; the two positions differ.
-    ramp = torch.linspace(-1.0, 1.0, vocabulary, device=ids.device)
-    logits = torch.stack([ramp, 100.0 * ramp])[None]
+    ids = torch.arange(4, device=device)[None] % vocabulary
+    # Small values tell scales apart, large ones soft caps; positions differ.
+    ramp = torch.linspace(-1.0, 1.0, vocabulary, device=device)
+    logits = torch.stack([ramp, 100.0 * ramp, -3.0 * ramp, 10.0 * ramp.flip(0)])[None]
     slot, calls = _slot_of(head), 0
+    slot.check_free(model)
 
     def known(hidden: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         return logits.to(hidden.device)
 
-    slot.compute = known
-    devices = [ids.device] if ids.device.type == "cuda" else []
+    slot.take(known)
     try:
         # Dropout must not take numbers that training would have drawn.
-        with torch.random.fork_rng(devices), _attention_of_cpus(model, ids.device):
-            shown = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _attention_of_cpus(model, device):
+            output = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, return_dict=True, **labels
+            )
     finally:
         slot.compute = None
     _check_called_once(calls, model)
-    return logits, shown.float()
+    return Shown(logits, output)
 
 
 @contextlib.contextmanager

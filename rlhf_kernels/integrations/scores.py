@@ -62,8 +62,9 @@ def score(
 
     def use(hidden: Tensor, head: LMHead) -> tuple[LinearLogprobs, Tensor]:
         here = targets.to(hidden.device)
-        if here.shape != hidden.shape[:-1]:
-            here = _kept(here, inputs.get("logits_to_keep"))
+        keep = inputs.get("logits_to_keep")
+        if isinstance(keep, Tensor) or here.shape != hidden.shape[:-1]:
+            here = _kept(here, keep)
         if here.shape != hidden.shape[:-1]:
             raise ValueError(
                 f"expected a label for each hidden state, got labels {tuple(targets.shape)} and hidden states "

@@ -9,12 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from ..logprob import next_token_targets
-from .lm_head import CausalLM, LMHead, LogitOptions, lm_head_of, logit_options_of, replaced_forward, run_in_head
+from .lm_head import (
+    CausalLM,
+    LMHead,
+    LogitOptions,
+    lm_head_of,
+    logit_options_of,
+    replaced_forward,
+    run_in_head,
+    what_forward_makes_of_logits,
+)
 from .scores import IGNORED, aux_loss_coefficient, refuse_prompt_learning, score
 
 __all__ = [
@@ -76,19 +86,23 @@ def patch_causal_lm(
         model: a causal LM of transformers, before DDP, FSDP or DeepSpeed wrap it (patch, wrap, call the wrapper). With
             adapters of peft: the PeftModel or its base model, before or after the adapters come.
         temperature, outputs, backend: as in `rlhf_kernels.linear_logprobs`.
-        logit_options: scale and soft cap of its logits; None asks the model, by a forward of two tokens. Give them
-            where that cannot run, because weights are not there yet (ZeRO-3's zero.Init, the meta device).
+        logit_options: scale and soft cap of its logits; None asks the model for them and for its loss, by forwards of
+            four tokens, in the mode that it is in. Give them where that cannot run, because weights are not there yet
+            (ZeRO-3's zero.Init, the meta device).
 
     Returns: the same model.
 
     Raises ValueError: the head is no linear layer (or carries an adapter that is more than a low-rank term, DoRA say),
     its logits are not what the config says, its loss is not the next-token one, prompt learning (its virtual tokens
-    come between labels and hidden states), a forward that was replaced before.
+    come between labels and hidden states; looked for here alone), a forward that was replaced before.
     """
     refuse_prompt_learning(model)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     _refuse_other_models(causal_lm)
-    options = logit_options or logit_options_of(causal_lm)
+    options = logit_options
+    if options is None:
+        options = logit_options_of(causal_lm)
+        _refuse_another_loss(causal_lm)
     default_temperature, default_outputs = temperature, tuple(outputs)
     original = type(causal_lm).forward
 
@@ -186,6 +200,7 @@ def nll_loss(
     `outputs.logprobs` is differentiable, as is `outputs.entropy` where it was asked for. Trainer takes `labels` away
     before it calls the model, so wrap the collator in `with_shift_labels`. Without a loss function of your own neither
     is needed. (Trainer's label smoothing, which needs all logits, takes labels away too, and so gets the model's own.)
+    `outputs.loss` has a mixture of experts' load-balancing loss, this has not: `outputs.aux_loss` is there to add.
     """
     if not isinstance(outputs, CausalLMLogprobs) or outputs.logprobs is None or outputs.token_mask is None:
         raise ValueError(
@@ -206,6 +221,21 @@ def with_shift_labels(collate: Callable[..., dict[str, Any]]) -> Callable[..., d
         return batch
 
     return collate_with_targets
+
+
+def _refuse_another_loss(model: CausalLM) -> None:
+    """Encoder-decoders' decoders do not shift labels, say, and some models add a term of their own."""
+    labels = torch.tensor([[0, 1, IGNORED, 0]], device=model.get_input_embeddings().weight.device)
+    output = what_forward_makes_of_logits(model, labels=labels).output
+    shown = output.logits.float()
+    expected = ForCausalLMLoss(shown, labels, shown.shape[-1])
+    if output.get("aux_loss") is not None:
+        expected = expected + aux_loss_coefficient(model) * output.aux_loss
+    if not torch.allclose(output.loss.float(), expected.to(output.loss.device), rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"the loss of {type(model).__name__} is not that of a causal language model: of known logits it makes "
+            f"{output.loss:.4g}, where the next tokens' cross entropy is {expected:.4g}"
+        )
 
 
 def _refuse_other_models(model: CausalLM) -> None:

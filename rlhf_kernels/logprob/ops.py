@@ -89,7 +89,8 @@ def _gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy
     if grad_logprobs is None and grad_log_sum is None and grad_entropy is None:
         return none
     need = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    saved, index = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+    tensors = ctx.saved_tensors  # read once: inside torch's checkpoint a second reading is an error
+    saved, index = tensors[:8], tensors[8:]
     grad_hidden, grad_weight, grad_bias = op(
         grad_logprobs, grad_log_sum, grad_entropy, *saved, *ctx.options, *need, *index, *ctx.masked
     )

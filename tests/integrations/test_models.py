@@ -2,9 +2,11 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import rlhf_kernels as rk
@@ -116,6 +118,7 @@ def test_shift_labels_are_targets_of_their_own_positions():
 KEPT = {
     "the last 4": 4,
     "indices": torch.tensor([2, 7, 5]),
+    "all of them in another order": torch.arange(8, -1, -1),
     "indices of each row": torch.tensor([[2, 3, 4], [5, 7, 3]]),
     "a mask": torch.arange(18).view(2, 9) % 3 == 1,
 }
@@ -250,7 +253,6 @@ def test_a_pickled_copy_is_the_plain_model_and_can_be_patched():
 
 
 def test_what_is_refused_at_patching():
-    import transformers
 
     model = patch_causal_lm(make_model("llama"))
     with pytest.raises(ValueError, match=r"forward of LlamaForCausalLM was replaced already .*: patch it once"):
@@ -266,6 +268,79 @@ def test_what_is_refused_at_patching():
     model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.raises(ValueError, match="loss of LlamaForCausalLM is not that of a causal language model"):
         patch_causal_lm(model)
+
+
+def bart():
+    """A decoder of an encoder-decoder, which does not shift labels."""
+    return transformers.BartForCausalLM(
+        transformers.BartConfig(
+            vocab_size=VOCABULARY, d_model=16, decoder_layers=1, decoder_ffn_dim=24, decoder_attention_heads=2,
+            max_position_embeddings=64, is_decoder=True,
+        )
+    )  # fmt: skip
+
+
+def bamba(z_loss):
+    return transformers.BambaForCausalLM(
+        transformers.BambaConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1,
+            mamba_d_state=8, mamba_expand=2, mamba_chunk_size=4, z_loss_coefficient=z_loss,
+        )
+    )  # fmt: skip
+
+
+def test_a_model_whose_loss_is_another_is_refused():
+    """What its attributes do not tell: labels that are not shifted, a term of its own."""
+    for model in (bart(), bamba(0.1)):
+        with pytest.raises(ValueError, match=r"of known logits it makes .* cross entropy is"):
+            patch_causal_lm(model)
+    patch_causal_lm(bamba(0.0))
+
+
+def test_a_head_in_use_says_so():
+    """By another thread, whose calls without labels are the model's own; and by a call inside `use`."""
+    model = patch_causal_lm(make_model("llama"))
+    ids, found = torch.arange(8)[None], {}
+
+    def another_call(*_):
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def call():
+            found["logits"] = model(input_ids=ids).logits.shape
+            with pytest.raises(ValueError, match=r"is in use, by another thread: give each thread a copy"):
+                model(input_ids=ids, labels=ids + 1)
+            found["refused"] = True
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    expected = model(input_ids=ids, labels=ids).logprobs
+    handle = model.model.layers[0].register_forward_hook(another_call)
+    assert model(input_ids=ids, labels=ids).logprobs.equal(expected)
+    handle.remove()
+    assert found == {"logits": (1, 8, VOCABULARY), "refused": True}
+
+    def nested(hidden, head):
+        return model(input_ids=ids, labels=ids)
+
+    with pytest.raises(ValueError, match=r"is in use, by a call around this one"):
+        run_in_head(model, nested, LogitOptions(), {"input_ids": ids})
+    assert model(input_ids=ids, labels=ids).logprobs.equal(expected)
+
+
+def test_a_patched_model_inside_checkpoint():
+    """torch's checkpoint lets backward read what was saved once."""
+    model, ids = patch_causal_lm(make_model("llama")), torch.arange(8)[None]
+
+    def loss():
+        return model(input_ids=ids, labels=ids).loss
+
+    (expected,) = torch.autograd.grad(loss(), model.lm_head.weight)
+    torch.utils.checkpoint.checkpoint(loss, use_reentrant=False).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, expected)
 
 
 class Louder(nn.Linear):
@@ -301,7 +376,6 @@ def test_a_head_that_changed_after_patching_is_refused_at_the_call():
 
 
 def test_a_model_without_weights_needs_its_options_told():
-    import transformers
 
     with torch.device("meta"):
         empty = transformers.AutoModelForCausalLM.from_config(make_model("cohere").config)
