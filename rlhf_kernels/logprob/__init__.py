@@ -168,7 +168,8 @@ def sequence_logprobs(
     Packed sequences give what they give as padded rows: the shift never crosses from one into the next, and the last
     token of each predicts nothing. The native and Triton backends give each token the same bits in both forms (torch's
     matmuls, the reference's, may not). Both forms add in fp64 and round once, so that the sums, too, have the same bits
-    but where rounding is undecided to 16 digits; packed ones are differentiable once, by every backend. On a GPU cu_seqlens is not read back, position_ids once.
+    but where rounding is undecided to 16 digits. Packed sums are differentiable once, whatever the backend. On a GPU
+    cu_seqlens is not read back, position_ids once.
 
     Raises: as `linear_logprobs`, and
         ValueError: cu_seqlens or position_ids that are not as above, or both. On a GPU, and while a graph is traced or
