@@ -14,7 +14,7 @@ pytorch_lightning do alike.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -132,22 +132,36 @@ class FusedDPOMixin(_Steps):
         if "ref_chosen_logps" in batch:
             return torch.cat([_column(batch, "ref_chosen_logps"), _column(batch, "ref_rejected_logps")])
         ref_model = getattr(self, "ref_model", None)
+        as_reference: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if ref_model is not None:
             if any(parameter.requires_grad for parameter in ref_model.parameters()):
                 raise ValueError("ref_model is not frozen: ref_model.requires_grad_(False)")
             ref_model.eval()  # train() of the module reaches it, and dropout has no place in a reference
-            reference, adapters = ref_model, contextlib.nullcontext()
+            reference = ref_model
         elif hasattr(self.model, "disable_adapter"):
-            reference, adapters = self.model, self.model.disable_adapter()
+            reference, as_reference = self.model, _without_adapters(self.model)
         else:
             raise ValueError(
                 f"loss_type={self.loss_type!r} needs a reference: set self.ref_model, give the batch ref_chosen_logps "
                 "and ref_rejected_logps, or train adapters of peft"
             )
-        with adapters:
+        with as_reference:
             logprobs = _logprobs_of(reference, inputs).logprobs
         assert logprobs is not None
         return logprobs.sum(-1)
+
+
+@contextlib.contextmanager
+def _without_adapters(model: CausalLM) -> Iterator[None]:
+    """And without dropout; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with model.disable_adapter():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _logprobs_of(model: CausalLM, inputs: Mapping[str, Any]) -> CausalLMLogprobs:

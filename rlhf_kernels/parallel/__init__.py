@@ -9,6 +9,8 @@ So are the results, bit for bit. A loss made of them is computed on every rank a
     hidden         the whole gradient, already summed over the group: do not sum it again
     weight, bias   that of its own rows
 
+Gradients cannot be differentiated again: create_graph=True raises, with every backend.
+
 Sequences. With `sequence_group` each rank holds a part of every sequence's positions. Results are per whole sequence,
 replicated over that group too; backward gives each rank the gradient of its own positions, once. The head's gradient is
 then that of these positions as well: sum it over the group (a wrapper that takes means divides by its size).

@@ -3,11 +3,14 @@ shards are merged, gradients. The ops serve as they are, since their backward ta
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._logits import LogitTransform
 from .._rows import is_traced_or_captured
@@ -38,6 +41,27 @@ class Upstream(NamedTuple):
     logprobs: Tensor
     logsumexp: Tensor
     entropy: Tensor | None
+
+
+def differentiable_once(function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For the backward of an autograd.Function behind `function`. `once_differentiable` alone lets a penalty on the
+    gradient pass without its own gradient where the upstream is a constant; create_graph=True raises here."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        once = once_differentiable(backward)
+
+        @functools.wraps(backward)
+        def checked(ctx: Any, *upstream: Any) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"parallel.{function} is differentiable once, whatever the backend: leave out create_graph=True; "
+                    f"for second derivatives pass the whole head to rlhf_kernels.{function} with backend='reference'"
+                )
+            return once(ctx, *upstream)
+
+        return checked
+
+    return decorate
 
 
 def statistics_dtype(backend: str) -> torch.dtype:

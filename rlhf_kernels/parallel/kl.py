@@ -7,14 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from .._checks import check_choice, check_same_device
+from .._checks import FLOATS, check_choice, check_same_device
 from .._dispatch import BACKENDS, resolve_backend
 from .._logits import LogitTransform, gemm_dtype, logit_dtype
 from ..kl.ops import DIRECTIONS
-from .backends import Side, kl_gradients, kl_statistics, statistics_dtype
+from .backends import Side, differentiable_once, kl_gradients, kl_statistics, statistics_dtype
 from .logprobs import needs_gradient, summed
 from .merge import merge_kl
 from .rows import CountedRows
@@ -90,7 +89,11 @@ def linear_kl(
             "the number of rows": hidden.shape[:-1].numel(),
             "hidden's last dimension": hidden.shape[-1],
             "ref_hidden's last dimension": ref_hidden.shape[-1],
-            "the bytes of the GEMMs' dtypes": gemm.itemsize + 256 * ref_gemm.itemsize,
+            "the number of rows that mask counts": shape.numel() if mask is None else mask.sum(),
+            "the GEMMs' dtypes (their places in rlhf_kernels' list, 256 times the reference's)": (
+                FLOATS.index(gemm) + 256 * FLOATS.index(ref_gemm)
+            ),
+            "which biases there are (1 bias, 2 ref_bias)": ((head.bias is not None) + 2 * (ref_head.bias is not None)),
             "the backend (its place in rlhf_kernels' list)": BACKENDS.index(chosen),
             "whether hidden requires a gradient": int(needs_gradient(hidden)),
             "direction": DIRECTIONS.index(direction),
@@ -127,7 +130,7 @@ class _ShardedKL(torch.autograd.Function):
         return kl.to(logit_dtype(torch.promote_types(policy.gemm, ref.gemm)))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_kl")
     def backward(ctx, grad_kl):  # type: ignore[no-untyped-def]
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, kl, stats = ctx.saved_tensors
         policy = Side(hidden, weight, bias, *ctx.logits)

@@ -8,16 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _workspace
-from .._checks import check_choice, check_target_range, check_targets
+from .._checks import FLOATS, check_choice, check_target_range, check_targets
 from .._dispatch import BACKENDS, resolve_backend
 from .._logits import LogitTransform, gemm_dtype, logit_dtype
 from .._rows import is_traced_or_captured
 from ..logprob import LinearLogprobs
 from ..logprob.reference import OPTIONAL_OUTPUTS
-from .backends import Side, Upstream, logprob_gradients, logprob_statistics, statistics_dtype
+from .backends import Side, Upstream, differentiable_once, logprob_gradients, logprob_statistics, statistics_dtype
 from .merge import merge_logprobs
 from .rows import CountedRows
 from .shards import LocalHead, Shards, agreed, fingerprint, gather, local_head
@@ -53,6 +52,7 @@ def linear_logprobs(
     Raises: as `rlhf_kernels.linear_logprobs`, on every rank alike, and
         ValueError: ranks whose arguments do not fit together; neither a group nor a DTensor; a DTensor that is not
             sharded on dim 0 over a 1-D mesh.
+        RuntimeError: backward with create_graph=True, with every backend.
     """
     transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
     head = local_head(weight, bias, group)
@@ -81,7 +81,9 @@ def sharded_logprobs(
         return (targets, gemm, chosen), {
             "the number of rows": targets.numel(),
             "hidden's last dimension": hidden.shape[-1],
-            "the bytes of the GEMM's dtype": gemm.itemsize,
+            "the number of targets that count": (targets != ignore_index).sum(),
+            "the GEMM's dtype (its place in rlhf_kernels' list)": FLOATS.index(gemm),
+            "whether there is a bias": int(head.bias is not None),
             "the backend (its place in rlhf_kernels' list)": BACKENDS.index(chosen),
             "outputs (a bit for each)": sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in outputs),
             "whether hidden requires a gradient": int(needs_gradient(hidden)),
@@ -139,7 +141,7 @@ class _ShardedLogprobs(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once("linear_logprobs")
     def backward(ctx, grad_logprobs, grad_logsumexp, *rest):  # type: ignore[no-untyped-def]
         hidden, weight, bias, local, mine, max_logit, log_sum, entropy, kept = ctx.saved_tensors
         zero = torch.zeros_like(log_sum)

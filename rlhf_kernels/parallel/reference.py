@@ -1,4 +1,8 @@
-"""A shard's statistics and gradients in plain torch: chunks of rows inside the workspace budget, sums in fp64."""
+"""A shard's statistics and gradients in plain torch: chunks of rows inside the workspace budget, sums in fp64.
+
+Not `logprob.reference` and `kl.reference` again: those leave one whole vocabulary to autograd. A shard needs its own
+statistics apart, in fp64 for the merge, and gradients from the merged ones, which autograd of a shard cannot know.
+"""
 
 from __future__ import annotations
 

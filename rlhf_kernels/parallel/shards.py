@@ -160,6 +160,18 @@ _MOST_FACTS = 12
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """Of integers or bools: a number that differs where replicated tensors are not replicas, in all likelihood."""
+    """Of integers or bools: a number that differs where replicated tensors are not replicas, in all likelihood. Each
+    element is mixed with its place, and not linearly: sums of products collide for [5, 7, 2] and [7, 6, 2]."""
     x = x.reshape(-1).to(torch.int64)
-    return (x * torch.arange(1, x.numel() + 1, device=x.device)).sum()
+    mixed = x * _ODD[0] + torch.arange(x.numel(), device=x.device) * _ODD[1]
+    for factor in _ODD[2:]:
+        mixed = (mixed ^ (mixed >> 31)) * factor
+    return (mixed ^ (mixed >> 31)).sum()
+
+
+_ODD = (
+    0x6A09E667F3BCC909,
+    0x3C6EF372FE94F82B,
+    0x510E527FADE682D1,
+    0x1F83D9ABFB41BD6B,
+)  # no pattern; odd ones lose nothing

@@ -10,13 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import default_collate
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
 pytorch_lightning = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
 
 # ruff: noqa: E402
-from rlhf_kernels.integrations.lightning import FusedDPOMixin
+from rlhf_kernels.integrations.lightning import FusedDPOMixin, _chosen_then_rejected
 from rlhf_kernels.integrations.transformers import patch_causal_lm
 from tests.integrations.lightning_modules import (
     BETA,
@@ -228,6 +228,44 @@ def test_dropout_has_no_place_in_the_reference():
     module.train()
     module.loss_and_metrics(default_collate(pairs(2)))
     assert module.model.training and not module.ref_model.training
+
+
+def gpt2():
+    """With dropout, of 0.1, unless told otherwise."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+
+
+def gpt2_with_lora():
+    model = get_peft_model(gpt2(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.5))
+    model.train()
+    model.base_model.model.transformer.h[0].eval()  # as someone who freezes a layer's dropout would
+    return patch_causal_lm(model)
+
+
+def test_dropout_has_no_place_in_a_reference_without_adapters():
+    batch = default_collate(pairs(2))
+    inputs = _chosen_then_rejected(batch)
+    ours, theirs = FusedDPO(gpt2_with_lora()), FusedDPO(gpt2_with_lora(), patch_causal_lm(gpt2()).requires_grad_(False))
+    before = [module.training for module in ours.model.modules()]
+    assert len(set(before)) == 2
+    first, second = (ours._reference_logps(batch, inputs) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, theirs._reference_logps(batch, inputs))
+    assert [module.training for module in ours.model.modules()] == before
+
+    losses = [ours.loss_and_metrics(batch)[0] for _ in range(2)]
+    assert losses[0] != losses[1], "the policy has lost its dropout"
+
+
+def test_modes_come_back_after_an_error_in_the_reference():
+    ours = FusedDPO(gpt2_with_lora())
+    before = [module.training for module in ours.model.modules()]
+    batch = default_collate(pairs(2))
+    inputs = _chosen_then_rejected(batch)
+    with pytest.raises(IndexError):
+        ours._reference_logps(batch, inputs | {"input_ids": torch.full_like(inputs["input_ids"], V)})
+    assert [module.training for module in ours.model.modules()] == before
 
 
 @pytest.mark.parametrize("change", ["missing column", "fewer rejected"])

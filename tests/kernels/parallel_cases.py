@@ -6,13 +6,13 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import rlhf_kernels as rk
 from rlhf_kernels import _workspace, parallel
 from rlhf_kernels import testing as T
-from tests.kernels import parallel_kl, parallel_sequences
+from tests.kernels import parallel_kl, parallel_refusals, parallel_sequences
 from tests.kernels import parallel_ranks as R
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -259,61 +259,6 @@ def collectives_are_counted():
         setattr(dist, name, function)
 
 
-def wrong_use_raises_on_every_rank():
-    """Nobody is left waiting: what one rank refuses, or what differs between ranks, all hear of."""
-    rank, ranks, world = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    h = R.head(6, 8, 40, masked=0.0)
-    weight = R.own_rows(h.weight, "even")
-    call = parallel.linear_logprobs
-    for wrong in (40, -1):
-        targets = torch.tensor([1, 2, wrong, 3, 4, 5])
-        for own in (weight, distribute_tensor(h.weight, init_device_mesh("cpu", (ranks,)), [Shard(0)])):
-            message = R.raised(IndexError, call, h.hidden, own, targets, group=None if own is not weight else world)
-            assert f"target {wrong} is outside [0, 40)" in message
-    assert "pass the group" in R.raised(ValueError, call, h.hidden, weight, h.targets)
-    assert "share D" in R.raised(ValueError, call, h.hidden[:, :5], weight, h.targets, group=world)
-    assert "outputs must be" in R.raised(ValueError, call, h.hidden, weight, h.targets, group=world, outputs=("x",))
-    R.raised(TypeError, call, h.hidden, weight, h.targets.int(), group=world)
-    assert "no rows" in R.raised(ValueError, call, h.hidden, weight[:0], h.targets, group=world)
-    if ranks == 1:
-        return
-    last = rank == ranks - 1
-    short = weight[:, :5] if last else weight
-    message = R.raised(ValueError, call, h.hidden, short, h.targets, group=world)
-    assert ("share D" if last else f"rank {ranks - 1} of the group failed") in message
-    other = h.targets.flip(0) if last else h.targets
-    assert "targets" in R.raised(ValueError, call, h.hidden, weight, other, group=world)
-    needs = h.hidden.clone().requires_grad_(last)
-    assert "whether hidden requires a gradient" in R.raised(ValueError, call, needs, weight, h.targets, group=world)
-    hot = 2.0 if last else 1.0
-    message = R.raised(ValueError, call, h.hidden, weight, h.targets, group=world, temperature=hot)
-    assert "temperature" in message
-    ref = R.own_rows(h.weight, "uneven")
-    if ref.shape != weight.shape:
-        message = R.raised(ValueError, parallel.linear_kl, h.hidden, weight, h.hidden, ref, group=world)
-        assert "share a vocabulary and its shards" in message
-    mask = torch.arange(6) > (3 if last else 2)
-    message = R.raised(ValueError, parallel.linear_kl, h.hidden, weight, h.hidden, weight, mask, group=world)
-    assert "mask" in message
-
-
-def placements_that_are_refused():
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    h = R.head(6, 8, 40, masked=0.0)
-    for placement in (Replicate(), Shard(1)):
-        weight = distribute_tensor(h.weight, mesh, [placement])
-        assert "sharded on dim 0" in R.raised(ValueError, parallel.linear_logprobs, h.hidden, weight, h.targets)
-    weight = distribute_tensor(h.weight, mesh, [Shard(0)])
-    hidden = distribute_tensor(h.hidden, mesh, [Replicate()])
-    assert "to_local()" in R.raised(ValueError, parallel.linear_logprobs, hidden, weight, h.targets)
-    bias = distribute_tensor(h.bias, mesh, [Replicate()])
-    assert "bias must be" in R.raised(ValueError, parallel.linear_logprobs, h.hidden, weight, h.targets, bias)
-    if dist.get_world_size() > 1:
-        back = DeviceMesh("cpu", list(reversed(range(dist.get_world_size()))))
-        weight = distribute_tensor(h.weight, back, [Shard(0)])
-        assert "rising order" in R.raised(ValueError, parallel.linear_logprobs, h.hidden, weight, h.targets)
-
-
 def compiled_without_a_graph_break():
     """A DTensor head says its sizes, so that nothing is read back; targets that no rank has give NaN, not a hang."""
     h = R.head(16, 8, 33)
@@ -360,11 +305,9 @@ CASES = {
         same_bits_on_every_rank,
         dtensor_heads,
         collectives_are_counted,
-        wrong_use_raises_on_every_rank,
-        placements_that_are_refused,
         compiled_without_a_graph_break,
     )
-} | {**parallel_kl.CASES, **parallel_sequences.CASES}
+} | {**parallel_kl.CASES, **parallel_refusals.CASES, **parallel_sequences.CASES}
 
 if __name__ == "__main__":
     R.run(CASES, json.loads(sys.argv[2]), sys.argv[1])

@@ -1,7 +1,8 @@
-"""rlhf_kernels.parallel on 1 to 4 gloo processes: the cases of parallel_cases.py and parallel_sequences.py, all in one
-launch."""
+"""rlhf_kernels.parallel on 1 to 4 gloo processes: the cases of parallel_cases.py, which takes in those of its siblings,
+all in one launch."""
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_kernels import _triton
+from rlhf_kernels.parallel.shards import fingerprint
 from tests.kernels import parallel_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +64,14 @@ def check(ranks, name, runs):
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in RUNS for name in names])
 def test_on_ranks(native, ranks, name):
     check(ranks, name, RUNS)
+
+
+def test_fingerprints_of_short_masks_and_targets_all_differ():
+    for values, length in ((2, 12), (6, 4)):
+        every = [torch.tensor(x) for x in itertools.product(range(values), repeat=length)]
+        assert len({fingerprint(x).item() for x in every}) == len(every)
+    assert fingerprint(torch.tensor([True, False])) == fingerprint(torch.tensor([1, 0]))
+    assert fingerprint(torch.arange(5).view(5, 1)) == fingerprint(torch.arange(5))
 
 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="TRITON_INTERPRET=1 (make triton-interpreted) runs it")
