@@ -13,6 +13,7 @@ from .chat import kind
 
 MOST_CHARACTERS = 1000
 MOST_BITS = 3000  # of a power, and of the result
+MOST_NESTED = 600  # operators inside one another; Python's own limit may be changed by whoever is imported
 OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -44,19 +45,23 @@ def value_of(expression: Any) -> Fraction:
     return value
 
 
-def _value(node: ast.expr, text: str) -> Fraction:
+def _value(node: ast.expr, text: str, depth: int = 0) -> Fraction:
+    if depth > MOST_NESTED:
+        raise ValueError(f"an expression may nest {MOST_NESTED} operators")
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         digits = ast.get_source_segment(text, node)
         if "e" in digits.lower():
             raise ValueError(f"numbers are written without an exponent, got {digits!r}")
         return Fraction(digits)  # a float has lost some
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _value(node.operand, text)
+        value = _value(node.operand, text, depth + 1)
         return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        return _power(_value(node.left, text), _value(node.right, text))
+        return _power(_value(node.left, text, depth + 1), _value(node.right, text, depth + 1))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return Fraction(OPERATORS[type(node.op)](_value(node.left, text), _value(node.right, text)))
+        return Fraction(
+            OPERATORS[type(node.op)](_value(node.left, text, depth + 1), _value(node.right, text, depth + 1))
+        )
     raise ValueError(f"not arithmetic: {ast.unparse(node)!r}")
 
 

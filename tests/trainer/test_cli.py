@@ -1,12 +1,10 @@
 """`rlhf` as a user runs it: processes, exit codes, files."""
 
 import json
-from pathlib import Path
 
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rlhf_trainer
 from rlhf_trainer.cli import Command, main
 from rlhf_trainer.dpo import DPOTask
 
@@ -48,22 +46,6 @@ def test_a_wrong_config_is_a_message_not_a_traceback(tmp_path, capsys):
     assert main(["dpo", "--config", str(tmp_path / "x.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("rlhf dpo: ") and "unknown key 'betta'" in error
-
-
-def test_importing_the_trainer_sees_only_public_names_of_the_kernels():
-    """Floor 2 uses what `import rlhf_kernels as rk` shows, nothing behind it."""
-    import ast
-
-    import rlhf_kernels as rk
-
-    for path in Path(rlhf_trainer.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").startswith("rlhf_kernels"), path
-            if isinstance(node, ast.Import):
-                assert all(a.name == "rlhf_kernels" for a in node.names if a.name.startswith("rlhf_kernels")), path
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rk":
-                assert node.attr in rk.__all__ or node.attr == "__version__", (path, node.attr)
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):

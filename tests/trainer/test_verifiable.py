@@ -1,6 +1,7 @@
 """Verifiable rewards: what counts as a final answer, a number, JSON, a format or a pattern, and what does not."""
 
 import json
+import sys
 import time
 from fractions import Fraction
 
@@ -160,6 +161,19 @@ def test_what_is_no_expression_or_too_large(expression):
     with pytest.raises(ValueError):
         value_of(expression)
     assert time.monotonic() - start < 1
+
+
+def test_nesting_is_bounded_whatever_the_recursion_limit():
+    """torch's compiler raises the limit for the whole process."""
+    limit = sys.getrecursionlimit()
+    try:
+        for other in (limit, 20_000):
+            sys.setrecursionlimit(other)
+            assert value_of("1" + "+1" * 499) == 500
+            with pytest.raises(ValueError):
+                value_of("-" * 990 + "1")
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_arithmetic_compares_the_final_number():
