@@ -34,7 +34,7 @@ NOTES = {
 }
 # Two rows that agree in these are the same row, measured twice.
 SAME = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
-SAME += ("contender", "trainer", "case")
+SAME += ("contender", "trainer", "host", "case")
 
 
 def output_of(*command: str) -> str:

@@ -135,3 +135,13 @@ def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):
     assert content["commit"] == "b" and [row["commit"] for row in content["rows"]] == ["a", "a", "b"]
     Results.open(path, head | {"device": {"device": "two"}}).add(row)
     assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_rows_of_two_hosts_stand_beside_each_other(tmp_path):
+    results = Results(tmp_path / "hosts.json", {"commit": "abc"})
+    for host, ms in (("DPO", 1.0), ("SFT", 2.0), ("DPO", 3.0)):
+        results.add({"host": host, "ms": ms})
+    assert [(row["host"], row["ms"]) for row in json.loads(results.path.read_text())["rows"]] == [
+        ("SFT", 2.0),
+        ("DPO", 3.0),
+    ]
