@@ -11,6 +11,7 @@ before, gradients among it. Linux only, as it reads VmHWM.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import os
 import statistics
@@ -63,14 +64,15 @@ def make_rows(kind: str) -> Any:
     return Dataset.from_list(rows[: ROWS // 2] if kind == "DPO" else rows)
 
 
-class Steps:
+class Steps(abc.ABC):
     """A model, an optimizer and a batch; `run()` is one step, in seconds."""
 
     model: Any
     optimizer: torch.optim.Optimizer
 
+    @abc.abstractmethod
     def loss(self) -> torch.Tensor:
-        raise NotImplementedError
+        """Of the batch, scalar."""
 
     def run(self) -> tuple[float, float]:
         """(seconds, loss)"""

@@ -13,6 +13,7 @@ pytorch_lightning do alike.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,14 +33,15 @@ __all__ = ["FusedDPOMixin", "FusedSFTMixin"]
 Batch = Mapping[str, Any]
 
 
-class _Steps:
+class _Steps(abc.ABC):
     """training_step and validation_step from one loss. Goes before LightningModule among the bases."""
 
     model: CausalLM
     log_dict: Callable[..., None]  # LightningModule's
 
+    @abc.abstractmethod
     def loss_and_metrics(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], int]:
-        raise NotImplementedError
+        """(loss with gradient, what is logged beside it, the size of the batch)."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of a batch, for automatic optimisation. Logs under `train/`, of this process."""

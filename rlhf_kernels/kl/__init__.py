@@ -58,29 +58,14 @@ def linear_kl(
     """
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    check_same_device(hidden=hidden, ref_hidden=ref_hidden)
     check_choice("direction", direction, ops.DIRECTIONS)
+    _check_sides(hidden, weight, ref_hidden, ref_weight, mask)
     shape = hidden.shape[:-1]
-    if ref_hidden.shape[:-1] != shape:
-        raise ValueError(f"ref_hidden must be {(*shape, 'D')} like hidden, got {tuple(ref_hidden.shape)}")
-    if ref_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"policy and reference must share a vocabulary: weight has {weight.shape[0]} rows, "
-            f"ref_weight {ref_weight.shape[0]}"
-        )
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be bool, got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(f"mask must be {tuple(shape)} like hidden without D, got {tuple(mask.shape)}")
-    check_same_device(hidden=hidden, mask=mask)
 
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    ref_transform = LogitTransform.checked(
-        temperature,
-        logit_scale if ref_logit_scale is None else ref_logit_scale,
-        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
+    transform, ref_transform = _both_transforms(
+        temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
     )
     gemm, ref_gemm = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
     chosen = resolve_backend(backend, hidden.device, torch.promote_types(gemm, ref_gemm))
@@ -91,6 +76,45 @@ def linear_kl(
     )  # fmt: skip
     kl = reference.linear_kl(*arguments) if chosen == "reference" else ops.linear_kl(*arguments, chosen)
     return kl.view(shape)
+
+
+def _check_sides(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    mask: Tensor | None,
+    shared: str = "a vocabulary",
+) -> None:
+    """What the two sides and the mask must share; each side by itself was checked."""
+    check_same_device(hidden=hidden, ref_hidden=ref_hidden, mask=mask)
+    shape = hidden.shape[:-1]
+    if ref_hidden.shape[:-1] != shape:
+        raise ValueError(f"ref_hidden must be {(*shape, 'D')} like hidden, got {tuple(ref_hidden.shape)}")
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"policy and reference must share {shared}: weight has {weight.shape[0]} rows, "
+            f"ref_weight {ref_weight.shape[0]}"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask must be {tuple(shape)} like hidden without D, got {tuple(mask.shape)}")
+
+
+def _both_transforms(
+    temperature: float,
+    logit_scale: float,
+    logit_softcap: float | None,
+    ref_logit_scale: float | None,
+    ref_logit_softcap: float | None,
+) -> tuple[LogitTransform, LogitTransform]:
+    """Of policy and reference, whose own scale and soft cap are the policy's where they are None."""
+    return LogitTransform.checked(temperature, logit_scale, logit_softcap), LogitTransform.checked(
+        temperature,
+        logit_scale if ref_logit_scale is None else ref_logit_scale,
+        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
+    )
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *, backend: str = "auto") -> Tensor:

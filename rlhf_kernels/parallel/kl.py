@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .._checks import FLOATS, check_choice, check_same_device
+from .._checks import FLOATS, check_choice
 from .._dispatch import BACKENDS, resolve_backend
-from .._logits import LogitTransform, gemm_dtype, logit_dtype
+from .._logits import gemm_dtype, logit_dtype
+from ..kl import _both_transforms, _check_sides
 from ..kl.ops import DIRECTIONS
 from .backends import Side, differentiable_once, kl_gradients, kl_statistics, statistics_dtype
 from .logprobs import needs_gradient, summed
@@ -54,11 +55,8 @@ def linear_kl(
 
     Raises: as `rlhf_kernels.linear_kl`, and as `linear_logprobs` of this module.
     """
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    ref_transform = LogitTransform.checked(
-        temperature,
-        logit_scale if ref_logit_scale is None else ref_logit_scale,
-        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
+    transform, ref_transform = _both_transforms(
+        temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
     )
     check_choice("direction", direction, DIRECTIONS)
     head = local_head(weight, bias, group)
@@ -71,18 +69,7 @@ def linear_kl(
     def prepare() -> tuple[tuple[torch.dtype, torch.dtype, str], dict[str, Any]]:
         head.check(hidden)
         ref_head.check(ref_hidden, "ref_")
-        check_same_device(hidden=hidden, ref_hidden=ref_hidden, mask=mask)
-        if ref_hidden.shape[:-1] != shape:
-            raise ValueError(f"ref_hidden must be {(*shape, 'D')} like hidden, got {tuple(ref_hidden.shape)}")
-        if ref_head.weight.shape[0] != head.weight.shape[0]:
-            raise ValueError(
-                f"policy and reference must share a vocabulary and its shards: here weight has {head.weight.shape[0]} "
-                f"rows, ref_weight {ref_head.weight.shape[0]}"
-            )
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask must be bool, got {mask.dtype}")
-        if mask is not None and mask.shape != shape:
-            raise ValueError(f"mask must be {tuple(shape)} like hidden without D, got {tuple(mask.shape)}")
+        _check_sides(hidden, head.weight, ref_hidden, ref_head.weight, mask, "a vocabulary and its shards, and here")
         gemm, ref_gemm = gemm_dtype(hidden, head.weight), gemm_dtype(ref_hidden, ref_head.weight)
         chosen = resolve_backend(backend, hidden.device, torch.promote_types(gemm, ref_gemm))
         return (gemm, ref_gemm, chosen), {
