@@ -98,6 +98,13 @@ TORCH_LIBRARY(rlhf_kernels, m) {
   m.impl("bradley_terry_loss", rk::bradley_terry_loss_##device);                         \
   m.impl("bradley_terry_loss_backward", rk::bradley_terry_loss_backward_##device)
 
+// Those on a number a response or token; the others' autograd is Python's, rlhf_kernels/*/ops.py.
+TORCH_LIBRARY_IMPL(rlhf_kernels, Autograd, m) {
+  m.impl("kl_penalty", rk::kl_penalty_autograd);
+  m.impl("dpo_loss", rk::dpo_loss_autograd);
+  m.impl("bradley_terry_loss", rk::bradley_terry_loss_autograd);
+}
+
 #if defined(RK_CUDA_ON_HOST)  // tests execute the CUDA sources on CPU tensors
 TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) { RK_IMPLEMENT(m, cuda); }
 #else

@@ -15,9 +15,8 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
         raise ValueError(f"all tensors must be on one device, got {found}")
 
 

@@ -8,6 +8,12 @@ from typing import Any
 import torch
 
 
+def register_shapes(forward: str, backward: str, fake: Callable[..., Any], fake_backward: Callable[..., Any]) -> None:
+    """For an op whose autograd is in C++."""
+    torch.library.register_fake(f"rlhf_kernels::{forward}", fake)
+    torch.library.register_fake(f"rlhf_kernels::{backward}", fake_backward)
+
+
 def register(
     forward: str,
     backward: str,
@@ -27,7 +33,6 @@ def register(
     def refuse(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{forward} is differentiable once; use backend='reference' for second derivatives")
 
-    torch.library.register_fake(forward_op, fake)
-    torch.library.register_fake(backward_op, fake_backward)
+    register_shapes(forward, backward, fake, fake_backward)
     torch.library.register_autograd(forward_op, differentiate, setup_context=setup_context)
     torch.library.register_autograd(backward_op, refuse)

@@ -85,7 +85,7 @@ struct PairLossRows {
 };
 
 struct RewardRows {
-  const float *chosen, *rejected, *margin;
+  const float *chosen, *rejected, *margin;  // margin: or null
   int64_t count;
   float smoothing, centring;
   float* losses;

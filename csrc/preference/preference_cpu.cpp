@@ -14,39 +14,41 @@ using at::Tensor;
 
 constexpr int64_t kPairsPerTask = 8192;
 
-// Arguments as contiguous fp32 and int64 arrays whose indices are known to be in bounds.
+// Log-ratios of responses as contiguous fp32, and which of them are compared.
 class Pairs {
  public:
   Pairs(const Tensor& policy, const std::optional<Tensor>& ref, const Tensor& chosen, const Tensor& rejected,
         double beta, int64_t loss_type, double label_smoothing)
-      : policy_(float_rows(policy, policy.size(0))),
-        ref_(float_rows(ref, policy.size(0))),
+      : ratios_(float_rows(policy, policy.size(0))),
         chosen_(chosen.contiguous()),
         rejected_(rejected.contiguous()),
         beta_(static_cast<float>(beta)),
         smoothing_(static_cast<float>(label_smoothing)),
         type_(static_cast<PairLoss>(loss_type)) {
     check_pairs(chosen_, rejected_, loss_type);
-    for (const Tensor* idxs : {&chosen_, &rejected_}) check_bounds(idxs->const_data_ptr<int64_t>());
+    if (ref && ref->defined()) ratios_ = ratios_ - float_rows(ref, responses());
   }
 
   int64_t count() const { return chosen_.size(0); }
-  int64_t responses() const { return policy_.size(0); }
+  int64_t responses() const { return ratios_.size(0); }
   const int64_t* chosen() const { return chosen_.const_data_ptr<int64_t>(); }
   const int64_t* rejected() const { return rejected_.const_data_ptr<int64_t>(); }
 
-  // Losses and slopes [P], either or null.
+  // Losses and slopes [P], either or null. Raises where an index is out of bounds.
   void evaluate(float* losses, float* slopes) const {
-    const float *policy = policy_.const_data_ptr<float>(), *ref = ref_.const_data_ptr<float>();
-    const int64_t *w = chosen(), *l = rejected();
+    const int64_t *w = chosen(), *l = rejected(), size = responses();
+    const float* ratios = ratios_.const_data_ptr<float>();
+    const auto ratio = [=](const char* idxs, int64_t i) {
+      TORCH_CHECK_INDEX(i >= 0 && i < size, idxs, " must lie in [0, ", size, "), got ", i);
+      return ratios[i];
+    };
     at::parallel_for(0, count(), kPairsPerTask, [&](int64_t begin, int64_t end) {
       constexpr int64_t kStep = 1024;
       float h[kStep];
       for (int64_t first = begin; first < end; first += kStep) {
         const int64_t here = std::min(kStep, end - first);
         for (int64_t i = 0; i < here; ++i) {
-          const int64_t a = w[first + i], b = l[first + i];
-          h[i] = (policy[a] - ref[a]) - (policy[b] - ref[b]);
+          h[i] = ratio("chosen_idxs", w[first + i]) - ratio("rejected_idxs", l[first + i]);
         }
         tile_kernels().pair_losses(
             {type_, h, here, beta_, smoothing_, losses ? losses + first : nullptr, slopes ? slopes + first : nullptr});
@@ -55,25 +57,15 @@ class Pairs {
   }
 
   // beta times the log-ratio of every response.
-  Tensor rewards() const { return (policy_ - ref_).mul_(beta_); }
+  Tensor rewards() const { return ratios_ * beta_; }
 
  private:
-  void check_bounds(const int64_t* idxs) const {
-    const auto size = static_cast<uint64_t>(responses());
-    bool outside = false;
-    for (int64_t i = 0; i < count(); ++i) outside |= static_cast<uint64_t>(idxs[i]) >= size;
-    for (int64_t i = 0; outside && i < count(); ++i) {
-      TORCH_CHECK_INDEX(static_cast<uint64_t>(idxs[i]) < size, "a pair's index must lie in [0, ", size, "), got ",
-                        idxs[i]);
-    }
-  }
-
-  Tensor policy_, ref_, chosen_, rejected_;
+  Tensor ratios_, chosen_, rejected_;
   float beta_, smoothing_;
   PairLoss type_;
 };
 
-// Rewards [P], a margin (or zeros) and whatever is computed of them.
+// Rewards [P], a margin or none, and whatever is computed of them.
 class Rewards {
  public:
   Rewards(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin, double label_smoothing,
@@ -81,16 +73,16 @@ class Rewards {
       : count_(chosen.size(0)),
         chosen_(float_rows(chosen, count_)),
         rejected_(float_rows(rejected, count_)),
-        margin_(float_rows(margin, count_)),
+        margin_(margin && margin->defined() ? float_rows(margin, count_) : Tensor()),
         smoothing_(static_cast<float>(label_smoothing)),
         centring_(static_cast<float>(center_coefficient)) {}
 
   void evaluate(float* losses, const float* grad, float* grad_chosen, float* grad_rejected) const {
     const float *w = chosen_.const_data_ptr<float>(), *l = rejected_.const_data_ptr<float>(),
-                *m = margin_.const_data_ptr<float>();
+                *m = margin_.defined() ? margin_.const_data_ptr<float>() : nullptr;
     const auto from = [](auto* data, int64_t begin) { return data ? data + begin : nullptr; };
     at::parallel_for(0, count_, kPairsPerTask, [&](int64_t begin, int64_t end) {
-      tile_kernels().reward_losses({w + begin, l + begin, m + begin, end - begin, smoothing_, centring_,
+      tile_kernels().reward_losses({w + begin, l + begin, from(m, begin), end - begin, smoothing_, centring_,
                                     from(losses, begin), from(grad, begin), from(grad_chosen, begin),
                                     from(grad_rejected, begin)});
     });

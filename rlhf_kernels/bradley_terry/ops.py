@@ -1,9 +1,7 @@
-"""`torch.ops.rlhf_kernels.bradley_terry_loss`: shapes for tracing, and autograd. The kernel is in
-csrc/preference; that of the Triton op, which has the same arguments, in triton_kernels.py."""
+"""`torch.ops.rlhf_kernels.bradley_terry_loss`: shapes for tracing. Kernel and autograd are in csrc/preference; those of
+the Triton op, which has the same arguments, in triton_kernels.py and triton_ops.py."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -28,27 +26,13 @@ def bradley_terry_loss(
     return torch.ops.rlhf_kernels.bradley_terry_loss(*arguments)
 
 
-def _fake(chosen, *_):  # type: ignore[no-untyped-def]
+def fake(chosen, *_):  # type: ignore[no-untyped-def]
     return chosen.new_empty(chosen.shape, dtype=torch.float32)
 
 
-def _fake_backward(grad, chosen, *_):  # type: ignore[no-untyped-def]
+def fake_backward(grad, chosen, *_):  # type: ignore[no-untyped-def]
     return tuple(chosen.new_empty(chosen.shape, dtype=torch.float32) for _ in range(2))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _gradient(op, ctx, grad):  # type: ignore[no-untyped-def]
-    chosen, rejected, margin = ctx.saved_tensors
-    grad_chosen, grad_rejected = op(grad, chosen, rejected, margin, *ctx.options)
-    return grad_chosen.to(chosen.dtype), grad_rejected.to(rejected.dtype), None, None, None
-
-
-register = functools.partial(
-    _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
-)
 if _extension.native_available():
-    register("bradley_terry_loss", "bradley_terry_loss_backward")
+    _ops.register_shapes("bradley_terry_loss", "bradley_terry_loss_backward", fake, fake_backward)

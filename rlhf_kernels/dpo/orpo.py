@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._checks import check_same_device, check_vector
-from .pairwise import check_pairs
+from .pairwise import check_pairs, check_range
 
 
 class ORPOLoss(NamedTuple):
@@ -56,7 +56,8 @@ def orpo_loss(
         raise TypeError(f"token_counts must be integers or floats, got {token_counts.dtype}")
     if token_counts.shape != policy_logps.shape:
         raise ValueError(f"token_counts must be [{policy_logps.shape[0]}], got {tuple(token_counts.shape)}")
-    check_pairs(chosen_idxs, rejected_idxs, policy_logps.shape[0])
+    check_pairs(chosen_idxs, rejected_idxs)
+    check_range(chosen_idxs, rejected_idxs, policy_logps.shape[0])
     check_same_device(
         policy_logps=policy_logps, token_counts=token_counts, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs
     )

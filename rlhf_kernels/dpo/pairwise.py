@@ -101,7 +101,7 @@ def dpo_loss(
         raise ValueError(f"loss_type={loss_type!r} is length-normalised and needs token_counts [S]")
     if token_counts is not None and token_counts.shape != policy_logps.shape:
         raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
-    check_pairs(chosen_idxs, rejected_idxs, size)
+    check_pairs(chosen_idxs, rejected_idxs)
     check_same_device(
         policy_logps=policy_logps, ref_logps=ref_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs,
         token_counts=token_counts,
@@ -109,7 +109,10 @@ def dpo_loss(
 
     dtype = policy_logps.dtype if ref_logps is None else torch.promote_types(policy_logps.dtype, ref_logps.dtype)
     chosen_backend = resolve_backend(backend, policy_logps.device, dtype)
-    if chosen_backend != "reference" and kind.compiled:
+    compiled = chosen_backend != "reference" and kind.compiled
+    if not compiled or chosen_backend != "native":  # which looks at the indices itself
+        check_range(chosen_idxs, rejected_idxs, size)
+    if compiled:
         pairs = (policy_logps, ref_logps, chosen_idxs, rejected_idxs)
         return DPOLoss(*ops.dpo_loss(*pairs, float(beta), loss_type, float(label_smoothing), chosen_backend))
     dtype = torch.promote_types(dtype, torch.float32)
@@ -147,12 +150,17 @@ def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamm
         raise ValueError(f"gamma must be finite, got {gamma}")
 
 
-def check_pairs(chosen: Tensor, rejected: Tensor, size: int) -> None:
+def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
     for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
         if idxs.dtype != torch.int64:
             raise TypeError(f"{name} must be int64, got {idxs.dtype}")
         if idxs.dim() != 1 or idxs.shape != chosen.shape:
             raise ValueError(f"{name} must be [{chosen.numel()}] like chosen_idxs, got {tuple(idxs.shape)}")
+
+
+def check_range(chosen: Tensor, rejected: Tensor, size: int) -> None:
+    """On a GPU, and under torch.compile, this is left to whoever reads there."""
+    for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
         if idxs.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = (idxs < 0) | (idxs >= size)
             if bool(wrong.any()):

@@ -1,4 +1,5 @@
-"""`linear_kl` and `kl_penalty` as custom ops: shapes for tracing, and autograd. The kernels are in csrc/kl.
+"""`linear_kl` and `kl_penalty` as custom ops: shapes for tracing, and linear_kl's autograd. The kernels, and
+kl_penalty's autograd, are in csrc/kl.
 
 The Triton ops of triton_ops.py have the same arguments; linear_kl's has two more, those of `_rows.rows_to_visit`.
 """
@@ -92,29 +93,13 @@ def _gradient_kl(op, ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]
 
 
-def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logprobs, ref_logprobs, ctx.estimator = inputs
-    ctx.save_for_backward(logprobs, ref_logprobs)
-
-
-def _gradient_penalty(op, ctx, grad):  # type: ignore[no-untyped-def]
-    """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
-    policy, ref = ctx.saved_tensors
-    grad_policy = op(grad, policy, ref, ctx.estimator)
-    return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
-
-
-def _fake_penalty(x, *_):  # type: ignore[no-untyped-def]
+def fake_penalty(x, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, dtype=torch.float32).contiguous()
 
 
 register_linear_kl = functools.partial(
     _ops.register, fake=_fake_kl, fake_backward=_fake_kl_backward, setup_context=_setup_kl, gradient=_gradient_kl
 )
-register_kl_penalty = functools.partial(
-    _ops.register, fake=_fake_penalty, fake_backward=_fake_penalty, setup_context=_setup_penalty,
-    gradient=_gradient_penalty,
-)  # fmt: skip
 if _extension.native_available():
     register_linear_kl("linear_kl", "linear_kl_backward")
-    register_kl_penalty("kl_penalty", "kl_penalty_backward")
+    _ops.register_shapes("kl_penalty", "kl_penalty_backward", fake_penalty, fake_penalty)

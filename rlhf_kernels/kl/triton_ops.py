@@ -1,10 +1,12 @@
-"""The ops of csrc/kl in Triton: linear_kl with two arguments more, which rows to go over; kl_penalty as it is."""
+"""The ops of csrc/kl in Triton: linear_kl with two arguments more, which rows to go over; kl_penalty as it is, with
+its autograd."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .. import _ops
 from .._logits import LogitTransform
 from .._triton.launch import define_op
 from . import ops, triton_kernels
@@ -54,5 +56,20 @@ def kl_penalty_backward(grad: Tensor, logprobs: Tensor, ref_logprobs: Tensor, es
     return triton_kernels.estimate_kl_backward(grad, logprobs, ref_logprobs, estimator)
 
 
+def _setup_penalty(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logprobs, ref_logprobs, ctx.estimator = inputs
+    ctx.save_for_backward(logprobs, ref_logprobs)
+
+
+def _gradient_penalty(op, ctx, grad):  # type: ignore[no-untyped-def]
+    """Every estimator depends on the difference of its arguments, so the second gradient is minus the first."""
+    policy, ref = ctx.saved_tensors
+    grad_policy = op(grad, policy, ref, ctx.estimator)
+    return grad_policy.to(policy.dtype), -grad_policy.to(ref.dtype), None
+
+
 ops.register_linear_kl("triton_linear_kl", "triton_linear_kl_backward")
-ops.register_kl_penalty("triton_kl_penalty", "triton_kl_penalty_backward")
+_ops.register(
+    "triton_kl_penalty", "triton_kl_penalty_backward",
+    fake=ops.fake_penalty, fake_backward=ops.fake_penalty, setup_context=_setup_penalty, gradient=_gradient_penalty,
+)  # fmt: skip

@@ -1,0 +1,36 @@
+// Autograd in C++, for ops on a number a response: torch.library's, which is Python, takes longer than such an op.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include <memory>
+#include <utility>
+
+namespace rk {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Gradients which, where create_graph=True asks for theirs, raise when these are computed. Computed below autograd,
+// they would otherwise pass for constants.
+inline variable_list once(const char* op, variable_list gradients) {
+  if (!at::GradMode::is_enabled()) return gradients;
+  for (at::Tensor& gradient : gradients) {
+    if (gradient.defined()) gradient = gradient.detach().requires_grad_();
+  }
+  const auto raise = std::make_shared<torch::autograd::DelayedError>(
+      c10::str(op, " is differentiable once; use backend='reference' for second derivatives"),
+      static_cast<int64_t>(gradients.size()));
+  return (*raise)(std::move(gradients));
+}
+
+}  // namespace rk
