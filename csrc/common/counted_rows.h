@@ -44,6 +44,8 @@ struct CountedRows {
   }
 
   int64_t count() const { return index.size(0); }
+  // Of the block of rows from `row` on, those that are not padding.
+  int64_t live(int64_t row) const { return std::min(kRowBlock, count() - row); }
   int64_t padded() const { return static_cast<int64_t>(targets.size()); }
 
   // Per-row values [all_rows] of the rows that count, padded to whole blocks with `fill`.

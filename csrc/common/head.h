@@ -29,15 +29,16 @@ inline bool runs_on_bf16(at::ScalarType gemm) {
   return gemm == at::kBFloat16 && at::native::cpublas::could_pack(at::kBFloat16);
 }
 
-// c [m][64] (+)= a [m][k] b, b packed [k][64]; one thread, fp32 sums.
+// c [m][n] (+)= a [m][k] b, b packed [k][64], n <= 64; one thread, fp32 sums, whose order follows from k alone.
 template <class T>
-void gemm_tile(int64_t m, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride, bool add) {
+void gemm_tile(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride,
+               bool add) {
   // 64 columns of a depth block stay in the nearest cache. For float, shorter blocks also round long sums a little
   // less.
   constexpr int64_t kDepthBlock = std::is_same_v<T, float> ? 256 : 512;
   for (int64_t at = 0; at < k; at += kDepthBlock) {
-    at::native::cpublas::brgemm(m, kRowBlock, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride,
-                                add || at > 0, a + at, b + at * kRowBlock, c, !std::is_same_v<T, float>);
+    at::native::cpublas::brgemm(m, n, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride, add || at > 0,
+                                a + at, b + at * kRowBlock, c, !std::is_same_v<T, float>);
   }
 }
 
@@ -119,9 +120,13 @@ class Head {
     });
   }
 
-  // The tile of raw logits: head rows against a packed block.
-  LogitTile tile(Rows head_rows, int64_t begin, int64_t count, const T* packed, float* logits) const {
-    gemm_tile<T>(count, depth_, head_rows.data, head_rows.stride, packed, logits, kRowBlock, false);
+  // The tile of raw logits: head rows against a packed block, of whose rows `live` count; the others' logits are 0.
+  LogitTile tile(Rows head_rows, int64_t begin, int64_t count, const T* packed, int64_t live, float* logits) const {
+    const int64_t columns = live_rows(live);
+    gemm_tile<T>(count, columns, depth_, head_rows.data, head_rows.stride, packed, logits, kRowBlock, false);
+    for (int64_t row = 0; columns < kRowBlock && row < count; ++row) {
+      std::fill(logits + row * kRowBlock + columns, logits + (row + 1) * kRowBlock, 0.0f);
+    }
     return {logits, begin, count, bias(), transform_};
   }
 

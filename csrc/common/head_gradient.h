@@ -134,7 +134,8 @@ class HeadGradient {
   // Both GEMMs of a group, in one parallel region: they share nothing they write.
   void multiply(int64_t begin, int64_t group, int64_t first, int64_t blocks, int64_t all_blocks, T* by_vocab, T* by_row,
                 const T* packed_rows, const T* packed_head, float* weight_sums) {
-    const int64_t columns = padded_width_ / kRowBlock, rows = blocks * kRowBlock;
+    const int64_t columns = padded_width_ / kRowBlock;
+    const int64_t rows = live_rows(std::min(blocks * kRowBlock, count_ - first * kRowBlock));
     const int64_t weight_tiles = needs_.weight ? ceil_div(group, kWeightTile) : 0;
     const int64_t row_tiles = needs_.hidden ? ceil_div(rows, kRowTile) : 0;
     const int64_t depth = round_up(group, kGemmDepthStep<T>);  // an odd last vocabulary row is paired with zeros
@@ -148,7 +149,7 @@ class HeadGradient {
           float* to = accumulate ? weight_sums + from * padded_width_ + d : out.data();
           const int64_t stride = accumulate ? padded_width_ : kRowBlock;
           if (rows > 0) {
-            gemm_tile<T>(count, rows, by_vocab + from * by_vocab_stride_, by_vocab_stride_,
+            gemm_tile<T>(count, kRowBlock, rows, by_vocab + from * by_vocab_stride_, by_vocab_stride_,
                          packed_rows + d * plan_.row_chunk, to, stride, accumulate && first > 0);
           } else {
             std::fill(out.begin(), out.end(), 0.0f);
@@ -156,7 +157,7 @@ class HeadGradient {
           if (last) store(gradients_.weight, begin + from, count, d, to, stride);
         } else {
           const int64_t from = (index - weight_tiles) * kRowTile, count = std::min(kRowTile, rows - from);
-          gemm_tile<T>(count, depth, by_row + from * by_row_stride_, by_row_stride_,
+          gemm_tile<T>(count, kRowBlock, depth, by_row + from * by_row_stride_, by_row_stride_,
                        packed_head + d * plan_.vocab_group,
                        sums_.template data_ptr<float>() + (first * kRowBlock + from) * sums_.size(1) + d, sums_.size(1),
                        begin > 0);

@@ -37,25 +37,40 @@ static inline void finish_logits(const LogitTile& t) {
   }
 }
 
-static inline void emit_f32(const LogitTile& t, const GradientSink& sink) {
-  float* by_vocab = static_cast<float*>(sink.by_vocab);
-  float* by_row = static_cast<float*>(sink.by_row);
-  for (int64_t row = 0; row < t.count; ++row) {
-    __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, t.logits + row * kRowBlock, kRowBlock * sizeof(float));
+// A square of kLanes vocabulary rows and as many tokens, transposed in registers: a token stores neighbours at once.
+template <bool full>
+static RK_INLINE void emit_f32_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
+  float* by_vocab = static_cast<float*>(sink.by_vocab) + first * sink.by_vocab_stride + at;
+  float* by_row = static_cast<float*>(sink.by_row) + at * sink.by_row_stride + first;
+  const float* from = t.logits + first * kRowBlock + at;
+  const int64_t rows = full ? kLanes : t.count - first;
+  VecU square[kLanes] = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    const VecF dz = Simd::load(from + row * kRowBlock);
+    Simd::store(by_vocab + row * sink.by_vocab_stride, dz);
+    square[row] = (VecU)dz;
   }
-  for (int64_t token = 0; token < kRowBlock; ++token) {
-    for (int64_t row = 0; row < t.count; ++row) {
-      by_row[token * sink.by_row_stride + row] = t.logits[row * kRowBlock + token];
+  transpose(square);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    __builtin_memcpy(by_row + lane * sink.by_row_stride, &square[lane], rows * sizeof(float));
+  }
+}
+
+static inline void emit_f32(const LogitTile& t, const GradientSink& sink) {
+  for (int64_t first = 0; first < t.count; first += kLanes) {
+    const bool full = t.count - first >= kLanes;
+    for (int64_t at = 0; at < kRowBlock; at += kLanes) {
+      full ? emit_f32_square<true>(t, first, at, sink) : emit_f32_square<false>(t, first, at, sink);
     }
   }
 }
 
-constexpr int64_t kSquare = 2 * kLanes;  // vocabulary rows of a square that is transposed in registers
+constexpr int64_t kSquare = 2 * kLanes;  // vocabulary rows of a square of bf16
 
 // The bf16 bits of two vocabulary rows side by side make a 32-bit number a token, and kLanes such pairs of rows a
 // square of kLanes x kLanes: transposed in registers, a token stores kSquare neighbours at once.
 template <bool full>
-static RK_INLINE void emit_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
+static RK_INLINE void emit_bf16_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
   uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab) + first * sink.by_vocab_stride + at;
   uint16_t* by_row = static_cast<uint16_t*>(sink.by_row) + at * sink.by_row_stride + first;
   const float* from = t.logits + first * kRowBlock + at;
@@ -83,7 +98,7 @@ static inline void emit_bf16(const LogitTile& t, const GradientSink& sink) {
   for (int64_t first = 0; first < t.count; first += kSquare) {
     const bool full = t.count - first >= kSquare;
     for (int64_t at = 0; at < kRowBlock; at += kLanes) {
-      full ? emit_square<true>(t, first, at, sink) : emit_square<false>(t, first, at, sink);
+      full ? emit_bf16_square<true>(t, first, at, sink) : emit_bf16_square<false>(t, first, at, sink);
     }
   }
 }

@@ -7,5 +7,8 @@ namespace rk {
 
 // Rows (tokens) of a logit tile: one brgemm call has at most 64 columns, and 64 floats are four 512-bit vectors.
 constexpr int64_t kRowBlock = 64;
+// Of a block that is not full, GEMMs go over the rows up to this multiple: few shapes, for each of which brgemm makes a
+// kernel of its own.
+constexpr int64_t kRowStep = 16;
 
 }  // namespace rk

@@ -62,8 +62,8 @@ struct Pair {
     LogitTile policy, ref;
   };
 
-  // `block` counts from the first block packed.
-  Tiles tiles(Worker& w, int64_t v, int64_t count, int64_t block) const {
+  // `block` counts from the first block packed; `live` of its rows count.
+  Tiles tiles(Worker& w, int64_t v, int64_t count, int64_t block, int64_t live) const {
     if (w.at != v) {
       w.policy_rows = policy.rows(v, count, w.policy_scratch);
       w.ref_rows = ref.rows(v, count, w.ref_scratch);
@@ -71,8 +71,8 @@ struct Pair {
     }
     const T* policy_columns = &policy_packed[block * kRowBlock * policy.depth()];
     const T* ref_columns = &ref_packed[block * kRowBlock * ref.depth()];
-    return {policy.tile(w.policy_rows, v, count, policy_columns, w.policy_logits.data()),
-            ref.tile(w.ref_rows, v, count, ref_columns, w.ref_logits.data())};
+    return {policy.tile(w.policy_rows, v, count, policy_columns, live, w.policy_logits.data()),
+            ref.tile(w.ref_rows, v, count, ref_columns, live, w.ref_logits.data())};
   }
 };
 
@@ -106,7 +106,7 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
         for (int64_t v = split * plan.split; v < end; v += plan.tile) {
           const int64_t count = std::min(plan.tile, end - v);
           for (int64_t block = block_begin; block < block_end; ++block) {
-            const auto tiles = pair.tiles(worker, v, count, block);
+            const auto tiles = pair.tiles(worker, v, count, block, rows.live((first + block) * kRowBlock));
             const int64_t i = split * chunk_rows + block * kRowBlock;
             tile_kernels().kl_forward({policy_ref ? tiles.policy : tiles.ref,
                                        policy_ref ? tiles.ref : tiles.policy,
@@ -158,7 +158,7 @@ HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& st
   return gradient.run(prepare_chunk, [&] {
     return [&, worker = typename Pair<T>::Worker(gradient.plan().tile)](int64_t v, int64_t count, int64_t block,
                                                                         const GradientSink& sink) mutable {
-      const auto tiles = pair.tiles(worker, v, count, block - first_packed);
+      const auto tiles = pair.tiles(worker, v, count, block - first_packed, rows.live(block * kRowBlock));
       const auto at_row = [&](const Tensor& values) { return values.const_data_ptr<float>() + block * kRowBlock; };
       tile_kernels().kl_backward({policy_ref ? tiles.policy : tiles.ref, policy_ref ? tiles.ref : tiles.policy,
                                   policy_ref, at_row(row_stats[0]), at_row(row_stats[1]), at_row(row_stats[2]),

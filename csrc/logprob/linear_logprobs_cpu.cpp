@@ -135,8 +135,9 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
             const int64_t row = (first + block) * kRowBlock;
             float* to = kept.has(v, count) ? kept.tile(first + block, v) : logits.data();
             const T* columns = &packed[block * kRowBlock * head.depth()];
-            tile_kernels().logprob_forward({head.tile(head_rows, v, count, columns, to), &rows.targets[row], outputs,
-                                            partials.at(split, block * kRowBlock), &results.target_logit[row]});
+            const LogitTile tile = head.tile(head_rows, v, count, columns, rows.live(row), to);
+            tile_kernels().logprob_forward(
+                {tile, &rows.targets[row], outputs, partials.at(split, block * kRowBlock), &results.target_logit[row]});
           }
         }
       };
@@ -178,16 +179,16 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
             head_rows = typename Head<T>::Rows{}](int64_t v, int64_t count, int64_t block,
                                                   const GradientSink& sink) mutable {
       LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
+      const int64_t row = block * kRowBlock;
       const bool is_kept = kept.has(v, count);
       if (is_kept) {
         std::copy_n(kept.tile(block, v), count * kRowBlock, logits.data());
       } else {
         if (at_tile != v) head_rows = head.rows(v, count, scratch);
         at_tile = v;
-        tile =
-            head.tile(head_rows, v, count, &packed[(block - first_packed) * kRowBlock * head.depth()], logits.data());
+        const T* columns = &packed[(block - first_packed) * kRowBlock * head.depth()];
+        tile = head.tile(head_rows, v, count, columns, rows.live(row), logits.data());
       }
-      const int64_t row = block * kRowBlock;
       tile_kernels().logprob_backward({tile, is_kept, &rows.targets[row], upstream.has_entropy, at_row(max, row),
                                        at_row(log_sum, row), at_row(upstream.logprob, row),
                                        at_row(upstream.log_sum, row), at_row(upstream.entropy, row),

@@ -23,7 +23,9 @@ SELECTIONS = {
     "alone, from inside a tile": [37],
     "alone, the last": [129],
     "two tiles apart": [3, 128],
-    "a prefix of 17": range(17),
+    "a prefix of 17": range(17),  # GEMMs go over a multiple of 16 rows
+    "two steps": range(32),
+    "from inside a step": range(71, 104),
     "one full tile": range(64),
     "one row over": range(65),
     "from the middle": range(60, 125),
