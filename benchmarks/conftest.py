@@ -97,7 +97,9 @@ def keep(results) -> Callable[..., None]:
 def take_turns(benchmark, keep, pytestconfig):
     """measure(job, targets={contender: {"forward": ratio, "total": ratio}}, peaks=True, section="rows")."""
 
-    def run(job, targets: dict | None = None, *, peaks: bool = False, section: str = "rows") -> None:
+    def run(
+        job, targets: dict | None = None, *, peaks: bool = False, section: str = "rows", most_rounds: int = MOST_ROUNDS
+    ) -> None:
         if said := failing_tests(job.op):
             pytest.fail(f"the tests of {job.op} fail, so it is not measured:\n{said}")
 
@@ -108,7 +110,7 @@ def take_turns(benchmark, keep, pytestconfig):
         torch.set_num_threads(job.threads or threads)
         seconds = pytestconfig.getoption("--job-seconds")
         peaks = peaks and not pytestconfig.getoption("--no-peaks")
-        turns = {"seconds": seconds, "most_rounds": MOST_ROUNDS, "targets": targets, "peaks": peaks, "pace": pace}
+        turns = {"seconds": seconds, "most_rounds": most_rounds, "targets": targets, "peaks": peaks, "pace": pace}
         try:
             for row in measure(job, Clock(job.device), **turns):
                 keep(row, section)
