@@ -33,12 +33,18 @@ inline Format format_of(at::ScalarType dtype) {
   }
 }
 
+// Contiguous and in fp32, to be read: values that are so already are not copied, nor cut off from their graph.
+inline at::Tensor in_fp32(const at::Tensor& values) {
+  if (values.scalar_type() == at::kFloat && values.is_contiguous()) return values;
+  return values.detach().to(at::kFloat).contiguous();
+}
+
 // [rows] floats of a per-row tensor that may be absent, of another dtype, or strided.
 inline at::Tensor float_rows(const std::optional<at::Tensor>& tensor, int64_t rows) {
   if (!tensor || !tensor->defined()) return at::zeros({rows}, at::kFloat);  // on CPU; CUDA kernels take null instead
   TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == rows, "a per-row tensor must be [", rows, "], got ",
                     tensor->sizes());
-  return tensor->detach().to(at::kFloat).contiguous();
+  return in_fp32(*tensor);
 }
 
 }  // namespace rk

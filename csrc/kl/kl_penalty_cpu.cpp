@@ -11,8 +11,6 @@ using at::Tensor;
 
 constexpr int64_t kTokensPerTask = 16384;
 
-Tensor in_fp32(const Tensor& values) { return values.detach().to(at::kFloat).contiguous(); }
-
 // The ratio's difference is taken in fp32 after reading either dtype exactly.
 Tensor penalties(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator, const Tensor& grad) {
   check_penalty(logprobs, ref_logprobs, estimator);

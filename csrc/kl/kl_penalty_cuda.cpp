@@ -12,8 +12,7 @@ Tensor run(const Tensor& logprobs, const Tensor& ref_logprobs, const std::option
   check_penalty(logprobs, ref_logprobs, estimator);
   cuda::check_same_device(logprobs, {ref_logprobs, grad});
   const cuda::DeviceScope device(logprobs);
-  const auto floats = [](const Tensor& values) { return values.detach().to(at::kFloat).contiguous(); };
-  const Tensor policy = floats(logprobs), ref = floats(ref_logprobs), upstream = grad ? floats(*grad) : Tensor();
+  const Tensor policy = in_fp32(logprobs), ref = in_fp32(ref_logprobs), upstream = grad ? in_fp32(*grad) : Tensor();
   Tensor out = at::empty(logprobs.sizes(), logprobs.options().dtype(at::kFloat));
   cuda::kl_penalty(policy.const_data_ptr<float>(), ref.const_data_ptr<float>(),
                    grad ? upstream.const_data_ptr<float>() : nullptr, out.numel(), static_cast<KlEstimator>(estimator),
