@@ -16,7 +16,8 @@ import torch
 from rlhf_kernels._workspace import logits_to_keep
 
 MIB, GIB = 2**20, 2**30
-ROW_BLOCK = 64  # CPU: rows of a logit tile (kRowBlock), to which the last one is padded
+ROW_BLOCK = 64  # CPU: rows of a logit tile (kRowBlock)
+ROW_STEP = 16  # CPU: of the last one, GEMMs go over the rows up to this multiple (kRowStep)
 MMAP_BYTES = 32 * MIB  # glibc's largest threshold: a block of that size is mapped anew, page by page, at every call
 STATE_BYTES = 32  # CUDA: a row's running statistics
 GEMM_LIBRARY_BYTES = 32 * MIB  # CUDA: cuBLASLt's workspace
@@ -106,7 +107,7 @@ def scaled(phase: Phase, share: float) -> Phase:
 class Plan(NamedTuple):
     """Of the compiled plan, what counts here."""
 
-    rows: int  # computed: on CPU padded
+    rows: int  # that GEMMs go over
     slices: int  # of the head, over each of which all hidden states pass
     groups: int  # of slices, after each of which dH is added to
     passes: int  # over rows: above one, dW has an fp32 accumulator
@@ -129,7 +130,7 @@ def plan_of(device: Device, shape: Shape, backward: bool, budget_bytes: int | No
         )
         passes = ceil_div(n, held)
         return Plan(n, ceil_div(v, tile), ceil_div(v, group), passes, scratch + GEMM_LIBRARY_BYTES)
-    budget, rows = budget_bytes or CPU_BUDGET_BYTES, ceil_div(n, ROW_BLOCK) * ROW_BLOCK
+    budget, rows = budget_bytes or CPU_BUDGET_BYTES, ceil_div(n, ROW_STEP) * ROW_STEP
     if backward:
         tile, group, chunk, scratch = _C.plan_backward(n, v, d, size, budget)
         return Plan(rows, ceil_div(v, tile), ceil_div(v, group), ceil_div(rows, chunk), scratch)

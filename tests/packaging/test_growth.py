@@ -187,7 +187,7 @@ def test_the_plan_is_the_compiled_one():
     plan = model.plan_of(device, shape, True)
     assert (plan.slices, plan.groups, plan.passes) == (math.ceil(128256 / 2048), math.ceil(128256 / 8192), 1)
     assert model.native_memory_bytes(device, shape, True) == plan.scratch_bytes + 4 * 8192 * 4096
-    assert model.plan_of(CPU, Shape("linear_logprobs", 1, 512, 4096, 4), False).rows == model.ROW_BLOCK
+    assert model.plan_of(CPU, Shape("linear_logprobs", 1, 512, 4096, 4), False).rows == model.ROW_STEP
 
 
 def test_collectives_by_hand():
