@@ -1,19 +1,19 @@
 // An LM head on CPU: hands out logit tiles. Owns the packing of hidden states and the casting of the head's tiles.
 //
-// T is the type of the GEMM's operands: bfloat16 where the CPU multiplies it into fp32 (AMX, AVX-512), otherwise float,
-// into which bf16 and fp16 go without loss. Every tile is one single-threaded GEMM of a fixed shape, so a logit's bits
-// depend on its row and its vocabulary entry alone.
+// T is the type of the GEMM's operands: bfloat16 where the CPU multiplies it into fp32 (AMX, AVX512_BF16), otherwise
+// float, into which bf16 and fp16 go without loss. Every tile is one single-threaded GEMM of a fixed shape, so a logit's
+// bits depend on its row and its vocabulary entry alone.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 
 #include <optional>
 #include <type_traits>
 
 #include "common/buffer.h"
 #include "common/checks.h"
+#include "common/gemm_tile.h"
 #include "common/tile_kernels.h"
 #include "common/tile_plan.h"
 
@@ -21,37 +21,6 @@ namespace rk {
 
 template <class T>
 constexpr Format kFormat = std::is_same_v<T, float> ? Format::f32 : Format::bf16;
-template <class T>
-constexpr int64_t kGemmDepthStep = std::is_same_v<T, float> ? 1 : 2;  // bf16 goes in pairs along the reduction
-
-// Whether a GEMM of this dtype runs on bf16 operands; the others run on float, exactly.
-inline bool runs_on_bf16(at::ScalarType gemm) {
-  return gemm == at::kBFloat16 && at::native::cpublas::could_pack(at::kBFloat16);
-}
-
-// c [m][n] (+)= a [m][k] b, b packed [k][64], n <= 64; one thread, fp32 sums, whose order follows from k alone.
-template <class T>
-void gemm_tile(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, const T* b, float* c, int64_t c_stride,
-               bool add) {
-  // 64 columns of a depth block stay in the nearest cache. For float, shorter blocks also round long sums a little
-  // less.
-  constexpr int64_t kDepthBlock = std::is_same_v<T, float> ? 256 : 512;
-  for (int64_t at = 0; at < k; at += kDepthBlock) {
-    at::native::cpublas::brgemm(m, n, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride, add || at > 0,
-                                a + at, b + at * kRowBlock, c, !std::is_same_v<T, float>);
-  }
-}
-
-// Frees the matrix unit for others; at the end of a thread's GEMMs.
-template <class T>
-void gemm_release() {
-  at::native::cpublas::brgemm_release(!std::is_same_v<T, float>);
-}
-
-struct GemmReleaser {
-  void (*release)();
-  ~GemmReleaser() { release(); }
-};
 
 template <class T>
 class Head {
