@@ -131,7 +131,8 @@ class HeadGradient {
     }
   }
 
-  // Both GEMMs of a group, in one parallel region: they share nothing they write.
+  // Both GEMMs of a group, in one parallel region: they share nothing they write. All tiles of a column come one after
+  // the other: two threads in the same rows would both fault on a fresh page of dW, half as often again as there are.
   void multiply(int64_t begin, int64_t group, int64_t first, int64_t blocks, int64_t all_blocks, T* by_vocab, T* by_row,
                 const T* packed_rows, const T* packed_head, float* weight_sums) {
     const int64_t columns = padded_width_ / kRowBlock;
@@ -140,10 +141,11 @@ class HeadGradient {
     const int64_t row_tiles = needs_.hidden ? ceil_div(rows, kRowTile) : 0;
     const int64_t depth = round_up(group, kGemmDepthStep<T>);  // an odd last vocabulary row is paired with zeros
     const bool last = first + blocks >= all_blocks, accumulate = all_blocks > blocks;
-    parallel_tasks((weight_tiles + row_tiles) * columns, [&] {
+    const int64_t tiles = weight_tiles + row_tiles;
+    parallel_tasks(tiles * columns, [&] {
       return [&, out = Buffer<float>(kWeightTile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
-        const int64_t index = task / columns, d = task % columns * kRowBlock;
+        const int64_t index = task % tiles, d = task / tiles * kRowBlock;
         if (index < weight_tiles) {
           const int64_t from = index * kWeightTile, count = std::min(kWeightTile, group - from);
           float* to = accumulate ? weight_sums + from * padded_width_ + d : out.data();
