@@ -8,6 +8,7 @@
 #include "common/tile_plan.h"
 #include "common/workspace.h"
 #include "kl/linear_kl.h"
+#include "logprob/kept_logits.h"
 #include "logprob/linear_logprobs.h"
 #include "preference/preference.h"
 
@@ -134,7 +135,13 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "Chooses the instruction set of the CPU kernels, for tests and measurements.");
-  m.def("set_workspace_budget_mib", [](int64_t mib) { rk::workspace_budget_mib() = mib; }, "0: the device's default.");
+  m.def(
+      "set_workspace_budget_mib",
+      [](int64_t mib) {
+        rk::workspace_budget_mib() = mib;
+        rk::trim_kept_logits_memory();
+      },
+      "0: the device's default.");
   m.def(
       "plan_forward",
       [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget, int64_t threads) {

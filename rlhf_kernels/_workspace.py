@@ -20,7 +20,8 @@ def set_workspace_budget(mebibytes: int | None) -> None:
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four: on CPU as many as fit half of the budget beside what backward needs, if that is an eighth of
             them or more; on CUDA all or none, in three quarters of it; under torch.compile none. Each call that waits
-            for its backward holds its own.
+            for its backward holds its own; on CPU the memory of the last one stays for the next call, until a smaller
+            budget is set.
 
     Raises:
         TypeError, ValueError: not a whole number, or below 8.

@@ -1,8 +1,8 @@
 // An LM head on CPU: hands out logit tiles. Owns the packing of hidden states and the casting of the head's tiles.
 //
 // T is the type of the GEMM's operands: bfloat16 where the CPU multiplies it into fp32 (AMX, AVX512_BF16), otherwise
-// float, into which bf16 and fp16 go without loss. Every tile is one single-threaded GEMM of a fixed shape, so a logit's
-// bits depend on its row and its vocabulary entry alone.
+// float, into which bf16 and fp16 go without loss. Every tile is one single-threaded GEMM of a fixed shape, so a
+// logit's bits depend on its row and its vocabulary entry alone.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -123,16 +123,29 @@ struct Simd {
 
 struct AllLanes {};  // a whole vector: no loop over lanes, which would keep it out of registers
 
-// The first `lanes` of a vector; zeros behind them.
-static RK_INLINE VecF load_some(const float* from, AllLanes) { return Simd::load(from); }
-static RK_INLINE VecF load_some(const float* from, int64_t lanes) {
-  VecF v{};
+// The first `lanes` of a vector, of floats or of 16-bit halves; zeros behind them.
+template <class T>
+using VecOf = std::conditional_t<sizeof(T) == 2, VecH, VecF>;
+
+template <class T>
+static RK_INLINE VecOf<T> load_some(const T* from, AllLanes) {
+  VecOf<T> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <class T>
+static RK_INLINE VecOf<T> load_some(const T* from, int64_t lanes) {
+  VecOf<T> v{};
   for (int64_t i = 0; i < lanes; ++i) v[i] = from[i];
   return v;
 }
 
-static RK_INLINE void store_some(float* to, VecF v, AllLanes) { Simd::store(to, v); }
-static RK_INLINE void store_some(float* to, VecF v, int64_t lanes) {
+template <class T>
+static RK_INLINE void store_some(T* to, VecOf<T> v, AllLanes) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+template <class T>
+static RK_INLINE void store_some(T* to, VecOf<T> v, int64_t lanes) {
   for (int64_t i = 0; i < lanes; ++i) to[i] = v[i];
 }
 

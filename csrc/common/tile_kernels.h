@@ -48,8 +48,8 @@ struct GradientSink {
 };
 
 struct LogprobBackwardTile {
-  LogitTile tile;
-  bool transformed;  // the logits are final ones already (kept from forward)
+  LogitTile tile;             // becomes dlogits
+  const float* final_logits;  // kept from forward; or null, and the tile holds raw ones
   const int64_t* targets;
   bool with_entropy;
   const float *max, *log_sum, *grad_logprob, *grad_log_sum, *grad_entropy, *entropy;  // [kRowBlock] each

@@ -3,7 +3,6 @@
 #include "logprob/linear_logprobs.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <vector>
 
 #include "common/counted_rows.h"
@@ -12,6 +11,7 @@
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
+#include "logprob/kept_logits.h"
 
 namespace rk {
 namespace {
@@ -55,6 +55,7 @@ class Partials {
 // What the forward leaves of each counted row.
 struct RowResults {
   std::vector<float> logprob, max, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, target_logit;
+  Tensor kept_logits;
 
   explicit RowResults(size_t rows) {
     for (auto* field : {&logprob, &max, &log_sum, &entropy, &is_top1, &mean_logit, &log_sum_sq_probs, &target_logit}) {
@@ -90,29 +91,21 @@ struct RowResults {
   }
 };
 
-// Where the logits of a block and of the vocabulary's first rows, as many as fit, are kept for backward.
-struct KeptLogits {
-  float* data = nullptr;
-  int64_t vocab = 0;  // rows of the vocabulary that are kept
-
-  // `kept`: flat, and shared out evenly, so that it holds what it can of the rows that count.
-  static KeptLogits of(const Tensor& kept, const CountedRows& rows, int64_t vocab) {
-    const int64_t padded = round_up(rows.count(), kRowBlock);
-    if (kept.numel() == 0 || padded == 0) return {};
-    return {kept.data_ptr<float>(), std::min(kept.numel() / padded, vocab)};
-  }
-
-  bool has(int64_t v, int64_t count) const { return v + count <= vocab; }
-  float* tile(int64_t block, int64_t v) const { return data + (block * vocab + v) * kRowBlock; }
-};
+template <class T>
+KeptLogits plan_kept_logits(int64_t count, const CountedRows& rows, const Head<T>& head) {
+  return KeptLogits::plan(count, rows.count(), head.vocab(), vocab_tile(head.depth(), sizeof(T)));
+}
 
 template <class T>
 RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs,
-                   const KeptLogits& kept) {
+                   int64_t kept_logits) {
   const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
   const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
                                         workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   RowResults results(rows.targets.size());
+  KeptLogits kept = plan_kept_logits(kept_logits, rows, head);
+  results.kept_logits = kept_logits_memory(kept_logits, kept.size);
+  kept.data = results.kept_logits.data_ptr<float>();
   const Tensor operands = head.operands(hidden, rows.index);
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
   Buffer<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
@@ -160,9 +153,11 @@ struct Upstream {
 template <class T>
 HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& weight,
                        const std::optional<Tensor>& bias, const CountedRows& rows, const Upstream& upstream,
-                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const KeptLogits& kept,
+                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const Tensor& kept_logits,
                        GradientNeeds needs) {
-  const int64_t kept_bytes = kept.vocab * round_up(rows.count(), kRowBlock) * static_cast<int64_t>(sizeof(float));
+  KeptLogits kept = plan_kept_logits(kept_logits.numel(), rows, head);
+  kept.data = kept_logits.data_ptr<float>();
+  const int64_t kept_bytes = kept.size * static_cast<int64_t>(sizeof(float));
   const Tensor operands = head.operands(hidden, rows.index);
   HeadGradient<T> gradient(head, hidden, operands, weight, bias, rows.index, needs, head.depth(), head.depth(),
                            kept_bytes);
@@ -180,32 +175,19 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
                                                   const GradientSink& sink) mutable {
       LogitTile tile{logits.data(), v, count, head.bias(), head.transform()};
       const int64_t row = block * kRowBlock;
-      const bool is_kept = kept.has(v, count);
-      if (is_kept) {
-        std::copy_n(kept.tile(block, v), count * kRowBlock, logits.data());
-      } else {
+      const float* final_logits = kept.has(v, count) ? kept.tile(block, v) : nullptr;
+      if (!final_logits) {
         if (at_tile != v) head_rows = head.rows(v, count, scratch);
         at_tile = v;
         const T* columns = &packed[(block - first_packed) * kRowBlock * head.depth()];
         tile = head.tile(head_rows, v, count, columns, rows.live(row), logits.data());
       }
-      tile_kernels().logprob_backward({tile, is_kept, &rows.targets[row], upstream.has_entropy, at_row(max, row),
+      tile_kernels().logprob_backward({tile, final_logits, &rows.targets[row], upstream.has_entropy, at_row(max, row),
                                        at_row(log_sum, row), at_row(upstream.logprob, row),
                                        at_row(upstream.log_sum, row), at_row(upstream.entropy, row),
                                        at_row(entropy, row), sink});
     };
   });
-}
-
-// Pages that are never written are never committed.
-Tensor lazily_zeroed(int64_t count) {
-  if (count == 0) return at::empty({0}, at::kFloat);
-  constexpr int64_t kLine = kCacheLine / sizeof(float);
-  auto* data = static_cast<float*>(std::calloc(count + kLine, sizeof(float)));
-  TORCH_CHECK(data != nullptr, "out of memory: ", count * sizeof(float), " bytes to keep logits for backward; ",
-              "a smaller rk.set_workspace_budget recomputes them instead");
-  const int64_t past_line = reinterpret_cast<uintptr_t>(data) % kCacheLine / sizeof(float);
-  return at::from_blob(data + kLine - past_line, {count}, [data](void*) { std::free(data); }, at::kFloat);
 }
 
 }  // namespace
@@ -223,14 +205,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
   TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
-  const Tensor cache = lazily_zeroed(kept_logits);
-  const auto kept = KeptLogits::of(cache, rows, weight.size(0));
 
   const auto results = [&] {
     if (runs_on_bf16(gemm_dtype)) {
-      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept);
+      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept_logits);
     }
-    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept);
+    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept_logits);
   }();
   const auto give = [&](bool wanted, const std::vector<float>& values) {
     return wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
@@ -242,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
           give(want_is_top1, results.is_top1),
           give(want_mean_logit, results.mean_logit),
           give(want_log_sum_sq_probs, results.log_sum_sq_probs),
-          cache};
+          results.kept_logits};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
@@ -265,16 +245,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
   TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
                     "logit_cache must be flat and float32, got ", logit_cache.sizes(), " of ",
                     logit_cache.scalar_type());
-  const auto kept = KeptLogits::of(logit_cache, rows, weight.size(0));
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
 
   const HeadGradients grads = [&] {
     if (runs_on_bf16(gemm_dtype)) {
       const Head<at::BFloat16> head(weight, bias, transform, gemm_dtype);
-      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, kept, needs);
+      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, logit_cache, needs);
     }
     const Head<float> head(weight, bias, transform, gemm_dtype);
-    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, kept, needs);
+    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, logit_cache, needs);
   }();
   return grads.tensors(hidden);
 }

@@ -90,6 +90,8 @@ template <Transform kind, bool with_entropy>
 static void differentiate(const LogprobBackwardTile& a) {
   const LogitMap<Simd, kind> map(a.tile.transform);
   float* tile = a.tile.logits;
+  const float* from = a.final_logits ? a.final_logits : tile;
+  const auto final_logit = [&](VecF x, int64_t row) { return a.final_logits ? x : map(x, bias_of(a.tile, row)); };
 
   // Targets first, from the untouched tile: few, one by one, in a lane of a vector so that the maths is the same code.
   float target_dz[kRowBlock];
@@ -109,9 +111,8 @@ static void differentiate(const LogprobBackwardTile& a) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = a.targets[at + lane] - a.tile.vocab_begin;
       if (row < 0 || row >= a.tile.count) continue;
-      const float x = tile[row * kRowBlock + at + lane];
       float z[kLanes];
-      Simd::store(z, a.transformed ? Simd::set(x) : map(Simd::set(x), bias_of(a.tile, row)));
+      Simd::store(z, final_logit(Simd::set(from[row * kRowBlock + at + lane]), row));
       z_target[lane] = z[0];
     }
     const VecF z = Simd::load(z_target);
@@ -121,10 +122,9 @@ static void differentiate(const LogprobBackwardTile& a) {
     const int64_t at = j * kLanes;
     const RowGradient<Simd> row_gradient = row_of(at);
     for (int64_t row = 0; row < a.tile.count; ++row) {
-      float* here = tile + row * kRowBlock + at;
-      const VecF x = Simd::load(here);
-      const VecF z = a.transformed ? x : map(x, bias_of(a.tile, row));
-      Simd::store(here, logit_gradient<Simd>(z, row_gradient, with_entropy) * map.derivative(z));
+      const int64_t here = row * kRowBlock + at;
+      const VecF z = final_logit(Simd::load(from + here), row);
+      Simd::store(tile + here, logit_gradient<Simd>(z, row_gradient, with_entropy) * map.derivative(z));
     }
   }
   for (int64_t token = 0; token < kRowBlock; ++token) {

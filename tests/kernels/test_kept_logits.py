@@ -1,5 +1,8 @@
 """Logits that forward keeps for backward, as many as the budget has room for: they spare products and change no bit."""
 
+import mmap
+import sys
+
 import pytest
 import torch
 
@@ -106,5 +109,56 @@ def test_backward_keeps_its_plan(native, kept_logits, budget, width, vocab):
                 for size in (2, 4):
                     plans = [_C.plan_backward(counted, vocab, width, size, room) for room in (budget << 20, left)]
                     assert plans[0] == plans[1], (rows, counted, size)
+    finally:
+        rk.set_workspace_budget(None)
+
+
+# --- their memory, which one call leaves to the next ---
+
+
+def memory_of_a_call(native, device, masked=0.0, n=N, v=V):
+    """The op's last result, as autograd saves it."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU torch's allocator holds memory")
+    head = T.make_head(n, D, v, masked=masked)
+    size, flags = -(-n // 64) * 64 * v, (False,) * 4
+    options = (None, 1.0, 0.0, 1.0, -100, torch.float32, *flags, size)
+    return torch.ops.rlhf_kernels.linear_logprobs(*head[:3], *options)[-1]
+
+
+def test_memory_serves_the_next_call_once_it_is_free(native, device):
+    first = memory_of_a_call(native, device)
+    address = first.data_ptr()
+    second = memory_of_a_call(native, device)
+    assert second.data_ptr() != address, "the first is still in use"
+    del second, first
+    assert memory_of_a_call(native, device).data_ptr() == address
+    assert address % 64 == 0
+
+
+def test_memory_shows_nothing_of_the_call_before(native, device):
+    """Behind what is written are zeros, as in new memory: the op's results follow from its arguments."""
+    memory_of_a_call(native, device)
+    used_before = memory_of_a_call(native, device, masked=0.9)
+    new = memory_of_a_call(native, device, masked=0.9)
+    assert torch.equal(used_before, new) and bool((new == 0).any())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
+def test_a_smaller_budget_gives_memory_back(native, device):
+    def resident_mib():
+        with open("/proc/self/statm") as numbers:
+            return int(numbers.read().split()[1]) * mmap.PAGESIZE / 2**20
+
+    try:
+        rk.set_workspace_budget(512)
+        memory_of_a_call(native, device, n=256, v=100_000)  # 98 MiB
+        held = resident_mib()
+        rk.set_workspace_budget(256)
+        assert resident_mib() > held - 10, "98 MiB fit half of it"
+        rk.set_workspace_budget(128)
+        assert resident_mib() < held - 80
+        memory_of_a_call(native, device, n=256, v=100_000)
+        assert resident_mib() < held - 80, "nothing that exceeds the budget is held"
     finally:
         rk.set_workspace_budget(None)
