@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -103,32 +104,32 @@ def rounded(error: Tensor) -> float | str:
     return float(f"{error:.3g}") if error.isfinite() else str(error.item())  # JSON has no word for nan
 
 
-def with_budget(peer: Peer, run: Callable[[], object]) -> Callable[[], object]:
+@contextmanager
+def budget_of(peer: Peer) -> Iterator[None]:
     if peer.budget_mib is None:
-        return run
-
-    def budgeted() -> object:
-        rk.set_workspace_budget(peer.budget_mib)
-        try:
-            return run()
-        finally:
-            rk.set_workspace_budget(None)
-
-    return budgeted
+        yield
+        return
+    rk.set_workspace_budget(peer.budget_mib)
+    try:
+        yield
+    finally:
+        rk.set_workspace_budget(None)
 
 
 def runs_of(job: Measurable, peer: Peer) -> tuple[Callable[[], object] | None, Callable[[], object]]:
     """Forward (None where it is the total), forward and backward."""
-    forward = None if peer.sums else with_budget(peer, partial(job.call, peer))
-    return forward, with_budget(peer, partial(job.step, peer))
+    return None if peer.sums else partial(job.call, peer), partial(job.step, peer)
 
 
 def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
     """What is known of a peer besides its times and, on CPU, its memory; raises what it raises. It is warm then."""
     found: dict = {}
     results: list[Tensor] = []
-    call = with_budget(peer, lambda: results.append(job.call(peer)))
-    step = with_budget(peer, partial(job.step, peer))
+    step = partial(job.step, peer)
+
+    def call() -> None:
+        results.append(job.call(peer))
+
     few = partial(job.step, peer, ROWS)
     few_s = 1e-3 * clock.ms(few)
     if not peer.slow_start and (expected_s := few_s / job.share(ROWS)) > LONGEST_S:
@@ -210,10 +211,10 @@ def in_a_loop(native: Callable[[], None], others: Callable[[], None], rounds: in
 
 
 class Turns:
-    """Times of all runs, one after the other, turn by turn."""
+    """Times of all runs, one after the other, turn by turn; with the budgets of `peers`, by name."""
 
-    def __init__(self, job: Measurable, clock: Clock, runs: dict[str, tuple]) -> None:
-        self.job, self.clock, self.runs = job, clock, runs
+    def __init__(self, job: Measurable, clock: Clock, runs: dict[str, tuple], peers: dict[str, Peer]) -> None:
+        self.job, self.clock, self.runs, self.peers = job, clock, runs, peers
         self.failed: dict[str, str] = {}
         self.clear()
 
@@ -221,15 +222,24 @@ class Turns:
         self.times_ms: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in self.runs}
 
     def take(self, name: str) -> None:
-        for kept, run in zip(self.times_ms[name], self.runs[name], strict=True):
+        peer = self.peers.get(name)
+        with budget_of(peer) if peer else nullcontext():
+            if peer and peer.budget_mib is not None:
+                self.attempt(name, self.runs[name][1])  # not counted: in training, a step finds what the last one left
+            for kept, run in zip(self.times_ms[name], self.runs[name], strict=True):
+                if (ms := self.attempt(name, run)) is not None:
+                    kept.append(ms)
+
+    def attempt(self, name: str, run: Callable[[], object] | None) -> float | None:
+        if run is None or name in self.failed:
+            return None
+        try:
+            return self.clock.ms(run)
+        except Exception as error:
+            self.failed[name] = reason_of(error)
+            return None
+        finally:
             self.job.drop_gradients()
-            if run is None or name in self.failed:
-                continue
-            try:
-                kept.append(self.clock.ms(run))
-            except Exception as error:
-                self.failed[name] = reason_of(error)
-        self.job.drop_gradients()
 
     def measure(self, expected_s: float, seconds: float, most_rounds: int, pace: Pace) -> int:
         """How many rounds, between two and `most_rounds`, `seconds` were enough for. On a GPU the first turn does not
@@ -278,7 +288,8 @@ def measure(
         try:
             if refused := peer.why_not(job.needs()):
                 raise CannotRun(refused)
-            able[peer.name] = peer, row | try_out(job, peer, clock)
+            with budget_of(peer):
+                able[peer.name] = peer, row | try_out(job, peer, clock)
         except Exception as error:
             refused = reason_of(error)
         else:
@@ -289,7 +300,7 @@ def measure(
         clock.free()
         yield row | {"status": refused}
 
-    turns = Turns(job, clock, runs)
+    turns = Turns(job, clock, runs, {name: peer for name, (peer, _) in able.items()})
     expected_s = sum(row["first_s"] for peer, row in able.values() if not peer.slow_start)  # theirs is compilation
     rounds = turns.measure(expected_s, seconds, most_rounds, pace)
     if "bare GEMMs" in turns.failed:  # nothing to compare with; most likely the device itself is gone

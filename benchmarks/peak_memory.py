@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.jobs import Job, job_of
-from benchmarks.measuring import runs_of
+from benchmarks.measuring import budget_of, runs_of
 from benchmarks.peers import Peer
 
 
@@ -40,14 +40,20 @@ def main() -> None:
     job = job_of(question["job"])
     if job.threads:
         torch.set_num_threads(job.threads)
+    with budget_of(peer_of(job, question["peer"])):
+        found = peaks_of(job, question["peer"])
+    print(json.dumps(found))
+
+
+def peaks_of(job: Job, name: str) -> dict:
     pairs = {"sequences": (job.sequences[0], 2)} if job.sequences else {}
     small = replace(job, n=job.sequences[0] * 2 if job.sequences else 16, d=64, v=4096, **pairs)
     small.make_inputs()
-    for run in runs_of(small, peer_of(small, question["peer"])):
+    for run in runs_of(small, peer_of(small, name)):
         if run is not None:
             run()  # loads libraries, starts threads
     job.make_inputs()
-    peer = peer_of(job, question["peer"])
+    peer = peer_of(job, name)
     if peer.slow_start:  # a compiler's memory is not the step's
         for run in runs_of(job, peer):
             if run is not None:
@@ -56,7 +62,7 @@ def main() -> None:
     forward, total = runs_of(job, peer)
     found = {} if forward is None else {"peak_forward_mib": round(peak_mib(forward), 1)}
     gradients_mib = sum(leaf.nbytes for leaf in job.leaves) / 2**20
-    print(json.dumps(found | {"peak_total_mib": round(peak_mib(total) - gradients_mib, 1)}))
+    return found | {"peak_total_mib": round(peak_mib(total) - gradients_mib, 1)}
 
 
 if __name__ == "__main__":
