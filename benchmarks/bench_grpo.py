@@ -1,13 +1,10 @@
 """A GRPO loss from hidden states: linear_logprobs and the clipped ratio, against packages that fuse both."""
 
-from benchmarks.heads import HEADS, cpu_job
+import pytest
+
+from benchmarks.heads import SMALLEST, head_job
 
 
-def test_gpt2(measure):
-    model, n, d, v, _ = HEADS[0]
-    measure(cpu_job("grpo", n, d, v, sequences=(8, n // 8), model=model), peaks=True)
-
-
-def test_qwen(measure):
-    model, n, d, v, _ = HEADS[1]
-    measure(cpu_job("grpo", n, d, v, sequences=(8, n // 8), model=model))
+@pytest.mark.parametrize("model", [SMALLEST, "Qwen 3 4B"])
+def test_heads(measure, model):
+    measure(head_job("grpo", model, sequences=8), peaks=model == SMALLEST)

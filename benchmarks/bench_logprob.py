@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.heads import HEADS, SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job
+from benchmarks.heads import HEADS, SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
 from benchmarks.peers import installed, older_trl
 
 
@@ -25,6 +25,6 @@ def test_bf16(measure):
     measure(job, targets if bf16_is_fast() else None, peaks=True)
 
 
-@pytest.mark.parametrize(("model", "n", "d", "v", "softcap"), HEADS, ids=[head[0] for head in HEADS])
-def test_heads(measure, model, n, d, v, softcap):
-    measure(cpu_job("linear_logprobs", n, d, v, softcap=softcap, model=model), peaks=model == SMALLEST)
+@pytest.mark.parametrize("model", HEADS)
+def test_heads(measure, model):
+    measure(head_job("linear_logprobs", model), peaks=model == SMALLEST)

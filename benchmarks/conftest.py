@@ -29,7 +29,7 @@ TESTS_OF = {
     "dpo step": ["trainer/test_dpo.py"],
 }
 SOURCES = ("csrc", "rlhf_kernels", "python", "tests/kernels", "tests/trainer")  # what they depend on
-JOB_SECONDS, MOST_ROUNDS = 20.0, 7  # turns of one job; slow contenders take fewer, but at least two
+JOB_SECONDS, MOST_ROUNDS = 12.0, 7  # turns of one job; slow contenders take fewer, but at least two
 SHOWN: list[str] = []
 STAMPS, TESTS = ROOT / "build/bench", ROOT / "tests"
 

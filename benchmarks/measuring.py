@@ -23,7 +23,7 @@ from benchmarks.jobs import ROWS, normal
 from benchmarks.peers import CannotRun, Peer
 from benchmarks.record import ROOT
 
-LONGEST_S = 30.0  # a step that takes longer is not waited for
+LONGEST_S = 20.0  # a step that takes longer is not waited for
 
 
 class Measurable(Protocol):

@@ -69,6 +69,7 @@ def environment(device: torch.device) -> dict:
         machine["tf32"] = torch.backends.cuda.matmul.allow_tf32
     else:
         machine = {"device": cpu_name(), "threads": torch.get_num_threads(), "cpu_isa": built["cpu_isa"]}
+        machine["cpu_bf16"] = built["cpu_bf16"]
     has_packages = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     asked_for = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
     peers = {name: has_packages.get(name, "not installed") for name in asked_for}

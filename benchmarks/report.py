@@ -65,6 +65,9 @@ milliseconds with them: ratios are what is claimed. Nearer to 1 than the spread,
 """
 
 
+LARGER = f"{NATIVE}, larger budget"
+
+
 def error_of(row: dict) -> str:
     """Of a measured row; a table without it is not printed."""
     if row["contender"] == BARE or row["contender"].endswith(", unmasked"):
@@ -87,6 +90,27 @@ def mark(row: dict, native: dict | None) -> str:
 # --- sections ---
 
 
+def found_for(what: str, row: dict, native: dict, table: Table) -> float | None:
+    """What a target speaks of: native's part of a contender's time or memory, or its own memory."""
+    if what in ("forward", "total"):
+        return 1 / over if (over := over_native(row, native, what)) else None
+    if what == "total_larger_budget":
+        larger = of(table, LARGER)
+        ours, theirs = larger and over_native(larger, native, "total"), over_native(row, native, "total")
+        return ours / theirs if ours and theirs else None
+    over = mib_over(row, native, what)
+    return native.get(what) if row is native else 1 / over if over else None
+
+
+def what_bounds(what: str, row: dict, native: dict, table: Table) -> str:
+    """Of a time that misses its target: what the products alone, which native cannot do without, are of it."""
+    bare = of(table, BARE)
+    if bare is None or row is bare or what not in ("forward", "total"):
+        return ""
+    theirs, products = over_native(row, native, what), over_native(bare, native, what)
+    return f", {BARE} alone take {products / theirs:.3f}" if theirs and products else ""
+
+
 def targets(tables: list[Table], steps: list[dict]) -> list[str]:
     """What docs promise of this machine, held against what was measured."""
     lines, held, missed = [], 0, 0
@@ -94,19 +118,16 @@ def targets(tables: list[Table], steps: list[dict]) -> list[str]:
         native = of(table, NATIVE)
         for row in table:
             for what, most in row.get("targets", {}).items():
-                if row["status"] != "measured" or native is None:
-                    found, verdict = None, cell(row["status"]) if native else f"no {NATIVE}"
-                elif what in ("forward", "total"):
-                    found = 1 / over if (over := over_native(row, native, what)) else None
-                else:  # a column: native's own, against a bound; another's, against its share of it
-                    over = mib_over(row, native, what)
-                    found = native.get(what) if row is native else 1 / over if over else None
+                able = row["status"] == "measured" and native is not None
+                found = found_for(what, row, native, table) if able else None
                 if found is not None:
                     holds = found <= most
                     held, missed = held + holds, missed + (not holds)
-                    verdict = "holds" if holds else "**MISSED**"
-                elif row["status"] == "measured" and native:
+                    verdict = "holds" if holds else f"**MISSED**{what_bounds(what, row, native, table)}"
+                elif able:
                     verdict = "not measured"
+                else:
+                    verdict = cell(row["status"]) if native else f"no {NATIVE}"
                 against = f" against {row['contender']}" if row is not native else ""
                 said = f"`{row['op']}` {row['dtype']}, {name_of(row)}"
                 number = "" if found is None else f"{found:.3f}" if found < 10 else short(found)
@@ -146,7 +167,7 @@ def summary(tables: list[Table]) -> list[str]:
             count[1] += 1
             count[0] += found[best] >= 1.0
             if found[best] < 1.0:
-                larger = of(table, f"{NATIVE}, larger budget")
+                larger = of(table, LARGER)
                 kept = over_native(larger, native, "total") if larger and what == "total" else None
                 aside = f"; native with a larger budget, {kept:.3g}" if kept else ""
                 lost.append(f"- {where}, {what}: {best}, {found[best]:.3g} of native's{aside}")
@@ -330,11 +351,11 @@ def missing(found: dict[str, dict]) -> list[str]:
     if not any(stem.startswith("gpu") for stem in found):
         lacks.append("a GPU (`benchmarks/on_gpu.sh`)")
     cpus = [results for stem, results in found.items() if stem.startswith("cpu")]
-    if not any("avx512" in results["device"].get("cpu_isa", "") for results in cpus):
-        lacks.append("a CPU that multiplies 16-bit numbers fast (AMX), for which the 16-bit targets are set")
+    if not any(results["device"].get("cpu_bf16") == "multiplied as bf16" for results in cpus):
+        lacks.append("a CPU that multiplies bf16 (AVX512_BF16, AMX), for which the 16-bit targets are set")
     rows = [row for results in cpus for row in results["rows"] if row["status"] == "measured"]
     measured = {row.get("model") for row in rows if row["contender"] == NATIVE}
-    heads = [model for model, *_ in HEADS if model not in measured]
+    heads = [model for model in HEADS if model not in measured]
     if heads:
         lacks.append(f"the heads of {', '.join(heads)}")
     return [f"Missing, until somebody measures it: {'; '.join(lacks)}.", ""] if lacks else []

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "common/gemm_tile.h"
 #include "common/tile_kernels.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
@@ -125,6 +126,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of rlhf_kernels; the ops are under torch.ops.rlhf_kernels.";
   m.def("has_cuda", [] { return kHasCuda; }, "Whether CUDA kernels were compiled.");
   m.def("cpu_isa", [] { return std::string(rk::tile_kernels().name); }, "Instruction set of the CPU kernels in use.");
+  m.def("cpu_multiplies_bf16", [] { return rk::runs_on_bf16(at::kBFloat16); }, "Into float32, by AMX or AVX512_BF16.");
   m.def("cpu_isas", [] { return std::string(rk::instruction_sets()); }, "Those this CPU can run, best first.");
   m.def(
       "set_cpu_isa",

@@ -116,11 +116,16 @@ def _triton() -> str:
         return "not installed (pip install triton)"
 
 
+def _cpu_bf16() -> str | None:
+    return f"multiplied as {'bf16' if _native.cpu_multiplies_bf16() else 'float32'}" if _native else None
+
+
 def build_info() -> dict[str, Any]:
     """What this installation consists of and, where something is missing, the reason. Made to be printed.
 
     `native`: the compiled C++ is loaded; `cuda`: it holds the CUDA kernels; `cpu_isa`: the instruction set it chose on
-    this machine; `compiler_output`: the last lines of a failed compilation; `triton`: its version or why not.
+    this machine; `cpu_bf16`: whether that multiplies bf16 as it is (AMX, AVX512_BF16; several times faster) or as
+    float32; `compiler_output`: the last lines of a failed compilation; `triton`: its version or why not.
     """
     from . import __version__
     from ._workspace import workspace_budget_mib
@@ -137,6 +142,7 @@ def build_info() -> dict[str, Any]:
         "cuda": native_has_cuda(),
         "cuda_reason": cuda_reason,
         "cpu_isa": _native.cpu_isa() if _native else None,
+        "cpu_bf16": _cpu_bf16(),
         "workspace_budget_mib": {device: workspace_budget_mib(device) for device in ("cpu", "cuda")},
         "triton": _triton(),
     }

@@ -1,6 +1,7 @@
 """The CPU kernels are compiled once for each instruction set and chosen at run time: all of them are right."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -59,6 +60,45 @@ def test_kinds_of_logits(isa, device, kind):
 def test_linear_kl(isa, device, dtype, direction, kl):
     inputs = T.make_kl_inputs(66, 48, 300, kl=kl, dtype=dtype, bias=True, masked=0.2, device=device)
     T.check_linear_kl(functools.partial(rk.linear_kl, backend="native"), inputs, direction=direction)
+
+
+def flags_of_this_cpu():
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split() for line in lines if line.startswith("flags")), [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
+def test_bf16_is_multiplied_as_it_is_where_the_cpu_can(native):
+    able = not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags_of_this_cpu())
+    assert rk.build_info()["cpu_bf16"] == f"multiplied as {'bf16' if able else 'float32'}"
+
+
+@pytest.fixture
+def without_onednn(native):
+    """Whose products are ATen's BLAS's then, bf16 goes in as float32, whatever the CPU."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert rk.build_info()["cpu_bf16"] == "multiplied as float32"
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [7, 65, 70])  # GEMMs of 16 and of 64 columns
+def test_without_onednn(without_onednn, device, rows, dtype):
+    head = T.make_head(rows, 264, 2049, dtype=dtype, bias=True, masked=0.2, device=device)
+    op = functools.partial(rk.linear_logprobs, backend="native")
+    T.check_linear_logprobs(op, head)
+    inputs = T.make_kl_inputs(rows, 48, 300, kl=1e-2, dtype=dtype, masked=0.2, device=device)
+    T.check_linear_kl(functools.partial(rk.linear_kl, backend="native"), inputs, direction="policy_ref")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_without_onednn(without_onednn, device, dtype):
+    """One BLAS for all numbers of rows, too."""
+    head = T.make_head(70, 264, 2049, dtype=dtype, device=device)
+    whole = rk.linear_logprobs(*head[:3], backend="native").logprobs
+    for begin, end in ((0, 1), (3, 20), (64, 70), (10, 60)):
+        part = rk.linear_logprobs(head.hidden[begin:end], head.weight, head.targets[begin:end], backend="native")
+        assert torch.equal(part.logprobs, whole[begin:end])
 
 
 def test_small_losses(isa, device):
