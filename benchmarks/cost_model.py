@@ -33,6 +33,9 @@ class Device:
     bytes_per_s: float
     logits_per_s: float  # that a row kernel folds, or turns into dlogits, out of cache
     fresh_bytes_per_s: float = float("inf")  # CPU: memory that is mapped anew
+    native_flops_per_s: float = (
+        0.0  # CPU: of oneDNN's products, where torch takes another library's and these are faster
+    )
     l2_bytes: int = 0  # 0: a CPU
     memory_bytes: float = float("inf")
     link_bytes_per_s: float = 0.0  # to GPUs of the same node, each way
@@ -171,11 +174,12 @@ def products(device: Device, shape: Shape, name: str, backward: bool, heads: int
 
 
 def keep_logits(device: Device, shape: Shape) -> list[Phase]:
-    """The three-GEMM way: fp32 logits go to memory, which CUDA clears first, and backward reads them."""
+    """The three-GEMM way: fp32 logits go to memory, which CUDA clears first, and backward reads them. On a CPU that
+    memory is the last step's."""
     first, rows = products(device, shape, "forward", False)
     size, clears = 4 * shape.logits, 2 if device.l2_bytes else 1
     return [
-        first._replace(bytes=first.bytes + clears * size, fresh_bytes=fresh(device, size)),
+        first._replace(bytes=first.bytes + clears * size),
         rows._replace(bytes=rows.bytes + size, l2_bytes=0),
     ]
 
@@ -376,6 +380,8 @@ def time_of(row: dict, what: str) -> float | None:
 
 
 def predicted_s(device: Device, row: dict, what: str) -> float:
+    if row["contender"] == "native" and device.native_flops_per_s:
+        device = replace(device, flops_per_s=device.native_flops_per_s)
     return seconds(device, WAYS[row["contender"]](device, shape_of(row, device), what == "total"))
 
 

@@ -193,7 +193,8 @@ def upper_half(rows: list[dict]) -> list[dict]:
 
 def calibrated(results: dict, folder: Path) -> Device | None:
     """A CPU's rates out of the larger half of log-probs' rows, where little else counts: the GEMM rate is the median of
-    the bare GEMMs', and what a logit costs the median of what native's forward takes beside its products. What memory
+    the bare GEMMs', and what a logit costs the median of what native's forward takes beside its products. Where all of
+    it takes less than these, its products have a rate of their own, of which a logit's cost is a part. What memory
     costs was measured apart (evidence.py)."""
     rows = [row for row in results["rows"] if model.checkable(row) and compared(row, results)]
     rows = [row for row in rows if row["op"] == "linear_logprobs" and "forward_ms" in row]
@@ -203,19 +204,24 @@ def calibrated(results: dict, folder: Path) -> Device | None:
         return None
     # Without evidence: a guess, of the right order for one or two cores of a shared machine.
     rates = {"bytes_per_s": 8e9, "fresh_bytes_per_s": 2e9} | evidence_rates(results["device"], folder)
-    device = Device(results["device"]["device"], float("inf"), logits_per_s=float("inf"), **rates)
+    name = f"{results['device']['device']}, {results['device']['cpu_isa']}"
+    device = Device(name, float("inf"), logits_per_s=float("inf"), **rates)
     found = []
     for row in upper_half(gemms):
         beside_s = model.predicted_s(device, row, "forward")
         found.append(model.shape_of(row).products_flops / (model.time_of(row, "forward") - beside_s))
-    device, costs_s = replace(device, flops_per_s=statistics.median(found)), []
+    device, costs_s, own = replace(device, flops_per_s=statistics.median(found)), [], []
+    at_once = replace(device, flops_per_s=float("inf"))
     units = model.bare_times(rows, "forward")
     for row in upper_half(ours):
         measured_s, unit = model.time_of(row, "forward"), units.get(model.key_of(row))
         if unit:
             measured_s *= model.predicted_s(device, unit, "forward") / model.time_of(unit, "forward")
         costs_s.append((measured_s - model.predicted_s(device, row, "forward")) / model.shape_of(row).logits)
-    return replace(device, logits_per_s=1 / max(statistics.median(costs_s), 1e-12))
+        own.append(model.shape_of(row).products_flops / (measured_s - model.predicted_s(at_once, row, "forward")))
+    if (cost_s := statistics.median(costs_s)) > 0:
+        return replace(device, logits_per_s=1 / cost_s)
+    return replace(device, native_flops_per_s=statistics.median(own))
 
 
 def compared(row: dict, results: dict) -> bool:
@@ -226,7 +232,8 @@ def compared(row: dict, results: dict) -> bool:
 
 
 def checked(results: dict, device: Device) -> list[str]:
-    rates = f"{device.flops_per_s / 1e9:,.0f} GFLOP/s, {device.bytes_per_s / 1e9:,.1f} GB/s"
+    own = f" ({device.native_flops_per_s / 1e9:,.0f} native)" if device.native_flops_per_s else ""
+    rates = f"{device.flops_per_s / 1e9:,.0f} GFLOP/s{own}, {device.bytes_per_s / 1e9:,.1f} GB/s"
     seen = device.logits_per_s < 1e12
     logits = f"{device.logits_per_s / 1e9:,.2f} billion logits a second" if seen else "logits too cheap to be seen"
     lines = [f"**{device.name}**: {rates}, {logits}."]

@@ -125,9 +125,10 @@ def local_slopes(sizes: Sequence[float], values: Sequence[float]) -> list[float]
 
 
 def load(pattern: str = "cpu-*.json", folder: Path = RESULTS) -> dict[str, dict]:
-    """Name -> results that have swept rows."""
+    """Name -> results that have swept rows, the newest first."""
     files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob(pattern))}
-    return {name: found for name, found in files.items() if any(row.get("sweep") for row in found["rows"])}
+    swept = {name: found for name, found in files.items() if any(row.get("sweep") for row in found["rows"])}
+    return dict(sorted(swept.items(), key=lambda file: file[1]["measured"], reverse=True))
 
 
 def value_of(row: dict, column: str) -> float | None:
@@ -328,7 +329,7 @@ def write() -> None:
     files = load()
     DOC.write_text(written(DOC.read_text(), files))
     if files:
-        draw(max(files.values(), key=lambda found: sum(bool(row.get("sweep")) for row in found["rows"])), PICTURE)
+        draw(next(iter(files.values())), PICTURE)
 
 
 def main() -> None:

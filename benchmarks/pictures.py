@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 BARE, EAGER, NATIVE = "bare GEMMs", "eager", "native"
-HEADLINE = {"op": "linear_logprobs", "dtype": "float32", "n": 1024, "d": 1024, "v": 151936}  # of the README's picture
+HEADLINE = {"op": "linear_logprobs", "n": 1024, "d": 1024, "v": 151936}  # of the README's picture
 CUT = 4.0  # bars longer than so many of native's are cut, or the others could not be told apart
 # What the rows of a table share.
 KEY = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
@@ -217,24 +217,30 @@ def has_times(table: Table) -> bool:
     return of(table, BARE) is not None and len(measured(table)) > 1
 
 
-def headline(tables: list[Table]) -> Table | None:
-    """The table whose shape the README names; where it was not measured, the first of the same op."""
+def headlines(tables: list[Table]) -> list[Table]:
+    """The tables, one a dtype, whose shape the README names; where it was not measured, the first of the same op."""
     able = [t for t in tables if t[0]["op"] == HEADLINE["op"] and not t[0].get("masked") and has_times(t)]
-    exact = [table for table in able if all(table[0][key] == value for key, value in HEADLINE.items())]
-    return next(iter([*exact, *able]), None)
+    exact = [t for t in able if all(t[0][key] == value for key, value in HEADLINE.items()) and not t[0].get("sweep")]
+    return exact or able[:1]
 
 
 def draw_headline(tables: list[Table], path: Path) -> bool:
-    """Time and memory of forward plus backward at one shape."""
-    if not (table := headline(tables)):
+    """Time and memory of forward plus backward at one shape, a line of panels a dtype."""
+    if not (found := headlines(tables)):
         return False
-    memory = fast_first(table, lambda row: row.get("peak_total_mib"))
-    figure, axes = figure_of(2 if memory else 1, [0.9 + 0.29 * len(table)])
-    what = f"{table[0]['op']}, {shape(table[0])}, {table[0]['dtype']}"
-    time_panel(axes[0], table, f"{what}\ntime, bare GEMMs = 1")
-    if memory:
-        bars(axes[1], memory, lambda mib: f"{mib:,.0f}")
-        title(axes[1], "peak extra memory, MiB")
+    memories = [fast_first(table, lambda row: row.get("peak_total_mib")) for table in found]
+    columns = 2 if any(memories) else 1
+    figure, axes = figure_of(columns, [0.9 + 0.29 * len(table) for table in found])
+    for line, (table, memory) in enumerate(zip(found, memories, strict=True)):
+        time_axis, *rest = axes[line * columns : (line + 1) * columns]
+        what = f"{table[0]['op']}, {shape(table[0])}, {table[0]['dtype']}"
+        time_panel(time_axis, table, f"{what}\ntime, bare GEMMs = 1")
+        for axis in rest:
+            if not memory:
+                axis.set_axis_off()
+                continue
+            bars(axis, memory, lambda mib: f"{mib:,.0f}")
+            title(axis, "peak extra memory, MiB")
     save(figure, path)
     return True
 

@@ -53,7 +53,8 @@ milliseconds with them: ratios are what is claimed. Nearer to 1 than the spread,
 
 - **× native**: time over that of this project's compiled kernels; above 1 the contender is slower. *Forward* runs
   without autograd; *total* is forward and backward, with fresh gradients of hidden states and head.
-- **of the GEMMs' rate**: 100% is as fast as the bare matrix products of the same shape in the same turns.
+- **of the GEMMs' rate**: 100% is as fast as the bare matrix products of the same shape in the same turns. Those are
+  torch's (`mm`); this project's are oneDNN's, which on some processors are twice as fast in fp32.
 - **spread**: the fastest and the slowest turn of total, over the median.
 - **extra MiB**: peak memory beyond inputs (and, in total, beyond the gradients), forward and total.
 - **error**: the largest difference from fp64 on the same inputs, in nats (of the loss, where an op gives only that).
@@ -364,6 +365,7 @@ def missing(found: dict[str, dict]) -> list[str]:
 def write(results: Path, docs: Path) -> None:
     (docs / "images").mkdir(parents=True, exist_ok=True)
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("[cg]pu*.json"))}
+    found = dict(sorted(found.items(), key=lambda file: file[1].get("measured", ""), reverse=True))  # newest first
     lines = [*INTRO.splitlines(), "", *missing(found)]
     for stem, content in found.items():
         lines += section(content, stem, docs / "images")

@@ -66,12 +66,11 @@ def test_the_part_that_masking_leaves():
 # --- a file of results: native costs a call and 64 rows at least, eager grows with N V ---
 
 
-def row(sweep, contender, n=512, d=512, v=16384, masked=0.0):
+def row(sweep, contender, n=512, d=512, v=16384, masked=0.0, device=CPU):
     found = {"op": "linear_logprobs", "dtype": "float32", "n": n, "d": d, "v": v, "masked": masked, "sweep": sweep,
              "threads": 2, "contender": contender, "status": "measured"}  # fmt: skip
-    shape = model.shape_of(found, CPU)
-    ms = {what: 1e3 * model.seconds(CPU, model.WAYS[contender](CPU, shape, what == "total"))
-          for what in ("forward", "total")}  # fmt: skip
+    shape = model.shape_of(found, device)
+    ms = {what: 1e3 * model.predicted_s(device, found, what) for what in ("forward", "total")}
     found |= {f"{what}_ms": {"median": t * 1.01, "min": t, "max": t * 1.3} for what, t in ms.items()}
     if contender == "eager":
         found |= {
@@ -81,15 +80,19 @@ def row(sweep, contender, n=512, d=512, v=16384, masked=0.0):
     return found
 
 
-@pytest.fixture(scope="module")
-def results():
-    rows = [row("n", c, n=n) for n in SIZES for c in model.WAYS]
-    rows += [row("v", c, v=v) for v in (1024, 4096, 16384, 65536) for c in model.WAYS]
-    rows += [row("masked", c, masked=m) for m in (0.0, 0.25, 0.5, 0.75) for c in model.WAYS]
+def results_of(device):
+    rows = [row("n", c, n=n, device=device) for n in SIZES for c in model.WAYS]
+    rows += [row("v", c, v=v, device=device) for v in (1024, 4096, 16384, 65536) for c in model.WAYS]
+    rows += [row("masked", c, masked=m, device=device) for m in (0.0, 0.25, 0.5, 0.75) for c in model.WAYS]
     rows.append(row("n", "native", n=4096) | {"status": "not measured: time"})
     rows.append({"op": "kl_penalty", "dtype": "float32", "sweep": "", "contender": "native", "status": "measured"})
-    device = {"device": "a CPU", "threads": 2, "cpu_isa": "none"}
-    return {"device": device, "versions": {"torch": "2"}, "commit": "0", "measured": "never", "rows": rows}
+    machine = {"device": "a CPU", "threads": 2, "cpu_isa": "none"}
+    return {"device": machine, "versions": {"torch": "2"}, "commit": "0", "measured": "never", "rows": rows}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return results_of(CPU)
 
 
 def test_rows_to_laws(results):
@@ -102,11 +105,26 @@ def test_rows_to_laws(results):
     assert any("| native | 1 - masked | total time |" in line for line in growth.line_table(results))
 
 
-def test_the_model_recovers_the_rates_that_made_the_rows(results, tmp_path):
+@pytest.fixture
+def evidence(tmp_path):
     machine = {"new memory written, GB/s": 1, "copied, read and written, GB/s": 10}
     found = {"device": {"device": "a CPU"}, "machine": machine}
     (tmp_path / "evidence-none.json").write_text(json.dumps(found))
-    device = cost_tables.calibrated(results, tmp_path)
+    return tmp_path
+
+
+def test_products_of_native_may_have_a_rate_of_their_own(evidence):
+    made_by = replace(CPU, native_flops_per_s=3 * CPU.flops_per_s, logits_per_s=float("inf"))
+    found = results_of(made_by)
+    device = cost_tables.calibrated(found, evidence)
+    assert device.flops_per_s == pytest.approx(CPU.flops_per_s, rel=1e-6)
+    assert device.native_flops_per_s == pytest.approx(3 * CPU.flops_per_s, rel=1e-6)
+    text = "\n".join(cost_tables.checked(found, device))
+    assert "100 GFLOP/s (300 native)" in text and " !" not in text
+
+
+def test_the_model_recovers_the_rates_that_made_the_rows(results, evidence):
+    device = cost_tables.calibrated(results, evidence)
     assert device.flops_per_s == pytest.approx(CPU.flops_per_s, rel=1e-6)
     assert device.logits_per_s == pytest.approx(CPU.logits_per_s, rel=1e-6)
     found = [ratio for _, _, ratio in model.checks(device, results["rows"])]
