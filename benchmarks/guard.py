@@ -82,8 +82,10 @@ def median_interval(ratios: list[float], confidence: float = CONFIDENCE) -> Inte
     """The ratios' median, and the order statistics between which the true one lies with at least this confidence."""
     ordered, n = sorted(ratios), len(ratios)
     outside, below = (1 - confidence) / 2, 0  # `below`: ratios that may be left out at either end
-    while sum(math.comb(n, k) for k in range(below + 1)) <= outside * 2**n:
+    subsets = 1  # of at most `below` of n; whole numbers, as 2**n leaves the floats at n = 1024
+    while subsets / 2**n <= outside:
         below += 1
+        subsets += math.comb(n, below)
     low, high = (ordered[below - 1], ordered[n - below]) if below else (0.0, math.inf)
     return Interval(low, statistics.median(ordered), high)
 

@@ -26,8 +26,13 @@ class Command(NamedTuple):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a run shows one bar, its own
+        from .processes import leave_processes
+
         function: Callable[[Any], object] = getattr(import_module(f".{self.module}", __package__), self.function)
-        function(given)
+        try:
+            function(given)
+        finally:
+            leave_processes()
 
 
 COMMANDS = {

@@ -89,5 +89,5 @@ class MetricsLog:
         self.bar.close()
         if self.file is not None:
             self.file.close()
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group as well
+            tracker.finish()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from rlhf_kernels.integrations.openrlhf import fused
 from tests.integrations import openrlhf_here
+from tests.leaving import leave
 
 
 def main(model, folder):
@@ -49,7 +50,7 @@ def main(model, folder):
         for a, b in zip(ours[:2], whole[:2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     print(f"rank {dist.get_rank()}: as OpenRLHF's Actor")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def test_another_signature_is_refused(kernel, monkeypatch):
 def test_a_head_split_over_ranks():
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("verl_shards.py"))],
+        [*command, "-m", "tests.integrations.verl_shards"],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlhf_kernels.integrations.verl import linear_cross_entropy
+from tests.leaving import leave
 
 
 def main():
@@ -35,7 +36,7 @@ def main():
     with pytest.raises(ValueError, match="weight is a DTensor, a head that FSDP2 shards"):
         linear_cross_entropy(hidden, head, labels)
     print(f"rank {rank} of {ranks}: as the whole head")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

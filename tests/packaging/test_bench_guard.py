@@ -38,6 +38,7 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says():
 def test_seven_rounds_bear_no_interval_and_eight_do():
     assert median_interval([1.0] * 7) == (0, 1, float("inf"))
     assert median_interval([float(k) for k in range(1, 9)]) == (1, 4.5, 8)
+    assert median_interval([float(k) for k in range(1, 3001)]) == (1429, 1500.5, 1572)  # 2**3000 is no float
 
 
 def test_a_slowdown_of_a_tenth_is_found():

@@ -7,7 +7,9 @@ from pathlib import Path
 from rlhf_trainer.grpo import train_grpo
 from rlhf_trainer.online_config import GRPOConfig, PPOConfig
 from rlhf_trainer.ppo import train_ppo
+from rlhf_trainer.processes import leave_processes
 
 algorithm, options, folder = sys.argv[1:]
 config, train = {"ppo": (PPOConfig, train_ppo), "grpo": (GRPOConfig, train_grpo)}[algorithm]
 train(config(**json.loads(Path(options).read_text()), output_dir=folder))
+leave_processes()

@@ -1,13 +1,16 @@
 """SFT and reward models, in as many processes as this was started with: `other_stages.py MODEL DATA FOLDER`.
 
-SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too.
+SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too. A tracker is told of the reward model alone.
 """
 
 import sys
 from pathlib import Path
 
+from accelerate import tracking
+
 from rlhf_trainer import training
 from rlhf_trainer.config import RewardConfig, SFTConfig
+from rlhf_trainer.processes import leave_processes
 from rlhf_trainer.reward_model import train_reward
 from rlhf_trainer.sft import train_sft
 
@@ -17,6 +20,30 @@ COMMON = {
     "learning_rate": 1e-3, "num_train_epochs": 3, "max_length": 96, "save_steps": 2,
 }  # fmt: skip
 SFT = COMMON | {"packing": True}
+
+
+class Prints(tracking.GeneralTracker):
+    """Says how many steps it was told of."""
+
+    name = "prints"
+    requires_logging_directory = False
+    steps = 0
+
+    def __init__(self, run_name, **_):
+        super().__init__()
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        assert values["max_prompt_length"] == 48
+
+    def log(self, values, step=None, **_):
+        self.steps += 1
+
+    def finish(self):
+        print(f"tracked {self.steps} records")
 
 
 def interrupted(run):
@@ -42,4 +69,6 @@ def interrupted(run):
 train_sft(SFTConfig(**SFT, output_dir=str(folder / "sft")))
 interrupted(lambda: train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"))))
 train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"), resume=True))
-train_reward(RewardConfig(**COMMON, max_prompt_length=48, output_dir=str(folder / "reward")))
+tracking.LOGGER_TYPE_TO_CLASS["prints"] = Prints
+train_reward(RewardConfig(**COMMON, max_prompt_length=48, output_dir=str(folder / "reward"), report_to=["prints"]))
+leave_processes()

@@ -38,6 +38,8 @@ def test_the_other_stages_in_two_processes(model_folder, rows, write_jsonl, tmp_
         script = Path(__file__).with_name("other_stages.py")
         done = python(*launch, str(script), model_folder("llama"), data, name, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr
+        records = (tmp_path / name / "reward" / "metrics.jsonl").read_text().splitlines()
+        assert done.stdout.count("tracked") == 1 and f"tracked {len(records)} records" in done.stdout
     for stage in ("sft", "resumed", "reward"):
         one, two = (
             [json.loads(line) for line in (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()]
