@@ -37,14 +37,9 @@ demo: $(STAMP)
 
 # A worker per core, so a thread per worker: more would only take turns. The Triton kernels run in an interpreter, in a
 # process of their own: triton reads TRITON_INTERPRET when it is imported.
-PYTEST_HERE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) \
-	--dist loadgroup
-# Other people's trainers are compared with ours to the last digits, which depend on how ATen rounds: its kernels for
-# AVX-512 take three comparisons over bounds that those for AVX2 keep. Ours choose by themselves, whatever this says.
-ATEN_AVX2 := $(if $(shell grep -om1 avx2 /proc/cpuinfo 2>/dev/null),ATEN_CPU_CAPABILITY=avx2)
 test: $(STAMP)
-	$(PYTEST_HERE) $(or $(TEST_ARGS),--ignore=tests/integrations)
-	$(if $(TEST_ARGS),,$(ATEN_AVX2) $(PYTEST_HERE) tests/integrations)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
 	$(if $(TEST_ARGS),,$(MAKE) triton-interpreted)
 
 triton-interpreted: $(STAMP)
@@ -53,7 +48,7 @@ triton-interpreted: $(STAMP)
 # Only what tests/integrations has, with every host there: a host that is missing fails there, where it is skipped by
 # `make test` alone.
 integrations: $(STAMP) hosts
-	$(ATEN_AVX2) RLHF_KERNELS_REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	RLHF_KERNELS_REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integrations $(TEST_ARGS)
 
 bench: $(STAMP) peers

@@ -1,4 +1,4 @@
-"""How a script that torchrun starts ends: see `rlhf_trainer.processes`, which suffices where nothing holds the group."""
+"""How a script that torchrun starts ends; `rlhf_trainer.processes` suffices where nothing holds the group."""
 
 import os
 import sys

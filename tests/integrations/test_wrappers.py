@@ -1,7 +1,7 @@
 """What shards or replicates a patched model: three steps on two and on four processes, over gloo on this machine.
 
 `wrapped_torch.py` and `wrapped_deepspeed.py` run every case in one launch, each against the unpatched model's logits in
-one process on the whole batch; here is what must have come out.
+fp64, in one process on the whole batch; here is what must have come out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ ZERO_RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"zero-{n}")) for n 
 
 Found = dict[str, dict[str, dict[str, Any]]]  # group -> case -> what it found
 
-# Relative to how far three steps moved a parameter, about a hundredth of its size. One process on halves of the batch
-# instead of the whole comes as far.
-PARAMETERS, LOSS = 2e-5, 1e-6
+# Beside what the unpatched model in fp32, on halves of the batches, comes to. Relative to how far three steps moved a
+# parameter, about a hundredth of its size, and to the loss.
+PARAMETERS, LOSS = 5e-6, 2e-7
 TIMEOUT = 500  # seconds of a launch, which takes about 60 where the cores are free
 
 
@@ -82,7 +82,10 @@ def assert_equal(cases: dict[str, dict[str, Any]]) -> None:
     unlike = {
         name: found
         for name, found in cases.items()
-        if not (found["difference"] <= PARAMETERS and found["loss_difference"] <= LOSS)
+        if not (
+            found["difference"] <= 1.25 * found["unfused"] + PARAMETERS
+            and found["loss_difference"] <= 2 * found["unfused_loss"] + LOSS
+        )
     }
     assert not unlike
     assert cases

@@ -114,7 +114,8 @@ def loss_of(wrapper: Any, batch: Batch, whole: Batch, run: Run, ranks: int) -> T
 
 def loss_of_logits(model: Any, batch: Batch, whole: Batch, run: Run, ranks: int) -> Tensor:
     """The same of a model that was not patched, from its logits."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = batch.labels[:, 1:]
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     logps = logprobs.masked_fill(targets == -100, 0.0).sum(-1)
@@ -129,21 +130,29 @@ class Trained(NamedTuple):
 
 
 def truth(make: Callable[[], Any], run: Run) -> Trained:
-    """The unpatched model in this one process, on whole batches."""
-    return _truth(make, run._replace(micros=1))
+    """The unpatched model in fp64, in this one process, on whole batches."""
+    return _alone(make, run._replace(micros=1), torch.float64)
+
+
+def unfused(make: Callable[[], Any], run: Run) -> Trained:
+    """The unpatched model as it is, in this one process, on halves of the batches."""
+    return _alone(make, run._replace(micros=2), torch.float32)
 
 
 @functools.cache
-def _truth(make: Callable[[], Any], run: Run) -> Trained:
-    model = make()
+def _alone(make: Callable[[], Any], run: Run, dtype: torch.dtype) -> Trained:
+    model = make().to(dtype)
     optimizer = OPTIMIZERS[run.optimizer](trainable(model))
     losses = []
-    for batch in batches():
+    for whole in batches():
         optimizer.zero_grad()
-        loss = loss_of_logits(model, batch, batch, run, 1)
-        loss.backward()
+        total = 0.0
+        for k in range(run.micros):
+            loss = loss_of_logits(model, whole.part(k, run.micros), whole, run, 1)
+            loss.backward()
+            total += loss.item()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(total)
     return Trained(losses, snapshot(model))
 
 
@@ -181,6 +190,21 @@ def loss_difference(found: list[float], expected: list[float]) -> float:
     mean = torch.tensor(found)
     dist.all_reduce(mean)
     return max(abs(a / dist.get_world_size() / b - 1) for a, b in zip(mean.tolist(), expected, strict=True))
+
+
+def compared(trained: Trained, make: Callable[[], Any], run: Run, start: dict[str, Tensor]) -> dict[str, float]:
+    """How far from the truth the parameters and losses are, and how far those of the unpatched model in one process."""
+    expected, alone = truth(make, run), unfused(make, run)
+    return {
+        "difference": difference(trained.parameters, expected.parameters, start),
+        "loss_difference": loss_difference(trained.losses, expected.losses),
+        "unfused": difference(alone.parameters, expected.parameters, start),
+        "unfused_loss": loss_difference(alone.losses, expected.losses),
+    }
+
+
+def worst_of(found: list[dict[str, float]]) -> dict[str, float]:
+    return {key: max(one[key] for one in found) for key in found[0]}
 
 
 def message_of(error: type[Exception], call: Callable[[], Any]) -> str:

@@ -32,11 +32,11 @@ from tests.integrations.three_steps import (
     Run,
     Trained,
     batches,
+    compared,
     difference,
     dpo,
     llama,
     lora,
-    loss_difference,
     loss_of,
     loss_of_logits,
     message_of,
@@ -49,6 +49,7 @@ from tests.integrations.three_steps import (
     token_count,
     trainable,
     truth,
+    worst_of,
 )
 
 Found = dict[str, Any]
@@ -103,15 +104,14 @@ def whole_parameters(wrapper: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compare(wrapping: Wrapping) -> Found:
-    """The largest relative difference, over losses and optimizers, from the run in one process."""
-    worst = worst_loss = 0.0
+    """The largest relative differences, over losses and optimizers."""
+    found = []
     for run in runs(wrapping.micros):
         model = wrapping.model()
-        start, expected = snapshot(model), truth(wrapping.model, run)
+        start = snapshot(model)
         trained = train(wrapping.wrap(model), run, wrapping.call, wrapping.loss)
-        worst = max(worst, difference(trained.parameters, expected.parameters, start))
-        worst_loss = max(worst_loss, loss_difference(trained.losses, expected.losses))
-    return {"difference": worst, "loss_difference": worst_loss}
+        found.append(compared(trained, wrapping.model, run, start))
+    return worst_of(found)
 
 
 def ddp(model: Any, **options: Any) -> DDP:

@@ -1,6 +1,6 @@
 """SFT and reward models, in as many processes as this was started with: `other_stages.py MODEL DATA FOLDER`.
 
-SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too. A tracker is told of the reward model alone.
+SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too. A tracker hears of the reward model alone.
 """
 
 import sys
