@@ -5,11 +5,11 @@
 #include <string>
 
 #include "common/gemm_tile.h"
+#include "common/kept_logits.h"
 #include "common/tile_kernels.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
 #include "kl/linear_kl.h"
-#include "logprob/kept_logits.h"
 #include "logprob/linear_logprobs.h"
 #include "preference/preference.h"
 
@@ -22,25 +22,25 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The schemas' flat arguments, gathered into the two sides of the divergence.
 template <decltype(linear_kl_cpu) op>
-std::tuple<Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                                     double scale, double softcap, double temperature, ScalarType gemm,
-                                     const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias,
-                                     double ref_scale, double ref_softcap, double ref_temperature, ScalarType ref_gemm,
-                                     const Tensor& mask, bool policy_ref) {
+std::tuple<Tensor, Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                                             double scale, double softcap, double temperature, ScalarType gemm,
+                                             const Tensor& ref_hidden, const Tensor& ref_weight,
+                                             const OptionalTensor& ref_bias, double ref_scale, double ref_softcap,
+                                             double ref_temperature, ScalarType ref_gemm, const Tensor& mask,
+                                             bool policy_ref, int64_t kept_logits) {
   return op({hidden, weight, bias, scale, softcap, temperature, gemm},
-            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref);
+            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref,
+            kept_logits);
 }
 
 template <decltype(linear_kl_backward_cpu) op>
-std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
-                                                      const Tensor& hidden, const Tensor& weight,
-                                                      const OptionalTensor& bias, double scale, double softcap,
-                                                      double temperature, ScalarType gemm, const Tensor& ref_hidden,
-                                                      const Tensor& ref_weight, const OptionalTensor& ref_bias,
-                                                      double ref_scale, double ref_softcap, double ref_temperature,
-                                                      ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
-                                                      bool need_hidden, bool need_weight, bool need_bias) {
-  return op(grad_kl, kl, stats, {hidden, weight, bias, scale, softcap, temperature, gemm},
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(
+    const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& logit_cache, const Tensor& hidden,
+    const Tensor& weight, const OptionalTensor& bias, double scale, double softcap, double temperature, ScalarType gemm,
+    const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias, double ref_scale,
+    double ref_softcap, double ref_temperature, ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  return op(grad_kl, kl, stats, logit_cache, {hidden, weight, bias, scale, softcap, temperature, gemm},
             {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref,
             need_hidden, need_weight, need_bias);
 }
@@ -65,9 +65,10 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "linear_kl(Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float logit_softcap, "
       "float temperature, ScalarType gemm_dtype, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
       "float ref_logit_scale, float ref_logit_softcap, float ref_temperature, ScalarType ref_gemm_dtype, Tensor mask, "
-      "bool policy_ref) -> (Tensor kl, Tensor stats)");
+      "bool policy_ref, SymInt kept_logits) -> (Tensor kl, Tensor stats, Tensor logit_cache)");
   m.def(
-      "linear_kl_backward(Tensor grad_kl, Tensor kl, Tensor stats, Tensor hidden, Tensor weight, Tensor? bias, "
+      "linear_kl_backward(Tensor grad_kl, Tensor kl, Tensor stats, Tensor logit_cache, Tensor hidden, Tensor weight, "
+      "Tensor? bias, "
       "float logit_scale, float logit_softcap, float temperature, ScalarType gemm_dtype, Tensor ref_hidden, "
       "Tensor ref_weight, Tensor? ref_bias, float ref_logit_scale, float ref_logit_softcap, float ref_temperature, "
       "ScalarType ref_gemm_dtype, Tensor mask, bool policy_ref, bool need_hidden, bool need_weight, bool need_bias) "
@@ -153,11 +154,14 @@ PYBIND11_MODULE(_C, m) {
       "(tile, split, splits, row_chunk, row_groups) of linear_logprobs' forward.");
   m.def(
       "plan_backward",
-      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget) {
-        const auto p = rk::plan_backward(rows, vocab, hidden, hidden, hidden, element_size, budget);
+      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget, int64_t ref_hidden) {
+        const auto p = rk::plan_backward(rows, vocab, hidden, hidden + ref_hidden, std::max(hidden, ref_hidden),
+                                         element_size, budget);
         return pybind11::make_tuple(p.tile, p.vocab_group, p.row_chunk, p.bytes);
       },
-      "(tile, vocab_group, row_chunk, bytes) of linear_logprobs' backward.");
+      pybind11::arg("rows"), pybind11::arg("vocab"), pybind11::arg("hidden"), pybind11::arg("element_size"),
+      pybind11::arg("budget"), pybind11::arg("ref_hidden") = 0,
+      "(tile, vocab_group, row_chunk, bytes) of linear_logprobs' backward; with ref_hidden, of linear_kl's.");
   m.def(
       "plan_device",
       [](int64_t rows, int64_t vocab, int64_t hidden, int64_t heads, int64_t element_size, bool cast_weight,

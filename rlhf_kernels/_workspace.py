@@ -18,10 +18,10 @@ def set_workspace_budget(mebibytes: int | None) -> None:
     Args:
         mebibytes: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
-            GEMM of four: on CPU as many as fit half of the budget beside what backward needs, if that is an eighth of
-            them or more; on CUDA all or none, in three quarters of it; under torch.compile none. Each call that waits
-            for its backward holds its own; on CPU the memory of the last one stays for the next call, until a smaller
-            budget is set.
+            GEMM of four, or of `linear_kl`'s two of six: on CPU as many as fit half of the budget beside what backward
+            needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it, and none of the
+            KL; under torch.compile none. Each call that waits for its backward holds its own; on CPU the memory of the
+            last one stays for the next call, until a smaller budget is set.
 
     Raises:
         TypeError, ValueError: not a whole number, or below 8.
@@ -44,18 +44,20 @@ def workspace_budget_bytes(device: torch.device) -> int:
     return workspace_budget_mib(device.type) << 20
 
 
-def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device) -> int:
+def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device, ref_width: int = 0) -> int:
     """How many fp32 logits a native forward keeps for backward: see `set_workspace_budget`. None in a traced graph,
-    which serves several numbers of rows."""
+    which serves several numbers of rows. `ref_width`: of the reference of a KL, which keeps both models' logits."""
     if torch.compiler.is_compiling():
         return 0
     budget = workspace_budget_bytes(device)
     if device.type != "cpu":
+        if ref_width:
+            return 0
         whole = rows * (-(-vocab // PAD_COLUMNS) * PAD_COLUMNS)
         return whole if 4 * whole <= budget * 3 // 4 else 0
     # Backward must find the room it would have had, however few of the rows count: a smaller plan would be slower, and
     # would add up gradients in another order. It takes three quarters of what is there.
-    *_, scratch = _extension.module().plan_backward(rows, vocab, width, 4, _NO_LIMIT)
+    *_, scratch = _extension.module().plan_backward(rows, vocab, width, 4, _NO_LIMIT, ref_width)
     room = min(budget // 2, budget - scratch * 4 // 3) // 4
-    logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab
+    logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab * (2 if ref_width else 1)
     return min(logits, room) if logits <= 8 * room else 0

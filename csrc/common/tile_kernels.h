@@ -66,8 +66,9 @@ struct KlForwardTile {
 };
 
 struct KlBackwardTile {
-  LogitTile weighing, other;
-  bool policy_weighs;  // which of the two tiles is the policy's, and gets the gradient
+  LogitTile weighing, other;                  // the policy's becomes dlogits
+  const float *final_weighing, *final_other;  // kept from forward; or null, and the tiles hold raw ones
+  bool policy_weighs;                         // which of the two is the policy's
   const float *max, *log_sum, *other_max, *other_log_sum, *centre, *shift, *kl, *grad;
   GradientSink sink;
 };

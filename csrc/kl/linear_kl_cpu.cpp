@@ -1,4 +1,4 @@
-// linear_kl on CPU: two heads' tiles at a time, policy's and reference's, folded together and never kept.
+// linear_kl on CPU: two heads' tiles at a time, policy's and reference's, folded together.
 #include "kl/linear_kl.h"
 
 #include <array>
@@ -8,6 +8,7 @@
 #include "common/counted_rows.h"
 #include "common/head.h"
 #include "common/head_gradient.h"
+#include "common/kept_logits.h"
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
@@ -26,18 +27,31 @@ Head<T> head_of(const KlSide& side) {
                  side.gemm_dtype);
 }
 
-// Both models' hidden states, packed for a chunk of rows, and a worker's tiles of both heads.
+// Both models' hidden states, packed for a chunk of rows, a worker's tiles of both heads, and where those that are kept
+// lie: the policy's in the first half of the memory for `kept_logits`, the reference's behind.
 template <class T>
 struct Pair {
   Head<T> policy, ref;
   Tensor policy_operands, ref_operands;
   Buffer<T> policy_packed, ref_packed;
+  KeptLogits policy_kept, ref_kept;
 
-  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows)
+  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, int64_t kept_logits)
       : policy(head_of<T>(policy_side)),
         ref(head_of<T>(ref_side)),
         policy_operands(policy.operands(policy_side.hidden, rows.index)),
-        ref_operands(ref.operands(ref_side.hidden, rows.index)) {}
+        ref_operands(ref.operands(ref_side.hidden, rows.index)),
+        policy_kept(KeptLogits::plan(kept_logits / 2, rows.count(), policy.vocab(), vocab_tile(widest(), sizeof(T)))),
+        ref_kept(policy_kept) {}
+
+  int64_t widest() const { return std::max(policy.depth(), ref.depth()); }
+  int64_t kept_size() const { return policy_kept.size + ref_kept.size; }
+  bool recomputes() const { return policy_kept.vocab < policy.vocab(); }
+
+  void keep_in(float* memory) {
+    policy_kept.data = memory;
+    ref_kept.data = memory + policy_kept.size;
+  }
 
   void make_room(int64_t chunk_rows) {
     policy_packed = Buffer<T>(chunk_rows * policy.depth());
@@ -62,8 +76,14 @@ struct Pair {
     LogitTile policy, ref;
   };
 
-  // `block` counts from the first block packed; `live` of its rows count.
-  Tiles tiles(Worker& w, int64_t v, int64_t count, int64_t block, int64_t live) const {
+  // Into which backward writes what it makes of kept ones.
+  Tiles blank_tiles(Worker& w, int64_t v, int64_t count) const {
+    return {{w.policy_logits.data(), v, count, policy.bias(), policy.transform()},
+            {w.ref_logits.data(), v, count, ref.bias(), ref.transform()}};
+  }
+
+  // `block` counts from `first`, the first block packed; `live` of its rows count. Kept tiles are made where they stay.
+  Tiles tiles(Worker& w, int64_t v, int64_t count, int64_t first, int64_t block, int64_t live) const {
     if (w.at != v) {
       w.policy_rows = policy.rows(v, count, w.policy_scratch);
       w.ref_rows = ref.rows(v, count, w.ref_scratch);
@@ -71,21 +91,26 @@ struct Pair {
     }
     const T* policy_columns = &policy_packed[block * kRowBlock * policy.depth()];
     const T* ref_columns = &ref_packed[block * kRowBlock * ref.depth()];
-    return {policy.tile(w.policy_rows, v, count, policy_columns, live, w.policy_logits.data()),
-            ref.tile(w.ref_rows, v, count, ref_columns, live, w.ref_logits.data())};
+    const bool keep = policy_kept.has(v, count);
+    float* const policy_to = keep ? policy_kept.tile(first + block, v) : w.policy_logits.data();
+    float* const ref_to = keep ? ref_kept.tile(first + block, v) : w.ref_logits.data();
+    return {policy.tile(w.policy_rows, v, count, policy_columns, live, policy_to),
+            ref.tile(w.ref_rows, v, count, ref_columns, live, ref_to)};
   }
 };
 
+// Returns the logits that are kept.
 template <class T>
-void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref, Tensor& kl,
-             Tensor& stats) {
-  const int64_t policy_width = policy_side.weight.size(1), ref_width = ref_side.weight.size(1);
-  const int64_t vocab = policy_side.weight.size(0);
+Tensor forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref,
+               int64_t kept_logits, Tensor& kl, Tensor& stats) {
+  Pair<T> pair(policy_side, ref_side, rows, kept_logits);
+  const int64_t vocab = pair.policy.vocab();
   const ForwardPlan plan =
-      plan_forward(rows.count(), vocab, policy_width + ref_width, std::max(policy_width, ref_width), sizeof(T), kFields,
+      plan_forward(rows.count(), vocab, pair.policy.depth() + pair.ref.depth(), pair.widest(), sizeof(T), kFields,
                    workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
-  Pair<T> pair(policy_side, ref_side, rows);
+  const Tensor memory = kept_logits_memory(kept_logits, pair.kept_size());
+  pair.keep_in(memory.data_ptr<float>());
   pair.make_room(std::min(blocks, chunk_blocks) * kRowBlock);
   std::array<std::vector<float>, 7> results;  // kl, then the six rows of stats
   for (auto& field : results) field.resize(rows.padded());
@@ -106,7 +131,7 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
         for (int64_t v = split * plan.split; v < end; v += plan.tile) {
           const int64_t count = std::min(plan.tile, end - v);
           for (int64_t block = block_begin; block < block_end; ++block) {
-            const auto tiles = pair.tiles(worker, v, count, block, rows.live((first + block) * kRowBlock));
+            const auto tiles = pair.tiles(worker, v, count, first, block, rows.live((first + block) * kRowBlock));
             const int64_t i = split * chunk_rows + block * kRowBlock;
             tile_kernels().kl_forward({policy_ref ? tiles.policy : tiles.ref,
                                        policy_ref ? tiles.ref : tiles.policy,
@@ -134,17 +159,20 @@ void forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRow
   }
   rows.scatter(results[0].data(), kl.data_ptr<float>());
   for (int f = 0; f < 6; ++f) rows.scatter(results[f + 1].data(), stats[f].data_ptr<float>());
+  return memory;
 }
 
 template <class T>
-HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const KlSide& policy_side,
-                       const KlSide& ref_side, const CountedRows& rows, bool policy_ref, GradientNeeds needs) {
+HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& logit_cache,
+                       const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref,
+                       GradientNeeds needs) {
   const int64_t n = kl.size(0);
-  Pair<T> pair(policy_side, ref_side, rows);
-  const int64_t depth = pair.policy.depth(), ref_width = ref_side.weight.size(1);
+  Pair<T> pair(policy_side, ref_side, rows, logit_cache.numel());
+  pair.keep_in(logit_cache.data_ptr<float>());
+  const int64_t kept_bytes = pair.kept_size() * static_cast<int64_t>(sizeof(float));
   HeadGradient<T> gradient(pair.policy, policy_side.hidden, pair.policy_operands, policy_side.weight, policy_side.bias,
-                           rows.index, needs, depth + ref_width, std::max(depth, ref_width));
-  pair.make_room(gradient.plan().row_chunk);
+                           rows.index, needs, pair.policy.depth() + pair.ref.depth(), pair.widest(), kept_bytes);
+  if (pair.recomputes()) pair.make_room(gradient.plan().row_chunk);
   // Rows that pad the last block get maxima that make every p and q 0.
   const float fills[] = {3e38f, 0, 3e38f, 0, 0, 0};
   std::array<Tensor, 6> row_stats;
@@ -153,14 +181,20 @@ HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& st
   int64_t first_packed = 0;
   const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
     first_packed = first;
-    pair.pack(first, blocks);
+    if (pair.recomputes()) pair.pack(first, blocks);
   };
   return gradient.run(prepare_chunk, [&] {
     return [&, worker = typename Pair<T>::Worker(gradient.plan().tile)](int64_t v, int64_t count, int64_t block,
                                                                         const GradientSink& sink) mutable {
-      const auto tiles = pair.tiles(worker, v, count, block - first_packed, rows.live(block * kRowBlock));
+      const bool kept = pair.policy_kept.has(v, count);
+      const auto tiles =
+          kept ? pair.blank_tiles(worker, v, count)
+               : pair.tiles(worker, v, count, first_packed, block - first_packed, rows.live(block * kRowBlock));
+      const float* policy_final = kept ? pair.policy_kept.tile(block, v) : nullptr;
+      const float* ref_final = kept ? pair.ref_kept.tile(block, v) : nullptr;
       const auto at_row = [&](const Tensor& values) { return values.const_data_ptr<float>() + block * kRowBlock; };
       tile_kernels().kl_backward({policy_ref ? tiles.policy : tiles.ref, policy_ref ? tiles.ref : tiles.policy,
+                                  policy_ref ? policy_final : ref_final, policy_ref ? ref_final : policy_final,
                                   policy_ref, at_row(row_stats[0]), at_row(row_stats[1]), at_row(row_stats[2]),
                                   at_row(row_stats[3]), at_row(row_stats[4]), at_row(row_stats[5]), at_row(row_kl),
                                   at_row(row_grad), sink});
@@ -174,27 +208,28 @@ bool both_run_on_bf16(const KlSide& a, const KlSide& b) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const Tensor& mask, bool policy_ref) {
+std::tuple<Tensor, Tensor, Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const Tensor& mask,
+                                                 bool policy_ref, int64_t kept_logits) {
   check_kl(policy, ref, mask);
+  TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
   const int64_t n = mask.size(0);
   const auto rows = CountedRows::of_mask(mask);
   Tensor kl = at::zeros({n}, at::kFloat), stats = at::zeros({6, n}, at::kFloat);
-  both_run_on_bf16(policy, ref) ? forward<at::BFloat16>(policy, ref, rows, policy_ref, kl, stats)
-                                : forward<float>(policy, ref, rows, policy_ref, kl, stats);
-  return {kl, stats};
+  const auto run = both_run_on_bf16(policy, ref) ? forward<at::BFloat16> : forward<float>;
+  const Tensor logit_cache = run(policy, ref, rows, policy_ref, kept_logits, kl, stats);
+  return {kl, stats, logit_cache};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
-                                                          const KlSide& policy, const KlSide& ref, const Tensor& mask,
-                                                          bool policy_ref, bool need_hidden, bool need_weight,
-                                                          bool need_bias) {
+                                                          const Tensor& logit_cache, const KlSide& policy,
+                                                          const KlSide& ref, const Tensor& mask, bool policy_ref,
+                                                          bool need_hidden, bool need_weight, bool need_bias) {
   check_kl(policy, ref, mask);
   const auto rows = CountedRows::of_mask(mask);
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
-  const HeadGradients grads = both_run_on_bf16(policy, ref)
-                                  ? backward<at::BFloat16>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs)
-                                  : backward<float>(grad_kl, kl, stats, policy, ref, rows, policy_ref, needs);
-  return grads.tensors(policy.hidden);
+  check_logit_cache(logit_cache);
+  const auto run = both_run_on_bf16(policy, ref) ? backward<at::BFloat16> : backward<float>;
+  return run(grad_kl, kl, stats, logit_cache, policy, ref, rows, policy_ref, needs).tensors(policy.hidden);
 }
 
 }  // namespace rk

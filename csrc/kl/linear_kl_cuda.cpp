@@ -64,8 +64,9 @@ void check_devices(const KlSide& policy, const KlSide& ref, const Tensor& mask) 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSide& ref_side, const Tensor& mask,
-                                          bool policy_ref) {
+std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSide& ref_side, const Tensor& mask,
+                                                  bool policy_ref, int64_t kept_logits) {
+  TORCH_CHECK_VALUE(kept_logits == 0, "linear_kl keeps no logits on CUDA, got kept_logits = ", kept_logits);
   check_kl(policy_side, ref_side, mask);
   check_devices(policy_side, ref_side, mask);
   const DeviceScope device(mask);
@@ -97,13 +98,14 @@ std::tuple<Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSid
   const Tensor kl = scratch.floats({n}).zero_(), stats = scratch.floats({6, n}).zero_();
   cuda::finish_kl(state, rows.count, rows.index_data(), kl.data_ptr<float>(), stats.data_ptr<float>(), n,
                   device.stream());
-  return {kl, stats};
+  return {kl, stats, scratch.floats({0})};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
-                                                           const KlSide& policy_side, const KlSide& ref_side,
-                                                           const Tensor& mask, bool policy_ref, bool need_hidden,
-                                                           bool need_weight, bool need_bias) {
+                                                           const Tensor& logit_cache, const KlSide& policy_side,
+                                                           const KlSide& ref_side, const Tensor& mask, bool policy_ref,
+                                                           bool need_hidden, bool need_weight, bool need_bias) {
+  TORCH_CHECK_VALUE(logit_cache.numel() == 0, "linear_kl keeps no logits on CUDA, got ", logit_cache.sizes());
   check_kl(policy_side, ref_side, mask);
   check_devices(policy_side, ref_side, mask);
   const DeviceScope device(mask);

@@ -55,6 +55,8 @@ template <Transform kind>
 static void differentiate_kl(const KlBackwardTile& a) {
   const LogitTile& policy = a.policy_weighs ? a.weighing : a.other;
   const LogitMap<Simd, kind> map(policy.transform);
+  const float* weighing = a.final_weighing ? a.final_weighing : a.weighing.logits;
+  const float* other = a.final_other ? a.final_other : a.other.logits;
   for (int j = 0; j < kVectors; ++j) {
     const int64_t at = j * kLanes;
     KlRow<Simd> row;
@@ -68,7 +70,7 @@ static void differentiate_kl(const KlBackwardTile& a) {
     row.grad = Simd::load(a.grad + at);
     for (int64_t v = 0; v < policy.count; ++v) {
       const int64_t here = v * kRowBlock + at;
-      const VecF z = Simd::load(a.weighing.logits + here), y = Simd::load(a.other.logits + here);
+      const VecF z = Simd::load(weighing + here), y = Simd::load(other + here);
       const VecF dz =
           a.policy_weighs ? kl_gradient_of_weighing<Simd>(z, y, row) : kl_gradient_of_other<Simd>(z, y, row);
       Simd::store(policy.logits + here, dz * map.derivative(a.policy_weighs ? z : y));
@@ -77,8 +79,8 @@ static void differentiate_kl(const KlBackwardTile& a) {
 }
 
 static void kl_backward(const KlBackwardTile& a) {
-  finish_logits(a.weighing);
-  finish_logits(a.other);
+  if (!a.final_weighing) finish_logits(a.weighing);
+  if (!a.final_other) finish_logits(a.other);
   const LogitTile& policy = a.policy_weighs ? a.weighing : a.other;
   switch (kind_of(policy)) {
     case Transform::identity: differentiate_kl<Transform::identity>(a); break;

@@ -11,7 +11,7 @@
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "logprob/kept_logits.h"
+#include "common/kept_logits.h"
 
 namespace rk {
 namespace {
@@ -242,9 +242,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
   const Tensor max = rows.gather(max_logit, n, 3e38f), sums = rows.gather(log_sum, n, 0);
   const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
   const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
-                    "logit_cache must be flat and float32, got ", logit_cache.sizes(), " of ",
-                    logit_cache.scalar_type());
+  check_logit_cache(logit_cache);
   const GradientNeeds needs{need_hidden, need_weight, need_bias};
 
   const HeadGradients grads = [&] {

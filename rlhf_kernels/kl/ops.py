@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _extension, _ops
+from .. import _extension, _ops, _workspace
 from .._logits import LogitTransform
 from .._rows import rows_to_visit
 
@@ -44,10 +44,15 @@ def linear_kl(
     backend: str = "native",
 ) -> Tensor:
     """Same contract as `reference.linear_kl`, through the compiled op or the Triton op."""
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    kept = 0
+    if backend == "native" and differentiable:
+        rows, (vocab, width) = hidden.shape[0], weight.shape
+        kept = _workspace.logits_to_keep(rows, vocab, width, hidden.device, ref_weight.shape[1])
     arguments = (
         hidden, weight, bias, *transform, gemm,
         ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), *ref_transform,
-        ref_gemm, mask, direction == "policy_ref",
+        ref_gemm, mask, direction == "policy_ref", kept,
     )  # fmt: skip
     if backend == "triton":
         from . import triton_ops  # takes triton
@@ -56,12 +61,12 @@ def linear_kl(
     return torch.ops.rlhf_kernels.linear_kl(*arguments)[0]
 
 
-def _fake_kl(hidden, *_):  # type: ignore[no-untyped-def]
-    rows = hidden.shape[0]
-    return hidden.new_empty(rows, dtype=torch.float32), hidden.new_empty((6, rows), dtype=torch.float32)
+def _fake_kl(hidden, *others):  # type: ignore[no-untyped-def]
+    rows, kept = hidden.shape[0], others[15]
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (6, rows), (kept,)))
 
 
-def _fake_kl_backward(grad_kl, kl, stats, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
+def _fake_kl_backward(grad_kl, kl, stats, cache, hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
     need_hidden, need_weight, need_bias = rest[13:16]
 
     def empty_like(tensor: Tensor | None, needed: bool) -> Tensor:
@@ -74,20 +79,20 @@ def _fake_kl_backward(grad_kl, kl, stats, hidden, weight, bias, *rest):  # type:
 
 def _setup_kl(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, *options, ref_hidden, ref_weight, ref_bias = inputs[:10]
-    index, ctx.masked = inputs[16:17], inputs[17:]  # the Triton op's
+    index, ctx.masked = inputs[17:18], inputs[18:]  # the Triton op's
     ctx.save_for_backward(*output, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, inputs[14], *index)
     ctx.options, ctx.ref_options, ctx.policy_ref = options, inputs[10:14], inputs[15]
     ctx.set_materialize_grads(False)
 
 
-def _gradient_kl(op, ctx, grad_kl, _grad_stats):  # type: ignore[no-untyped-def]
+def _gradient_kl(op, ctx, grad_kl, *_):  # type: ignore[no-untyped-def]
     none = (None,) * len(ctx.needs_input_grad)
     if grad_kl is None:
         return none
-    kl, stats, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *index = ctx.saved_tensors
+    kl, stats, cache, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *index = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
     grads = op(
-        grad_kl, kl, stats, hidden, weight, bias, *ctx.options,
+        grad_kl, kl, stats, cache, hidden, weight, bias, *ctx.options,
         ref_hidden, ref_weight, ref_bias, *ctx.ref_options, mask, ctx.policy_ref, *need, *index, *ctx.masked,
     )  # fmt: skip
     return tuple(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)) + none[3:]

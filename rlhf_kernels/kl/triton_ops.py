@@ -18,21 +18,23 @@ def linear_kl(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float, temperature: float,
     gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, ref_logit_scale: float,
     ref_logit_softcap: float, ref_temperature: float, ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool,
-    index: Tensor | None, masked: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kept_logits: int, index: Tensor | None, masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`kept_logits` is for the native op; here backward always recomputes."""
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     ref_transform = LogitTransform(ref_logit_scale, ref_logit_softcap, ref_temperature)
-    return triton_kernels.forward(
+    kl, stats = triton_kernels.forward(
         Side(hidden, weight, bias, transform, gemm_dtype),
         Side(ref_hidden, ref_weight, ref_bias, ref_transform, ref_gemm_dtype),
         mask, index, policy_ref,
     )  # fmt: skip
+    return kl, stats, hidden.new_empty(0, dtype=torch.float32)
 
 
 @define_op("triton_linear_kl_backward")
 def linear_kl_backward(
-    grad_kl: Tensor, kl: Tensor, stats: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float,
-    logit_softcap: float, temperature: float, gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor,
+    grad_kl: Tensor, kl: Tensor, stats: Tensor, logit_cache: Tensor, hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, logit_scale: float, logit_softcap: float, temperature: float, gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor,
     ref_bias: Tensor | None, ref_logit_scale: float, ref_logit_softcap: float, ref_temperature: float,
     ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool, need_hidden: bool, need_weight: bool, need_bias: bool,
     index: Tensor | None, masked: bool,

@@ -124,31 +124,34 @@ def logprob_gradients(
     return _needed(torch.ops.rlhf_kernels.linear_logprobs_backward(*arguments), needs)
 
 
-def kl_statistics(policy: Side, ref: Side, mask: Tensor, policy_ref: bool, backend: str) -> list[Tensor]:
+def kl_statistics(
+    policy: Side, ref: Side, mask: Tensor, policy_ref: bool, kept_logits: int, backend: str
+) -> tuple[list[Tensor], Tensor]:
     """mask [n] bool. Of the distribution that weighs (p) and the other one (q), each renormalised over this shard:
 
     [KL(p || q), max z, log sum e^(z - max z), the same two of q, centre, shift], each [n],
 
-    with log p_v - log q_v = ((z_v - y_v) - centre) + shift.
+    with log p_v - log q_v = ((z_v - y_v) - centre) + shift; and the logits kept for backward, flat.
     """
     if policy.weight.shape[0] == 0:
         zero = policy.hidden.new_zeros(policy.hidden.shape[0], dtype=statistics_dtype(backend))
         nothing = zero - torch.inf
-        return [zero, nothing, nothing, nothing, nothing, zero, zero]
+        return [zero, nothing, nothing, nothing, nothing, zero, zero], zero[:0]
     if backend == "reference":
-        return reference.kl_statistics(policy, ref, policy_ref)
-    arguments = (*_flat(policy), *_flat(ref), mask, policy_ref)
+        return reference.kl_statistics(policy, ref, policy_ref), policy.hidden.new_empty(0)
+    arguments = (*_flat(policy), *_flat(ref), mask, policy_ref, kept_logits)
     if backend == "triton":
-        kl, stats = _triton(policy.hidden, "kl").linear_kl(*arguments, *_all_rows(policy.hidden))
+        kl, stats, kept = _triton(policy.hidden, "kl").linear_kl(*arguments, *_all_rows(policy.hidden))
     else:
-        kl, stats = torch.ops.rlhf_kernels.linear_kl(*arguments)
-    return [kl, *stats.unbind(0)]
+        kl, stats, kept = torch.ops.rlhf_kernels.linear_kl(*arguments)
+    return [kl, *stats.unbind(0)], kept
 
 
 def kl_gradients(
     grad_kl: Tensor,
     kl: Tensor,
     stats: Tensor,
+    kept: Tensor,
     policy: Side,
     ref: Side,
     mask: Tensor,
@@ -162,7 +165,7 @@ def kl_gradients(
         return _no_rows(policy, needs)
     if backend == "reference":
         return reference.kl_gradients(grad_kl, kl, stats, policy, ref, policy_ref, needs)
-    arguments = (grad_kl, kl, stats, *_flat(policy), *_flat(ref), mask, policy_ref, *needs)
+    arguments = (grad_kl, kl, stats, kept, *_flat(policy), *_flat(ref), mask, policy_ref, *needs)
     if backend == "triton":
         op = _triton(policy.hidden, "kl").linear_kl_backward
         return _needed(op(*arguments, *_all_rows(policy.hidden)), needs)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .. import _workspace
 from .._checks import FLOATS, check_choice
 from .._dispatch import BACKENDS, resolve_backend
 from .._logits import gemm_dtype, logit_dtype
@@ -95,8 +96,13 @@ def linear_kl(
     ref_rows = rows.take(ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]))
     ref_bias = None if ref_head.bias is None else ref_head.bias.detach()
     ref = Side(ref_rows, ref_head.weight.detach(), ref_bias, ref_transform, ref_gemm)
+    kept = 0
+    if chosen == "native" and any(needs_gradient(t) for t in policy[:3]) and head.weight.shape[0]:
+        vocab, width = head.weight.shape
+        ref_width = ref_head.weight.shape[1]
+        kept = _workspace.logits_to_keep(policy[0].shape[0], vocab, width, hidden.device, ref_width)
     kl = _ShardedKL.apply(
-        *policy[:3], *ref[:3], rows.take_mask(), policy[3:], ref[3:], shards, direction == "policy_ref", chosen
+        *policy[:3], *ref[:3], rows.take_mask(), policy[3:], ref[3:], shards, direction == "policy_ref", kept, chosen
     )  # type: ignore[no-untyped-call]
     return rows.put(kl).view(shape)
 
@@ -105,13 +111,13 @@ class _ShardedKL(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, logits, ref_logits, shards: Shards,
-        policy_ref, backend,
+        policy_ref, kept_logits, backend,
     ) -> Tensor:  # fmt: skip
         policy, ref = Side(hidden, weight, bias, *logits), Side(ref_hidden, ref_weight, ref_bias, *ref_logits)
-        statistics = kl_statistics(policy, ref, mask, policy_ref, backend)
+        statistics, kept = kl_statistics(policy, ref, mask, policy_ref, kept_logits, backend)
         kl, stats = merge_kl(gather(torch.stack(statistics), shards.group), shards.rank)
         whole = (x.to(statistics_dtype(backend)) for x in (kl, stats))
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *whole)
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, *whole, kept)
         ctx.logits, ctx.ref_logits, ctx.shards = logits, ref_logits, shards
         ctx.policy_ref, ctx.backend = policy_ref, backend
         return kl.to(logit_dtype(torch.promote_types(policy.gemm, ref.gemm)))
@@ -119,10 +125,10 @@ class _ShardedKL(torch.autograd.Function):
     @staticmethod
     @differentiable_once("linear_kl")
     def backward(ctx, grad_kl):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, kl, stats = ctx.saved_tensors
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, kl, stats, kept = ctx.saved_tensors
         policy = Side(hidden, weight, bias, *ctx.logits)
         ref = Side(ref_hidden, ref_weight, ref_bias, *ctx.ref_logits)
         found = kl_gradients(
-            grad_kl, kl, stats, policy, ref, mask, ctx.policy_ref, ctx.needs_input_grad[:3], ctx.backend
+            grad_kl, kl, stats, kept, policy, ref, mask, ctx.policy_ref, ctx.needs_input_grad[:3], ctx.backend
         )
-        return *summed(found, hidden.dtype, ctx.shards.group), *[None] * 9
+        return *summed(found, hidden.dtype, ctx.shards.group), *[None] * 10

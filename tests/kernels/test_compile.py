@@ -191,11 +191,11 @@ def samples(device):
              True, not kept, True)
         )  # fmt: skip
     found["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
-    found["linear_kl"].append(kl_args(True))
-    kl, stats = ops.linear_kl(*kl_args(False))
-    args = kl_args(False)
-    found["linear_kl_backward"].append((up, kl, stats, *args, True, True, True))
-    found["linear_kl_backward"].append((up, kl, stats, *args, False, True, False))
+    for kept in (0, 2 * every):
+        found["linear_kl"].append((*kl_args(True), kept))
+        args = kl_args(False)
+        results = ops.linear_kl(*args, kept)
+        found["linear_kl_backward"].append((up, *results, *args, not kept, True, not kept))
     return found | {
         "kl_penalty": [(leaf(x), leaf(y), k) for k in range(3)],
         "kl_penalty_backward": [(x, x, y, k) for k in range(3)],

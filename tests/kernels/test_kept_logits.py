@@ -1,5 +1,6 @@
 """Logits that forward keeps for backward, as many as the budget has room for: they spare products and change no bit."""
 
+import itertools
 import mmap
 import sys
 
@@ -46,6 +47,48 @@ def test_what_is_kept_changes_nothing(native, device, monkeypatch, dtype, share,
             assert torch.equal(a, b)
 
 
+def kl_results(native, inputs, **options):
+    leaves = T.leaves_of((inputs.hidden, inputs.weight, inputs.bias))
+    kl = rk.linear_kl(
+        *leaves[:2], *inputs[2:5], bias=leaves[2], ref_bias=inputs.ref_bias, backend=native, **options
+    )  # fmt: skip
+    given = [leaf for leaf in leaves if leaf is not None]
+    return [kl.detach(), *torch.autograd.grad((kl * T.randn(len(kl), device=kl.device)).sum(), given)]
+
+
+@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_of_both_models_changes_nothing(native, device, monkeypatch, dtype, share, options, direction):
+    """Of models of different widths, whose wider one says how large a tile is."""
+    if device.type == "cuda":
+        pytest.skip("on CUDA a KL keeps nothing")
+    bias = "softcap" not in str(options)
+    inputs = T.make_kl_inputs(N, D, V, ref_d=D + 9, dtype=dtype, masked=0.3, bias=bias)
+    recomputed = kl_results(native, inputs, direction=direction, **options)
+    padded = -(-N // 64) * 64 * V
+    monkeypatch.setattr(_workspace, "logits_to_keep", lambda *_: int(2 * share * padded))
+    kept = kl_results(native, inputs, direction=direction, **options)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_backward_of_a_kl_reads_what_is_kept(native, device):
+    """And recomputes nothing: it does not notice that hidden states are others by then."""
+    if device.type == "cuda":
+        pytest.skip("on CUDA a KL keeps nothing")
+    inputs = T.make_kl_inputs(N, D, V, masked=0.3)
+    heads = [(weight, None, 1.0, 0.0, 1.0, torch.float32) for weight in (inputs.weight, inputs.ref_weight)]
+    rest = (inputs.mask, True)
+    ops, up, needs = torch.ops.rlhf_kernels, torch.ones(N), (True, False, False)
+    results = ops.linear_kl(inputs.hidden, *heads[0], inputs.ref_hidden, *heads[1], *rest, 2 * -(-N // 64) * 64 * V)
+    grads = [
+        ops.linear_kl_backward(up, *results, x, *heads[0], y, *heads[1], *rest, *needs)[0]
+        for x, y in ((inputs.hidden, inputs.ref_hidden), (inputs.hidden * 0, inputs.ref_hidden * 0))
+    ]
+    assert torch.equal(*grads) and bool(grads[0].norm() > 0)
+
+
 def test_kept_logits_are_shared_by_the_rows_that_count(native, monkeypatch):
     """Room for a tenth of all logits is room for all of the tenth of the rows that counts."""
     head = T.make_head(640, D, V, masked=0.92)
@@ -75,6 +118,12 @@ def test_only_a_call_that_has_a_backward_keeps(native, monkeypatch):
     with pytest.raises(AssertionError, match="nothing is differentiated"):
         rk.linear_logprobs(hidden, *head[1:], backend=native)
 
+    model, ref = (head.hidden, head.weight), (hidden, head.weight)
+    rk.linear_kl(*model, *ref, backend=native)  # its gradient does not go to the reference
+    rk.linear_kl(*ref, *model, backend="reference")
+    with pytest.raises(AssertionError, match="nothing is differentiated"):
+        rk.linear_kl(*ref, *model, backend=native)
+
 
 def test_how_much_is_kept(native, kept_logits):
     half = (32 << 20) // 4
@@ -84,12 +133,15 @@ def test_how_much_is_kept(native, kept_logits):
         assert _workspace.logits_to_keep(128, 151936, 1024, CPU) == half, "two fifths"
         assert _workspace.logits_to_keep(1024, 151936, 1024, CPU) == 0, "5% are not worth it"
         assert _workspace.logits_to_keep(1024, 30000, 4096, CPU) == 0, "backward needs the room"
+        assert _workspace.logits_to_keep(64, 1000, 64, CPU, 96) == 128_000, "of both models"
+        assert _workspace.logits_to_keep(128, 151936, 1024, CPU, 1024) == half, "a fifth"
         rk.set_workspace_budget(2048)
         assert _workspace.logits_to_keep(1024, 151936, 1024, CPU) == 1024 * 151936
         rk.set_workspace_budget(None)
         gpu = torch.device("cuda")
         assert _workspace.logits_to_keep(256, 151937, 4096, gpu) == 256 * 152000, "of 256 MiB three quarters"
         assert _workspace.logits_to_keep(512, 151937, 4096, gpu) == 0, "all or none"
+        assert _workspace.logits_to_keep(1, 1000, 64, gpu, 64) == 0, "nothing of a KL"
     finally:
         rk.set_workspace_budget(None)
 
@@ -104,11 +156,13 @@ def test_backward_keeps_its_plan(native, kept_logits, budget, width, vocab):
     try:
         rk.set_workspace_budget(budget)
         for rows in (1, 64, 300, 1024, 5000):
-            left = (budget << 20) - 4 * _workspace.logits_to_keep(rows, vocab, width, CPU)
-            for counted in {1, rows // 3, rows // 2, rows - 1, rows} - {0}:
-                for size in (2, 4):
-                    plans = [_C.plan_backward(counted, vocab, width, size, room) for room in (budget << 20, left)]
-                    assert plans[0] == plans[1], (rows, counted, size)
+            for ref_width in (0, width // 2, width * 2):
+                left = (budget << 20) - 4 * _workspace.logits_to_keep(rows, vocab, width, CPU, ref_width)
+                for counted, size in itertools.product({1, rows // 3, rows // 2, rows - 1, rows} - {0}, (2, 4)):
+                    plans = [
+                        _C.plan_backward(counted, vocab, width, size, room, ref_width) for room in (budget << 20, left)
+                    ]
+                    assert plans[0] == plans[1], (rows, counted, size, ref_width)
     finally:
         rk.set_workspace_budget(None)
 

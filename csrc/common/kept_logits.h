@@ -31,6 +31,9 @@ struct KeptLogits {
 // such block waits, within half of the budget.
 at::Tensor kept_logits_memory(int64_t count, int64_t written);
 
+// ValueError unless it can be what a forward has kept.
+void check_logit_cache(const at::Tensor& logit_cache);
+
 // After a change of the budget: frees the block that waits, if it is too large now.
 void trim_kept_logits_memory();
 

@@ -1,4 +1,4 @@
-#include "logprob/kept_logits.h"
+#include "common/kept_logits.h"
 
 #include <cstdint>
 #include <cstdlib>
@@ -73,6 +73,12 @@ at::Tensor kept_logits_memory(int64_t count, int64_t written) {
   block->written = written;
   const auto give_back = [block](void*) { waiting().give_back(std::unique_ptr<Block>(block)); };
   return at::from_blob(block->data(), {count}, give_back, at::kFloat);
+}
+
+void check_logit_cache(const at::Tensor& logit_cache) {
+  TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
+                    "logit_cache must be flat and float32, got ", logit_cache.sizes(), " of ",
+                    logit_cache.scalar_type());
 }
 
 void trim_kept_logits_memory() { waiting().trim(); }
