@@ -121,11 +121,16 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def heads_of(shape: Shape) -> int:
+    """Whose logits are there at once."""
+    return 2 if shape.op == "linear_kl" else 1
+
+
 def plan_of(device: Device, shape: Shape, backward: bool, budget_bytes: int | None = None) -> Plan:
     from rlhf_kernels import _C
 
     n, d, v, size = max(shape.n, 1), shape.d, shape.v, shape.element_bytes
-    heads = 2 if shape.op == "linear_kl" else 1
+    heads = heads_of(shape)
     if device.l2_bytes:
         budget = (budget_bytes or CUDA_BUDGET_BYTES) - GEMM_LIBRARY_BYTES
         tile, _, group, _, held, scratch = _C.plan_device(
@@ -135,7 +140,7 @@ def plan_of(device: Device, shape: Shape, backward: bool, budget_bytes: int | No
         return Plan(n, ceil_div(v, tile), ceil_div(v, group), passes, scratch + GEMM_LIBRARY_BYTES)
     budget, rows = budget_bytes or CPU_BUDGET_BYTES, ceil_div(n, ROW_STEP) * ROW_STEP
     if backward:
-        tile, group, chunk, scratch = _C.plan_backward(n, v, d, size, budget)
+        tile, group, chunk, scratch = _C.plan_backward(n, v, d, size, budget, d * (heads - 1))
         return Plan(rows, ceil_div(v, tile), ceil_div(v, group), ceil_div(rows, chunk), scratch)
     tile, _, splits, chunk, _ = _C.plan_forward(n, v, d, size, budget, 2)
     return Plan(rows, ceil_div(v, tile), 1, ceil_div(rows, chunk), chunk * (heads * d * size + 8 * splits))
@@ -174,10 +179,11 @@ def products(device: Device, shape: Shape, name: str, backward: bool, heads: int
 
 
 def keep_logits(device: Device, shape: Shape) -> list[Phase]:
-    """The three-GEMM way: fp32 logits go to memory, which CUDA clears first, and backward reads them. On a CPU that
-    memory is the last step's."""
-    first, rows = products(device, shape, "forward", False)
-    size, clears = 4 * shape.logits, 2 if device.l2_bytes else 1
+    """fp32 logits go to memory, which CUDA clears first, and backward reads them instead of another product. On a CPU
+    that memory is the last step's."""
+    heads = heads_of(shape)
+    first, rows = products(device, shape, "forward", False, heads)
+    size, clears = 4 * heads * shape.logits, 2 if device.l2_bytes else 1
     return [
         first._replace(bytes=first.bytes + clears * size),
         rows._replace(bytes=rows.bytes + size, l2_bytes=0),
@@ -200,7 +206,7 @@ def gradients(device: Device, shape: Shape) -> list[Phase]:
 
 
 def native(device: Device, shape: Shape, total: bool) -> list[Phase]:
-    heads = 2 if shape.op == "linear_kl" else 1
+    heads = heads_of(shape)
     kept = shape.kept if total else 0.0
     phases = [scaled(phase, 1 - kept) for phase in products(device, shape, "forward", False, heads)]
     if kept:
@@ -212,7 +218,8 @@ def native(device: Device, shape: Shape, total: bool) -> list[Phase]:
     phases += [scaled(phase, 1 - kept) for phase in products(device, shape, "backward", True, heads)]
     if kept:
         stored, passes = (shape.element_bytes, 1) if device.l2_bytes else (0, 2)  # dlogits: see `products`
-        rows = Phase("backward: rows", 0, (4 + stored) * shape.logits, passes * shape.logits)
+        logits = heads * shape.logits
+        rows = Phase("backward: rows", 0, 4 * logits + stored * shape.logits, passes * logits)
         phases.append(scaled(rows, kept))
     return [*phases, *gradients(device, shape)]
 
@@ -220,10 +227,10 @@ def native(device: Device, shape: Shape, total: bool) -> list[Phase]:
 def native_memory_bytes(device: Device, shape: Shape, total: bool) -> float:
     """Beyond inputs and gradients: scratch, fp32 dH, what is kept; on a CPU, gathered hidden states, which no plan
     has."""
-    kept = int(4 * shape.logits * shape.kept) if total else 0
+    heads = heads_of(shape)
+    kept = int(4 * heads * shape.logits * shape.kept) if total else 0
     budget = CUDA_BUDGET_BYTES if device.l2_bytes else CPU_BUDGET_BYTES - kept  # kept on CUDA: what the budget was for
     plan = plan_of(device, shape, total, budget)
-    heads = 2 if shape.op == "linear_kl" else 1
     gathered = 0 if device.l2_bytes else heads * shape.n * shape.d * shape.element_bytes
     return plan.scratch_bytes + kept + gathered + (4 * plan.rows * shape.d if total else 0)
 
@@ -364,10 +371,11 @@ def shape_of(row: dict, device: Device | None = None) -> Shape:
     """With a CPU as `device`: and what its default budget keeps for backward."""
     counted = row["n"] if row["contender"] in ("eager", "bare GEMMs") else round(row["n"] * (1 - row["masked"]))
     shape = Shape(row["op"], counted, row["d"], row["v"], {"float32": 4, "float64": 8}.get(row["dtype"], 2))
-    if row["contender"] != "native" or row["op"] == "linear_kl" or device is None or device.l2_bytes:
+    if row["contender"] != "native" or device is None or device.l2_bytes:
         return shape
-    kept = logits_to_keep(row["n"], row["v"], row["d"], torch.device("cpu"))
-    return replace(shape, kept=min(1.0, kept / (ceil_div(counted, ROW_BLOCK) * ROW_BLOCK * row["v"])))
+    heads, rows = heads_of(shape), ceil_div(counted, ROW_BLOCK) * ROW_BLOCK
+    kept = logits_to_keep(row["n"], row["v"], row["d"], torch.device("cpu"), row["d"] * (heads - 1))
+    return replace(shape, kept=min(1.0, kept / (heads * rows * row["v"])))
 
 
 def checkable(row: dict) -> bool:

@@ -23,9 +23,9 @@ TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full sp
 
 
 def cpu_job(op: str, n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options) -> Job:
-    """Beside the default budget, one that keeps all logits where the op has any to keep."""
-    keeps = op != "linear_kl" and not options.get("sweep")
-    budgets_mib = (budget_that_keeps(n, v, "cpu"),) if keeps else ()
+    """Beside the default budget, one that keeps all logits."""
+    models = 2 if op == "linear_kl" else 1
+    budgets_mib = () if options.get("sweep") else (budget_that_keeps(n, v, "cpu", models),)
     return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, budgets_mib=budgets_mib, **options)
 
 

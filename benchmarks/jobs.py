@@ -252,9 +252,10 @@ def job_of(arguments: dict) -> Job:
     return Job(**arguments | lists | {"device": torch.device(arguments["device"]), "dtype": dtype})
 
 
-def budget_that_keeps(n: int, v: int, device_type: str) -> int:
-    """MiB of scratch in which all logits are kept for backward: half of it on a CPU, three quarters on CUDA."""
-    padded = 4 * -(-n // 64) * 64 * -(-v // 64) * 64
+def budget_that_keeps(n: int, v: int, device_type: str, models: int = 1) -> int:
+    """MiB of scratch in which all logits of so many models are kept for backward: half of it on a CPU, three quarters
+    on CUDA."""
+    padded = 4 * models * -(-n // 64) * 64 * -(-v // 64) * 64
     return max(8, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
 
 

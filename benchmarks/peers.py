@@ -367,5 +367,5 @@ def ours(op: str, backend: str, budget_mib: int | None = None) -> Peer:
     note = "first_s holds its compilation and tuning" if backend == "triton" else ""
     name = backend
     if budget_mib is not None:
-        name, note = f"{backend}, larger budget", f"{budget_mib} MiB of scratch: all logits are kept, three GEMMs"
+        name, note = f"{backend}, larger budget", f"{budget_mib} MiB of scratch: all logits are kept"
     return Peer(name, partial(OUR_OPS[op], backend), note=note, budget_mib=budget_mib)

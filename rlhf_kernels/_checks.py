@@ -57,10 +57,28 @@ def check_target_range(targets: Tensor, vocab_size: int, ignore_index: int) -> N
         raise IndexError(f"target {first} is outside [0, {vocab_size}) and is not ignore_index ({ignore_index})")
 
 
-def check_vector(name: str, tensor: Tensor, length: int | None = None) -> None:
-    check_floating(**{name: tensor})
-    if tensor.dim() != 1 or (length is not None and tensor.shape[0] != length):
-        raise ValueError(f"{name} must be [{'S' if length is None else length}], got {tuple(tensor.shape)}")
+def check_vectors(length: int | None = None, **tensors: Tensor | None) -> int:
+    """Floating, on one device, and [length], or as long as the first one. Returns how long. In one pass: these checks
+    are most of what a loss of a few hundred numbers costs."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            check_floating(**{name: tensor})
+        shape = tensor.shape
+        if len(shape) != 1 or (length is not None and shape[0] != length):
+            raise ValueError(f"{name} must be [{'S' if length is None else length}], got {tuple(shape)}")
+        length = shape[0]
+        if device is not None and tensor.device != device:
+            check_same_device(**tensors)
+        device = tensor.device
+    assert length is not None
+    return length
+
+
+def common_dtype(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return a if a == b else torch.promote_types(a, b)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

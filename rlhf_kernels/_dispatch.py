@@ -20,11 +20,16 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
     if backend == "triton":
         reason = _triton.why_not_on(device)
         return reason or _why_not_dtype("triton", dtype)
+    return _why_not_native(device, dtype)
+
+
+def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Few steps on a CPU, where a loss of some hundred numbers takes as long as this does."""
     if not _extension.native_available():
         return _extension.why_not_native() or "the compiled extension is not loaded"
-    if (reason := _extension.why_not_on(device)) is not None:
+    if device.type != "cpu" and (reason := _extension.why_not_on(device)) is not None:
         return reason
-    return _why_not_dtype("native", dtype)
+    return None if dtype in _KERNEL_DTYPES else _why_not_dtype("native", dtype)
 
 
 def _why_not_dtype(backend: str, dtype: torch.dtype) -> str | None:
@@ -36,10 +41,8 @@ def _why_not_dtype(backend: str, dtype: torch.dtype) -> str | None:
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Returns "reference", "native" or "triton". An explicit backend that cannot run raises and lists those that can;
     "auto" takes native, else on a GPU triton, else the reference."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
-        reason = why_not("native", device, dtype)
+        reason = _why_not_native(device, dtype)
         if reason is None:
             return "native"
         if device.type != "cpu":
@@ -50,6 +53,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         if dtype != torch.float64 and not torch.compiler.is_compiling():
             _warn_once(reason)
         return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     reason = why_not(backend, device, dtype)
     if reason is not None:
         able = [b for b in BACKENDS[1:] if why_not(b, device, dtype) is None]

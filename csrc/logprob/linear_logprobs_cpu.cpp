@@ -8,10 +8,10 @@
 #include "common/counted_rows.h"
 #include "common/head.h"
 #include "common/head_gradient.h"
+#include "common/kept_logits.h"
 #include "common/online_softmax.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "common/kept_logits.h"
 
 namespace rk {
 namespace {

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_same_device, check_vector
+from .._checks import check_vectors, common_dtype
 from .._dispatch import resolve_backend
 from . import ops, reference
 
@@ -43,17 +43,14 @@ def bradley_terry_loss(
     Source: Bradley & Terry (1952); Ouyang et al. (2022), arXiv:2203.02155, eq. 1; margin: Touvron et al. (2023),
     "Llama 2", arXiv:2307.09288, eq. 2; centring: Eisenstein et al. (2023), arXiv:2312.09244.
     """
-    check_vector("chosen_rewards", chosen_rewards)
-    check_vector("rejected_rewards", rejected_rewards, chosen_rewards.shape[0])
+    check_vectors(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
     if margin is not None:
-        check_vector("margin", margin, chosen_rewards.shape[0])
         margin = margin.detach()
-    check_same_device(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if not 0 <= center_coefficient < math.inf:
         raise ValueError(f"center_coefficient must be finite and >= 0, got {center_coefficient}")
-    dtype = torch.promote_types(chosen_rewards.dtype, rejected_rewards.dtype)
+    dtype = common_dtype(chosen_rewards.dtype, rejected_rewards.dtype)
     options = (float(label_smoothing), float(center_coefficient))
     chosen_backend = resolve_backend(backend, chosen_rewards.device, dtype)
     if chosen_backend != "reference":

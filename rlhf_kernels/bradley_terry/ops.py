@@ -23,7 +23,7 @@ def bradley_terry_loss(
         from . import triton_ops  # takes triton
 
         return triton_ops.bradley_terry_loss(*arguments)
-    return torch.ops.rlhf_kernels.bradley_terry_loss(*arguments)
+    return torch.ops.rlhf_kernels.bradley_terry_loss.default(*arguments)
 
 
 def fake(chosen, *_):  # type: ignore[no-untyped-def]

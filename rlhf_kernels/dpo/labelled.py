@@ -7,16 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_floating, check_same_device, check_vector
+from .._checks import check_floating, check_same_device, check_vectors
 
 
 def log_ratios(
     policy_logps: Tensor, ref_logps: Tensor, desirable: Tensor, beta: float, name: str, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Checks all arguments -> log pi - log pi_ref [S], and the scalar `value` detached, in fp32 or fp64."""
-    check_vector("policy_logps", policy_logps)
-    size = policy_logps.shape[0]
-    check_vector("ref_logps", ref_logps, size)
+    size = check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
     if desirable.dtype != torch.bool:
         raise TypeError(f"desirable must be bool, got {desirable.dtype}")
     if desirable.shape != policy_logps.shape:

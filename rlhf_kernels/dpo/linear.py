@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_same_device, check_vector
+from .._checks import check_same_device, check_vectors
 from .._logits import LogitTransform
 from .._packing import packing_of
 from ..logprob import SequenceLogprobs, _sequence_logprobs
@@ -159,7 +159,7 @@ def _check_reference(
             f"got {'both' if given else 'none'}"
         )
     if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, size)
+        check_vectors(size, ref_logps=ref_logps)
         check_same_device(hidden=hidden, ref_logps=ref_logps)
     if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')}, got {tuple(ref_hidden.shape)}")

@@ -29,7 +29,7 @@ def dpo_loss(
 
         losses, rewards = triton_ops.dpo_loss(*arguments)
         return losses, rewards.detach()
-    return torch.ops.rlhf_kernels.dpo_loss(*arguments)
+    return torch.ops.rlhf_kernels.dpo_loss.default(*arguments)
 
 
 def fake(policy, ref, chosen, *_):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._checks import check_same_device, check_vector
+from .._checks import check_same_device, check_vectors
 from .pairwise import check_pairs, check_range
 
 
@@ -51,13 +51,13 @@ def orpo_loss(
 
     Source: Hong, Lee & Thorne (2024), "ORPO", arXiv:2403.07691, eq. 6 and 7.
     """
-    check_vector("policy_logps", policy_logps)
+    size = check_vectors(policy_logps=policy_logps)
     if token_counts.dtype == torch.bool or token_counts.is_complex():
         raise TypeError(f"token_counts must be integers or floats, got {token_counts.dtype}")
     if token_counts.shape != policy_logps.shape:
-        raise ValueError(f"token_counts must be [{policy_logps.shape[0]}], got {tuple(token_counts.shape)}")
+        raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
     check_pairs(chosen_idxs, rejected_idxs)
-    check_range(chosen_idxs, rejected_idxs, policy_logps.shape[0])
+    check_range(chosen_idxs, rejected_idxs, size)
     check_same_device(
         policy_logps=policy_logps, token_counts=token_counts, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs
     )

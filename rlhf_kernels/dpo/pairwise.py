@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_same_device, check_vector
+from .._checks import check_choice, check_same_device, check_vectors, common_dtype
 from .._dispatch import resolve_backend
 from . import ops, reference
 
@@ -90,24 +90,20 @@ def dpo_loss(
     """
     check_loss_options(beta, loss_type, label_smoothing, gamma)
     kind = reference.LOSS_TYPES[loss_type]
-    check_vector("policy_logps", policy_logps)
-    size = policy_logps.shape[0]
+    size = check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
     if kind.reference_free != (ref_logps is None):
         need = "takes no reference: pass ref_logps=None" if kind.reference_free else "needs ref_logps [S]"
         raise ValueError(f"loss_type={loss_type!r} {need}")
-    if ref_logps is not None:
-        check_vector("ref_logps", ref_logps, size)
     if kind.per_token and token_counts is None:
         raise ValueError(f"loss_type={loss_type!r} is length-normalised and needs token_counts [S]")
     if token_counts is not None and token_counts.shape != policy_logps.shape:
         raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
     check_pairs(chosen_idxs, rejected_idxs)
     check_same_device(
-        policy_logps=policy_logps, ref_logps=ref_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs,
-        token_counts=token_counts,
-    )  # fmt: skip
+        policy_logps=policy_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs, token_counts=token_counts
+    )
 
-    dtype = policy_logps.dtype if ref_logps is None else torch.promote_types(policy_logps.dtype, ref_logps.dtype)
+    dtype = policy_logps.dtype if ref_logps is None else common_dtype(policy_logps.dtype, ref_logps.dtype)
     chosen_backend = resolve_backend(backend, policy_logps.device, dtype)
     compiled = chosen_backend != "reference" and kind.compiled
     if not compiled or chosen_backend != "native":  # which looks at the indices itself

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_floating, check_head, check_same_device
+from .._checks import check_choice, check_floating, check_head, check_same_device, common_dtype
 from .._dispatch import resolve_backend
 from .._logits import LogitTransform, gemm_dtype
 from . import ops, reference
@@ -147,7 +147,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
         raise ValueError(
             f"logprobs and ref_logprobs must share a shape, got {tuple(logprobs.shape)} and {tuple(ref_logprobs.shape)}"
         )
-    dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
+    dtype = common_dtype(logprobs.dtype, ref_logprobs.dtype)
     chosen = resolve_backend(backend, logprobs.device, dtype)
     if chosen != "reference":
         return ops.kl_penalty(logprobs, ref_logprobs, estimator, chosen)

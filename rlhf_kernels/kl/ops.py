@@ -25,7 +25,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: 
         from . import triton_ops  # takes triton
 
         return triton_ops.kl_penalty(*arguments)
-    return torch.ops.rlhf_kernels.kl_penalty(*arguments)
+    return torch.ops.rlhf_kernels.kl_penalty.default(*arguments)
 
 
 def linear_kl(

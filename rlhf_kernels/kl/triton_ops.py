@@ -34,10 +34,10 @@ def linear_kl(
 @define_op("triton_linear_kl_backward")
 def linear_kl_backward(
     grad_kl: Tensor, kl: Tensor, stats: Tensor, logit_cache: Tensor, hidden: Tensor, weight: Tensor,
-    bias: Tensor | None, logit_scale: float, logit_softcap: float, temperature: float, gemm_dtype: torch.dtype, ref_hidden: Tensor, ref_weight: Tensor,
-    ref_bias: Tensor | None, ref_logit_scale: float, ref_logit_softcap: float, ref_temperature: float,
-    ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool, need_hidden: bool, need_weight: bool, need_bias: bool,
-    index: Tensor | None, masked: bool,
+    bias: Tensor | None, logit_scale: float, logit_softcap: float, temperature: float, gemm_dtype: torch.dtype,
+    ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, ref_logit_scale: float, ref_logit_softcap: float,
+    ref_temperature: float, ref_gemm_dtype: torch.dtype, mask: Tensor, policy_ref: bool, need_hidden: bool,
+    need_weight: bool, need_bias: bool, index: Tensor | None, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     transform = LogitTransform(logit_scale, logit_softcap, temperature)
     ref_transform = LogitTransform(ref_logit_scale, ref_logit_softcap, ref_temperature)

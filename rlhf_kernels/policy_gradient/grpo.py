@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_same_device, check_vector
+from .._checks import check_choice, check_same_device, check_vectors
 from ..kl import kl_penalty
 from .ppo import ClipFraction, clip_fraction
 from .tokens import check_tokens, clipped_objective, log_clip_range, only_where
@@ -112,7 +112,7 @@ def grpo_loss(
     kind = VARIANTS[variant]
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     check_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, sampler_logprobs=sampler_logprobs)
-    check_vector("advantages", advantages, mask.shape[0])
+    check_vectors(mask.shape[0], advantages=advantages)
     check_same_device(logprobs=logprobs, advantages=advantages)
     log_low, log_high = log_clip_range(clip_low, clip_high)
     _check_options(variant, ref_logprobs, kl, beta, sampler_logprobs, is_cap, max_length)
@@ -203,7 +203,7 @@ def grpo_clip_fraction(
     check_choice("variant", variant, tuple(VARIANTS))
     kind = VARIANTS[variant]
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs)
-    check_vector("advantages", advantages, mask.shape[0])
+    check_vectors(mask.shape[0], advantages=advantages)
     check_same_device(logprobs=logprobs, advantages=advantages)
     log_ratios = only_where(mask, logprobs.detach().to(dtype) - old_logprobs.detach().to(dtype), dtype)
     if kind.ratio != "token":

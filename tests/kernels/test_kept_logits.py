@@ -170,12 +170,12 @@ def test_backward_keeps_its_plan(native, kept_logits, budget, width, vocab):
 # --- their memory, which one call leaves to the next ---
 
 
-def memory_of_a_call(native, device, masked=0.0, n=N, v=V):
+def memory_of_a_call(native, device, masked=0.0, head=None):
     """The op's last result, as autograd saves it."""
     if device.type != "cpu":
         pytest.skip("on a GPU torch's allocator holds memory")
-    head = T.make_head(n, D, v, masked=masked)
-    size, flags = -(-n // 64) * 64 * v, (False,) * 4
+    head = head or T.make_head(N, D, V, masked=masked)
+    size, flags = -(-len(head.hidden) // 64) * 64 * len(head.weight), (False,) * 4
     options = (None, 1.0, 0.0, 1.0, -100, torch.float32, *flags, size)
     return torch.ops.rlhf_kernels.linear_logprobs(*head[:3], *options)[-1]
 
@@ -185,8 +185,9 @@ def test_memory_serves_the_next_call_once_it_is_free(native, device):
     address = first.data_ptr()
     second = memory_of_a_call(native, device)
     assert second.data_ptr() != address, "the first is still in use"
-    del second, first
-    assert memory_of_a_call(native, device).data_ptr() == address
+    del first
+    third = memory_of_a_call(native, device)
+    assert third.data_ptr() == address, "the second is still in use"
     assert address % 64 == 0
 
 
@@ -204,15 +205,16 @@ def test_a_smaller_budget_gives_memory_back(native, device):
         with open("/proc/self/statm") as numbers:
             return int(numbers.read().split()[1]) * mmap.PAGESIZE / 2**20
 
+    head = T.make_head(256, D, 100_000)
     try:
         rk.set_workspace_budget(512)
-        memory_of_a_call(native, device, n=256, v=100_000)  # 98 MiB
+        memory_of_a_call(native, device, head=head)  # 98 MiB
         held = resident_mib()
         rk.set_workspace_budget(256)
         assert resident_mib() > held - 10, "98 MiB fit half of it"
         rk.set_workspace_budget(128)
         assert resident_mib() < held - 80
-        memory_of_a_call(native, device, n=256, v=100_000)
+        memory_of_a_call(native, device, head=head)
         assert resident_mib() < held - 80, "nothing that exceeds the budget is held"
     finally:
         rk.set_workspace_budget(None)
