@@ -78,6 +78,12 @@ def device():
 
 
 @pytest.fixture
+def on_cuda(request):
+    """Whether the native backend's kernels are CUDA's: on a GPU, or executed on the host (tests/cuda_on_host)."""
+    return DEVICE.type == "cuda" or request.config.pluginmanager.hasplugin("tests.cuda_on_host.plugin")
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fresh memory holds NaN (or the largest integer), so an element that no kernel wrote is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
