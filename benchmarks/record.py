@@ -46,10 +46,14 @@ def output_of(*command: str) -> str:
 
 
 def cpu_name() -> str:
+    """With its family and model where a hypervisor hides its number: those of one name differ twofold in speed."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if any(character.isdigit() for character in name) or "cpu family" not in said:
+        return name
+    return f"{name}, family {said['cpu family']} model {said['model']}"
 
 
 def environment(device: torch.device) -> dict:
