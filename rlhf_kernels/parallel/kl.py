@@ -85,7 +85,7 @@ def linear_kl(
             "the backend (its place in rlhf_kernels' list)": BACKENDS.index(chosen),
             "whether hidden requires a gradient": int(needs_gradient(hidden)),
             "direction": DIRECTIONS.index(direction),
-            "temperature, scales and soft caps (a hash)": hash((transform, ref_transform)),
+            "temperature, scales and soft caps (a hash)": (transform, ref_transform),
             "mask (a fingerprint)": -1 if mask is None else fingerprint(mask),
         }
 

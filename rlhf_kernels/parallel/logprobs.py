@@ -87,7 +87,7 @@ def sharded_logprobs(
             "the backend (its place in rlhf_kernels' list)": BACKENDS.index(chosen),
             "outputs (a bit for each)": sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in outputs),
             "whether hidden requires a gradient": int(needs_gradient(hidden)),
-            "temperature, scale, soft cap and ignore_index (a hash)": hash((transform, ignore_index)),
+            "temperature, scale, soft cap and ignore_index (a hash)": (transform, ignore_index),
             "targets (a fingerprint)": fingerprint(targets),
         }
 

@@ -114,7 +114,8 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 def agreed(
     prepare: Callable[[], tuple[Prepared, dict[str, Any]]], head: LocalHead, device: torch.device
 ) -> tuple[Prepared, Shards]:
-    """`prepare()` checks this rank's arguments and returns (what is made of them, facts that all ranks must share)."""
+    """`prepare()` checks this rank's arguments and returns (what is made of them, facts that all ranks must share:
+    integers, or tuples, which are compared by their hashes)."""
     rank = dist.get_rank(head.group)
     if head.sizes is not None:
         return prepare()[0], Shards(head.group, rank, head.sizes)
@@ -142,7 +143,7 @@ def exchanged(
     header = torch.zeros(2 + _MOST_FACTS, dtype=torch.int64, device=device)
     header[0], header[1] = own, int(refusal is not None)
     for i, value in enumerate(values):
-        header[2 + i] = value  # a tensor is not read here
+        header[2 + i] = hash(value) if isinstance(value, tuple) else value  # a tensor is not read here
     rows = gather(header, group).tolist()
     if refusal is not None:
         raise refusal
