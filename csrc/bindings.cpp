@@ -68,11 +68,10 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "bool policy_ref, SymInt kept_logits) -> (Tensor kl, Tensor stats, Tensor logit_cache)");
   m.def(
       "linear_kl_backward(Tensor grad_kl, Tensor kl, Tensor stats, Tensor logit_cache, Tensor hidden, Tensor weight, "
-      "Tensor? bias, "
-      "float logit_scale, float logit_softcap, float temperature, ScalarType gemm_dtype, Tensor ref_hidden, "
-      "Tensor ref_weight, Tensor? ref_bias, float ref_logit_scale, float ref_logit_softcap, float ref_temperature, "
-      "ScalarType ref_gemm_dtype, Tensor mask, bool policy_ref, bool need_hidden, bool need_weight, bool need_bias) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor? bias, float logit_scale, float logit_softcap, float temperature, ScalarType gemm_dtype, "
+      "Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, float ref_logit_scale, float ref_logit_softcap, "
+      "float ref_temperature, ScalarType ref_gemm_dtype, Tensor mask, bool policy_ref, bool need_hidden, "
+      "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor");
   m.def("kl_penalty_backward(Tensor grad, Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor");
   m.def(

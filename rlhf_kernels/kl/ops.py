@@ -44,9 +44,8 @@ def linear_kl(
     backend: str = "native",
 ) -> Tensor:
     """Same contract as `reference.linear_kl`, through the compiled op or the Triton op."""
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     kept = 0
-    if backend == "native" and differentiable:
+    if backend == "native" and _ops.needs_gradient(hidden, weight, bias):
         rows, (vocab, width) = hidden.shape[0], weight.shape
         kept = _workspace.logits_to_keep(rows, vocab, width, hidden.device, ref_weight.shape[1])
     arguments = (

@@ -29,8 +29,7 @@ def linear_logprobs(
     backend: str = "native",
 ) -> tuple[Tensor | None, ...]:
     """Same contract as `reference.linear_logprobs`, through the compiled op or the Triton op."""
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    keep = backend == "native" and differentiable
+    keep = backend == "native" and _ops.needs_gradient(hidden, weight, bias)
     vocab, width = weight.shape
     kept = _workspace.logits_to_keep(hidden.shape[0], vocab, width, hidden.device) if keep else 0
     wanted = [name in outputs for name in OPTIONAL_OUTPUTS]

@@ -13,10 +13,11 @@ from .. import _workspace
 from .._checks import FLOATS, check_choice
 from .._dispatch import BACKENDS, resolve_backend
 from .._logits import gemm_dtype, logit_dtype
+from .._ops import needs_gradient
 from ..kl import _both_transforms, _check_sides
 from ..kl.ops import DIRECTIONS
 from .backends import Side, differentiable_once, kl_gradients, kl_statistics, statistics_dtype
-from .logprobs import needs_gradient, summed
+from .logprobs import summed
 from .merge import merge_kl
 from .rows import CountedRows
 from .shards import Shards, agreed, fingerprint, gather, local_head
@@ -97,7 +98,7 @@ def linear_kl(
     ref_bias = None if ref_head.bias is None else ref_head.bias.detach()
     ref = Side(ref_rows, ref_head.weight.detach(), ref_bias, ref_transform, ref_gemm)
     kept = 0
-    if chosen == "native" and any(needs_gradient(t) for t in policy[:3]) and head.weight.shape[0]:
+    if chosen == "native" and needs_gradient(*policy[:3]) and head.weight.shape[0]:
         vocab, width = head.weight.shape
         ref_width = ref_head.weight.shape[1]
         kept = _workspace.logits_to_keep(policy[0].shape[0], vocab, width, hidden.device, ref_width)

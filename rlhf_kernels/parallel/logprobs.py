@@ -13,6 +13,7 @@ from .. import _workspace
 from .._checks import FLOATS, check_choice, check_target_range, check_targets
 from .._dispatch import BACKENDS, resolve_backend
 from .._logits import LogitTransform, gemm_dtype, logit_dtype
+from .._ops import needs_gradient
 from .._rows import is_traced_or_captured
 from ..logprob import LinearLogprobs
 from ..logprob.reference import OPTIONAL_OUTPUTS
@@ -98,9 +99,8 @@ def sharded_logprobs(
     rows = CountedRows(flat != ignore_index)
     wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
     side = Side(rows.take(hidden.reshape(-1, hidden.shape[-1])), head.weight, head.bias, transform, gemm)
-    differentiable = any(needs_gradient(t) for t in (hidden, head.weight, head.bias))
     kept = 0
-    if chosen == "native" and differentiable and head.weight.shape[0]:
+    if chosen == "native" and needs_gradient(hidden, head.weight, head.bias) and head.weight.shape[0]:
         vocab, width = head.weight.shape
         kept = _workspace.logits_to_keep(side.hidden.shape[0], vocab, width, hidden.device)
     results = _ShardedLogprobs.apply(
@@ -109,10 +109,6 @@ def sharded_logprobs(
     logprobs, logsumexp, *optional = (rows.put(r).view(targets.shape) for r in results)
     named = dict(zip(wanted, optional, strict=True))
     return LinearLogprobs(logprobs, logsumexp, *(named.get(name) for name in OPTIONAL_OUTPUTS)), targets
-
-
-def needs_gradient(tensor: Tensor | None) -> bool:
-    return tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
 
 
 class _ShardedLogprobs(torch.autograd.Function):
