@@ -1,10 +1,11 @@
-"""`resolve_backend`: the one place that chooses which implementation runs."""
+"""`resolve_backend`: the one place that chooses which implementation runs; `ready_for_native` is its short cut."""
 
 from __future__ import annotations
 
 import warnings
 
 import torch
+from torch import Tensor
 
 from . import _extension, _triton
 
@@ -60,6 +61,20 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         able = [b for b in BACKENDS[1:] if why_not(b, device, dtype) is None]
         raise ValueError(f"backend={backend!r} cannot run here: {reason}. Backends that can: {', '.join(able)}")
     return backend
+
+
+def ready_for_native(backend: str, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled op may have these as they are: on the CPU, of one shape and of one dtype that it takes.
+
+    A loss of a few hundred numbers asks this first, as every step in Python counts there: the checks that say what is
+    wrong, and the choice among all backends, take longer than the loss, and are for whoever is not ready."""
+    dtype, shape = first.dtype, first.shape
+    if (backend != "auto" and backend != "native") or dtype not in _KERNEL_DTYPES or not first.is_cpu:
+        return False
+    for other in others:
+        if other is not None and not (other.is_cpu and other.dtype is dtype and other.shape == shape):
+            return False
+    return _extension.native_available()
 
 
 def _warn_once(reason: str) -> None:

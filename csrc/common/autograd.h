@@ -20,6 +20,17 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+// Whether a result is to be differentiated by this argument; else nothing need be kept of it. Forward mode counts:
+// Function::apply refuses it in words.
+inline bool wants_gradient(const at::Tensor& argument) {
+  return (at::GradMode::is_enabled() && argument.requires_grad()) || argument._fw_grad(0).defined();
+}
+
+// A gradient has its argument's dtype. Asked for in vain, `to` takes as long as a small gradient.
+inline at::Tensor in_dtype_of(const at::Tensor& argument, at::Tensor gradient) {
+  return gradient.scalar_type() == argument.scalar_type() ? gradient : gradient.to(argument.scalar_type());
+}
+
 // Gradients which, where create_graph=True asks for theirs, raise when these are computed. Computed below autograd,
 // they would otherwise pass for constants.
 inline variable_list once(const char* op, variable_list gradients) {

@@ -35,7 +35,7 @@ inline Format format_of(at::ScalarType dtype) {
 
 // Contiguous and in fp32, to be read: values that are so already are not copied, nor cut off from their graph.
 inline at::Tensor in_fp32(const at::Tensor& values) {
-  if (values.scalar_type() == at::kFloat && values.is_contiguous()) return values;
+  if (values.scalar_type() == at::kFloat) return values.is_contiguous() ? values : values.contiguous();
   return values.detach().to(at::kFloat).contiguous();
 }
 

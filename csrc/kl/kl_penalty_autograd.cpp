@@ -12,12 +12,16 @@ class KlPenalty : public torch::autograd::Function<KlPenalty> {
  public:
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
+  static Tensor compute(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
     static const auto op = find_op<decltype(kl_penalty_cpu)>("rlhf_kernels::kl_penalty");
-    ctx->save_for_backward({logprobs, ref_logprobs});
-    ctx->saved_data["estimator"] = estimator;
     const at::AutoDispatchBelowADInplaceOrView below;
     return op.call(logprobs, ref_logprobs, estimator);
+  }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
+    ctx->save_for_backward({logprobs, ref_logprobs});
+    ctx->saved_data["estimator"] = estimator;
+    return compute(logprobs, ref_logprobs, estimator);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -28,8 +32,8 @@ class KlPenalty : public torch::autograd::Function<KlPenalty> {
       const at::AutoDispatchBelowADInplaceOrView below;
       const Tensor gradient = op.call(upstream[0], saved[0], saved[1], ctx->saved_data["estimator"].toInt());
       // Every estimator depends on the difference of its arguments, so the second gradient is minus the first.
-      gradients[0] = gradient.to(saved[0].scalar_type());
-      if (ctx->needs_input_grad(1)) gradients[1] = gradient.neg().to(saved[1].scalar_type());
+      gradients[0] = in_dtype_of(saved[0], gradient);
+      if (ctx->needs_input_grad(1)) gradients[1] = in_dtype_of(saved[1], gradient.neg());
     }
     return once("kl_penalty", std::move(gradients));
   }
@@ -38,6 +42,9 @@ class KlPenalty : public torch::autograd::Function<KlPenalty> {
 }  // namespace
 
 Tensor kl_penalty_autograd(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
+  if (!wants_gradient(logprobs) && !wants_gradient(ref_logprobs)) {
+    return KlPenalty::compute(logprobs, ref_logprobs, estimator);
+  }
   return KlPenalty::apply(logprobs, ref_logprobs, estimator);
 }
 

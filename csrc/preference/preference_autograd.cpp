@@ -15,17 +15,23 @@ class DpoLoss : public torch::autograd::Function<DpoLoss> {
  public:
   static constexpr bool is_traceable = true;
 
+  static std::tuple<Tensor, Tensor> compute(const Tensor& policy, const std::optional<Tensor>& ref,
+                                            const Tensor& chosen, const Tensor& rejected, double beta,
+                                            int64_t loss_type, double label_smoothing) {
+    static const auto op = find_op<decltype(dpo_loss_cpu)>("rlhf_kernels::dpo_loss");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
+  }
+
   static variable_list forward(AutogradContext* ctx, const Tensor& policy, const std::optional<Tensor>& ref,
                                const Tensor& chosen, const Tensor& rejected, double beta, int64_t loss_type,
                                double label_smoothing) {
-    static const auto op = find_op<decltype(dpo_loss_cpu)>("rlhf_kernels::dpo_loss");
     ctx->save_for_backward({policy, or_undefined(ref), chosen, rejected});
     ctx->saved_data["beta"] = beta;
     ctx->saved_data["loss_type"] = loss_type;
     ctx->saved_data["label_smoothing"] = label_smoothing;
-    const at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);  // there is none of the rewards
-    auto [losses, rewards] = op.call(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
+    auto [losses, rewards] = compute(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
     return {losses, rewards};
   }
 
@@ -39,9 +45,9 @@ class DpoLoss : public torch::autograd::Function<DpoLoss> {
       const Tensor gradient =
           op.call(upstream[0], policy, or_none(ref), saved[2], saved[3], ctx->saved_data["beta"].toDouble(),
                   ctx->saved_data["loss_type"].toInt(), ctx->saved_data["label_smoothing"].toDouble());
-      gradients[0] = gradient.to(policy.scalar_type());
+      gradients[0] = in_dtype_of(policy, gradient);
       // The losses see policy - ref only.
-      if (ref.defined() && ctx->needs_input_grad(1)) gradients[1] = gradient.neg().to(ref.scalar_type());
+      if (ref.defined() && ctx->needs_input_grad(1)) gradients[1] = in_dtype_of(ref, gradient.neg());
     }
     return once("dpo_loss", std::move(gradients));
   }
@@ -51,14 +57,19 @@ class BradleyTerryLoss : public torch::autograd::Function<BradleyTerryLoss> {
  public:
   static constexpr bool is_traceable = true;
 
+  static Tensor compute(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin,
+                        double label_smoothing, double center_coefficient) {
+    static const auto op = find_op<decltype(bradley_terry_loss_cpu)>("rlhf_kernels::bradley_terry_loss");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(chosen, rejected, margin, label_smoothing, center_coefficient);
+  }
+
   static Tensor forward(AutogradContext* ctx, const Tensor& chosen, const Tensor& rejected,
                         const std::optional<Tensor>& margin, double label_smoothing, double center_coefficient) {
-    static const auto op = find_op<decltype(bradley_terry_loss_cpu)>("rlhf_kernels::bradley_terry_loss");
     ctx->save_for_backward({chosen, rejected, or_undefined(margin)});
     ctx->saved_data["label_smoothing"] = label_smoothing;
     ctx->saved_data["center_coefficient"] = center_coefficient;
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return op.call(chosen, rejected, margin, label_smoothing, center_coefficient);
+    return compute(chosen, rejected, margin, label_smoothing, center_coefficient);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
@@ -71,8 +82,8 @@ class BradleyTerryLoss : public torch::autograd::Function<BradleyTerryLoss> {
       auto [chosen, rejected] =
           op.call(upstream[0], saved[0], saved[1], or_none(saved[2]), ctx->saved_data["label_smoothing"].toDouble(),
                   ctx->saved_data["center_coefficient"].toDouble());
-      gradients[0] = chosen.to(saved[0].scalar_type());
-      gradients[1] = rejected.to(saved[1].scalar_type());
+      gradients[0] = in_dtype_of(saved[0], chosen);
+      gradients[1] = in_dtype_of(saved[1], rejected);
     }
     return once("bradley_terry_loss", std::move(gradients));
   }
@@ -83,12 +94,18 @@ class BradleyTerryLoss : public torch::autograd::Function<BradleyTerryLoss> {
 std::tuple<Tensor, Tensor> dpo_loss_autograd(const Tensor& policy, const std::optional<Tensor>& ref,
                                              const Tensor& chosen, const Tensor& rejected, double beta,
                                              int64_t loss_type, double label_smoothing) {
+  if (!wants_gradient(policy) && !(ref && wants_gradient(*ref))) {
+    return DpoLoss::compute(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
+  }
   const auto results = DpoLoss::apply(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
   return {results[0], results[1].detach()};  // marked as not differentiable, compiled autograd would refuse it
 }
 
 Tensor bradley_terry_loss_autograd(const Tensor& chosen, const Tensor& rejected, const std::optional<Tensor>& margin,
                                    double label_smoothing, double center_coefficient) {
+  if (!wants_gradient(chosen) && !wants_gradient(rejected)) {
+    return BradleyTerryLoss::compute(chosen, rejected, margin, label_smoothing, center_coefficient);
+  }
   return BradleyTerryLoss::apply(chosen, rejected, margin, label_smoothing, center_coefficient);
 }
 

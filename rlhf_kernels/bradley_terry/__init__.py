@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_vectors, common_dtype
-from .._dispatch import resolve_backend
+from .._dispatch import ready_for_native, resolve_backend
 from . import ops, reference
 
 __all__ = ["bradley_terry_loss"]
@@ -43,15 +43,17 @@ def bradley_terry_loss(
     Source: Bradley & Terry (1952); Ouyang et al. (2022), arXiv:2203.02155, eq. 1; margin: Touvron et al. (2023),
     "Llama 2", arXiv:2307.09288, eq. 2; centring: Eisenstein et al. (2023), arXiv:2312.09244.
     """
-    check_vectors(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
     if margin is not None:
         margin = margin.detach()
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if not 0 <= center_coefficient < math.inf:
         raise ValueError(f"center_coefficient must be finite and >= 0, got {center_coefficient}")
-    dtype = common_dtype(chosen_rewards.dtype, rejected_rewards.dtype)
     options = (float(label_smoothing), float(center_coefficient))
+    if ready_for_native(backend, chosen_rewards, rejected_rewards, margin) and chosen_rewards.dim() == 1:
+        return ops.native(chosen_rewards, rejected_rewards, margin, *options)
+    check_vectors(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
+    dtype = common_dtype(chosen_rewards.dtype, rejected_rewards.dtype)
     chosen_backend = resolve_backend(backend, chosen_rewards.device, dtype)
     if chosen_backend != "reference":
         return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options, chosen_backend)

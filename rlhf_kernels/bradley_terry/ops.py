@@ -23,7 +23,7 @@ def bradley_terry_loss(
         from . import triton_ops  # takes triton
 
         return triton_ops.bradley_terry_loss(*arguments)
-    return torch.ops.rlhf_kernels.bradley_terry_loss.default(*arguments)
+    return native(*arguments)
 
 
 def fake(chosen, *_):  # type: ignore[no-untyped-def]
@@ -35,4 +35,5 @@ def fake_backward(grad, chosen, *_):  # type: ignore[no-untyped-def]
 
 
 if _extension.native_available():
+    native = torch.ops.rlhf_kernels.bradley_terry_loss.default
     _ops.register_shapes("bradley_terry_loss", "bradley_terry_loss_backward", fake, fake_backward)

@@ -29,7 +29,7 @@ def dpo_loss(
 
         losses, rewards = triton_ops.dpo_loss(*arguments)
         return losses, rewards.detach()
-    return torch.ops.rlhf_kernels.dpo_loss.default(*arguments)
+    return native(*arguments)
 
 
 def fake(policy, ref, chosen, *_):  # type: ignore[no-untyped-def]
@@ -41,4 +41,5 @@ def fake_backward(grad, policy, *_):  # type: ignore[no-untyped-def]
 
 
 if _extension.native_available():
+    native = torch.ops.rlhf_kernels.dpo_loss.default
     _ops.register_shapes("dpo_loss", "dpo_loss_backward", fake, fake_backward)

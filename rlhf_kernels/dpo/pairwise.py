@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_same_device, check_vectors, common_dtype
-from .._dispatch import resolve_backend
+from .._checks import check_same_device, check_vectors, common_dtype
+from .._dispatch import ready_for_native, resolve_backend
 from . import ops, reference
 
 
@@ -89,7 +89,15 @@ def dpo_loss(
     (2024), arXiv:2406.05882, for paired data; discopop: Lu et al. (2024), arXiv:2406.08414, eq. 5.
     """
     check_loss_options(beta, loss_type, label_smoothing, gamma)
+    check_pairs(chosen_idxs, rejected_idxs)
     kind = reference.LOSS_TYPES[loss_type]
+    plain = kind.compiled and ref_logps is not None and token_counts is None and policy_logps.dim() == 1
+    if plain and chosen_idxs.is_cpu and rejected_idxs.is_cpu and ready_for_native(backend, policy_logps, ref_logps):
+        return DPOLoss(
+            *ops.dpo_loss(
+                policy_logps, ref_logps, chosen_idxs, rejected_idxs, float(beta), loss_type, float(label_smoothing)
+            )
+        )
     size = check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
     if kind.reference_free != (ref_logps is None):
         need = "takes no reference: pass ref_logps=None" if kind.reference_free else "needs ref_logps [S]"
@@ -98,7 +106,6 @@ def dpo_loss(
         raise ValueError(f"loss_type={loss_type!r} is length-normalised and needs token_counts [S]")
     if token_counts is not None and token_counts.shape != policy_logps.shape:
         raise ValueError(f"token_counts must be [{size}], got {tuple(token_counts.shape)}")
-    check_pairs(chosen_idxs, rejected_idxs)
     check_same_device(
         policy_logps=policy_logps, chosen_idxs=chosen_idxs, rejected_idxs=rejected_idxs, token_counts=token_counts
     )
@@ -129,8 +136,9 @@ def dpo_loss(
 
 
 def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamma: float) -> None:
-    check_choice("loss_type", loss_type, tuple(reference.LOSS_TYPES))
-    kind = reference.LOSS_TYPES[loss_type]
+    if (kind := reference.LOSS_TYPES.get(loss_type)) is None:
+        names = ", ".join(reference.LOSS_TYPES)
+        raise ValueError(f"loss_type must be one of {names}; got {loss_type!r}")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0, got {beta}")
     if kind.positive_beta and beta == 0:

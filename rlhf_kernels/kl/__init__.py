@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_floating, check_head, check_same_device, common_dtype
-from .._dispatch import resolve_backend
+from .._dispatch import ready_for_native, resolve_backend
 from .._logits import LogitTransform, gemm_dtype
 from . import ops, reference
 
@@ -140,8 +140,10 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
 
     Source: Schulman (2020), "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
     """
-    check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_choice("estimator", estimator, ops.ESTIMATORS)
+    if ready_for_native(backend, logprobs, ref_logprobs):
+        return ops.native_penalty(logprobs, ref_logprobs, ops.ESTIMATORS.index(estimator))
+    check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_same_device(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if logprobs.shape != ref_logprobs.shape:
         raise ValueError(

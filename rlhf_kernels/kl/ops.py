@@ -25,7 +25,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: 
         from . import triton_ops  # takes triton
 
         return triton_ops.kl_penalty(*arguments)
-    return torch.ops.rlhf_kernels.kl_penalty.default(*arguments)
+    return native_penalty(*arguments)
 
 
 def linear_kl(
@@ -106,4 +106,5 @@ register_linear_kl = functools.partial(
 )
 if _extension.native_available():
     register_linear_kl("linear_kl", "linear_kl_backward")
+    native_penalty = torch.ops.rlhf_kernels.kl_penalty.default
     _ops.register_shapes("kl_penalty", "kl_penalty_backward", fake_penalty, fake_penalty)

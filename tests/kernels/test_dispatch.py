@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
 from rlhf_kernels import _dispatch, _extension
@@ -62,23 +64,59 @@ def test_native_says_that_it_has_no_float64(native, device, name):
         calls(device, torch.float64)[name]("native")
 
 
+class CompiledOps(TorchDispatchMode):
+    """The names of the compiled ops that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlhf_kernels":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", OPS)
-def test_auto_takes_native_where_it_runs(native, device, name, monkeypatch):
-    chosen = []
-    resolve = _dispatch.resolve_backend
+def test_auto_takes_native_where_it_runs(native, device, name):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        with CompiledOps() as compiled:
+            calls(device, dtype)[name]("auto")
+        assert bool(compiled.names) == (dtype != torch.float64)
 
-    def spy(*args):
-        chosen.append(resolve(*args))
-        return chosen[-1]
 
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("rlhf_kernels") and hasattr(module, "resolve_backend"):
-            monkeypatch.setattr(module, "resolve_backend", spy)
-    calls(device)[name]("auto")
-    assert chosen and set(chosen) == {"native"}
-    chosen.clear()
-    calls(device, torch.float64)[name]("auto")
-    assert set(chosen) == {"reference"}
+@pytest.mark.parametrize("name", ["kl_penalty", "dpo_loss", "bradley_terry_loss"])
+def test_what_native_takes_as_it_is_equals_what_is_looked_at_first(native, device, name, monkeypatch):
+    """The short cut of the losses on a number a response changes neither values nor which op runs."""
+
+    def run():
+        with CompiledOps() as compiled:
+            result = calls(device)[name]("native")
+        return compiled.names, result
+
+    names, short = run()
+    for module in ("bradley_terry", "dpo.pairwise", "kl"):
+        monkeypatch.setattr(f"rlhf_kernels.{module}.ready_for_native", lambda *_: False)
+    long_names, long = run()
+    assert names == long_names == {name}
+    torch.testing.assert_close(short, long, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused(native, device, requires_grad):
+    """Not taken for a constant, though without a backward nothing is kept."""
+    values = torch.zeros(2, device=device)
+    pair = torch.tensor([0], device=device), torch.tensor([1], device=device)
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(values.clone().requires_grad_(requires_grad), torch.ones_like(values))
+        for call in (
+            lambda: rk.kl_penalty(values, x, backend="native"),
+            lambda: rk.dpo_loss(x, values, *pair, backend="native"),
+            lambda: rk.dpo_loss(values, x, *pair, backend="native"),
+            lambda: rk.bradley_terry_loss(values, x, backend="native"),
+        ):
+            with pytest.raises(RuntimeError, match="jvp is not implemented"):
+                call()
 
 
 def test_auto_warns_once_when_it_falls_to_the_reference(device, monkeypatch):
