@@ -130,13 +130,9 @@ def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
     def call() -> None:
         results.append(job.call(peer))
 
-    few = partial(job.step, peer, ROWS)
-    few_s = 1e-3 * clock.ms(few)
-    if not peer.slow_start and (expected_s := few_s / job.share(ROWS)) > LONGEST_S:
-        if few_s < LONGEST_S / 3:  # again, without what the first imports
-            expected_s = 1e-3 * clock.ms(few) / job.share(ROWS)
-        if expected_s > LONGEST_S:
-            raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by {ROWS} rows")
+    few_s = 1e-3 * clock.ms(partial(job.step, peer, ROWS))
+    if not peer.slow_start and (expected_s := expected_step_s(job, peer, clock, few_s)) > LONGEST_S:
+        raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by {2 * ROWS} rows")
     job.drop_gradients()
     first_ms = clock.ms(call)
     whole, alone = results.pop(), job.call(peer, ROWS)
@@ -168,6 +164,17 @@ def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
             found["peak_forward_mib"] = clock.peak_mib(call)
             results.clear()
     return found
+
+
+def expected_step_s(job: Measurable, peer: Peer, clock: Clock, few_s: float) -> float:
+    """Of all rows. In proportion to the first `few_s` of ROWS rows, if that is short enough; else by how much more
+    twice the rows take, as there is a part that they share, such as writing the gradient of the head."""
+    times = 1 / job.share(ROWS)
+    if few_s * times <= LONGEST_S or few_s > LONGEST_S:
+        return few_s * times
+    few_s, more_s = (1e-3 * clock.ms(partial(job.step, peer, rows)) for rows in (ROWS, 2 * ROWS))
+    job.drop_gradients()
+    return few_s + (more_s - few_s) * (times - 1)
 
 
 def tuner_choices(op: str) -> dict[str, str]:

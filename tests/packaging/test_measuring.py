@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import conftest as suites
-from benchmarks import overlays
+from benchmarks import measuring, overlays
 from benchmarks.jobs import ROWS, Job, true_kl, true_logprobs
 from benchmarks.measuring import Clock, measure
 from benchmarks.pair_losses import WAYS, PairLossJob
@@ -78,6 +78,24 @@ def test_what_a_peer_cannot_do_is_said():
     assert rows["missing"]["status"] == "not installed: build/peers/nowhere-*"
     assert rows["raising"]["status"] == "cannot run here: ZeroDivisionError: division by zero"
     assert rows["elsewhere"]["status"] == "runs on GPUs alone"
+
+
+def test_how_long_a_step_will_take_counts_what_all_rows_share_once():
+    """So that eager torch, which writes the head's gradient once whatever the rows, is not left out as too slow."""
+    job, taken = TINY("linear_logprobs", 16 * ROWS, 8, 9), []
+    job.make()
+
+    class Pretended(Clock):
+        def ms(self, run):
+            taken.append(run.args[1])
+            return 1e3 * (2.0 + taken[-1] / ROWS)
+
+    clock, eager = Pretended(job.device), job.choose_peers()[1]
+    assert measuring.expected_step_s(job, eager, clock, 3.0) == pytest.approx(2.0 + 16)
+    assert taken == [ROWS, 2 * ROWS]
+    assert measuring.expected_step_s(job, eager, clock, 1.0) == pytest.approx(16.0)
+    assert measuring.expected_step_s(job, eager, clock, 30.0) == pytest.approx(16 * 30.0)
+    assert taken == [ROWS, 2 * ROWS], "neither what is short nor what is hopeless is asked again"
 
 
 def test_a_wrong_peer_shows():
