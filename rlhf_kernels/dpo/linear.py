@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,7 +118,14 @@ def _loss_of_sequences(
         logps, ref_logps, chosen, rejected, beta, loss_type=loss_type, label_smoothing=label_smoothing,
         token_counts=counts, gamma=gamma, backend=backend,
     )  # fmt: skip
-    return LinearDPOLoss(losses.mean(), rewards[chosen], rewards[rejected], logps.detach(), ref_logps)
+    return LinearDPOLoss(losses.mean(), _picked(rewards, chosen), _picked(rewards, rejected), logps.detach(), ref_logps)
+
+
+def _picked(rewards: Tensor, idxs: Tensor) -> Tensor:
+    """rewards [S], idxs [P] -> [P]; NaN where an index is outside [0, S), as that pair's loss is on a GPU. Torch's own
+    indexing would end the CUDA context there."""
+    inside = (idxs >= 0) & (idxs < rewards.shape[0])
+    return rewards[idxs.where(inside, 0)].where(inside, math.nan)
 
 
 def _pairs(hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
