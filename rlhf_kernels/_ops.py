@@ -7,10 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """torch.library's ops take a tangent for none, so that torch.func.jvp would find a derivative of zero."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"{op} has no forward-mode derivative (jvp); differentiate in reverse mode")
 
 
 def register_shapes(forward: str, backward: str, fake: Callable[..., Any], fake_backward: Callable[..., Any]) -> None:

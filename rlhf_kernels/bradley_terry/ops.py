@@ -22,6 +22,7 @@ def bradley_terry_loss(
     if backend == "triton":
         from . import triton_ops  # takes triton
 
+        _ops.refuse_forward_mode("bradley_terry_loss", chosen, rejected)
         return triton_ops.bradley_terry_loss(*arguments)
     return native(*arguments)
 

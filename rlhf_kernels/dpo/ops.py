@@ -27,6 +27,7 @@ def dpo_loss(
     if backend == "triton":
         from . import triton_ops  # takes triton
 
+        _ops.refuse_forward_mode("dpo_loss", policy, ref)
         losses, rewards = triton_ops.dpo_loss(*arguments)
         return losses, rewards.detach()
     return native(*arguments)

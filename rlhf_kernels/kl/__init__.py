@@ -52,7 +52,7 @@ def linear_kl(
 
     Raises:
         ValueError: shapes or devices that do not fit, unknown direction or backend.
-        TypeError: a dtype that is not supported.
+        TypeError: a dtype that is not supported. NotImplementedError: forward-mode differentiation (torch.func.jvp).
 
     Source: Kullback & Leibler (1951); the cancellation-free form is derived in `kl/reference.py`.
     """

@@ -24,6 +24,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, backend: 
     if backend == "triton":
         from . import triton_ops  # takes triton
 
+        _ops.refuse_forward_mode("kl_penalty", logprobs, ref_logprobs)
         return triton_ops.kl_penalty(*arguments)
     return native_penalty(*arguments)
 
@@ -44,6 +45,7 @@ def linear_kl(
     backend: str = "native",
 ) -> Tensor:
     """Same contract as `reference.linear_kl`, through the compiled op or the Triton op."""
+    _ops.refuse_forward_mode("linear_kl", hidden, weight, bias)
     kept = 0
     if backend == "native" and _ops.needs_gradient(hidden, weight, bias):
         rows, (vocab, width) = hidden.shape[0], weight.shape

@@ -79,6 +79,7 @@ def linear_logprobs(
         TypeError: a dtype that is not supported.
         IndexError: a target outside [0, V) that is not `ignore_index`. (While a CUDA graph is captured nothing can be
             read back: such a target's log-prob is NaN, and ignored rows are masked instead of skipped.)
+        NotImplementedError: forward-mode differentiation (torch.func.jvp).
 
     Source: online softmax after Milakov & Gimelshein (2018), arXiv:1805.02867; recompute in backward after
     Wijmans et al. (2024), "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.

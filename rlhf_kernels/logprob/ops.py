@@ -29,6 +29,7 @@ def linear_logprobs(
     backend: str = "native",
 ) -> tuple[Tensor | None, ...]:
     """Same contract as `reference.linear_logprobs`, through the compiled op or the Triton op."""
+    _ops.refuse_forward_mode("linear_logprobs", hidden, weight, bias)
     keep = backend == "native" and _ops.needs_gradient(hidden, weight, bias)
     vocab, width = weight.shape
     kept = _workspace.logits_to_keep(hidden.shape[0], vocab, width, hidden.device) if keep else 0

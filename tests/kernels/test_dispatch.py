@@ -103,20 +103,38 @@ def test_what_native_takes_as_it_is_equals_what_is_looked_at_first(native, devic
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_forward_mode_is_refused(native, device, requires_grad):
-    """Not taken for a constant, though without a backward nothing is kept."""
-    values = torch.zeros(2, device=device)
-    pair = torch.tensor([0], device=device), torch.tensor([1], device=device)
+def test_forward_mode_is_refused(backend, device, requires_grad):
+    """Rather than taking a tangent for none and the derivative for zero."""
+    head = T.make_head(4, 3, 5, device=device)
+    zeros, pair = torch.zeros(2, device=device), [torch.tensor([i], device=device) for i in (0, 1)]
+    options = {"backend": backend}
+
+    def dual(tensor):
+        return forward_ad.make_dual(tensor.clone().requires_grad_(requires_grad), torch.ones_like(tensor))
+
     with forward_ad.dual_level():
-        x = forward_ad.make_dual(values.clone().requires_grad_(requires_grad), torch.ones_like(values))
-        for call in (
-            lambda: rk.kl_penalty(values, x, backend="native"),
-            lambda: rk.dpo_loss(x, values, *pair, backend="native"),
-            lambda: rk.dpo_loss(values, x, *pair, backend="native"),
-            lambda: rk.bradley_terry_loss(values, x, backend="native"),
-        ):
-            with pytest.raises(RuntimeError, match="jvp is not implemented"):
+        hidden, weight, x = dual(head.hidden), dual(head.weight), dual(zeros)
+        refused = [
+            lambda: rk.linear_logprobs(hidden, head.weight, head.targets, **options),
+            lambda: rk.linear_logprobs(head.hidden, weight, head.targets, **options),
+            lambda: rk.linear_kl(hidden, head.weight, head.hidden, head.weight, **options),
+        ]
+        if backend != "reference":  # whose small losses, plain torch, have a forward mode
+            refused += [
+                lambda: rk.kl_penalty(zeros, x, **options),
+                lambda: rk.dpo_loss(x, zeros, *pair, **options),
+                lambda: rk.dpo_loss(zeros, x, *pair, **options),
+                lambda: rk.bradley_terry_loss(zeros, x, **options),
+            ]
+        for call in refused:
+            with pytest.raises(RuntimeError, match="jvp"):
                 call()
+
+    def logprobs(hidden):
+        return rk.linear_logprobs(hidden, *head[1:], **options).logprobs
+
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(logprobs, (head.hidden,), (head.hidden,))
 
 
 def test_auto_warns_once_when_it_falls_to_the_reference(device, monkeypatch):
