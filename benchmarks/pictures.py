@@ -219,8 +219,8 @@ def has_times(table: Table) -> bool:
 
 def headlines(tables: list[Table]) -> list[Table]:
     """The tables, one a dtype, whose shape the README names; where it was not measured, the first of the same op."""
-    able = [t for t in tables if t[0]["op"] == HEADLINE["op"] and not t[0].get("masked") and has_times(t)]
-    exact = [t for t in able if all(t[0][key] == value for key, value in HEADLINE.items()) and not t[0].get("sweep")]
+    able = [t for t in tables if t[0]["op"] == HEADLINE["op"] and not t[0].get("sweep") and has_times(t)]
+    exact = [t for t in able if all(t[0][key] == value for key, value in HEADLINE.items())]
     return exact or able[:1]
 
 
