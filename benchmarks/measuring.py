@@ -132,7 +132,7 @@ def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
 
     few_s = 1e-3 * clock.ms(partial(job.step, peer, ROWS))
     if not peer.slow_start and (expected_s := expected_step_s(job, peer, clock, few_s)) > LONGEST_S:
-        raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by {2 * ROWS} rows")
+        raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by a few rows")
     job.drop_gradients()
     first_ms = clock.ms(call)
     whole, alone = results.pop(), job.call(peer, ROWS)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_same_device, check_vectors, common_dtype
+from .._checks import check_choice, check_same_device, check_vectors, common_dtype
 from .._dispatch import ready_for_native, resolve_backend
 from . import ops, reference
 
@@ -136,9 +136,8 @@ def dpo_loss(
 
 
 def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamma: float) -> None:
-    if (kind := reference.LOSS_TYPES.get(loss_type)) is None:
-        names = ", ".join(reference.LOSS_TYPES)
-        raise ValueError(f"loss_type must be one of {names}; got {loss_type!r}")
+    check_choice("loss_type", loss_type, reference.LOSS_TYPES)
+    kind = reference.LOSS_TYPES[loss_type]
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0, got {beta}")
     if kind.positive_beta and beta == 0:

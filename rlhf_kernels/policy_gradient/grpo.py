@@ -108,7 +108,7 @@ def grpo_loss(
     and 5; rloo: Ahmadian et al. (2024), "Back to Basics", arXiv:2402.14740; reinforce: Williams (1992); the sampler's
     weights: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     """
-    check_choice("variant", variant, tuple(VARIANTS))
+    check_choice("variant", variant, VARIANTS)
     kind = VARIANTS[variant]
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     check_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, sampler_logprobs=sampler_logprobs)
@@ -166,7 +166,7 @@ def grpo_counts(mask: Tensor, variant: str) -> Tensor:
     Raises:
         ValueError: `mask` not [B, T], unknown variant. TypeError: `mask` not bool.
     """
-    check_choice("variant", variant, tuple(VARIANTS))
+    check_choice("variant", variant, VARIANTS)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if mask.dim() != 2:
@@ -200,7 +200,7 @@ def grpo_clip_fraction(
         ValueError: shapes or devices that do not fit, unknown variant, constants out of range.
         TypeError: unsupported dtype, `mask` not bool.
     """
-    check_choice("variant", variant, tuple(VARIANTS))
+    check_choice("variant", variant, VARIANTS)
     kind = VARIANTS[variant]
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs)
     check_vectors(mask.shape[0], advantages=advantages)
