@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -218,7 +219,7 @@ def in_a_loop(native: Callable[[], None], others: Callable[[], None], rounds: in
 
 
 class Turns:
-    """Times of all runs, one after the other, turn by turn; with the budgets of `peers`, by name."""
+    """Times of all runs, one after the other, native last, turn by turn; with the budgets of `peers`, by name."""
 
     def __init__(self, job: Measurable, clock: Clock, runs: dict[str, tuple], peers: dict[str, Peer]) -> None:
         self.job, self.clock, self.runs, self.peers = job, clock, runs, peers
@@ -251,13 +252,13 @@ class Turns:
     def measure(self, expected_s: float, seconds: float, most_rounds: int, pace: Pace) -> int:
         """How many rounds, between two and `most_rounds`, `seconds` were enough for. On a GPU the first turn does not
         count: it fetches memory."""
-        first = next(iter(self.runs))
-        native = "native" if "native" in self.runs else first
+        native = "native" if "native" in self.runs else next(iter(self.runs))
+        names = [name for name in self.runs if name != native]
+        order = random.Random(0)  # drawn anew each turn, or one would always find the caches as the same one left them
 
         def others() -> None:
-            for name in self.runs:
-                if name != native:
-                    self.take(name)
+            for name in order.sample(names, len(names)):
+                self.take(name)
 
         turn_s = expected_s
         if self.clock.cuda and most_rounds > 1:

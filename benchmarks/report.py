@@ -48,8 +48,9 @@ exact and how frugal each op is beside the matrix products that it cannot do wit
 packages, wins and losses alike.
 
 How a ratio is made: all contenders of a table take turns in one process, so that whatever slows the machine slows
-them all; a time is the median of a contender's turns, a ratio is one such median over another. Machines differ and
-milliseconds with them: ratios are what is claimed. Nearer to 1 than the spread, a ratio is a tie.
+them all, in an order that is drawn anew for every turn; a time is the median of a contender's turns, a ratio is one
+such median over another. Machines differ and milliseconds with them: ratios are what is claimed. Nearer to 1 than the
+spread, a ratio is a tie.
 
 - **× native**: time over that of this project's compiled kernels; above 1 the contender is slower. *Forward* runs
   without autograd; *total* is forward and backward, with fresh gradients of hidden states and head.

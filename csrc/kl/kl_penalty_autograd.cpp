@@ -20,7 +20,7 @@ class KlPenalty : public torch::autograd::Function<KlPenalty> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {
     ctx->save_for_backward({logprobs, ref_logprobs});
-    ctx->saved_data["estimator"] = estimator;
+    save_option(ctx, "estimator", estimator);
     return compute(logprobs, ref_logprobs, estimator);
   }
 
@@ -30,7 +30,7 @@ class KlPenalty : public torch::autograd::Function<KlPenalty> {
     variable_list gradients(3);
     {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const Tensor gradient = op.call(upstream[0], saved[0], saved[1], ctx->saved_data["estimator"].toInt());
+      const Tensor gradient = op.call(upstream[0], saved[0], saved[1], saved_option<int64_t>(ctx, "estimator"));
       // Every estimator depends on the difference of its arguments, so the second gradient is minus the first.
       gradients[0] = in_dtype_of(saved[0], gradient);
       if (ctx->needs_input_grad(1)) gradients[1] = in_dtype_of(saved[1], gradient.neg());

@@ -27,9 +27,9 @@ class DpoLoss : public torch::autograd::Function<DpoLoss> {
                                const Tensor& chosen, const Tensor& rejected, double beta, int64_t loss_type,
                                double label_smoothing) {
     ctx->save_for_backward({policy, or_undefined(ref), chosen, rejected});
-    ctx->saved_data["beta"] = beta;
-    ctx->saved_data["loss_type"] = loss_type;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    save_option(ctx, "beta", beta);
+    save_option(ctx, "loss_type", loss_type);
+    save_option(ctx, "label_smoothing", label_smoothing);
     ctx->set_materialize_grads(false);  // there is none of the rewards
     auto [losses, rewards] = compute(policy, ref, chosen, rejected, beta, loss_type, label_smoothing);
     return {losses, rewards};
@@ -43,8 +43,8 @@ class DpoLoss : public torch::autograd::Function<DpoLoss> {
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       const Tensor gradient =
-          op.call(upstream[0], policy, or_none(ref), saved[2], saved[3], ctx->saved_data["beta"].toDouble(),
-                  ctx->saved_data["loss_type"].toInt(), ctx->saved_data["label_smoothing"].toDouble());
+          op.call(upstream[0], policy, or_none(ref), saved[2], saved[3], saved_option<double>(ctx, "beta"),
+                  saved_option<int64_t>(ctx, "loss_type"), saved_option<double>(ctx, "label_smoothing"));
       gradients[0] = in_dtype_of(policy, gradient);
       // The losses see policy - ref only.
       if (ref.defined() && ctx->needs_input_grad(1)) gradients[1] = in_dtype_of(ref, gradient.neg());
@@ -67,8 +67,8 @@ class BradleyTerryLoss : public torch::autograd::Function<BradleyTerryLoss> {
   static Tensor forward(AutogradContext* ctx, const Tensor& chosen, const Tensor& rejected,
                         const std::optional<Tensor>& margin, double label_smoothing, double center_coefficient) {
     ctx->save_for_backward({chosen, rejected, or_undefined(margin)});
-    ctx->saved_data["label_smoothing"] = label_smoothing;
-    ctx->saved_data["center_coefficient"] = center_coefficient;
+    save_option(ctx, "label_smoothing", label_smoothing);
+    save_option(ctx, "center_coefficient", center_coefficient);
     return compute(chosen, rejected, margin, label_smoothing, center_coefficient);
   }
 
@@ -80,8 +80,8 @@ class BradleyTerryLoss : public torch::autograd::Function<BradleyTerryLoss> {
     {
       const at::AutoDispatchBelowADInplaceOrView below;
       auto [chosen, rejected] =
-          op.call(upstream[0], saved[0], saved[1], or_none(saved[2]), ctx->saved_data["label_smoothing"].toDouble(),
-                  ctx->saved_data["center_coefficient"].toDouble());
+          op.call(upstream[0], saved[0], saved[1], or_none(saved[2]), saved_option<double>(ctx, "label_smoothing"),
+                  saved_option<double>(ctx, "center_coefficient"));
       gradients[0] = in_dtype_of(saved[0], chosen);
       gradients[1] = in_dtype_of(saved[1], rejected);
     }

@@ -98,6 +98,17 @@ def test_how_long_a_step_will_take_counts_what_all_rows_share_once():
     assert taken == [ROWS, 2 * ROWS], "neither what is short nor what is hopeless is asked again"
 
 
+def test_who_runs_before_whom_changes_from_turn_to_turn():
+    """Or one contender would always find the caches as the same other one left them."""
+    runs = {name: (None, lambda: None) for name in ("bare GEMMs", "native", "eager", "compiled")}
+    turns, taken = measuring.Turns(JOBS["linear_logprobs"], CPU, runs, {}), []
+    turns.take = taken.append
+    assert turns.measure(0.0, 1.0, 20, measuring.in_a_loop) == 20
+    orders = [tuple(taken[k : k + 4]) for k in range(0, len(taken), 4)]
+    assert all(set(order) == set(runs) and order[-1] == "native" for order in orders)
+    assert {order[-2] for order in orders} == set(runs) - {"native"}
+
+
 def test_a_wrong_peer_shows():
     """In its error, in its gradient's, and where its bits depend on the batch."""
 
