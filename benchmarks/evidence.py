@@ -1,6 +1,6 @@
 """What growth breaks at on this machine: caches, what a new page and a call cost, page faults of calls.
 
-`python -m benchmarks.growth --evidence` writes it to benchmarks/results/evidence-<isa>.json.
+`python -m benchmarks.growth --evidence benchmarks/results/evidence-NAME.json` writes it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def least_s(run: Callable[[], object], turns: int = 7) -> float:
     return min(times[1:])
 
 
-def measure_evidence(folder: Path) -> None:
+def measure_evidence(path: Path) -> None:
     """What a law breaks at: caches, what a new page costs, faults of a call, what a call costs at least."""
     import torch
 
     import rlhf_kernels as rk
-    from rlhf_kernels import _C
+    from benchmarks.record import cpu_name
 
     torch.set_num_threads(1)
     page = resource.getpagesize()
@@ -81,19 +81,14 @@ def measure_evidence(folder: Path) -> None:
         "native call of 1 x 64 x 64, forward, ms": 1e3 * least_s(forward, 200),
         "native call of 1 x 64 x 64, forward and backward, ms": 1e3 * least_s(total, 200),
     }
-    isa, name = _C.cpu_isas().split()[0].strip(","), processor()
-    found = {"device": {"device": name, "cpu_isa": isa}, "measured": time.strftime("%Y-%m-%d", time.gmtime())}
+    device = {"device": cpu_name(), "cpu_isa": rk.build_info()["cpu_isa"]}
+    found = {"device": device, "measured": time.strftime("%Y-%m-%d", time.gmtime())}
     found |= {"machine": {what: rounded(value) for what, value in machine.items()}, "calls": calls}
-    (folder / f"evidence-{isa}.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.3g}")
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def caches_kib() -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 Reads benchmarks/results/cpu-*.json, writes the tables of docs/scaling.md between their markers, with those of the cost
 model, and docs/images/growth.svg.
-`--evidence` measures what a page and a call cost on this machine instead, into benchmarks/results/evidence-<isa>.json.
+`--evidence FILE` first measures what a page and a call cost on this machine into FILE, an evidence-*.json beside them.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def evidence_table(folder: Path = RESULTS) -> list[str]:
             pages = f"{row['logit_pages']:,} | {row['weight_pages']:,} | {row['faults']:,}"
             lines.append(f"| {shape} | {pages} | {row['program_ms']} | {row['system_ms']} |")
         lines.append("")
-    return lines or ["Not measured yet: `python -m benchmarks.growth --evidence`.", ""]
+    return lines or ["Not measured yet: `python -m benchmarks.growth --evidence FILE`.", ""]
 
 
 def replaced(text: str, name: str, lines: Iterable[str]) -> str:
@@ -334,11 +334,11 @@ def write() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evidence", action="store_true", help="measure this machine's pages, memory and calls")
-    if parser.parse_args().evidence:
+    parser.add_argument("--evidence", metavar="FILE", type=Path, help="measure this machine's pages, memory and calls")
+    if path := parser.parse_args().evidence:
         from benchmarks.evidence import measure_evidence
 
-        measure_evidence(RESULTS)
+        measure_evidence(path)
     write()
 
 

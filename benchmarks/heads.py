@@ -23,10 +23,9 @@ TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full sp
 
 
 def cpu_job(op: str, n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options) -> Job:
-    """Beside the default budget, one that keeps all logits."""
-    models = 2 if op == "linear_kl" else 1
-    budgets_mib = () if options.get("sweep") else (budget_that_keeps(n, v, "cpu", models),)
-    return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, budgets_mib=budgets_mib, **options)
+    """Beside the default budget, unless `budgets_mib` says otherwise, one that keeps all logits."""
+    options.setdefault("budgets_mib", (budget_that_keeps(n, v, "cpu", 2 if op == "linear_kl" else 1),))
+    return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, **options)
 
 
 def head_job(op: str, model: str, *, sequences: int | None = None, part: int = 1) -> Job:

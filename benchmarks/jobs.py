@@ -10,7 +10,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.peers import OUR_OPS, OURS, RIVALS, Peer, capped, grpo_loss, mean_dpo_loss, ours, unmasked
+from benchmarks.peers import (
+    LEAST_BUDGET_MIB,
+    OUR_OPS,
+    OURS,
+    RIVALS,
+    Peer,
+    capped,
+    grpo_loss,
+    mean_dpo_loss,
+    native_with,
+    ours,
+    unmasked,
+)
 
 ROWS = 64  # rows that are judged: by fp64, and alone against within the batch
 TRUTH_TILE = 8192  # vocabulary rows that are in fp64 at a time
@@ -94,7 +106,7 @@ class Job:
     threads: int | None = None
     backends: tuple[str, ...] = OURS
     rivals: bool | tuple[str, ...] = True  # or the names of those wanted
-    budgets_mib: tuple[int, ...] = ()  # larger ones, measured besides the default
+    budgets_mib: tuple[int, ...] = ()  # measured besides the default
     tile: int = 8192  # vocabulary rows of a streamed bare GEMM
     peers: list[Peer] = field(default_factory=list)
 
@@ -114,7 +126,7 @@ class Job:
 
     def choose_peers(self) -> list[Peer]:
         own = [ours(self.op, name) for name in self.backends]
-        own += [ours(self.op, "native", budget) for budget in self.budgets_mib]
+        own += [native_with(self.op, budget) for budget in self.budgets_mib]
         if self.sweep == "masked":
             own += [unmasked(name) for name in self.backends]
         if not self.rivals:
@@ -256,7 +268,7 @@ def budget_that_keeps(n: int, v: int, device_type: str, models: int = 1) -> int:
     """MiB of scratch in which all logits of so many models are kept for backward: half of it on a CPU, three quarters
     on CUDA."""
     padded = 4 * models * -(-n // 64) * 64 * -(-v // 64) * 64
-    return max(8, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
+    return max(LEAST_BUDGET_MIB + 1, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
 
 
 GPU_SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 1024, 50257)]  # N, D, V

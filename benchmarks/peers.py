@@ -20,6 +20,7 @@ import rlhf_kernels as rk
 from benchmarks import overlays
 
 OURS = ("native", "triton")  # backends: named, never "auto", so that none stands in for another
+LEAST_BUDGET_MIB = 8  # that set_workspace_budget takes
 # What a job may ask for, and what is said of a peer that lacks it.
 LACKS = {
     "cpu": "runs on GPUs alone",
@@ -363,9 +364,14 @@ def unmasked(backend: str) -> Peer:
     return Peer(f"{backend}, unmasked", partial(unmasked_logprobs, backend, 7), note="nothing ignored", judged=False)
 
 
-def ours(op: str, backend: str, budget_mib: int | None = None) -> Peer:
+def ours(op: str, backend: str) -> Peer:
     note = "first_s holds its compilation and tuning" if backend == "triton" else ""
-    name = backend
-    if budget_mib is not None:
-        name, note = f"{backend}, larger budget", f"{budget_mib} MiB of scratch: all logits are kept"
-    return Peer(name, partial(OUR_OPS[op], backend), note=note, budget_mib=budget_mib)
+    return Peer(backend, partial(OUR_OPS[op], backend), note=note)
+
+
+def native_with(op: str, budget_mib: int) -> Peer:
+    """With another budget than the default: the least that there is, or a larger one, which keeps all logits."""
+    least = budget_mib == LEAST_BUDGET_MIB
+    note = f"{budget_mib} MiB of scratch{'' if least else ': all logits are kept'}"
+    name = f"native, {'least' if least else 'larger'} budget"
+    return Peer(name, partial(OUR_OPS[op], "native"), note=note, budget_mib=budget_mib)

@@ -211,6 +211,14 @@ def test_less_memory_is_a_win_too(tmp_path):
     assert "| eager ▲ beats native: memory |" in text and "memory: eager, 0.967 of native's" in text
 
 
+def test_what_another_budget_does_about_a_loss_is_said(tmp_path):
+    rows = [native(), row("native, larger budget", 10, 30), row("native, least budget", 11, 50, peak_total_mib=15.0)]
+    rows.append(row("eager", 20, 36, peak_total_mib=24.0))
+    text = written(tmp_path, cpu=cpu() | {"rows": rows, "pair_losses": [], "steps": []})
+    assert "total: eager, 0.9 of native's; native with a larger budget, 0.75\n" in text
+    assert "memory: eager, 0.8 of native's; native with the least budget, 0.5 in 1.25 of its time\n" in text
+
+
 def test_sweeps_pairs_and_steps(page):
     text, _ = page
     assert "| 256,000 | 90% / 90% | 0.90 | 1.00 · 30 MiB · 1.5e-06 | 1.10 · 2,000 MiB · 1.5e-06 |" in text
