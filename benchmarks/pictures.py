@@ -8,6 +8,7 @@ for DejaVu Sans, which is among the widest, so that other fonts fit too. The sam
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -277,7 +278,9 @@ def draw_memory(sweep: list[Table], path: Path) -> bool:
     for (name, points), marker in zip(lines.items(), "osD^vP*Xph" * len(lines), strict=False):
         axis.loglog(*zip(*points, strict=True), color=colour(name), marker=marker, markersize=5, label=name)
     vocabularies = sorted({v for points in lines.values() for v, _ in points})
-    axis.set_xticks(vocabularies, [f"{v:,}" for v in vocabularies])
+    following = [*vocabularies[1:], math.inf]
+    crowded = {v for v, after in zip(vocabularies, following, strict=True) if after < 3 * v}  # its label would touch
+    axis.set_xticks(vocabularies, ["" if v in crowded else f"{v:,}" for v in vocabularies])
     axis.minorticks_off()
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.yaxis.set_major_formatter(lambda mib, _: f"{mib:,.0f}")
