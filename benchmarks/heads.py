@@ -24,7 +24,7 @@ TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full sp
 
 def cpu_job(op: str, n: int, d: int, v: int, dtype: torch.dtype = torch.float32, **options) -> Job:
     """Beside the default budget, unless `budgets_mib` says otherwise, one that keeps all logits."""
-    options.setdefault("budgets_mib", (budget_that_keeps(n, v, "cpu", 2 if op == "linear_kl" else 1),))
+    options.setdefault("budgets_mib", {"larger": budget_that_keeps(n, v, "cpu", 2 if op == "linear_kl" else 1)})
     return Job(op, n, d, v, dtype=dtype, backends=("native",), tile=TILE, **options)
 
 

@@ -10,19 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.peers import (
-    LEAST_BUDGET_MIB,
-    OUR_OPS,
-    OURS,
-    RIVALS,
-    Peer,
-    capped,
-    grpo_loss,
-    mean_dpo_loss,
-    native_with,
-    ours,
-    unmasked,
-)
+from benchmarks.peers import OUR_OPS, OURS, RIVALS, Peer, capped, grpo_loss, mean_dpo_loss, native_with, ours, unmasked
+from rlhf_kernels._workspace import LEAST_MIB
 
 ROWS = 64  # rows that are judged: by fp64, and alone against within the batch
 TRUTH_TILE = 8192  # vocabulary rows that are in fp64 at a time
@@ -106,7 +95,7 @@ class Job:
     threads: int | None = None
     backends: tuple[str, ...] = OURS
     rivals: bool | tuple[str, ...] = True  # or the names of those wanted
-    budgets_mib: tuple[int, ...] = ()  # measured besides the default
+    budgets_mib: dict[str, int] = field(default_factory=dict)  # by name, measured besides the default
     tile: int = 8192  # vocabulary rows of a streamed bare GEMM
     peers: list[Peer] = field(default_factory=list)
 
@@ -126,7 +115,7 @@ class Job:
 
     def choose_peers(self) -> list[Peer]:
         own = [ours(self.op, name) for name in self.backends]
-        own += [native_with(self.op, budget) for budget in self.budgets_mib]
+        own += [native_with(self.op, budget, mib) for budget, mib in self.budgets_mib.items()]
         if self.sweep == "masked":
             own += [unmasked(name) for name in self.backends]
         if not self.rivals:
@@ -268,7 +257,7 @@ def budget_that_keeps(n: int, v: int, device_type: str, models: int = 1) -> int:
     """MiB of scratch in which all logits of so many models are kept for backward: half of it on a CPU, three quarters
     on CUDA."""
     padded = 4 * models * -(-n // 64) * 64 * -(-v // 64) * 64
-    return max(LEAST_BUDGET_MIB + 1, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
+    return max(LEAST_MIB, -(-padded * (6 if device_type == "cpu" else 4) // (3 << 20)))
 
 
 GPU_SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 1024, 50257)]  # N, D, V
@@ -280,7 +269,7 @@ def gpu_jobs(device: torch.device, tiny: bool, backends: tuple[str, ...] = OURS,
     new = partial(Job, device=device, backends=backends, rivals=rivals)
     shapes = TINY if tiny else GPU_SHAPES
     small = sorted(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
-    keeping = {"budgets_mib": (budget_that_keeps(shapes[0][0], shapes[0][2], device.type),)}
+    keeping = {"budgets_mib": {"larger": budget_that_keeps(shapes[0][0], shapes[0][2], device.type)}}
     for shape in shapes:
         options = keeping if shape == shapes[0] else {}
         yield new("linear_logprobs", *shape, masked=0.5 if tiny else 0.0, **options)

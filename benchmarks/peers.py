@@ -20,7 +20,6 @@ import rlhf_kernels as rk
 from benchmarks import overlays
 
 OURS = ("native", "triton")  # backends: named, never "auto", so that none stands in for another
-LEAST_BUDGET_MIB = 8  # that set_workspace_budget takes
 # What a job may ask for, and what is said of a peer that lacks it.
 LACKS = {
     "cpu": "runs on GPUs alone",
@@ -369,9 +368,8 @@ def ours(op: str, backend: str) -> Peer:
     return Peer(backend, partial(OUR_OPS[op], backend), note=note)
 
 
-def native_with(op: str, budget_mib: int) -> Peer:
-    """With another budget than the default: the least that there is, or a larger one, which keeps all logits."""
-    least = budget_mib == LEAST_BUDGET_MIB
-    note = f"{budget_mib} MiB of scratch{'' if least else ': all logits are kept'}"
-    name = f"native, {'least' if least else 'larger'} budget"
-    return Peer(name, partial(OUR_OPS[op], "native"), note=note, budget_mib=budget_mib)
+def native_with(op: str, budget: str, mib: int) -> Peer:
+    """With another budget than the default: `budget` names it."""
+    return Peer(
+        f"native, {budget} budget", partial(OUR_OPS[op], "native"), note=f"{mib} MiB of scratch", budget_mib=mib
+    )

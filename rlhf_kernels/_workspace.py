@@ -8,6 +8,7 @@ from . import _extension
 
 PAD_ROWS, PAD_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h, kRowBlock and cached_vocab
 _NO_LIMIT = 1 << 50
+LEAST_MIB = 8
 _DEFAULT_MIB = {"cpu": 64, "cuda": 256}
 _budget_mib: int | None = None
 
@@ -29,8 +30,8 @@ def set_workspace_budget(mebibytes: int | None) -> None:
     global _budget_mib
     if isinstance(mebibytes, bool) or not isinstance(mebibytes, int | None):
         raise TypeError(f"mebibytes must be an int or None, got {type(mebibytes).__name__}")
-    if mebibytes is not None and mebibytes < 8:
-        raise ValueError(f"mebibytes must be >= 8, got {mebibytes}")
+    if mebibytes is not None and mebibytes < LEAST_MIB:
+        raise ValueError(f"mebibytes must be >= {LEAST_MIB}, got {mebibytes}")
     _budget_mib = mebibytes
     if _extension.native_available():
         _extension.module().set_workspace_budget_mib(mebibytes or 0)

@@ -22,7 +22,7 @@ JOBS = {
     "soft cap": TINY("linear_logprobs", 72, 32, 133, softcap=3.0),
     "linear_kl": TINY("linear_kl", 72, 32, 133),
     "linear_dpo_loss": TINY(
-        "linear_dpo_loss", 72, 32, 133, sequences=(4, 18), pairs_per_response=2, budgets_mib=(100,)
+        "linear_dpo_loss", 72, 32, 133, sequences=(4, 18), pairs_per_response=2, budgets_mib={"larger": 100}
     ),
     "grpo": TINY("grpo", 72, 32, 133, sequences=(4, 18)),
 }
