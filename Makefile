@@ -73,7 +73,7 @@ build/peers/%/.installed: | $(STAMP)
 # Whether the working tree is slower than the commit BASE, on this machine. CONTRIBUTING.md says how to read it.
 BASE ?= $(shell git rev-parse -q --verify origin/main || echo HEAD~1)
 bench-guard: $(STAMP)
-	$(BIN)/python -m benchmarks.guard --base $(BASE) $(GUARD_ARGS)
+	$(BIN)/python -m benchmarks.guard.guard --base $(BASE) $(GUARD_ARGS)
 
 CPP_FILES = $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 
@@ -126,7 +126,7 @@ triton-check: $(TRITONS:%=triton-check-%)
 triton-check-%: build/triton-%/.installed $(STAMP)
 	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton'
 	PYTHONPATH=build/triton-$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
-		tests/kernels/test_triton_compiled.py
+		tests/kernels/triton/test_triton_compiled.py
 	PYTHONPATH=build/triton-$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
 		-k '$(TRITON_TESTS)' $(TRITON_FILES)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.heads import SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
+from benchmarks.harness.heads import SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
 
 
 def test_bf16(measure):

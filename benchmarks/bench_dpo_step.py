@@ -17,8 +17,8 @@ import pytest
 from benchmarks import bench_step
 from benchmarks.bench_step import RIVALS, Track, shown
 from benchmarks.conftest import failing_tests
-from benchmarks.heads import bf16_is_fast
-from benchmarks.step import Sizes
+from benchmarks.harness.heads import bf16_is_fast
+from benchmarks.steps.step import Sizes
 
 CASE = "DPO up to the gradients: one pair of 511 tokens"
 SIZES = Sizes(

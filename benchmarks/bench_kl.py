@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.heads import SMALLEST, head_job
+from benchmarks.harness.heads import SMALLEST, head_job
 
 
 @pytest.mark.parametrize("model", [SMALLEST, "Qwen 3 4B", "Gemma 2 2B"])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.heads import HEADS, SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
-from benchmarks.peers import installed, older_trl
+from benchmarks.harness.heads import HEADS, SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
+from benchmarks.harness.peers import installed, older_trl
 
 
 def test_fp32(measure):

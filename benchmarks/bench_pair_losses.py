@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.pair_losses import WAYS, PairLossJob
+from benchmarks.harness.pair_losses import WAYS, PairLossJob
 
 MOST_ROUNDS = 101  # a call takes a tenth of a millisecond, and now and then several times that
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import overlays
 from benchmarks.conftest import failing_tests
-from benchmarks.peers import installed, older_trl
-from benchmarks.record import ROOT
-from benchmarks.step import Sizes, make_data, make_model
+from benchmarks.harness import overlays
+from benchmarks.harness.peers import installed, older_trl
+from benchmarks.harness.record import ROOT
+from benchmarks.steps.step import Sizes, make_data, make_model
 
 RIVALS = (f"trl-{installed('trl')}", f"trl-{older_trl()}", "plain")
 ROUNDS = 2
@@ -59,9 +59,9 @@ class Track:
             return  # nor will it run the next time
         out = self.folder / f"{name}-{len(turns)}.json"
         command = [
-            sys.executable, "-m", "benchmarks.step", "--trainer", name, "--model", self.folder / "model", "--data",
-            self.folder / "pairs.jsonl", "--out", out, "--batch", str(self.sizes.batch), "--dtype", self.dtype,
-            "--part", self.part, "--warm-up", str(self.warm_up), "--learning-rate", str(self.learning_rate),
+            sys.executable, "-m", "benchmarks.steps.step", "--trainer", name, "--model", self.folder / "model",
+            "--data", self.folder / "pairs.jsonl", "--out", out, "--batch", str(self.sizes.batch),
+            "--dtype", self.dtype, "--part", self.part, "--warm-up", str(self.warm_up), "--learning-rate", str(self.learning_rate),
         ]  # fmt: skip
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(self.folder / "datasets"),

@@ -1,9 +1,9 @@
-"""One thing varies, the rest stays: what benchmarks/growth.py fits laws to."""
+"""One thing varies, the rest stays: what benchmarks/scaling/growth.py fits laws to."""
 
 import pytest
 import torch
 
-from benchmarks.heads import bf16_is_fast, cpu_job
+from benchmarks.harness.heads import bf16_is_fast, cpu_job
 from rlhf_kernels._workspace import LEAST_MIB
 
 N, D, V = 256, 1024, 32768

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measuring import Clock, measure, rates_of
-from benchmarks.record import ROOT, Results, environment, line_of
+from benchmarks.harness.measuring import Clock, measure, rates_of
+from benchmarks.harness.record import ROOT, Results, environment, line_of
 
 # Nothing is measured of an op whose tests fail: which tests those are.
 LOGPROBS = [f"kernels/test_{name}.py" for name in ("linear_logprobs", "linear_logprobs_rows", "batch_invariance")]
@@ -132,4 +132,4 @@ def pytest_terminal_summary(terminalreporter, config):
     for line in SHOWN:
         terminalreporter.write_line(line)
     if path := config.getoption("--save-results"):
-        terminalreporter.write_line(f"saved to {path}; python -m benchmarks.report makes docs/performance.md of it")
+        terminalreporter.write_line(f"saved to {path}; python -m benchmarks.report.report writes docs/performance.md")

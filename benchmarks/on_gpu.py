@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 import rlhf_kernels as rk
-from benchmarks.jobs import gpu_jobs, normal
-from benchmarks.measuring import Clock, measure, rates_of, reason_of
-from benchmarks.peers import OURS, CannotRun, Peer
-from benchmarks.record import Results, environment, line_of
+from benchmarks.harness.jobs import gpu_jobs, normal
+from benchmarks.harness.measuring import Clock, measure, rates_of, reason_of
+from benchmarks.harness.peers import OURS, CannotRun, Peer
+from benchmarks.harness.record import Results, environment, line_of
 
 JOB_SECONDS, MOST_ROUNDS = 8.0, 9  # turns of one job; slow contenders take fewer, but at least two
 

@@ -96,7 +96,7 @@ if [[ $found != green ]]; then
   fi
 fi
 # The tuner is judged by test_triton_device.py; elsewhere its four choices would cost four compilations each.
-run_tests triton_tests "$(within 60 180 220)" -k triton -p tests.untuned
+run_tests triton_tests "$(within 60 180 220)" -k triton -p tests.support.untuned
 backends=native,triton
 triton=$found
 if [[ $triton == red && ${FORCE:-} != 1 ]]; then

@@ -4,9 +4,9 @@
 
 #include <string>
 
-#include "common/gemm_tile.h"
-#include "common/kept_logits.h"
-#include "common/tile_kernels.h"
+#include "common/cpu/gemm_tile.h"
+#include "common/cpu/kept_logits.h"
+#include "common/simd/tile_kernels.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
 #include "kl/linear_kl.h"

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "common/tile_kernels.h"
+#include "common/simd/tile_kernels.h"
 
 namespace rk {
 

@@ -1,7 +1,7 @@
 // The inline maths of every kernel, once: streaming softmax statistics, their merge, and gradients of logits.
 //
 // Each function is a template on a maths policy M, which supplies the number type F and a handful of functions on it:
-// a vector of tokens on CPU (common/simd.h), or one float on a GPU and in scalar loops (ScalarMath below):
+// a vector of tokens on CPU (common/simd/simd.h), or one float on a GPU and in scalar loops (ScalarMath below):
 //   M::F, M::set, M::exp, M::expm1, M::expm1_minus_identity, M::log1p (of [0, 1]), M::tanh, M::max, M::min,
 //   M::select(mask, a, b)
 // Comparing two F gives a mask for M::select. All quantities are in nats.

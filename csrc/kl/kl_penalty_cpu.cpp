@@ -1,7 +1,7 @@
 // kl_penalty on CPU: one pass over the sampled tokens' log-probabilities.
 #include <ATen/Parallel.h>
 
-#include "common/tile_kernels.h"
+#include "common/simd/tile_kernels.h"
 #include "kl/kl_checks.h"
 
 namespace rk {

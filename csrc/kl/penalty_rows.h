@@ -4,8 +4,8 @@
 #endif
 #pragma once
 
-#include "common/simd.h"
-#include "common/tile_kernels.h"
+#include "common/simd/simd.h"
+#include "common/simd/tile_kernels.h"
 #include "kl/penalty_terms.h"
 
 namespace rk {

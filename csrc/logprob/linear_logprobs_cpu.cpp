@@ -5,12 +5,12 @@
 #include <cmath>
 #include <vector>
 
-#include "common/counted_rows.h"
-#include "common/head.h"
-#include "common/head_gradient.h"
-#include "common/kept_logits.h"
+#include "common/cpu/counted_rows.h"
+#include "common/cpu/head.h"
+#include "common/cpu/head_gradient.h"
+#include "common/cpu/kept_logits.h"
 #include "common/online_softmax.h"
-#include "common/parallel.h"
+#include "common/cpu/parallel.h"
 #include "common/workspace.h"
 
 namespace rk {

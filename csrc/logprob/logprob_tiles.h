@@ -4,7 +4,7 @@
 #endif
 #pragma once
 
-#include "common/logit_tiles.h"
+#include "common/simd/logit_tiles.h"
 
 namespace rk {
 namespace RK_ISA {

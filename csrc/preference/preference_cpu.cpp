@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include "common/checks.h"
-#include "common/tile_kernels.h"
+#include "common/simd/tile_kernels.h"
 #include "preference/pair_losses.h"
 
 namespace rk {

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from . import config, online_config
+from .config import base as config
 from .errors import UsageError
+from .online import config as online_config
 
 
 class Command(NamedTuple):
@@ -20,13 +21,13 @@ class Command(NamedTuple):
     summary: str
 
     def run(self, name: str, argv: Sequence[str]) -> None:
-        from .config_file import parse_config
+        from .config.parse import parse_config
 
         given = parse_config(self.config, argv, f"rlhf {name}", f"{self.summary[0].upper()}{self.summary[1:]}.")
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # a run shows one bar, its own
-        from .processes import leave_processes
+        from .training.processes import leave_processes
 
         function: Callable[[Any], object] = getattr(import_module(f".{self.module}", __package__), self.function)
         try:

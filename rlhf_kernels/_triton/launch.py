@@ -48,7 +48,7 @@ LIGHT, MEDIUM, HEAVY = range(3)  # how many registers a tile of logits takes bes
 
 
 def tile_for(device: torch.device, gemm: torch.dtype, load: int) -> Tile:
-    """The largest tile that spills no registers: tests/kernels/test_triton_compiled.py."""
+    """The largest tile that spills no registers: tests/kernels/triton/test_triton_compiled.py."""
     if INTERPRETED:
         return Tile(64, 128, 128)
     if gemm == torch.float32:  # no matrix unit multiplies fp32 exactly: less data for each operation

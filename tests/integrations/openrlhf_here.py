@@ -21,7 +21,7 @@ import torch.distributed as dist
 import transformers.integrations.deepspeed
 import transformers.modeling_flash_attention_utils  # noqa: F401
 
-from benchmarks import overlays
+from benchmarks.harness import overlays
 
 
 def unpad_input(rows, mask):

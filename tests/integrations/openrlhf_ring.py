@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from rlhf_kernels.integrations.openrlhf import fused
 from tests.integrations import openrlhf_here
-from tests.leaving import leave
+from tests.support.leaving import leave
 
 
 def main(model, folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import overlays
+from benchmarks.harness import overlays
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/integrations.md"
 TEXT = PAGE.read_text()

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from benchmarks import overlays
+from benchmarks.harness import overlays
 
 try:
     FOLDER = overlays.folder_of("openrlhf")

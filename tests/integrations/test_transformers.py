@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 import rlhf_kernels as rk
 from rlhf_kernels.integrations.transformers import CausalLMLogprobs, nll_loss, patch_causal_lm, with_shift_labels
 from tests.integrations.tiny_models import IGNORED, VOCABULARY, logprobs_of_logits, make_model, twins
-from tests.vocabulary_tensors import LargestVocabularyTensor
+from tests.support.vocabulary_tensors import LargestVocabularyTensor
 
 
 def make_rows(vocabulary=VOCABULARY, lengths=(5, 9, 7, 12, 6, 8, 11, 10)):

@@ -31,7 +31,7 @@ from tests.integrations.trl_cases import (
     steps_of,
     tokenizer,
 )
-from tests.vocabulary_tensors import LargestVocabularyTensor
+from tests.support.vocabulary_tensors import LargestVocabularyTensor
 
 
 def options_of(kind, family):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks import overlays
+from benchmarks.harness import overlays
 from rlhf_kernels.integrations import verl as ours
 
 try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import rlhf_kernels as rk
-from tests.leaving import leave
+from tests.support.leaving import leave
 
 PAIRS, LENGTH, STEPS, VOCABULARY = 8, 9, 3, 67  # 8 pairs: two micro-batches each on four ranks
 # AdamW's eps is far above rounding: with the usual one a gradient of 1e-9, which is noise, moves as far as any other.

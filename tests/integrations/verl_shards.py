@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from rlhf_kernels.integrations.verl import linear_cross_entropy
-from tests.leaving import leave
+from tests.support.leaving import leave
 
 
 def main():

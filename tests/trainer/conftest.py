@@ -21,11 +21,11 @@ from transformers.utils import logging
 
 import rlhf_kernels
 import rlhf_trainer
-from rlhf_trainer.chat import set_chat_template
-from rlhf_trainer.config import DPOConfig
-from rlhf_trainer.data import encode_prompt
-from rlhf_trainer.dpo import train_dpo
-from rlhf_trainer.rollout import Asked
+from rlhf_trainer.config.base import DPOConfig
+from rlhf_trainer.data.chat import set_chat_template
+from rlhf_trainer.data.examples import encode_prompt
+from rlhf_trainer.offline.dpo import train_dpo
+from rlhf_trainer.rollouts.sampler import Asked
 
 logging.disable_progress_bar()
 

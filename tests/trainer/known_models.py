@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from rlhf_trainer.reward_model import give_pad_token
+from rlhf_trainer.offline.reward_model import give_pad_token
 
 SMALL = {
     "vocab_size": 397, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,

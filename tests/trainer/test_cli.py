@@ -6,7 +6,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.cli import Command, main
-from rlhf_trainer.dpo import DPOTask
+from rlhf_trainer.offline.dpo import DPOTask
 
 
 def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/tile_kernels.h"
+#include "common/simd/tile_kernels.h"
 
 namespace rk::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/tile_kernels.h"
+#include "common/simd/tile_kernels.h"
 
 namespace rk::cuda {
 

@@ -1,0 +1,86 @@
+#include "common/cpu/kept_logits.h"
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+
+#include "common/cpu/buffer.h"
+#include "common/workspace.h"
+
+namespace rk {
+namespace {
+
+// Pages that were never written are not committed, and hold zeros.
+struct Block {
+  explicit Block(int64_t size) : count(size), start(static_cast<char*>(std::calloc(bytes() + kCacheLine, 1))) {
+    TORCH_CHECK(start, "out of memory: ", bytes(), " bytes to keep logits for backward; ",
+                "a smaller rk.set_workspace_budget recomputes them instead");
+  }
+  Block(const Block&) = delete;
+  ~Block() { std::free(start); }
+
+  int64_t bytes() const { return count * static_cast<int64_t>(sizeof(float)); }
+  bool fits_budget() const { return bytes() <= workspace_budget_bytes(kCpuBudgetMib) / 2; }
+  float* data() const {
+    return reinterpret_cast<float*>(start + kCacheLine - reinterpret_cast<uintptr_t>(start) % kCacheLine);
+  }
+
+  const int64_t count;
+  char* const start;
+  int64_t written = 0;
+};
+
+class Waiting {
+ public:
+  // A block of at least `count` floats. One that is too small is freed first: the two would exceed the budget.
+  std::unique_ptr<Block> take(int64_t count) {
+    std::unique_ptr<Block> block;
+    {
+      const std::lock_guard lock(mutex_);
+      block.swap(block_);
+    }
+    if (block && block->count < count) block.reset();
+    return block ? std::move(block) : std::make_unique<Block>(count);
+  }
+
+  void give_back(std::unique_ptr<Block> block) {
+    const std::lock_guard lock(mutex_);
+    if (block->fits_budget() && (!block_ || block->count > block_->count)) block_.swap(block);
+  }
+
+  void trim() {
+    const std::lock_guard lock(mutex_);
+    if (block_ && !block_->fits_budget()) block_.reset();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unique_ptr<Block> block_;
+};
+
+Waiting& waiting() {
+  static auto* const alive = new Waiting;  // also when tensors are freed after statics
+  return *alive;
+}
+
+}  // namespace
+
+at::Tensor kept_logits_memory(int64_t count, int64_t written) {
+  if (count == 0) return at::empty({0}, at::kFloat);
+  Block* const block = waiting().take(count).release();
+  if (block->written > written) std::fill(block->data() + written, block->data() + block->written, 0.0f);
+  block->written = written;
+  const auto give_back = [block](void*) { waiting().give_back(std::unique_ptr<Block>(block)); };
+  return at::from_blob(block->data(), {count}, give_back, at::kFloat);
+}
+
+void check_logit_cache(const at::Tensor& logit_cache) {
+  TORCH_CHECK_VALUE(logit_cache.dim() == 1 && logit_cache.is_contiguous() && logit_cache.scalar_type() == at::kFloat,
+                    "logit_cache must be flat and float32, got ", logit_cache.sizes(), " of ",
+                    logit_cache.scalar_type());
+}
+
+void trim_kept_logits_memory() { waiting().trim(); }
+
+}  // namespace rk

@@ -1,0 +1,146 @@
+"""Rows as known data sets lay them out -> rows of plain columns.
+
+Plain columns: prompt (text or messages), with chosen and rejected, a completion and perhaps its label, or responses
+with their pairs or scores; else messages, a whole conversation; else text, a document. Other columns are let through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ..config.base import RowFormat
+from .chat import RowError, check_messages, kind
+from .columns import need, need_list, need_text, text
+
+Row = dict[str, Any]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+FINAL_ANSWER = "####"
+TURN = re.compile(f"({HUMAN}|{ASSISTANT})")
+
+
+def plain_row(row: Any, format: RowFormat = "auto", *, chat: bool = True) -> Row:
+    """A raw row -> plain columns, or RowError. `chat`: the model talks in messages, so a transcript becomes some."""
+    if not isinstance(row, dict):
+        raise RowError("row", f"expected a mapping, got {row!r}")
+    row = {column: value for column, value in row.items() if value is not None}
+    if format == "auto":
+        format = format_of(row)
+    if format == "hh":
+        return _from_transcripts(row, chat)
+    if format == "gsm8k":
+        return _from_word_problems(row, chat)
+    return _READERS[format](row)
+
+
+def format_of(row: Row) -> RowFormat:
+    """The format that a row's columns and their contents speak for; "plain" if none does."""
+    pair = [row.get("chosen"), row.get("rejected")]
+    if "prompt" not in row and all(isinstance(part, str) and HUMAN in part for part in pair):
+        return "hh"
+    if {"info", "summaries", "choice"} <= row.keys():
+        return "tldr"
+    if all(isinstance(messages, list) for messages in pair) and not isinstance(row.get("prompt"), list):
+        return "ultrafeedback"
+    if "text" in row and not row.keys() & {"prompt", "messages", "completion", "chosen", "responses"}:
+        return "imdb"
+    if {"question", "answer"} <= row.keys() and not row.keys() & {"prompt", "messages", "text"}:
+        return "gsm8k" if isinstance(row["answer"], str) and FINAL_ANSWER in row["answer"] else "plain"
+    return "plain"
+
+
+def _from_plain(row: Row) -> Row:
+    return row
+
+
+def _from_transcripts(row: Row, chat: bool) -> Row:
+    """Anthropic HH: two transcripts, equal up to the assistant's last turn, which is the response."""
+    chosen, rejected = need_text(row, "chosen"), need_text(row, "rejected")
+    prompts = []
+    for field, transcript in (("chosen", chosen), ("rejected", rejected)):
+        if not transcript.startswith(HUMAN):
+            raise RowError(field, f"expected a transcript that begins with {HUMAN!r}, got {transcript[:30]!r}")
+        last = max(transcript.rfind(HUMAN), transcript.rfind(ASSISTANT))
+        if not transcript.startswith(ASSISTANT, last):
+            raise RowError(field, "the transcript ends with the human's turn, so there is no response")
+        prompts.append(transcript[: last + len(ASSISTANT)])
+    prompt = prompts[0]
+    if prompt != prompts[1]:
+        raise RowError("rejected", "the transcript differs from 'chosen' before the last response: no common prompt")
+    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    if not chat:
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _, *parts, _, _ = TURN.split(prompt)  # "", then marks and what follows them, up to the last mark and ""
+    messages = [
+        {"role": "user" if mark == HUMAN else "assistant", "content": content.strip()}
+        for mark, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    return {"prompt": messages, "chosen": _answer(chosen), "rejected": _answer(rejected)}
+
+
+def _from_word_problems(row: Row, chat: bool) -> Row:
+    """GSM8K: a question and a worked answer, whose last line gives the result after ####."""
+    question, solution = need_text(row, "question").strip(), need_text(row, "answer").strip()
+    _, mark, result = solution.rpartition(FINAL_ANSWER)
+    if not mark or not result.strip():
+        raise RowError("answer", f"expected a solution with its result behind {FINAL_ANSWER}, got {solution[-30:]!r}")
+    if chat:
+        texts = {"prompt": [{"role": "user", "content": question}], "completion": _answer(solution)}
+    else:
+        texts = {"prompt": f"Question: {question}\nAnswer:", "completion": f" {solution}"}
+    return {**row, **texts, "ground_truth": result.strip()}
+
+
+def _answer(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content.strip()}]
+
+
+def _from_summaries(row: Row) -> Row:
+    """OpenAI's comparisons of two summaries of a post on Reddit, for a prompt that asks for one."""
+    info = _mapping("info", need(row, "info"))
+    subreddit, title, post = (text(f"info.{key}", info.get(key)) for key in ("subreddit", "title", "post"))
+    texts = [
+        text(f"summaries[{i}].text", _mapping(f"summaries[{i}]", summary).get("text"))
+        for i, summary in enumerate(need_list(row, "summaries"))
+    ]
+    choice = need(row, "choice")
+    if len(texts) != 2 or choice not in (0, 1):
+        raise RowError("choice", f"expected 0 or 1, one of 2 summaries, got {choice!r} of {len(texts)}")
+    prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    chosen, rejected = (" " + texts[place].strip() for place in (choice, 1 - choice))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _mapping(field: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(field, f"expected a mapping, got {kind(value)}")
+    return value
+
+
+def _from_reviews(row: Row) -> Row:
+    """IMDb: a text and a sentiment, which is not for the model to see."""
+    return {"text": need_text(row, "text")}
+
+
+def _from_conversations(row: Row) -> Row:
+    """UltraFeedback: two whole conversations, equal up to the responses."""
+    chosen, rejected = need_list(row, "chosen"), need_list(row, "rejected")
+    check_messages("chosen", chosen)
+    check_messages("rejected", rejected)
+    said = [[(message["role"], message["content"]) for message in messages] for messages in (chosen, rejected)]
+    shared = 0
+    while shared < min(map(len, said)) - 1 and said[0][shared] == said[1][shared]:
+        shared += 1
+    if shared == 0:
+        raise RowError("chosen", "expected a conversation that begins with the prompt, as 'rejected' does")
+    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+_READERS: dict[str, Callable[[Row], Row]] = {
+    "plain": _from_plain,
+    "tldr": _from_summaries,
+    "imdb": _from_reviews,
+    "ultrafeedback": _from_conversations,
+}

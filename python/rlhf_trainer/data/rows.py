@@ -1,0 +1,102 @@
+"""Rows of a file or of a hub data set, one after the other, as they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UsageError
+from .chat import RowError, kind
+
+Checked = TypeVar("Checked")
+SHOWN_ERRORS = 5
+
+
+class RowProblem(str):
+    """Stands in for a row that could not even be parsed."""
+
+
+def read_rows(source: str, split: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a .jsonl or .parquet file, or of a split of a hub data set.
+
+    In a JSONL file the number is that of the line. A hub data set is downloaded whole first, unless `streaming`.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return _read_jsonl(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return _read_parquet(path)
+    if path.exists():
+        raise UsageError(f"{source}: expected a .jsonl or .parquet file")
+    if path.suffix in (".jsonl", ".parquet") or path.is_absolute() or source.startswith("."):
+        raise UsageError(f"{source}: no such file")
+    return _read_hub(source, split, streaming)
+
+
+def listing(problems: list[str]) -> str:
+    """The first problems, a line each, and how many more there are."""
+    more = [f"  ... and {len(problems) - SHOWN_ERRORS} more"] if len(problems) > SHOWN_ERRORS else []
+    return "\n".join([f"  {problem}" for problem in problems[:SHOWN_ERRORS]] + more)
+
+
+def read_checked(
+    source: str, check: Callable[[int, dict[str, Any]], Checked], noun: str, expected: str
+) -> list[Checked]:
+    """`check(number, row)` of every row of a file that another command wrote; UsageError naming those that it refuses
+    by RowError. `noun`: what rows should be; `expected`: what to say of a file without any."""
+    found: list[Checked] = []
+    problems: list[str] = []
+    for number, row in read_rows(source, split="train"):
+        try:
+            if isinstance(row, RowProblem) or not isinstance(row, dict):
+                raise RowError("row", row if isinstance(row, RowProblem) else f"expected a mapping, got {kind(row)}")
+            found.append(check(number, row))
+        except RowError as error:
+            problems.append(f"row {number}, {error}")
+    if problems:
+        raise UsageError(f"{source}: {len(problems)} rows are not {noun}:\n{listing(problems)}")
+    if not found:
+        raise UsageError(f"{source} is empty: expected {expected}")
+    return found
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:  # of JSON or of UTF-8
+                yield number, RowProblem(f"not JSON: {error}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _read_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[int, Any]]:
+    from datasets import load_dataset
+
+    rows = 0
+    try:
+        for row in load_dataset(name, split=split, streaming=streaming):
+            rows += 1
+            yield rows, row
+    except Exception as error:  # offline, unknown name, unknown split, a script: datasets raises many kinds
+        where = f", after row {rows}" if rows else ""  # a stream may break off in the middle
+        raise UsageError(
+            f"{name}: neither a file here nor a readable hub data set (split {split!r}){where}: {error}"
+        ) from error

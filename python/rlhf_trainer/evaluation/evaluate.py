@@ -1,0 +1,238 @@
+"""`rlhf evaluate`: a model answers held-out prompts; a reward model judges its answers beside those of the data.
+
+Measured are, each with a 95% interval:
+- win rate: how often the model's answer gets a higher reward than the data's answer to the same prompt. Equal rewards
+  count half; an empty answer loses. Wilson's interval.
+- over prompts, the mean reward, the mean length in tokens of the model's tokenizer, the mean of KL(model || reference).
+  Bootstrap intervals over prompts.
+KL of an answer is the exact divergence of the two next-token distributions before each of its tokens, summed, in nats.
+Its mean estimates the KL of whole answers where they are drawn from the model as it is: temperature 1, no top_k, no
+top_p. An answer that was cut at max_new_tokens is judged as it is. An empty one has no reward.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.base import EvaluateConfig
+from ..config.parse import dump_yaml
+from ..data.chat import RowError
+from ..data.examples import Prompt, encode_prompt, encode_response
+from ..data.rows import listing
+from ..errors import UsageError
+from ..models.kl import kl_of_sequences
+from ..models.loading import FusedLM, check_fit, check_same_vocabulary, load_fused, load_tokenizer, pad_id_of
+from ..models.scoring import batch_count, load_reward_model, score_sequences
+from ..rollouts.generation import Completion, completion_text, generate
+from ..rollouts.sample import SHORTER, is_empty, like_prompt, prompts_of, sampling_of
+from ..training.journal import Progress, Run, begin, write_jsonl
+from ..training.output_folder import commit_output, open_output
+from .report import report_of, table
+
+
+class Answer(NamedTuple):
+    """One answer to a prompt, by the model or of the data."""
+
+    content: Any  # text, or messages after messages
+    tokens: int  # of the model's tokenizer, with the end
+    judged: list[int] | None  # prompt and answer as the reward model's tokenizer makes them; None: empty
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Writes report.json and samples.jsonl into output_dir, which it returns, and prints a table."""
+    device, finished = begin(config, "rlhf evaluate")
+    if finished:
+        return Path(config.output_dir)
+    tokenizer, judge_tokenizer = (
+        load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
+        for key in ("model_name_or_path", "reward_model")
+    )
+    prompts = prompts_of(config, tokenizer).examples
+    check_prompts(config, prompts, judge_tokenizer)
+    theirs = answers_of_data(config, prompts, tokenizer, judge_tokenizer)
+    models = load_models(config, prompts, theirs, tokenizer, judge_tokenizer)
+
+    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    data = [(prompt.ids, answer and answer.judged) for prompt, answer in zip(prompts, theirs, strict=True)]
+    batches = math.ceil(len(prompts) / config.batch_size) * (1 if config.ref_model_name_or_path is None else 2)
+    with Progress(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
+        completions, kl = answer_prompts(config, prompts, models, tokenizer, device, progress.run)
+        ours = [
+            own_answer(config, prompt, completion, tokenizer, judge_tokenizer)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        rewards, their_rewards = judge(config, prompts, [ours, theirs], models.judge, judge_tokenizer, device, progress)
+    samples = [
+        {
+            "prompt": prompt.prompt, "prompt_row": prompt.row, "completion": own.content, "finished": done.finished,
+            "tokens": own.tokens, "reward": reward, "answer": other and other.content,
+            "answer_tokens": other and other.tokens, "answer_reward": their_reward, "kl_nats": nats,
+        }
+        for prompt, own, done, reward, other, their_reward, nats in zip(
+            prompts, ours, completions, rewards, theirs, their_rewards, kl, strict=True
+        )
+    ]  # fmt: skip
+    report = report_of(config, samples)
+    write_jsonl(work / "samples.jsonl", samples)
+    (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    progress.remove()
+    folder = commit_output(config.output_dir, config.overwrite)
+    print(table(report) + f"\nsaved to {folder}")
+    return folder
+
+
+def answers_of_data(
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    judge_tokenizer: PreTrainedTokenizerBase,
+) -> list[Answer | None]:
+    """None where the row has no answer. An unusable answer is a UsageError; told and None if rows may be skipped."""
+    answers: list[Answer | None] = []
+    problems: list[str] = []
+    for prompt in prompts:
+        answer = None
+        if prompt.answer is not None:
+            try:
+                tokens = len(encode_response(tokenizer, prompt.prompt, prompt.answer, "answer"))
+                answer = Answer(prompt.answer, tokens, judged_ids(judge_tokenizer, prompt, prompt.answer))
+            except RowError as error:
+                problems.append(f"row {prompt.row}, {error}")
+        answers.append(answer)
+    if problems:
+        told = f"{config.dataset}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
+        if not config.skip_invalid_rows:
+            raise UsageError(f"{told}\nFix them, or pass --skip_invalid_rows to compare on the others.")
+        print(told)
+    return answers
+
+
+def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], judge_tokenizer: PreTrainedTokenizerBase) -> None:
+    """UsageError where the reward model's tokenizer, say without a chat template, makes nothing of a prompt."""
+    for prompt in prompts:
+        try:
+            encode_prompt(judge_tokenizer, prompt.prompt)
+        except RowError as error:
+            raise UsageError(
+                f"{config.dataset}, row {prompt.row}, for the tokenizer of {config.reward_model}: {error}"
+            ) from error
+
+
+def judged_ids(judge_tokenizer: PreTrainedTokenizerBase, prompt: Prompt, content: Any) -> list[int]:
+    return encode_prompt(judge_tokenizer, prompt.prompt) + encode_response(
+        judge_tokenizer, prompt.prompt, content, "answer"
+    )
+
+
+def own_answer(
+    config: EvaluateConfig,
+    prompt: Prompt,
+    completion: Completion,
+    tokenizer: PreTrainedTokenizerBase,
+    judge_tokenizer: PreTrainedTokenizerBase,
+) -> Answer:
+    content = like_prompt(prompt, completion_text(tokenizer, completion))
+    try:
+        judged = None if is_empty(content) else judged_ids(judge_tokenizer, prompt, content)
+    except RowError as error:
+        raise UsageError(f"{config.dataset}, row {prompt.row}, the model's answer {content!r}: {error}") from error
+    return Answer(content, len(completion.ids), judged)
+
+
+class Models(NamedTuple):
+    policy: FusedLM
+    reference: FusedLM | None
+    judge: PreTrainedModel
+
+
+def load_models(
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    theirs: Sequence[Answer | None],
+    tokenizer: PreTrainedTokenizerBase,
+    judge_tokenizer: PreTrainedTokenizerBase,
+) -> Models:
+    """All models, on the CPU until it is their turn; UsageError where they do not fit each other or the prompts."""
+    rows = [prompt.row for prompt in prompts]
+
+    lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
+
+    def load(key: str) -> FusedLM:
+        fused = load_fused(config, getattr(config, key), key)
+        check_fit(fused.model, tokenizer, rows, lengths, config.dataset, SHORTER)
+        return fused
+
+    policy = load("model_name_or_path")
+    reference = None if config.ref_model_name_or_path is None else load("ref_model_name_or_path")
+    if reference is not None:
+        check_same_vocabulary(policy, reference, "ref_model_name_or_path")
+    judge = load_reward_model(
+        config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    # How long the model's own answers are in the judge's tokens will be known when they are written.
+    judged = [len(answer.judged) if answer and answer.judged else 0 for answer in theirs]
+    check_fit(judge, judge_tokenizer, rows, judged, config.dataset, "leave it out")
+    return Models(policy, reference, judge)
+
+
+def answer_prompts(
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    models: Models,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    run: Run,
+) -> tuple[list[Completion], list[float | None]]:
+    """One completion a prompt, and its KL if there is a reference."""
+    policy = models.policy.to(device)
+    completions = generate(
+        policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config),
+        batch_size=config.batch_size, seed=config.seed, bf16=config.precision == "bf16", run=run,
+    )  # fmt: skip
+    kl: list[float | None] = [None] * len(prompts)
+    if models.reference is not None:
+        sequences = [(prompt.ids, done.ids) for prompt, done in zip(prompts, completions, strict=True)]
+        reference = models.reference.to(device)
+        kl = [*kl_of_sequences(policy, reference, sequences, config.batch_size, pad_id_of(tokenizer), run)]
+        reference.to("cpu")
+    policy.to("cpu")  # room for the judge
+    return completions, kl
+
+
+def judge(
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[Answer | None]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    progress: Progress,
+) -> list[list[float | None]]:
+    """Rewards of the answers, list by list; None where there is no answer or an empty one."""
+    judged = [
+        (prompt.row, answer.judged)
+        for column in answers
+        for prompt, answer in zip(prompts, column, strict=True)
+        if answer and answer.judged
+    ]
+    if not judged:
+        return [[None] * len(prompts) for _ in answers]
+    sequences = [ids for _, ids in judged]
+    check_fit(
+        model, tokenizer, [row for row, _ in judged], [len(ids) for ids in sequences], config.dataset, "leave it out"
+    )
+    progress.expect(batch_count(sequences, config.batch_size))
+    rewards = score_sequences(
+        model, sequences, config.batch_size, pad_id_of(tokenizer), device, bf16=config.precision == "bf16",
+        run=progress.run,
+    )  # fmt: skip
+    found = iter(rewards.tolist())
+    return [[next(found) if answer and answer.judged else None for answer in column] for column in answers]

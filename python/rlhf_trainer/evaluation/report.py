@@ -1,0 +1,81 @@
+"""What `rlhf evaluate` found, from its samples: as numbers with intervals, and as a table for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config.base import EvaluateConfig
+from .intervals import bootstrap_interval, wilson_interval
+
+
+def report_of(config: EvaluateConfig, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and an Interval (as a mapping; None where nothing could be measured) of each measure."""
+    compared = [sample for sample in samples if sample["answer_reward"] is not None]
+    scores = [outcome(sample["reward"], sample["answer_reward"]) for sample in compared]
+
+    def mean(values: Sequence[float | None]) -> dict[str, float] | None:
+        known = [value for value in values if value is not None]
+        return bootstrap_interval(known, config.resamples, config.seed)._asdict() if known else None
+
+    def column(name: str) -> list[float | None]:
+        return [sample[name] for sample in samples]
+
+    gains = [s["reward"] - s["answer_reward"] for s in compared if s["reward"] is not None]
+    return {
+        "model": config.model_name_or_path,
+        "ref_model": config.ref_model_name_or_path,
+        "reward_model": config.reward_model,
+        "dataset": config.dataset,
+        "prompts": len(samples),
+        "unfinished": sum(not sample["finished"] for sample in samples),
+        "empty": sum(sample["reward"] is None for sample in samples),
+        "wins": scores.count(1.0),
+        "ties": scores.count(0.5),
+        "losses": scores.count(0.0),
+        "intervals": f"95%; win_rate: Wilson's; others: bootstrap over prompts, {config.resamples} resamples",
+        "win_rate": wilson_interval(sum(scores) / len(scores), len(scores))._asdict() if scores else None,
+        "reward": mean(column("reward")),
+        "answer_reward": mean(column("answer_reward")),
+        "reward_gain": mean(gains),
+        "length_tokens": mean(column("tokens")),
+        "answer_length_tokens": mean(column("answer_tokens")),
+        "kl_nats": mean(column("kl_nats")),
+    }
+
+
+def outcome(reward: float | None, answer_reward: float) -> float:
+    """1 for a win, 1/2 for a tie, 0 for a loss; without a reward, as an empty answer is, the model loses."""
+    if reward is None:
+        return 0.0
+    return 0.5 if reward == answer_reward else float(reward > answer_reward)
+
+
+def table(report: dict[str, Any]) -> str:
+    """What a person reads."""
+    measures = [
+        ("win rate against the answers of the data", "win_rate", 100, "%"),
+        ("reward, mean", "reward", 1, ""),
+        ("reward of the answers of the data, mean", "answer_reward", 1, ""),
+        ("reward above theirs, mean", "reward_gain", 1, ""),
+        ("tokens of an answer, mean", "length_tokens", 1, ""),
+        ("tokens of an answer of the data, mean", "answer_length_tokens", 1, ""),
+        ("KL(model || reference) of an answer, nats, mean", "kl_nats", 1, ""),
+    ]
+    lines = [
+        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, judged by {report['reward_model']}",
+        f"  {'':<48}{'value':>10}   {'95% interval':^22}{'prompts':>9}",
+    ]
+    for name, key, factor, unit in measures:
+        if report[key] is not None:
+            value, low, high = (f"{report[key][part] * factor:.2f}{unit}" for part in ("value", "low", "high"))
+            lines.append(f"  {name:<48}{value:>10}   {f'[{low}, {high}]':^22}{report[key]['count']:>9}")
+    lines.append(
+        f"  {report['wins']} wins, {report['ties']} ties (half a win each), {report['losses']} losses. "
+        f"{report['unfinished']} answers were cut at max_new_tokens and judged so; {report['empty']} are empty: no "
+        "reward, and lost."
+    )
+    lines.append(
+        "  The interval is for other prompts of the same kind; how far the reward model is right, it cannot tell."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,252 @@
+"""Causal language models: loading, reading the LM head, and running a loss in the head's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from rlhf_kernels.integrations.lm_head import LMHead, LogitOptions, logit_options_of, run_in_head
+from rlhf_kernels.integrations.lm_head import lm_head_of as read_head
+
+from ..config.base import OutputConfig, TrainConfig
+from ..data.examples import Batch
+from ..errors import UsageError
+
+Result = TypeVar("Result")
+
+
+def load_pretrained(
+    auto: type,
+    name: str,
+    what: str,
+    *,
+    key: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    new: tuple[str, ...] = (),
+    hint: str = "",
+    **options: Any,
+) -> PreTrainedModel:
+    """`what`, with fp32 weights and dropout off; UsageError where weights are missing but those that begin with `new`.
+    Updates at a learning rate of 1e-6 vanish in bf16 weights."""
+    check_local(name, key)
+    try:
+        with without_report():
+            model, report = auto.from_pretrained(
+                name, dtype=torch.float32, attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code, output_loading_info=True, **options,
+            )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{key}: cannot load {said(name)} as {what}: {error}") from error
+    missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
+    if missing:
+        some = ", ".join(missing[:5])
+        raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {some}{hint}")
+    return turn_dropout_off(model)
+
+
+def load_causal_lm(
+    name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    model = load_pretrained(
+        AutoModelForCausalLM, name, "a causal language model", key=key, attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if any("ForSequenceClassification" in saved for saved in model.config.architectures or []):
+        raise UsageError(f"{key}: {name!r} is a reward model (a sequence classifier), not a language model")
+    return model
+
+
+def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its weights, which costs nothing, to see what fits into it."""
+    check_local(name, key)
+    try:
+        facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"{key}: cannot load {said(name)} as a causal language model: {error}") from error
+
+
+def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    check_local(name, key)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UsageError(f"{key}: cannot load a tokenizer from {said(name)}: {error}") from error
+
+
+def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The one that is asked for, or the model's."""
+    key = "model_name_or_path" if config.tokenizer_name_or_path is None else "tokenizer_name_or_path"
+    return load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Embeddings for tokens that were added to the tokenizer, near the mean of those that are there: logits of the old
+    tokens stay what they were, and a new one is as likely as an average one."""
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        with without_report():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+
+
+def end_where_tokenizer_does(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """So that generation stops at the end of a turn also where the chat template brought another one."""
+    for config in (model.config.get_text_config(), model.generation_config):
+        if config is not None:
+            config.eos_token_id = tokenizer.eos_token_id
+
+
+def check_local(name: str, key: str) -> None:
+    """A hub id is `name` or `owner/name`; a path that is neither that nor there would only be looked for in vain."""
+    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UsageError(f"{key}: no such folder: {name}")
+
+
+def said(name: str) -> str:
+    """A name for messages, with what it was taken for if it may be a mistake."""
+    return repr(name) if Path(name).exists() else f"{name!r} (no folder here, so taken for a hub id)"
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Inside, transformers does not tell which weights are new: the caller does, where it matters."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def turn_dropout_off(model: PreTrainedModel) -> PreTrainedModel:
+    """eval() turns off dropout, layer drop and router noise alike, and leaves the config, which is saved, as it was."""
+    return model.eval()
+
+
+def checkpoint_gradients(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, still without dropout.
+
+    transformers checkpoints a block only when it is in train mode. So the blocks themselves are, but not the modules
+    in them, and the drop rates that a block keeps as plain numbers become 0.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UsageError(f"gradient_checkpointing: {type(model).__name__} does not support it")
+    enable = getattr(model, "activation_checkpointing_enable", None)  # transformers renames it by version 6
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id serves: padding is masked in attention and in labels."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def have_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both mean the same by an id, where both know the token: one may have more, such as a padding token."""
+    vocabulary = other.get_vocab()
+    return all(vocabulary.get(token, i) == i for token, i in tokenizer.get_vocab().items())
+
+
+def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
+    """`largest`: the largest id that the tokenizer makes."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer does not belong to the model: its ids go up to {largest}, the model embeds {vocabulary} "
+            f"tokens (ids up to {vocabulary - 1}). Pass the model's own tokenizer (tokenizer_name_or_path) or resize "
+            "the model's embeddings and save it."
+        )
+
+
+def check_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    source: str,
+    advice: str = "set max_length to at most {positions}",
+) -> None:
+    """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
+    check_vocabulary(model, largest_id(tokenizer))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(lengths)), key=lambda i: lengths[i])
+    if positions is not None and lengths[longest] > positions:
+        raise UsageError(
+            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; "
+            + advice.format(positions=positions)
+        )
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """The LM head, with scale and soft cap; UsageError where it is not one matrix of a known form."""
+    with _for_users():
+        return read_head(model)
+
+
+class FusedLM(nn.Module):
+    """A causal LM whose forward runs a function of (hidden states, head) where the head's matmul would have been.
+
+    See `run_in_head`: the loss belongs in `use`, inside the model's call, not behind the wrapped module. So wrap this
+    module (DDP, FSDP, ZeRO), and call the wrapper.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.bf16 = bf16
+        with _for_users():
+            self.logit_scale, self.logit_softcap = logit_options_of(model)
+
+    def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
+        """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
+        options = LogitOptions(self.logit_scale, self.logit_softcap)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            result, _ = run_in_head(self.model, use, options, inputs_of(batch) | {"use_cache": False})
+        return result
+
+
+@contextmanager
+def _for_users() -> Iterator[None]:
+    """A model that cannot be used is for its user to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
+    """The model `name`, as the configuration wants models run."""
+    model = load_causal_lm(
+        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
+    )
+    return FusedLM(model, bf16=config.precision == "bf16")
+
+
+def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:
+    sizes = [fused.model.get_output_embeddings().weight.shape[0] for fused in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"{key}: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}

@@ -1,0 +1,112 @@
+"""Reward models: loading one, and the reward of token sequences."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from ..data.examples import pad_sequences
+from ..errors import UsageError
+from ..training.journal import Run, at_once, batches_of_like_length
+from .loading import load_pretrained
+
+
+def load_reward_model(
+    name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model with one value a sequence, fp32 weights, dropout off; UsageError if it was not trained to be one."""
+    model = load_pretrained(
+        AutoModelForSequenceClassification, name, "a reward model", key=key, attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        hint=". Is it a language model? `rlhf reward` makes a reward model of one",
+    )  # fmt: skip
+    if model.config.num_labels != 1:
+        raise UsageError(
+            f"{key}: {name!r} gives {model.config.num_labels} values a sequence; a reward model gives 1 (num_labels)"
+        )
+    try:
+        value_head_of(model)
+    except UsageError as error:
+        raise UsageError(f"{key}: {name!r}: {error}") from error
+    return model
+
+
+@torch.no_grad()
+def value_head_of(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns a hidden state into the reward, confirmed by the model's own forward on a short sequence.
+
+    Raises UsageError where the reward is not that of the last token's hidden state: an encoder with a pooler, say.
+    """
+    name = type(model).__name__
+    children = [child for child in model.children() if child is not model.base_model]
+    heads = [child for child in children if isinstance(child, nn.Linear) and child.out_features == 1]
+    if len(heads) != 1:
+        raise UsageError(f"{name}: expected one linear layer with one output on top, found {len(heads)}")
+    if "use_cache" not in inspect.signature(model.base_model.forward).parameters:
+        raise UsageError(f"{name}: expected a causal model, which is rewarded at its last token")
+    # Its own forward takes the last token that is not the padding token: none of these is.
+    pad_id = model.config.get_text_config().pad_token_id
+    ids = torch.tensor([[i for i in range(4) if i != pad_id][:3]], device=model.device)
+    mask = torch.ones_like(ids)
+    expected = model(input_ids=ids, attention_mask=mask).logits.view(-1)
+    found = last_values(model, heads[0], ids, mask)
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+        raise UsageError(
+            f"{name}: its forward gives {expected.item():.6g} where its head makes {found.item():.6g} of the last "
+            "token's hidden state; only models whose reward is that can be used"
+        )
+    return heads[0]
+
+
+def score_sequences(
+    model: PreTrainedModel,
+    sequences: Sequence[list[int]],
+    batch_size: int,
+    pad_id: int,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    run: Run = at_once,
+) -> Tensor:
+    """The reward of each of N sequences of token ids, [N] fp32 on the CPU, in their order.
+
+    It is the value at the last token, found by position: which token pads, and whether it is also a real one, does not
+    matter. Equal sequences are scored once: in different batches they would differ in the last bit. `run` runs each
+    batch; that of a `Progress` keeps the results.
+    """
+    model = model.to(device)
+    head = value_head_of(model)
+    distinct = list(dict.fromkeys(map(tuple, sequences)))
+    rewards: dict[tuple[int, ...], float] = {}
+    for positions in batches_of_like_length([len(ids) for ids in distinct], batch_size):
+        asked = [distinct[i] for i in positions]
+
+        def score(asked: list[tuple[int, ...]] = asked) -> list[float]:
+            batch = pad_sequences([(list(ids), []) for ids in asked], pad_id).to(device)
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return last_values(model, head, batch.input_ids, batch.attention_mask).tolist()
+
+        rewards.update(zip(asked, run(score), strict=True))
+    broken = [reward for reward in rewards.values() if not math.isfinite(reward)]
+    if broken:
+        raise UsageError(f"the reward model gives {broken[0]} for {len(broken)} of {len(distinct)} sequences")
+    return torch.tensor([rewards[tuple(ids)] for ids in sequences])
+
+
+def batch_count(sequences: Sequence[list[int]], batch_size: int) -> int:
+    """How many batches `score_sequences` will run."""
+    return math.ceil(len(set(map(tuple, sequences))) / batch_size)
+
+
+def last_values(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[S] fp32 of [S, T] padded on the right, where no real token of a causal model sees it."""
+    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    last = attention_mask.sum(1) - 1
+    hidden = hidden[torch.arange(len(last), device=last.device), last]
+    with torch.autocast(input_ids.device.type, enabled=False):  # a reward rounded to bf16 has three digits
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()

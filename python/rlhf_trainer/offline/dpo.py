@@ -1,0 +1,186 @@
+"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), from a configuration to a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+
+from ..config.base import DPOConfig
+from ..errors import UsageError
+from ..models.loading import (
+    FusedLM,
+    LMHead,
+    check_fit,
+    check_same_vocabulary,
+    checkpoint_gradients,
+    load_fused,
+    load_tokenizer_for,
+    pad_id_of,
+)
+from ..training.batch_plan import MicroBatch
+from ..training.loop import Measured, begin, train
+from ..training.output_folder import save_model
+from .pair_batches import Group, GroupTask, PairBatch, collate_groups, load_groups
+from .reference_logprobs import content_key, default_cache_dir, reference_logprobs
+from .shared_prefix import attention_of, can_share, collate_shared
+
+REFERENCE_FREE = ("simpo",)
+
+
+class DPOTask(GroupTask):
+    """Groups of responses; means are over their pairs. `ref_logps`: of each group's responses [K], None where free."""
+
+    names = (
+        "loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+        "logps/rejected",
+    )  # fmt: skip
+
+    attention = ""  # of the model that shares prefixes, "" where none does
+    ref_logps: list[Tensor] | None = None
+
+    def batch(self, indices: MicroBatch) -> PairBatch:
+        groups = self.examples(indices)
+        if self.attention:
+            return collate_shared(groups, self.pad_id, self.attention).to(self.device)
+        return collate_groups(groups, self.pad_id).to(self.device)
+
+    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        pairs = self.batch(indices)
+        result = pair_loss(model, pairs, self.ref_of(indices), self.config)
+        tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
+        return Measured(result.loss, pair_metrics(result, pairs), tokens)
+
+    def depends_on(self) -> bytes:
+        return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
+
+    def ref_of(self, indices: MicroBatch) -> Tensor | None:
+        """[S], in the order of the batch's responses."""
+        return None if self.ref_logps is None else torch.cat([self.ref_logps[i] for i in indices])
+
+
+def train_dpo(config: DPOConfig) -> Path:
+    """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
+    check_loss_options(config)
+    accelerator, finished = begin(config)
+    if finished:
+        return Path(config.output_dir)
+
+    if config.loss_type == "aot" and accelerator.num_processes > 1:
+        raise UsageError("loss_type aot sorts the margins of a batch, which several processes would share: use one")
+
+    # Everything that can be wrong with the input shows here, before any training.
+    tokenizer = load_tokenizer_for(config)
+    task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
+    held_out = None
+    if config.eval_dataset is not None:
+        held_out = load_task(config, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
+    tasks = [task] if held_out is None else [task, held_out]
+    fused = load_fused(config, config.model_name_or_path, "model_name_or_path")
+    for data, source in zip(tasks, (config.dataset, config.eval_dataset), strict=False):
+        groups = data.groups
+        check_fit(fused.model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
+
+    if config.share_prefix:
+        check_sharing(fused, "model_name_or_path")
+        for data in tasks:
+            data.attention = attention_of(fused.model)
+    if config.loss_type not in REFERENCE_FREE:
+        take_reference(config, fused, tasks, accelerator)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(fused.model)
+    return train(
+        config, fused, task, held_out, accelerator,
+        save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
+    )  # fmt: skip
+
+
+def pair_loss(policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, config: DPOConfig) -> rk.LinearDPOLoss:
+    """The mean loss over the pairs of one micro-batch; `policy` is a FusedLM, wrapped or not."""
+
+    def use(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
+        return rk.linear_dpo_loss(
+            pairs.hidden_of(hidden), head.weight, pairs.labels, ref_logps, **head.options(),
+            chosen_idxs=pairs.chosen_idxs, rejected_idxs=pairs.rejected_idxs, beta=config.beta,
+            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma,
+        )  # fmt: skip
+
+    return policy(pairs.batch, use)
+
+
+def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> Tensor:
+    """DPOTask.names as means over the pairs, [7]."""
+    chosen, rejected = result.chosen_rewards, result.rejected_rewards
+    means = [
+        result.loss.detach(), (chosen > rejected).float().mean(), chosen.mean(), rejected.mean(),
+        (chosen - rejected).mean(), result.policy_logps[pairs.chosen_idxs].mean(),
+        result.policy_logps[pairs.rejected_idxs].mean(),
+    ]  # fmt: skip
+    return torch.stack([mean.float() for mean in means])
+
+
+def tokens_of(groups: list[Group]) -> int:
+    """Tokens of the responses, each with its prompt, however often a prompt is computed."""
+    return sum(len(group.prompt) + len(response) for group in groups for response in group.responses)
+
+
+def load_task(
+    config: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    accelerator: Accelerator,
+    shuffled: bool,
+) -> DPOTask:
+    """Reads, reports and plans one data set."""
+    groups = load_groups(config, tokenizer, source, split, accelerator)
+    return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
+
+
+def check_sharing(fused: FusedLM, key: str) -> None:
+    if not can_share(fused.model):
+        raise UsageError(
+            f"share_prefix: the attention of {key} ({type(fused.model).__name__}, {attention_of(fused.model)}) does "
+            "not keep responses apart that stand in one row: sliding windows, flash attention and states that run "
+            "along the row do not. Leave share_prefix off, or try attn_implementation: sdpa"
+        )
+
+
+def take_reference(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], accelerator: Accelerator) -> None:
+    """Gives the tasks their `ref_logps`: of the reference model, or of the policy, which has not been trained yet."""
+    reference = policy
+    if config.ref_model_name_or_path is not None:
+        reference = load_fused(config, config.ref_model_name_or_path, "ref_model_name_or_path")
+        check_same_vocabulary(policy, reference, "ref_model_name_or_path")
+        if config.share_prefix:
+            check_sharing(reference, "ref_model_name_or_path")
+    reference = reference.to(accelerator.device)
+    cache_dir = Path(config.ref_cache_dir) if config.ref_cache_dir else default_cache_dir()
+    for task in tasks:
+        key = content_key(reference, task.groups, task.plan, task.pad_id, accelerator.device.type, config.share_prefix)
+        task.ref_logps = reference_logprobs(reference, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
+
+
+def check_loss_options(config: DPOConfig) -> None:
+    """Lets rlhf_kernels judge the options on a pair of zeros, before anything is loaded."""
+    if config.loss_type == "aot" and config.micro_batch_size < config.batch_size:
+        raise UsageError(
+            f"loss_type aot sorts the margins of a batch, so a batch must be one micro-batch: micro_batch_size must be "
+            f"at least batch_size={config.batch_size}, got {config.micro_batch_size}"
+        )
+    if config.loss_type in REFERENCE_FREE and config.ref_model_name_or_path is not None:
+        raise UsageError(f"ref_model_name_or_path: loss_type {config.loss_type} has no reference")
+    zeros, first = torch.zeros(2), torch.tensor([0])
+    try:
+        rk.dpo_loss(
+            zeros, None if config.loss_type in REFERENCE_FREE else zeros, first, first + 1, config.beta,
+            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma,
+            token_counts=torch.ones(2, dtype=torch.int64), backend="reference",
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,142 @@
+"""Reference log-probs: computed once before training, kept on disk under a key made of all they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import rlhf_kernels as rk
+
+from ..models.loading import FusedLM, LMHead
+from ..training.batch_plan import MicroBatch, share_of_process
+from .pair_batches import Group, PairBatch
+
+LAYOUT = 2  # of this file's cache; raise it when what is stored changes its meaning
+
+
+def reference_logprobs(
+    reference: nn.Module,
+    groups: list[Group],
+    plan: list[list[MicroBatch]],
+    batch_of: Callable[[MicroBatch], PairBatch],
+    accelerator: Accelerator,
+    cache_dir: Path,
+    key: str,
+) -> list[Tensor]:
+    """log pi_ref of each group's responses, [K] fp32 in nats each, from the cache or by one pass over the plan.
+
+    `reference` is a FusedLM, wrapped or not.
+    """
+    path = cache_dir / f"{key}.safetensors"
+    sizes = [len(group.responses) for group in groups]
+    # One process looks, and all follow it: a file may appear between two looks.
+    found = _load(path, sum(sizes)) if accelerator.is_main_process else None
+    known = accelerator.reduce(torch.tensor(float(found is not None), device=accelerator.device), "sum").item() > 0
+    totals = torch.zeros(sum(sizes), device=accelerator.device)
+    if known:
+        if found is not None:
+            totals = found.to(accelerator.device)
+        return list(accelerator.reduce(totals, "sum").split(sizes))
+
+    parts = totals.split(sizes)  # views
+    rank, world = accelerator.process_index, accelerator.num_processes
+    shares = [share for batch in plan for share in share_of_process(batch, rank, world)]
+    for share in tqdm(shares, desc="reference", unit="batch", leave=False, disable=not accelerator.is_main_process):
+        logps = sequence_logprobs(reference, batch_of(share.indices))
+        if share.weight > 0:  # a repeated micro-batch must not count twice in the sum below
+            for i, part in zip(share.indices, logps.split([sizes[i] for i in share.indices]), strict=True):
+                parts[i].copy_(part)
+    totals = accelerator.reduce(totals, "sum")
+    if accelerator.is_main_process:
+        try:
+            _save(path, totals.cpu())
+        except OSError as error:
+            warnings.warn(f"reference log-probs are not kept for the next run: {error}", stacklevel=2)
+    return list(totals.split(sizes))
+
+
+@torch.no_grad()
+def sequence_logprobs(model: nn.Module, pairs: PairBatch) -> Tensor:
+    """log pi(response | prompt) of each response, [S] in nats; `model` is a FusedLM, wrapped or not."""
+
+    def use(hidden: Tensor, head: LMHead) -> Tensor:
+        return rk.sequence_logprobs(pairs.hidden_of(hidden), head.weight, pairs.labels, **head.options()).logprobs
+
+    return model(pairs.batch, use)
+
+
+def content_key(
+    model: FusedLM, groups: list[Group], plan: list[list[MicroBatch]], pad_id: int, device: str, share_prefix: bool
+) -> str:
+    """Names everything that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code."""
+    digest = hashlib.blake2b(digest_size=20)
+    names = ("_name_or_path", "transformers_version")  # where the model lies does not change what it says
+    config = {key: value for key, value in model.model.config.to_dict().items() if key not in names}
+    attention = getattr(model.model.config, "_attn_implementation", None)
+    versions = [LAYOUT, rk.__version__, torch.__version__, transformers.__version__]
+    head = [model.logit_scale, model.logit_softcap]
+    passes = [device, model.bf16, attention, pad_id, plan, share_prefix]
+    setting = [versions, passes, head, type(model.model).__name__, config]
+    digest.update(json.dumps(setting, sort_keys=True, default=str).encode())
+    digest.update(json.dumps([[group.prompt, group.responses] for group in groups]).encode())
+    for name, tensor in _named_tensors(model.model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _load(path: Path, responses: int) -> Tensor | None:
+    """The cached [responses], or None. A file that does not hold what it should is reported and made anew."""
+    try:
+        with safe_open(path, "pt") as file:
+            logps, checksum = file.get_tensor("logps"), (file.metadata() or {}).get("checksum")
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"cached reference log-probs {path} are unreadable and computed again: {error}", stacklevel=2)
+        return None
+    if logps.shape != (responses,) or logps.dtype != torch.float32 or checksum != _checksum(logps):
+        warnings.warn(f"cached reference log-probs {path} are damaged and computed again", stacklevel=2)
+        return None
+    return logps
+
+
+def _save(path: Path, logps: Tensor) -> None:
+    """Written beside and moved into place: a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = save({"logps": logps}, metadata={"checksum": _checksum(logps)})
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _checksum(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def default_cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rlhf_trainer" / "reference_logps"

@@ -1,0 +1,285 @@
+"""Reward models: a transformer with a linear head, trained to score the better response of a pair higher.
+
+Bradley-Terry (1952), as in InstructGPT (Ouyang et al., 2022, arXiv:2203.02155, eq. 1): the loss of a pair is
+-log sigma(r(chosen) - r(rejected) - margin), with Llama 2's margin (arXiv:2307.09288, eq. 2) where the data has one. A
+response's reward is the head's value at its last token. All pairs of a prompt are in one batch, each response once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.nn.functional import margin_ranking_loss
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+
+from ..config.base import RewardConfig
+from ..data.examples import Batch
+from ..errors import UsageError
+from ..models.loading import (
+    check_fit,
+    check_vocabulary,
+    checkpoint_gradients,
+    have_same_tokens,
+    largest_id,
+    load_pretrained,
+    load_tokenizer,
+    load_tokenizer_for,
+    make_room,
+)
+from ..models.scoring import last_values, load_reward_model, value_head_of
+from ..training.batch_plan import MicroBatch, share_of_process
+from ..training.loop import Measured, Totals, begin, train
+from ..training.output_folder import save_model
+from .pair_batches import GroupTask, PairBatch, collate_groups, load_groups
+
+PAD = "<|pad|>"
+CALIBRATION_BINS = 10
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output, the value at the last token."""
+
+    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+        self.head = [value_head_of(model)]  # in a list: it is the model's, and is registered there
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch of [S, T], padded on the right -> rewards [S] fp32."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return last_values(self.model, self.head[0], batch.input_ids, batch.attention_mask)
+
+
+class RewardTask(GroupTask):
+    """Groups of responses; means are over their pairs."""
+
+    names = (
+        "loss",
+        "accuracy",
+        "margin",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/min",
+        "rewards/mean",
+        "rewards/max",
+    )
+
+    margins: Tensor | None = None  # [P] on the CPU, in the order of the plan: those of the last evaluation
+
+    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+        return self.look(model, indices)[0]
+
+    def look(self, model: nn.Module, indices: MicroBatch) -> tuple[Measured, Tensor]:
+        """What is measured, and r(chosen) - r(rejected) of these examples' pairs."""
+        pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
+        rewards = model(pairs.batch)
+        loss = pair_losses(rewards, pairs, self.config).mean()
+        measured = Measured(loss, reward_metrics(loss, rewards, pairs), pairs.batch.attention_mask.sum())
+        return measured, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics and, as calibration is no mean over pairs, the margins of all pairs; in one pass, shared by the
+        processes."""
+        rank, world = accelerator.process_index, accelerator.num_processes
+        totals, everything = Totals(self.names, self.device), sum(self.counts)
+        found = []  # (place in the plan, margins)
+        for number, batch in enumerate(self.plan):
+            part = sum(self.counts[i] for micro in batch for i in micro) / everything
+            for i, share in enumerate(share_of_process(batch, rank, world, self.counts)):
+                measured, margins = self.look(model, share.indices)
+                totals.add(measured, part * share.weight)
+                if share.weight > 0:  # 0: a repeated micro-batch
+                    found.append(((number, rank + i * world), margins.cpu()))
+        in_order = sorted(gather_object(found), key=lambda placed: placed[0])
+        self.margins = torch.cat([margins for _, margins in in_order])
+        return totals.reduce(accelerator)[0] | {"calibration_error": calibration_error(self.margins)}
+
+
+def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tensor:
+    """rewards [S] -> losses [P]."""
+    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
+    if config.loss_type == "margin_ranking":  # max(0, margin - (chosen - rejected))
+        return margin_ranking_loss(chosen, rejected, torch.ones_like(chosen), config.margin, reduction="none")
+    return rk.bradley_terry_loss(
+        chosen, rejected, margin=pairs.margins if pairs.margins.any() else None,
+        label_smoothing=config.label_smoothing, center_coefficient=config.center_coefficient,
+    )  # fmt: skip
+
+
+def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> Tensor:
+    """RewardTask.names of a micro-batch, [8]."""
+    rewards = rewards.detach()
+    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
+    return torch.stack([
+        loss.detach(), (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean(), rejected.mean(),
+        rewards.min(), (chosen + rejected).mean() / 2, rewards.max(),
+    ])  # fmt: skip
+
+
+def train_reward(config: RewardConfig) -> Path:
+    """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl, rlhf_config.yaml and, with
+    held-out pairs, report.json."""
+    check_loss_options(config)
+    accelerator, finished = begin(config)
+    if finished:
+        return Path(config.output_dir)
+
+    # Everything that can be wrong with the input shows here, before any training.
+    tokenizer = load_tokenizer_for(config)
+    model = load_classifier(config)
+    check_vocabulary(model, largest_id(tokenizer))  # before room is made for a padding token
+    give_pad_token(model, tokenizer)
+    task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
+    held_out = None
+    if config.eval_dataset is not None:
+        held_out = load_task(config, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
+    for data, source in ((task, config.dataset), (held_out, config.eval_dataset)):
+        if data is not None:
+            groups = data.groups
+            check_fit(model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
+    for name in config.compare_with if held_out is not None else []:
+        load_rival(name, config, tokenizer, held_out)  # a mistake shows now, not when all is trained
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
+
+    def save(trained: nn.Module, folder: Path) -> None:
+        save_model(trained.model, tokenizer, folder)
+        if held_out is not None:
+            report = report_of(held_out, config, tokenizer)
+            (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+            print(told(report))
+
+    return train(config, RewardModel(model, bf16=config.precision == "bf16"), task, held_out, accelerator, save)
+
+
+def load_classifier(config: RewardConfig) -> PreTrainedModel:
+    """The model with a head of one output: its own, or a new one, drawn by `seed`."""
+    return load_pretrained(
+        AutoModelForSequenceClassification, config.model_name_or_path, "a language model with a reward head",
+        key="model_name_or_path", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code, new=("score.", "classifier."), num_labels=1,
+    )  # fmt: skip
+
+
+def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A padding token that is not the end-of-sequence token: transformers reads the reward at the last token that is
+    not padding, which would else be the one before the end."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    make_room(model, tokenizer)
+    model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_task(
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    accelerator: Accelerator,
+    shuffled: bool,
+) -> RewardTask:
+    """Reads, reports and plans one data set."""
+    groups = load_groups(config, tokenizer, source, split, accelerator)
+    for group in groups:
+        if any(response[-1] == tokenizer.pad_token_id for response in group.responses):
+            raise UsageError(f"{source}, row {group.row}: a response ends with the padding token {tokenizer.pad_token}")
+    return RewardTask(config, groups, tokenizer.pad_token_id, accelerator, shuffled)
+
+
+@torch.no_grad()
+def margins_of(task: RewardTask, model: nn.Module) -> Tensor:
+    """r(chosen) - r(rejected) of every pair, [P] on the CPU, in the order of the plan; by this process alone."""
+    return torch.cat([task.look(model, micro)[1].cpu() for batch in task.plan for micro in batch])
+
+
+def calibration_error(margins: Tensor) -> float:
+    """Expected calibration error of sigma(|margin|) as the probability of being right, in CALIBRATION_BINS bins
+    (Guo et al., 2017, arXiv:1706.04599, eq. 3)."""
+    return sum(row["pairs"] / len(margins) * abs(row["right"] - row["claimed"]) for row in calibration(margins))
+
+
+def calibration(margins: Tensor) -> list[dict[str, float]]:
+    """By how sure the model is: how many pairs, how sure on average, and how often right (a tie is half right)."""
+    claimed = margins.abs().sigmoid()
+    right = (margins.sign() + 1) / 2
+    bins = ((claimed - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    rows = []
+    for k in bins.unique().tolist():
+        inside = bins == k
+        found = {"claimed": claimed[inside].mean().item(), "right": right[inside].mean().item()}
+        rows.append({"pairs": int(inside.sum())} | found)
+    return rows
+
+
+def load_rival(
+    name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, held_out: RewardTask
+) -> PreTrainedModel:
+    """Another reward model, which must read the same tokens."""
+    own = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code)
+    if not have_same_tokens(tokenizer, own):
+        raise UsageError(f"compare_with: {name!r} has another tokenizer, so it cannot judge the same tokens")
+    rival = load_reward_model(
+        name, key="compare_with", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    largest = max(i for group in held_out.groups for ids in (group.prompt, *group.responses) for i in ids)
+    check_vocabulary(rival, largest)
+    return rival.to(held_out.device)
+
+
+def report_of(held_out: RewardTask, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Accuracy and calibration on held-out pairs, which have just been evaluated; with other models, how far they
+    disagree with this one."""
+    margins = held_out.margins
+    report: dict[str, Any] = {
+        "pairs": len(margins),
+        "accuracy": (margins > 0).float().mean().item(),
+        "calibration_error": calibration_error(margins),
+        "calibration": calibration(margins),
+    }
+    others = []
+    for name in config.compare_with:
+        other = load_rival(name, config, tokenizer, held_out)
+        others.append(margins_of(held_out, RewardModel(other, bf16=config.precision == "bf16")))
+    return report | (disagreement(torch.stack([margins, *others])) if others else {})
+
+
+def disagreement(margins: Tensor) -> dict[str, float]:
+    """margins [K, P] of K models -> the share of pairs that they do not all rank alike, and how far margins lie apart:
+    the mean over pairs of the standard deviation over models."""
+    signs = margins.sign()
+    return {
+        "models": len(margins),
+        "disagreement": (signs != signs[0]).any(0).float().mean().item(),
+        "margin_std": margins.std(0).mean().item(),
+    }
+
+
+def told(report: dict[str, Any]) -> str:
+    text = f"{report['pairs']} held-out pairs: {report['accuracy']:.1%} right"
+    text += f", calibration error {report['calibration_error']:.3f}"
+    if "models" in report:
+        text += f"; {report['models']} models disagree on {report['disagreement']:.1%} of them"
+    return text
+
+
+def check_loss_options(config: RewardConfig) -> None:
+    """Lets rlhf_kernels judge the options on one pair, before anything is loaded."""
+    if config.loss_type == "margin_ranking" and (config.label_smoothing or config.center_coefficient):
+        raise UsageError("label_smoothing and center_coefficient are bradley_terry's; margin_ranking takes neither")
+    try:
+        rk.bradley_terry_loss(
+            torch.zeros(1), torch.zeros(1), label_smoothing=config.label_smoothing,
+            center_coefficient=config.center_coefficient, backend="reference",
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,285 @@
+"""Recipes as files: stages in order, read, filled in and checked as a whole before the first of them runs.
+
+    title: ...
+    source: ...                 # the paper
+    variables:                  # what --set name=value changes; null: it has to be set
+      base: ...
+    stages:
+      sft: {command: sft, model_name_or_path: "${base}", dataset: ...}       # a command of `rlhf` with its own keys
+      pick: {python: "module:function", options: {model: "${sft}"}}          # called as function(folder, model=...)
+
+`${name}` is a variable, the folder of an earlier stage, or, as `${output}`, the folder that holds all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ..cli import COMMANDS
+from ..config.base import OutputConfig
+from ..config.functions import import_function
+from ..config.parse import checked_values
+from ..errors import UsageError
+
+SHIPPED = Path(__file__).parent
+OUTPUT = "output"
+KEYS = ("title", "source", "threads", "variables", "stages")
+OF_THE_RECIPE = ("output_dir", "overwrite", "resume")  # not for a stage to say
+INPUTS = (  # keys that name what has to be there
+    "model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path", "reward_model", "models", "dataset",
+    "eval_dataset", "completions", "scored", "value_model_name_or_path",
+)  # fmt: skip
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Stage(NamedTuple):
+    """`options` hold values for variables, but still name other stages as ${name}: those move when all is done."""
+
+    name: str
+    kind: str  # "command" or "python"
+    what: str  # the command, or module:function
+    options: dict[str, Any]
+    where: str  # "recipe zephyr, stage sft": for messages
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        if self.kind == "python":
+            return {"python": self.what, "options": self.options}
+        return {"command": self.what, **self.options}
+
+
+class Recipe(NamedTuple):
+    title: str
+    source: str
+    threads: int | None  # of torch; none: as torch chooses
+    stages: list[Stage]
+
+    def text(self) -> str:
+        """A recipe that does the same: what this one does whatever its variables or its file become."""
+        stages = {stage.name: stage.content for stage in self.stages}
+        content = {"title": self.title, "source": self.source, "threads": self.threads, "stages": stages}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name or a path; `changes`: variable=value, or stage.key=value. UsageError names recipe,
+    stage and key of what is wrong."""
+    path = SHIPPED / f"{name}.yaml" if name in shipped_recipes() else Path(name)
+    where = f"recipe {name}"
+    content = load(path, where)
+    unknown = [str(key) for key in content if key not in KEYS]
+    if unknown:
+        raise UsageError(f"{where}: unknown key {', '.join(map(repr, unknown))}; the keys are: {', '.join(KEYS)}")
+    variables, stages = (mapping(content.get(key), f"{where}: {key}") for key in ("variables", "stages"))
+    if not stages:
+        raise UsageError(f"{where}: stages: there is none; name at least one")
+    for stage, given in stages.items():
+        if not NAME.fullmatch(str(stage)) or stage in (OUTPUT, *variables):
+            raise UsageError(
+                f"{where}: {stage!r} cannot name a stage: expected letters, digits, - and _, and not the name of a "
+                f"variable or {OUTPUT!r}"
+            )
+        mapping(given, f"{where}, stage {stage}")
+    apply(changes, variables, stages, where)
+    values = filled_variables(variables, where)
+    threads = content.get("threads")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"{where}: threads: expected a whole number above 0, got {threads!r}")
+    read = [read_stage(str(stage), stages, values, f"{where}, stage {stage}") for stage in stages]
+    return Recipe(str(content.get("title", name)), str(content.get("source", "")), threads, read)
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error: the first stage of two with one name would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} is there twice, the second time in{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeys)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{where}: neither a file nor a recipe that is shipped; those are: {', '.join(shipped_recipes())}"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{where}: {path} is not YAML: {error}") from error
+    return mapping(content, where)
+
+
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: expected 'key: value' lines, got {type(value).__name__} {value!r}")
+    return value
+
+
+def apply(changes: Sequence[str], variables: dict[str, Any], stages: dict[str, Any], where: str) -> None:
+    """variable=value and stage.key=value, the values as YAML, into both mappings."""
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals:
+            raise UsageError(f"--set {change}: expected name=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {change}: the value is not YAML: {error}") from error
+        stage, dot, key = name.partition(".")
+        if dot and stage in stages:
+            options = stages[stage]
+            (options.setdefault("options", {}) if "python" in options else options)[key] = value
+        elif name in variables:
+            variables[name] = value
+        else:
+            raise UsageError(
+                f"--set {change}: {where} has no variable {name!r}; its variables are: {', '.join(variables) or 'none'}"
+                f"; a key of a stage is set by stage.key=value, its stages are: {', '.join(map(str, stages))}"
+            )
+
+
+def filled_variables(variables: dict[str, Any], where: str) -> dict[str, Any]:
+    """Every variable's value, which may name variables above it."""
+    values: dict[str, Any] = {}
+    for name, value in variables.items():
+        if value is None:
+            raise UsageError(f"{where}: variable {name!r} has no value: pass --set {name}=...")
+        values[name] = filled(value, lookup(values, {}, values), f"{where}, variable {name}")
+    return values
+
+
+def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], where: str) -> Stage:
+    given = dict(stages[name])
+    commands = [name for name, command in COMMANDS.items() if issubclass(command.config, OutputConfig)]
+    kinds = [kind for kind in ("command", "python") if kind in given]
+    if len(kinds) != 1:
+        raise UsageError(
+            f"{where}: expected either command, one of {', '.join(commands)}, or python, a module:function, and its "
+            f"keys; got the keys {', '.join(map(str, given)) or 'none'}"
+        )
+    (kind,) = kinds
+    what = given.pop(kind)
+    if kind == "command" and what not in commands:
+        raise UsageError(f"{where}: unknown command {what!r}; the commands are: {', '.join(commands)}")
+    if kind == "python":
+        other = [str(key) for key in given if key != "options"]
+        if other:
+            raise UsageError(f"{where}: unknown key {', '.join(map(repr, other))} beside python; give it as options")
+        given = mapping(given.get("options"), f"{where}: options")
+    theirs = [key for key in OF_THE_RECIPE if key in given]
+    if theirs:
+        raise UsageError(f"{where}: key {theirs[0]!r} is the recipe's: pass --{theirs[0]} to rlhf recipe")
+    order = list(stages)
+    earlier, later = order[: order.index(name)], order[order.index(name) :]
+    options = {
+        str(key): filled(
+            value,
+            lookup(
+                variables | {stage: f"${{{stage}}}" for stage in (*earlier, OUTPUT)},
+                {stage: "comes later" if stage != name else "is this very stage" for stage in later},
+                [*variables, *earlier, OUTPUT],
+            ),
+            f"{where}: key {key!r}",
+        )
+        for key, value in given.items()
+    }
+    return Stage(name, kind, what, options, where)
+
+
+Lookup = Callable[[str, str], Any]
+
+
+def lookup(known: Mapping[str, Any], refused: Mapping[str, str], names: Sequence[str]) -> Lookup:
+    """(name, where) -> its value; UsageError where there is none, which says why, or lists `names`."""
+
+    def of(name: str, where: str) -> Any:
+        if name in known:
+            return known[name]
+        if name in refused:
+            raise UsageError(f"{where}: ${{{name}}} {refused[name]}, so there is nothing to take from it yet")
+        raise UsageError(f"{where}: ${{{name}}} is no variable or earlier stage; those are: {', '.join(names)}")
+
+    return of
+
+
+def filled(value: Any, find: Lookup, where: str) -> Any:
+    """`value` with every ${name} in it replaced; one that is nothing but ${name} takes its value, whatever type."""
+    if isinstance(value, dict):
+        return {key: filled(item, find, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [filled(item, find, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    whole = REFERENCE.fullmatch(value)
+    return find(whole[1], where) if whole else REFERENCE.sub(lambda match: str(find(match[1], where)), value)
+
+
+def placed(stage: Stage, folder: Path) -> dict[str, Any]:
+    """Its options, where all stages' folders lie in `folder`."""
+    return filled(stage.options, lambda name, _: str(folder if name == OUTPUT else folder / name), stage.where)
+
+
+def config_of(stage: Stage, folder: Path) -> OutputConfig:
+    """What a command is told, where all stages' folders lie in `folder`. UsageError for what it would not take."""
+    cls = COMMANDS[stage.what].config
+    values = checked_values(cls, placed(stage, folder), stage.where)
+    values |= {"output_dir": str(folder / stage.name), "resume": True}
+    nothing = dataclasses.MISSING
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is nothing and field.default_factory is nothing and field.name not in values
+    ]
+    if missing:
+        raise UsageError(f"{stage.where}: missing, but needed by {stage.what}: {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except UsageError as error:
+        raise UsageError(f"{stage.where}: {error}") from error
+
+
+def function_of(stage: Stage) -> Callable[..., object]:
+    """The function of a stage of the user's own; UsageError where it is not there or does not take the options."""
+    function = import_function(stage.what, f"{stage.where}: python")
+    try:
+        inspect.signature(function).bind(Path(), **stage.options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{stage.where}: python {stage.what!r} cannot be called with its options: {error}") from error
+    return function
+
+
+def check_recipe(recipe: Recipe, output_dir: Path) -> None:
+    """UsageError for whatever of a stage can be known to be wrong before the first one runs."""
+    for stage in recipe.stages:
+        if stage.kind == "python":
+            function_of(stage)
+            continue
+        config_of(stage, output_dir)
+        for key in INPUTS:
+            given = stage.options.get(key)
+            for name in given if isinstance(given, list) else [given]:
+                is_path = isinstance(name, str) and (
+                    name.startswith(("/", ".")) or name.endswith((".jsonl", ".parquet"))
+                )
+                if is_path and not REFERENCE.search(name) and not Path(name).exists():
+                    raise UsageError(f"{stage.where}: key {key!r}: no such file or folder: {name}")

@@ -1,0 +1,142 @@
+"""What the stages of a recipe consumed and left, in numbers and for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.report import table
+from .file import INPUTS, REFERENCE, Recipe, Stage, placed
+
+METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.json"
+NOT_SHOWN = ("step", "epoch", "tokens_per_second", "learning_rate")
+
+
+def report_of(recipe: Recipe, work: Path, done: dict[str, Any]) -> dict[str, Any]:
+    """done: by stage, its seconds, and whether an interrupted run had begun it."""
+    stages = [stage_report(stage, work) | done[stage.name] for stage in recipe.stages]
+    return {
+        "title": recipe.title,
+        "source": recipe.source,
+        "seconds": round(sum(stage["seconds"] for stage in stages), 1),
+        "stages": stages,
+    }
+
+
+def stage_report(stage: Stage, work: Path) -> dict[str, Any]:
+    folder = work / stage.name
+    report: dict[str, Any] = {
+        "stage": stage.name,
+        "what": stage.what,
+        "consumed": consumed(stage, work),
+        "rows": {path.name: count for path in sorted(folder.glob("*.jsonl")) if (count := rows_of(path)) is not None},
+    }
+    if (folder / METRICS_FILE).exists():
+        report |= course(folder / METRICS_FILE)
+    if (folder / REPORT_FILE).exists():
+        report["report"] = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return report
+
+
+def consumed(stage: Stage, work: Path) -> dict[str, Any]:
+    """By key, what the stage took: from the world outside, or from an earlier stage; files with their rows."""
+    found = {}
+    for key, value in placed(stage, work).items():
+        given = json.dumps(stage.options[key])
+        if value is None or (key not in INPUTS and not REFERENCE.search(given)) or "${output}" in given:
+            continue
+        for name, source in leaves(key, value):
+            rows = rows_of(Path(source))
+            found[name] = {"from": source} | ({} if rows is None else {"rows": rows})
+    return found
+
+
+def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The texts in a value, by their path."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(f"{name}.{key}", item)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from leaves(f"{name}.{i + 1}" if len(value) > 1 else name, item)
+    elif isinstance(value, str):
+        yield name, value
+
+
+def rows_of(path: Path) -> int | None:
+    """Lines of a JSONL file of data."""
+    if path.suffix != ".jsonl" or path.name == METRICS_FILE or not path.is_file():
+        return None
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def course(path: Path) -> dict[str, Any]:
+    """Of metrics.jsonl: how many steps, and each metric at its first and last mention."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    metrics: dict[str, dict[str, float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in NOT_SHOWN:
+                metrics.setdefault(name, {"first": value})["last"] = value
+    return {"steps": records[-1]["step"] if records else 0, "metrics": metrics}
+
+
+def in_markdown(report: dict[str, Any]) -> str:
+    lines = [f"# {report['title']}", ""]
+    lines += [f"After {report['source']}.", ""] if report["source"] else []
+    lines += ["| stage | does | consumed | left | seconds |", "| --- | --- | --- | --- | ---: |"]
+    for stage in report["stages"]:
+        taken = "; ".join(f"{key}: {told(source)}" for key, source in stage["consumed"].items())
+        left = [f"{name}: {count:,} rows" for name, count in stage["rows"].items()]
+        left += [f"a model, {stage['steps']} steps"] if "steps" in stage else []
+        seconds = f"{stage['seconds']:.0f}" + (", resumed" if stage["resumed"] else "")
+        lines.append(f"| {stage['stage']} | {stage['what']} | {taken} | {'; '.join(left)} | {seconds} |")
+    since = "; of a stage that was resumed, since then" if any(stage["resumed"] for stage in report["stages"]) else ""
+    lines += ["", f"{report['seconds']:.0f} seconds in all{since}."]
+    for stage in report["stages"]:
+        details = [*metrics_lines(stage.get("metrics", {})), *report_lines(stage.get("report", {}))]
+        if details:
+            lines += ["", f"## {stage['stage']}", "", *details]
+    return "\n".join(lines) + "\n"
+
+
+def told(source: dict[str, Any]) -> str:
+    return f"{source['from']}" + (f" ({source['rows']:,} rows)" if "rows" in source else "")
+
+
+def metrics_lines(metrics: dict[str, dict[str, float]]) -> Iterator[str]:
+    if metrics:
+        yield from ("| metric | first | last |", "| --- | ---: | ---: |")
+        yield from (f"| {name} | {number(m['first'])} | {number(m['last'])} |" for name, m in metrics.items())
+        yield ""
+
+
+def report_lines(report: dict[str, Any]) -> Iterator[str]:
+    """rlhf evaluate's own table; a table, too, of a mapping of like mappings; else numbers by their names."""
+    if "win_rate" in report:
+        yield from ("```", table(report), "```")
+        return
+    parts = list(report.values())
+    if parts and all(isinstance(part, dict) and part and part.keys() == parts[0].keys() for part in parts):
+        yield from ("| | " + " | ".join(parts[0]) + " |", "| --- |" + " ---: |" * len(parts[0]))
+        for name, part in report.items():
+            yield f"| {name} | " + " | ".join(map(number, part.values())) + " |"
+        return
+    for name, value in numbers_of(report):
+        yield f"- {name}: {number(value)}"
+
+
+def numbers_of(report: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers and texts by their path; lists are for report.json."""
+    for key, value in report.items():
+        if isinstance(value, dict):
+            yield from numbers_of(value, f"{prefix}{key}, ")
+        elif isinstance(value, int | float | str):
+            yield f"{prefix}{key}", value
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

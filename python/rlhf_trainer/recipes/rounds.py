@@ -1,0 +1,161 @@
+"""`rlhf rounds`: DPO on the model's own completions, again and again (online, or iterative, DPO).
+
+A round samples completions of the prompts from the current model, lets a reward model score them, makes pairs of them,
+and trains on these with DPO; the next round goes on with the trained model. Each step is a stage that can be run alone
+(`rlhf sample`, `reject`, `dpo`), with a folder of its own in output_dir/round-N, and goes on where it stopped; so a run
+of rounds does, too. The prompts are the same in all rounds, the draws are not.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ..config.base import DPOConfig, OutputConfig, RejectConfig, RoundsConfig, SampleConfig
+from ..config.parse import dump_yaml
+from ..data.rows import read_rows
+from ..errors import UsageError
+from ..models.loading import check_fit, check_same_vocabulary, load_fused, load_tokenizer, load_tokenizer_for
+from ..models.scoring import load_reward_model
+from ..offline.dpo import check_loss_options, check_sharing, load_task, train_dpo
+from ..preferences.pairs import pair_up
+from ..rewards.rejection import in_numbers, left_out, read_completions, reject
+from ..rollouts.sample import COMPLETIONS_FILE, prompts_of, sample
+from ..training.checkpoint import FOLDER as STATE_FOLDER
+from ..training.journal import begin, write_jsonl
+from ..training.metrics import make_accelerator
+from ..training.output_folder import CONFIG_FILE, commit_output, open_output, partial_folder
+
+Config = TypeVar("Config", bound=OutputConfig)
+
+
+def train_rounds(config: RoundsConfig) -> Path:
+    """Trains; returns the folder that holds the last round's model, report.json, and a folder of each round."""
+    _, finished = begin(config, "rlhf rounds")
+    if finished:
+        return Path(config.output_dir)
+    judge_tokenizer = check_input(config)
+    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    model = config.model_name_or_path
+    reports: list[dict[str, Any]] = []
+    for number in range(1, config.rounds + 1):
+        print(f"round {number} of {config.rounds} starts from {model}")
+        folder = work / f"round-{number}"
+        seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
+        drawn = {"seed": seed, "batch_size": config.generation_batch_size}
+        completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], **drawn))
+        written = read_completions(str(completions / COMPLETIONS_FILE), [judge_tokenizer], config.max_length)
+        if all(row.left_out is not None for row in written):
+            raise no_pair(number, model, left_out(written), noun="completions")
+        scored = reject(stage(RejectConfig, config, folder / "scored", completions=[str(completions)], **drawn))
+
+        lines = [line for _, line in read_rows(str(scored / "scored.jsonl"), split="train")]
+        rows, without = pair_up(lines, config.pairing)
+        if not rows:
+            raise no_pair(number, model, without)
+        write_jsonl(folder / "pairs.jsonl", rows)
+        judged = json.loads((scored / "report.json").read_text(encoding="utf-8"))
+        reports.append(report_of(number, judged, sum(len(row["pairs"]) for row in rows), without))
+        (work / "report.json").write_text(json.dumps({"rounds": reports}, indent=2) + "\n", encoding="utf-8")
+        print(in_words(reports[-1]))
+
+        first = config.ref_model_name_or_path or config.model_name_or_path
+        trained = train_dpo(
+            stage(
+                DPOConfig, config, folder / "model", model_name_or_path=model, seed=seed,
+                ref_model_name_or_path=first if config.reference == "first" else None,
+                dataset=str(folder / "pairs.jsonl"), dataset_format="auto",
+            )
+        )  # fmt: skip
+        model = str(trained)
+
+    link_model(Path(model), work)
+    folder = commit_output(config.output_dir, config.overwrite)
+    print(f"saved to {folder}; `rlhf evaluate` measures this model, report.json those that the rounds started from")
+    return folder
+
+
+def stage(cls: type[Config], config: RoundsConfig, folder: Path, **changes: Any) -> Config:
+    """What a stage in `folder` is told: what the rounds were told under the same names, but for `changes`."""
+    same = {field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)}
+    return cls(**same | {"output_dir": str(folder), "overwrite": False, "resume": True} | changes)
+
+
+def check_input(config: RoundsConfig) -> PreTrainedTokenizerBase:
+    """Tells at once what a round would tell after hours of sampling only; returns the reward model's tokenizer."""
+    check_loss_options(config)
+    tokenizer, work = load_tokenizer_for(config), partial_folder(config.output_dir)
+    prompts = prompts_of(config, tokenizer).examples
+    rows, written = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
+    judge = load_reward_model(
+        config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    judge_tokenizer = load_tokenizer(
+        config.reward_model, key="reward_model", trust_remote_code=config.trust_remote_code
+    )
+    check_fit(judge, judge_tokenizer, rows, [min(length, config.max_length) for length in written], config.dataset)
+    del judge  # before the others take memory
+
+    keys = [key for key in ("model_name_or_path", "ref_model_name_or_path") if getattr(config, key) is not None]
+    models = [load_fused(config, getattr(config, key), key) for key in keys]
+    for key, model in zip(keys, models, strict=True):
+        check_same_vocabulary(models[0], model, key)
+        if config.share_prefix:
+            check_sharing(model, key)
+    check_fit(models[0].model, tokenizer, rows, written, config.dataset)
+    accelerator = make_accelerator(config.report_to, work)  # looks at report_to, too
+    if config.eval_dataset is not None:
+        told = stage(DPOConfig, config, work, dataset_format="auto")
+        load_task(told, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
+    return judge_tokenizer
+
+
+def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompts") -> UsageError:
+    goes_on = "" if number == 1 else f" What the rounds before have made is in {model}: a new run can start from there."
+    return UsageError(
+        f"round {number}: no prompt gives a pair, which takes two completions with different rewards "
+        f"({noun}: {in_numbers(counts)}). Raise num_completions or temperature; where completions are unfinished, "
+        f"max_new_tokens; where they are too long, max_length.{goes_on}"
+    )
+
+
+def report_of(number: int, judged: dict[str, Any], pairs: int, without: dict[str, int]) -> dict[str, Any]:
+    """Of one round; `judged`: the report of `reject`. The completions are of the model that the round starts from."""
+    return {
+        "round": number,
+        "mean_reward": judged["candidates"]["mean_reward"],
+        "completions": judged["candidates"]["completions"],
+        "left_out": judged["left_out"],
+        "prompts": judged["prompts"],
+        "pairs": pairs,
+        "prompts_without_pair": without,
+    }
+
+
+def in_words(report: dict[str, Any]) -> str:
+    return (
+        f"round {report['round']}: mean reward {report['mean_reward']:+.4f} of {report['completions']} completions "
+        f"(left out: {in_numbers(report['left_out'])}); {report['pairs']} pairs of {report['prompts']} prompts "
+        f"(without a pair: {in_numbers(report['prompts_without_pair'])})"
+    )
+
+
+def link_model(source: Path, target: Path) -> None:
+    """Puts a model into `target`, too, as hard links: no copy of the weights, and either folder may go."""
+    not_its = shutil.ignore_patterns(CONFIG_FILE, "metrics.jsonl", STATE_FOLDER)
+    shutil.copytree(source, target, copy_function=link_file, ignore=not_its, dirs_exist_ok=True)
+
+
+def link_file(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)  # of a run that died here
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)

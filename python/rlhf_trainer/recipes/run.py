@@ -1,0 +1,152 @@
+"""`rlhf recipe`: the stages of one YAML file in order, each consuming what earlier ones left, ending in one report.
+
+A stage is a command of `rlhf` or a function of the user's own (recipe_file.py says how they are written). The whole
+recipe is checked before its first stage runs. The stages run in one process, each in output_dir/STAGE, and each goes on
+where it was interrupted; so a run of a recipe does, too: stages that are done are not looked at again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..cli import COMMANDS
+from ..config.base import RecipeConfig
+from ..config.parse import dump_yaml
+from ..errors import UsageError
+from ..training.journal import begin
+from ..training.output_folder import CONFIG_FILE, commit_output, is_taken, open_output, partial_folder
+from .file import Recipe, Stage, check_recipe, config_of, function_of, placed, read_recipe
+from .report import in_markdown, report_of
+
+RECIPE_FILE, DONE_FILE = "recipe.yaml", "stages_done.json"
+
+
+def run_recipe(config: RecipeConfig) -> Path:
+    """Returns output_dir: a folder of each stage, the recipe as it was run, report.json and report.md."""
+    recipe, folder = read_recipe(config.recipe, config.set), Path(config.output_dir).absolute()
+    check_recipe(recipe, folder)
+    if config.dry_run:
+        print("\n".join(as_commands(recipe, folder)))
+        return folder
+    if config.resume and not partial_folder(folder).exists():  # before `begin` says that nothing is left to do
+        check_same_stages(folder, recipe)
+    _, finished = begin(config, "rlhf recipe")
+    if finished:
+        return folder
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+
+    work = open_output(folder, config.overwrite, dump_yaml(config), config.resume)
+    check_same_stages(work, recipe)
+    write(work / RECIPE_FILE, recipe.text())
+    done: dict[str, Any] = json.loads((work / DONE_FILE).read_text()) if (work / DONE_FILE).exists() else {}
+    for number, stage in enumerate(recipe.stages, start=1):
+        title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
+        if stage.name in done:
+            print(f"{title}: done")
+            continue
+        print(f"\n{title}: {stage.what}", flush=True)
+        again, started = has_begun(work, stage.name), time.perf_counter()
+        try:
+            run_stage(stage, work)
+        except UsageError as error:
+            kept = f"What is done is kept in {work}: pass --resume to go on there"
+            raise UsageError(f"{stage.where}: {error}\n{kept}") from error
+        done[stage.name] = {"seconds": round(time.perf_counter() - started, 1), "resumed": again}
+        write(work / DONE_FILE, json.dumps(done))
+
+    report = renamed(report_of(recipe, work, done), f"{work}/", "")  # its paths begin at output_dir
+    write(work / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write(work / "report.md", in_markdown(report))
+    # The stages were told of folders that are about to move. What they were told can be told to `rlhf` again.
+    for path in work.rglob(CONFIG_FILE):
+        if path.parent != work:
+            told = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), str(work), str(folder))
+            write(path, yaml.safe_dump(told, sort_keys=False))
+    commit_output(folder, config.overwrite)
+    print(f"\n{in_markdown(report)}\nsaved to {folder}; this report is {folder / 'report.md'}")
+    return folder
+
+
+def run_stage(stage: Stage, work: Path) -> None:
+    if stage.kind == "command":
+        command = COMMANDS[stage.what]
+        getattr(import_module(f".{command.module}", __package__), command.function)(config_of(stage, work))
+    elif not (work / stage.name).exists():  # a function cannot be asked to go on, so it starts anew
+        options = placed(stage, work)
+        told = yaml.safe_dump({"python": stage.what, "options": options}, sort_keys=False)
+        folder = open_output(work / stage.name, overwrite=True, config_text=told)
+        try:
+            function_of(stage)(folder, **options)
+        except UsageError:
+            raise
+        except Exception as error:
+            error.add_note(f"{stage.where}: {stage.what} raised this. Mended, the recipe goes on with --resume")
+            raise
+        commit_output(work / stage.name, overwrite=False)
+
+
+def has_begun(work: Path, name: str) -> bool:
+    return is_taken(work / name) or is_taken(partial_folder(work / name))
+
+
+def check_same_stages(folder: Path, recipe: Recipe) -> None:
+    """Raises UsageError if a stage that has begun in `folder` was told otherwise. Those to come may be changed."""
+    if not (folder / RECIPE_FILE).exists():
+        return
+    then = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))["stages"]
+    now = {stage.name: stage.content for stage in recipe.stages}
+    begun = [name for name in then if has_begun(folder, name)]
+    if list(now)[: len(begun)] != begun:
+        raise other_recipe(folder, f"it began with the stages {', '.join(begun)}, the recipe now has {', '.join(now)}")
+    for name in begun:
+        for key in {**then[name], **now[name]}:
+            old, new = then[name].get(key), now[name].get(key)
+            if old != new:
+                raise other_recipe(folder, f"stage {name}: {key}: {old!r} then, {new!r} now")
+
+
+def other_recipe(folder: Path, difference: str) -> UsageError:
+    return UsageError(
+        f"{folder} is of another recipe, so --resume cannot go on with it ({difference}). Only stages that have "
+        "not begun may be changed; choose another output_dir, or pass --overwrite without --resume to replace it"
+    )
+
+
+def as_commands(recipe: Recipe, folder: Path) -> list[str]:
+    """The stages as commands, for who wants to launch each in his own way; functions as a comment."""
+    lines = [f"# {recipe.title} ({recipe.source})"]
+    for stage in recipe.stages:
+        if stage.kind == "python":
+            lines.append(f"# {stage.what}({str(folder / stage.name)!r}, **{placed(stage, folder)})")
+            continue
+        words = ["rlhf", stage.what]
+        for key, value in placed(stage, folder).items():
+            if value is not None and value != []:
+                words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        lines.append(shlex.join([*words, "--output_dir", str(folder / stage.name)]))
+    return lines
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """`value`, of JSON, with `old` replaced in all its texts and keys."""
+    if isinstance(value, dict):
+        return {renamed(key, old, new): renamed(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,286 @@
+"""Rewards of completions: reward models, verifiable rewards and functions of the user's own, as a weighted sum.
+
+A reward is named by text:
+
+    exact_answer            the final answer is the row's (`ground_truth`, `answer` or `solution`)
+    regex:PATTERN           PATTERN is found in the completion
+    json_schema             JSON that the row's `schema` allows
+    arithmetic              the value of the row's `expression`
+    format:think_answer     <think>...</think><answer>...</answer>, as DeepSeek-R1 writes
+    unit_tests              the share of the row's `tests` that the code in the completion passes
+    model:NAME              a reward model, a folder or a hub id
+    classifier:NAME:LABEL   the log-odds of LABEL by a classifier, a folder or a hub id
+    module:function         a function of the user's, found as `import module` finds it, or in the working directory
+
+A user's function has TRL's signature, `f(prompts, completions, **columns) -> list of numbers`: it is called once with
+all prompts and completions, text or messages as in the data, and the other columns of their rows, each a list with
+None where a row lacks it. Of these it gets what its parameters ask for; `**kwargs` asks for everything.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config.base import JudgeConfig
+from ..config.functions import import_function
+from ..data.chat import kind
+from ..data.examples import Prompt
+from ..errors import UsageError
+from ..rollouts.sample import like_prompt
+from ..training.journal import Run, at_once
+from .model_rewards import ClassifierReward, ModelReward
+from .verifiable import VERIFIABLE, Verifiable
+
+MODEL, CLASSIFIER = "model", "classifier"
+LARGEST = torch.finfo(torch.float32).max
+
+
+class Scores(NamedTuple):
+    """Rewards of N completions by K functions, fp32 on the CPU."""
+
+    total: Tensor  # [N], the sum of parts times weights
+    parts: Tensor  # [N, K], without weights
+
+
+class Reward(Protocol):
+    """One of the functions; `name` is for metrics, `batch_count` says how often `run` will be called."""
+
+    name: str
+
+    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None: ...
+
+    def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int: ...
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> Any: ...
+
+
+def load_rewards(config: JudgeConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
+    """The functions that a configuration names, the reward_model first. Models, which cost most, are loaded last, and
+    score `batch_size` completions at once."""
+    makers = [] if config.reward_model is None else [model_maker(config.reward_model, "reward_model")]
+    makers += [maker_of(spec) for spec in config.rewards]
+    functions = [make(config, device, batch_size) for make in makers]
+    return Rewards(functions, config.reward_weights or [1.0] * len(functions))
+
+
+Maker = Callable[[JudgeConfig, torch.device, int], Reward]
+
+
+def model_maker(name: str, key: str) -> Maker:
+    return lambda config, device, batch_size: ModelReward(name, config, device, batch_size, key=key)
+
+
+def maker_of(spec: str) -> Maker:
+    """What makes the reward that `spec` names; UsageError where there is none such."""
+    name, _, argument = spec.partition(":")
+    if name == MODEL:
+        return model_maker(argument, "rewards")
+    if name == CLASSIFIER:
+        folder, _, label = argument.rpartition(":")
+        if not folder or not label:
+            raise UsageError(f"rewards: expected classifier:NAME:LABEL, got {spec!r}")
+        return lambda config, device, batch_size: ClassifierReward(folder, label, config, device, batch_size)
+    if name in VERIFIABLE:
+        try:
+            verifiable = VERIFIABLE[name](argument)
+        except ValueError as error:
+            raise UsageError(f"rewards: {spec!r}: {error}") from error
+        row_reward = RowReward(name, verifiable)
+        return lambda *_: row_reward
+    if not argument:
+        known = ", ".join([*VERIFIABLE, f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
+        raise UsageError(f"rewards: {spec!r} is unknown; known are {known}, and module:function for one of your own")
+    user_reward = UserReward(spec, import_function(spec, "rewards:"))
+    return lambda *_: user_reward
+
+
+class Rewards:
+    """Functions and their weights. `names`: one a function, a repeated one with -2, -3, ... behind it."""
+
+    def __init__(self, functions: Sequence[Reward], weights: Sequence[float]) -> None:
+        seen: Counter[str] = Counter()
+        names = []
+        for function in functions:
+            seen[function.name] += 1
+            names.append(function.name if seen[function.name] == 1 else f"{function.name}-{seen[function.name]}")
+        self.functions, self.names, self.weights = list(functions), tuple(names), list(weights)
+
+    @property
+    def models(self) -> list[ModelReward]:
+        return [function for function in self.functions if isinstance(function, ModelReward)]
+
+    def check(self, prompts: Sequence[Prompt], source: str = "the prompts", max_new_tokens: int = 0) -> None:
+        """UsageError where a row lacks what a function needs, or is too long for a model with so many tokens more."""
+        for function in self.functions:
+            function.check(prompts, source, max_new_tokens)
+
+    def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
+        """How often `run` will be called."""
+        return sum(function.batch_count(prompts, texts) for function in self.functions)
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], *, run: Run = at_once) -> Scores:
+        """Rewards of texts [N], each the completion of the prompt at its place; `run` runs each batch of the work."""
+        if len(prompts) != len(texts):
+            raise ValueError(f"expected a text for each prompt, got {len(texts)} for {len(prompts)}")
+        columns = []
+        for name, function in zip(self.names, self.functions, strict=True):
+            values = function(prompts, texts, run) if prompts else []
+            columns.append(checked(name, values, prompts))
+        parts = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(prompts)).T.contiguous()
+        return Scores(parts @ torch.tensor(self.weights, dtype=torch.float32), parts)
+
+
+def line_of(error: BaseException) -> str:
+    """Where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}, in {frame.name}"
+
+
+class RowReward:
+    """A verifiable reward, of a text and a column of the row."""
+
+    def __init__(self, name: str, verifiable: Verifiable) -> None:
+        self.name, self.verifiable = name, verifiable
+
+    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
+        for prompt in prompts:
+            self.expected(prompt, source)
+
+    def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
+        return 1
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> list[float]:
+        expected = [self.expected(prompt) for prompt in prompts]
+
+        def score() -> list[float]:
+            if not self.verifiable.is_slow:
+                return list(map(self.verifiable.score, texts, expected))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(self.verifiable.score, texts, expected))
+
+        return run(score)
+
+    def expected(self, prompt: Prompt, source: str = "the prompts") -> Any:
+        """What the row says, as the function wants it."""
+        columns = self.verifiable.columns
+        if not columns:
+            return None
+        column = next((column for column in columns if prompt.columns.get(column) is not None), None)
+        if column is None:
+            wanted = f"{' or '.join(map(repr, columns))}, {self.verifiable.what}"
+            raise UsageError(
+                f"{source}, {where(prompt)}: the reward {self.name!r} needs a column {wanted}; the row has: "
+                f"{', '.join(prompt.columns) or 'the prompt only'}"
+            )
+        try:
+            return self.verifiable.prepare(prompt.columns[column])
+        except ValueError as error:
+            raise UsageError(
+                f"{source}, {where(prompt)}: the reward {self.name!r} cannot use column {column!r}: {error}"
+            ) from error
+
+
+class UserReward:
+    """A function of the user's. Where it raises, it is called again, prompt by prompt, to tell with which one."""
+
+    def __init__(self, spec: str, function: Callable[..., Any]) -> None:
+        self.spec, self.function = spec, function
+        self.name = spec.partition(":")[2]
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"rewards: {spec!r}: cannot tell what it takes: {error}") from error
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        if positional:
+            raise UsageError(
+                f"rewards: {spec!r} must take {positional[0]!r} by name: f(prompts, completions, **columns)"
+            )
+        self.asked = [p.name for p in named]
+        self.needed = [p.name for p in named if p.default is p.empty and p.name not in ("prompts", "completions")]
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
+        for name in self.needed:
+            if not any(name in prompt.columns for prompt in prompts):
+                known = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
+                raise UsageError(
+                    f"{source}: the reward {self.spec!r} asks for a column {name!r}, which no row has; they have: "
+                    f"{', '.join(known) or 'the prompt only'}. Give the parameter a default, or the rows the column"
+                )
+
+    def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
+        return 1
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> list[float]:
+        return run(lambda: checked(self.spec, self.values(prompts, texts), prompts))
+
+    def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
+        try:
+            return self.call(prompts, texts)
+        except Exception as error:
+            prompt, found = self.culprit(prompts, texts) or (None, error)
+            place = "all prompts together" if prompt is None else where(prompt)
+            said = f"raised {type(found).__name__}: {found} (for {place}; {line_of(found)})"
+            raise UsageError(f"the reward function {self.spec!r} {said}") from found
+
+    def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, Exception] | None:
+        for prompt, text in zip(prompts, texts, strict=True):
+            try:
+                self.call([prompt], [text])
+            except Exception as error:
+                return prompt, error
+        return None
+
+    def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
+        present = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
+        columns = present if self.takes_all else [column for column in present if column in self.asked]
+        given = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
+        given["prompts"] = [prompt.prompt for prompt in prompts]
+        given["completions"] = list(map(like_prompt, prompts, texts))
+        return self.function(**{name: given[name] for name in given if self.takes_all or name in self.asked})
+
+
+def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float]:
+    """values as a function gave them -> a finite number for each prompt; UsageError naming function and prompt."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor or an array
+    if not isinstance(values, list | tuple):
+        raise UsageError(
+            f"the reward function {name!r} gave {kind(values)}, expected a list of {len(prompts)} numbers, one for "
+            f"each completion (the first for {where(prompts[0])})"
+        )
+    if len(values) != len(prompts):
+        raise UsageError(
+            f"the reward function {name!r} gave {len(values)} values for {len(prompts)} completions (of prompts from "
+            f"{where(prompts[0])} to {where(prompts[-1])})"
+        )
+    return list(map(number, repeat(name), values, prompts))
+
+
+def number(name: str, value: Any, prompt: Prompt) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
+        said = "None" if value is None else kind(value)
+        raise UsageError(f"the reward function {name!r} gave {said}, expected a finite number (for {where(prompt)})")
+    return float(value)
+
+
+def where(prompt: Prompt) -> str:
+    """A prompt, shortened, for messages about it."""
+    text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
+    return f"row {prompt.row}, prompt {text if len(text) <= 60 else text[:57] + '...'!r}"

@@ -1,0 +1,333 @@
+"""Verifiable rewards: what can be checked of a text without a model, 1.0 where it holds and 0.0 where not.
+
+Only what follows the last </think> counts; of a text that thinks and does not come to an end, nothing does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jsonschema
+import referencing
+import regex
+
+from ..data.chat import kind
+from . import sandbox
+from .arithmetic import value_of
+
+THINK, END_OF_THINK = "<think>", "</think>"
+THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+BOXED = "\\boxed{"
+HASHES = "####"
+ANSWER_IS = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
+END_OF_SENTENCE = re.compile(r"[.!?;](?:\s|$)")
+NUMBER = re.compile(
+    r"""(?: (?<! [\w).] ) [-+] )?                            # a sign, not of a subtraction
+        (?<! [A-Za-z_\d] )                                  # not the number of a name, as in x2
+        (?: (?: \d{1,3} (?: ,\d{3} )+ (?!\d) | \d+ ) (?: \.\d+ )? | \.\d+ )
+        (?: e [-+]? \d{1,3} (?!\d) )?
+        (?: /\d+ )?""",
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
+AROUND = " ,;:!?\"'`*$“”‘’"
+MOST_DIGITS = 1000  # of a number; what is longer is text
+PATTERN_SECONDS = 1.0
+
+
+class Verifiable(NamedTuple):
+    """A reward as `rewards` uses it: `score(text, prepare(value of the first of columns that the row has))`."""
+
+    score: Callable[[str, Any], float]
+    columns: tuple[str, ...] = ()
+    what: str = ""  # what the column holds, for messages
+    prepare: Callable[[Any], Any] = lambda value: value  # ValueError says what is wrong with the value
+    is_slow: bool = False  # several at once are worth a thread each
+
+
+# --- exact answers
+
+
+def exact_answer(text: str, answers: list[str]) -> float:
+    """Whether the final answer of a text is one of `answers`.
+
+    The final answer is what stands in the last <answer>...</answer>; if there is none, in the last \\boxed{...}; if
+    none, behind the last ####, in its line; if none, behind the last "answer is" or "answer:", in its line. Within
+    <answer> tags the other marks are looked for again. A text without a mark answers with its last number, where a
+    number is expected, or else with the whole text.
+
+    Numbers are equal by value: 1,234.50 = 1234.5 = 2469/2. Where a number is expected, a marked answer may have other
+    words, but only one number (behind "answer is": the first counts); "72 or 73" is no answer. Other texts are equal
+    without regard to case, white space, Unicode's compatibility forms, and the punctuation, quotes, * and $ around
+    them.
+    """
+    return float(any(answers_with(text, expected) for expected in answers))
+
+
+def answers_with(text: str, expected: str) -> bool:
+    said = without_thoughts(text)
+    if said is None:
+        return False
+    number = number_of(expected)
+    found = marked_answer(said)
+    if found is None:
+        if number is None:
+            return normal(said) == normal(expected)
+        numbers = numbers_in(said)
+        return bool(numbers) and numbers[-1] == number
+    answer, mark = found
+    if number is None:
+        return normal(answer) == normal(expected)
+    numbers = numbers_in(answer)
+    return numbers[:1] == [number] and (len(numbers) == 1 or mark == "is")
+
+
+def without_thoughts(text: str) -> str | None:
+    """What follows the last </think>; None where a <think> is open at the end."""
+    _, _, said = text.rpartition(END_OF_THINK)
+    return None if THINK in said else said
+
+
+def marked_answer(text: str) -> tuple[str, str] | None:
+    """The final answer of a text that marks one, and the kind of mark."""
+    tagged = ANSWER_TAGS.findall(text)
+    if tagged:
+        return marked_answer(tagged[-1]) or (tagged[-1], "tags")
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed, "boxed"
+    if HASHES in text:
+        return text.rpartition(HASHES)[2].strip().partition("\n")[0], "hashes"
+    stated = ANSWER_IS.findall(text)
+    return (END_OF_SENTENCE.split(stated[-1])[0], "is") if stated else None
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last \\boxed{...} with balanced braces holds; \\{ and \\} are no braces."""
+    for piece in reversed(text.split(BOXED)[1:]):
+        depth = 1
+        for mark in re.finditer(r"\\.|[{}]", piece, re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(mark.group(), 0)
+            if depth == 0:
+                return piece[: mark.start()]
+    return None
+
+
+def normal(text: str) -> str:
+    """Texts that count as equal -> the same text."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.rstrip(AROUND + ".").lstrip(AROUND) or text  # a point at the start may be a number's
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    text = plain_numbers(text)
+    found = [number_from(match) for match in NUMBER.findall(text)]
+    return [number for number in found if number is not None]
+
+
+def number_of(text: str) -> Fraction | None:
+    """The number that a text is; None where it is not one, and nothing else."""
+    text = normal(plain_numbers(text))
+    return number_from(text) if NUMBER.fullmatch(text) else None
+
+
+def plain_numbers(text: str) -> str:
+    """Numbers as LaTeX and Unicode write them -> as Python does."""
+    text = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
+    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    return re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+
+
+def number_from(text: str) -> Fraction | None:
+    text = text.replace(",", "")
+    numerator, _, denominator = text.partition("/")
+    if len(text) > MOST_DIGITS or (denominator and int(denominator) == 0):
+        return None
+    return Fraction(numerator) / int(denominator or 1)
+
+
+def expected_answers(value: Any) -> list[str]:
+    """A column's text or number, or a list of those that are right; of a worked answer, the final one it marks."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(each, str | int | float) for each in values):
+        raise ValueError(f"expected text or a number, or a list of them, got {kind(value)}")
+    answers = []
+    for each in map(str, values):
+        marked = marked_answer(each)
+        answers.append(each if marked is None or marked[1] == "is" else marked[0])
+    if not all(answer.strip() for answer in answers):
+        raise ValueError("the expected answer is empty")
+    return answers
+
+
+# --- arithmetic
+
+
+def arithmetic(text: str, value: Fraction) -> float:
+    """Whether the final answer of a text, as `exact_answer` finds it, is this number, exactly: 0.33 is not 1/3."""
+    return exact_answer(text, [str(value)])
+
+
+# --- format
+
+
+def think_answer(text: str, _expected: None = None) -> float:
+    """Whether a text is <think>...</think><answer>...</answer>, each tag once, neither part blank, and nothing else
+    but white space around them."""
+    once = all(text.count(tag) == 1 for tag in (THINK, END_OF_THINK, "<answer>", "</answer>"))
+    parts = THINK_ANSWER.fullmatch(text) if once else None
+    return float(parts is not None and all(part.strip() for part in parts.groups()))
+
+
+# --- JSON
+
+
+def json_schema(text: str, schema: dict[str, Any] | bool) -> float:
+    """Whether a text holds JSON that the schema allows.
+
+    The JSON is the content of the last <answer> tags, or of the last ``` block, or else the whole text. NaN and
+    Infinity are not JSON. References of the schema to other places are not followed.
+    """
+    said = without_thoughts(text)
+    if said is None:
+        return 0.0
+    tagged = ANSWER_TAGS.findall(said)
+    said = tagged[-1] if tagged else said
+    blocks = code_blocks(said)
+    try:
+        value = json.loads(blocks[-1] if blocks else said, parse_constant=refuse_constant)
+        return float(validator_of(schema).is_valid(value))
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
+        return 0.0
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def validator_of(schema: Any) -> Any:
+    registry: Any = referencing.Registry()  # the default one would look for references in the network
+    return jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema, registry=registry)
+
+
+def checked_schema(value: Any) -> Any:
+    """A schema, or the JSON text of one."""
+    schema = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(schema, dict | bool):
+        raise ValueError(f"expected a JSON schema, got {kind(value)}")
+    try:
+        jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ValueError(f"not a JSON schema: {error.message}") from error
+    return schema
+
+
+def code_blocks(text: str) -> list[str]:
+    """The contents of ``` blocks, whatever language they name."""
+    return re.findall(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+
+
+# --- patterns
+
+
+def found_by(pattern: Any) -> Callable[[str, None], float]:
+    """Whether the pattern is found anywhere in a text, thoughts included; \\A and \\Z anchor it. A search that takes
+    over a second counts as not found."""
+
+    def search(text: str, _expected: None = None) -> float:
+        try:
+            return float(pattern.search(text, timeout=PATTERN_SECONDS) is not None)
+        except TimeoutError:
+            return 0.0
+
+    return search
+
+
+# --- unit tests
+
+
+def unit_tests(text: str, tests: list[str]) -> float:
+    """The share of the tests that the code in a text passes: the last ``` block, or the whole text where there is none.
+
+    `sandbox.run_tests` says what passing means, and what a run may use.
+    """
+    said = without_thoughts(text)
+    if said is None:
+        return 0.0
+    blocks = code_blocks(said)
+    passed = sandbox.run_tests(blocks[-1] if blocks else said, tests)
+    return sum(passed) / len(passed)
+
+
+def all_unit_tests(text: str, tests: list[str]) -> float:
+    """Whether the code in a text passes all tests."""
+    return float(unit_tests(text, tests) == 1.0)
+
+
+def checked_tests(value: Any) -> list[str]:
+    """A list of tests, or one text, which is one test."""
+    tests = value if isinstance(value, list) else [value]
+    if not tests or not all(isinstance(test, str) and test.strip() for test in tests):
+        raise ValueError(f"expected a list of tests, assert statements say, or one text, got {kind(value)}")
+    for test in tests:
+        try:
+            compile(test, "<test>", "exec")
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"not Python: {test!r}: {error}") from error
+    return tests
+
+
+# --- by name
+
+
+def no_argument(argument: str, verifiable: Verifiable) -> Verifiable:
+    if argument:
+        raise ValueError(f"takes nothing behind a colon, got {argument!r}")
+    return verifiable
+
+
+def regex_of(argument: str) -> Verifiable:
+    try:
+        pattern = regex.compile(argument)
+    except regex.error as error:
+        raise ValueError(f"not a pattern: {error}") from error
+    if not argument:
+        raise ValueError("expected regex:PATTERN")
+    return Verifiable(found_by(pattern))
+
+
+def format_of(argument: str) -> Verifiable:
+    if argument != "think_answer":
+        raise ValueError(f"expected format:think_answer, got {argument!r}")
+    return Verifiable(think_answer)
+
+
+TESTS: dict[str, Callable[[str, list[str]], float]] = {"": unit_tests, "all": all_unit_tests}
+
+
+def tests_of(argument: str) -> Verifiable:
+    if argument not in TESTS:
+        raise ValueError(f"expected unit_tests, the share that passes, or unit_tests:all, got {argument!r}")
+    print(f"unit_tests: completions run {sandbox.protections()}")
+    return Verifiable(
+        TESTS[argument], ("tests", "test_list"), "assert statements, a list or one text", checked_tests, True
+    )
+
+
+EXACT = Verifiable(exact_answer, ("ground_truth", "answer", "solution"), "the right answer", expected_answers)
+SCHEMA = Verifiable(json_schema, ("schema",), "a JSON schema", checked_schema)
+ARITHMETIC = Verifiable(arithmetic, ("expression",), "such as '12 * (3 + 4)'", value_of)
+
+VERIFIABLE: dict[str, Callable[[str], Verifiable]] = {
+    "exact_answer": lambda argument: no_argument(argument, EXACT),
+    "regex": regex_of,
+    "json_schema": lambda argument: no_argument(argument, SCHEMA),
+    "arithmetic": lambda argument: no_argument(argument, ARITHMETIC),
+    "format": format_of,
+    "unit_tests": tests_of,
+}

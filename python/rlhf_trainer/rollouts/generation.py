@@ -1,0 +1,207 @@
+"""Completions of causal language models, the same on every run: seeded batch by batch, by nothing but the arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..models.loading import pad_id_of
+from ..training.journal import Run, at_once, batches_of_like_length
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn: logits over temperature, then the top_k of them, then the top_p of what is left."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+
+class Completion(NamedTuple):
+    """What a model wrote after a prompt, without padding; `finished`: its last token ends the sequence.
+
+    `logprobs`: of each of ids, nats, under the distribution that it was drawn from: of the logits over the temperature,
+    renormalised over what top_k and top_p left. At temperature 0, where nothing is drawn, under the model's own.
+    """
+
+    ids: list[int]
+    finished: bool
+    logprobs: list[float] | None = None
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    seed: int,
+    bf16: bool = False,
+    run: Run = at_once,
+) -> list[Completion]:
+    """One completion for each of prompts (token ids), in their order; a prompt may be there several times.
+
+    `run` runs each batch; that of a `Progress` keeps the results.
+    """
+    completions: list[Completion | None] = [None] * len(prompts)
+    for number, positions in enumerate(batches_of_like_length([len(prompt) for prompt in prompts], batch_size)):
+
+        def write(number: int = number, positions: list[int] = positions) -> list[Completion]:
+            asked = [prompts[i] for i in positions]
+            return generate_batch(model, tokenizer, asked, sampling, seed=seed, number=number, bf16=bf16)
+
+        for i, completion in zip(positions, run(write), strict=True):
+            completions[i] = Completion(*completion)  # what was kept as JSON is a list
+    return completions
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    *,
+    seed: int,
+    number: int,
+    bf16: bool = False,
+    with_logprobs: bool = False,
+) -> list[Completion]:
+    """One completion for each prompt, all at once; draws depend on (seed, number) and leave torch's own state alone."""
+    width = max(len(prompt) for prompt in prompts)
+    pad_id, ends, device = pad_id_of(tokenizer), end_ids(model, tokenizer), model.device
+    # Padded on the left, so that each prompt's last token is where generation begins.
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    # The distribution is made here: in a config, top_k would be 50 unless told, and warpers would come after `drawn`.
+    settings = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=sampling.temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
+        pad_token_id=pad_id, eos_token_id=ends or None,
+    )  # fmt: skip
+    drawn = DrawnLogprobs()
+    processors = LogitsProcessorList([*warpers(sampling), *([drawn] if with_logprobs else [])])
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        without_own_settings(model),
+        without_checkpointing(model),
+    ):
+        torch.manual_seed(random.Random(f"{seed}, batch {number}").getrandbits(63))
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors
+        )
+    completions = [up_to_end(row, ends) for row in out[:, width:].tolist()]
+    if not with_logprobs:
+        return completions
+    logprobs = drawn.of(out[:, width:]).tolist()
+    return [done._replace(logprobs=row[: len(done.ids)]) for done, row in zip(completions, logprobs, strict=True)]
+
+
+def warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """What turns logits into those of the distribution to draw from, in its order; nothing where nothing is drawn."""
+    if sampling.temperature == 0:
+        return []
+    return [
+        *([TemperatureLogitsWarper(float(sampling.temperature))] if sampling.temperature != 1 else []),
+        *([TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
+        *([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []),
+    ]
+
+
+class DrawnLogprobs(LogitsProcessor):
+    """Stands behind all other processors and keeps the log-prob of each token drawn: [B] a step.
+
+    A processor sees a step's scores before the draw. So it holds them until the next step, whose input ends in what was
+    drawn: one [B, V] at a time, where `output_scores` would keep one of every step.
+    """
+
+    def __init__(self) -> None:
+        self.scores: Tensor | None = None  # [B, V] fp32, of the step whose token is not known yet
+        self.logprobs: list[Tensor] = []  # [B] fp32 each
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.scores is not None:
+            self._take(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def of(self, drawn: Tensor) -> Tensor:
+        """drawn [B, steps], the tokens as generated -> their log-probs [B, steps]; meaningless behind a row's end."""
+        steps = drawn.shape[1]
+        if len(self.logprobs) < steps:  # else generate ran ahead of its stopping check, and took steps back
+            self._take(drawn[:, -1])
+        return torch.stack(self.logprobs[:steps], dim=1)
+
+    def _take(self, drawn: Tensor) -> None:
+        chosen = self.scores.gather(1, drawn[:, None])[:, 0]
+        self.logprobs.append(chosen - self.scores.logsumexp(dim=1))
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens after which nothing follows: those of the model's generation_config, and the tokenizer's eos.
+
+    Both, because a model may know several (<|im_end|>, <|endoftext|>) where its tokenizer knows one, and because what
+    a model was trained to end with is the tokenizer's (`encode_response`), which its generation_config may not say.
+    """
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({id for id in [*own, tokenizer.eos_token_id] if id is not None})
+
+
+def up_to_end(ids: list[int], ends: list[int]) -> Completion:
+    """ids as generated, maybe with padding behind the end; padding and end may be the same token."""
+    end = next((i for i, id in enumerate(ids) if id in ends), None)
+    return Completion(ids, False) if end is None else Completion(ids[: end + 1], True)
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
+    """The text without special tokens and without the end, which need not be a special token to the tokenizer."""
+    ids = completion.ids[:-1] if completion.finished else completion.ids
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no generation_config of its own.
+
+    `generate` fills what it is not told from there (repetition_penalty, min_length, suppressed tokens, ...): the
+    samples would not be from the distribution that losses and KL are computed of.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def without_checkpointing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, blocks do not checkpoint gradients: in train mode, one that does leaves its cache of keys and values
+    empty, and every token after the first would be drawn as if nothing stood before it."""
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    trained = [block.training for block in blocks]
+    for block in blocks:
+        block.training = False
+    try:
+        yield
+    finally:
+        for block, was in zip(blocks, trained, strict=True):
+            block.training = was

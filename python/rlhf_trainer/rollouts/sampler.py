@@ -1,0 +1,100 @@
+"""Rollouts: completions from the policy as it is now, with the log-probs that they were drawn at, behind one interface.
+
+`LocalSampler` is transformers' generate on the very model that trains; `rollout_http.ServerSampler` asks a server. What
+they return is the same: a `Completion` with the sampler's own log-probs, or a `Failure` that says what went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+
+from ..config.base import ServerConfig
+from .generation import Completion, Sampling, end_ids, generate_batch
+
+
+class Asked(NamedTuple):
+    """One prompt to be continued; the same one may be asked several times."""
+
+    ids: list[int]  # as `data.encode_prompt` makes them
+    prompt: str | list[dict[str, Any]]  # the same as text or messages, for samplers that take no ids
+    where: str  # "prompts.jsonl, row 7", for messages
+
+
+class Failure(NamedTuple):
+    """A prompt that had no completion at any try."""
+
+    where: str
+    reason: str
+
+
+class Sampler(Protocol):
+    def generate(
+        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+    ) -> list[Completion | Failure]:
+        """One for each of asked, in their order. (seed, number) seeds the draws: the same arguments give the same
+        completions, where the sampler can do that."""
+
+    def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """The policy has changed: later completions are from this one. `folder` is free for the sampler's use."""
+
+
+class LocalSampler:
+    """transformers' generate, in this process, a call's prompts all at once."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, bf16: bool) -> None:
+        self.model, self.tokenizer, self.bf16 = model, tokenizer, bf16
+
+    def generate(
+        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+    ) -> list[Completion | Failure]:
+        return generate_batch(
+            self.model, self.tokenizer, [one.ids for one in asked], sampling, seed=seed, number=number, bf16=self.bf16,
+            with_logprobs=True,
+        )  # fmt: skip
+
+    def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        self.model, self.tokenizer = model, tokenizer  # what trains is what draws: nothing has to travel
+
+
+def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The server, if there is one and it answers, else the model itself."""
+    if config.server_url is None:
+        return LocalSampler(model, tokenizer, config.precision == "bf16")
+    from .server import ServerSampler  # here, as it builds on this module
+
+    sampler = ServerSampler(
+        config.server_url, config.server_model or model.name_or_path, tokenizer, ends=end_ids(model, tokenizer),
+        vocabulary=model.get_input_embeddings().weight.shape[0], prompts=config.server_prompts,
+        sync_mode=config.server_sync, timeout_s=config.server_timeout, retries=config.server_retries,
+        concurrency=config.server_concurrency,
+    )  # fmt: skip
+    sampler.check()
+    return sampler
+
+
+def mismatch(sampler_logprobs: Tensor, trainer_logprobs: Tensor) -> dict[str, float]:
+    """sampler_logprobs, trainer_logprobs [N] of the same tokens, drawn by the sampler -> how far the two are apart.
+
+    With d = trainer - sampler, nats a token: mean and largest |d|; mean, smallest and largest importance ratio e^d; and
+    KL(sampler || trainer), as the mean of e^d - 1 - d. The first two have TRL's names. Of no tokens: nothing.
+    """
+    if sampler_logprobs.numel() == 0:
+        return {}
+    sampler, trainer = sampler_logprobs.detach().double(), trainer_logprobs.detach().double()
+    difference = (trainer - sampler).abs()
+    ratio = (trainer - sampler).exp()
+    return {
+        "sampling/sampling_logp_difference/mean": difference.mean().item(),
+        "sampling/sampling_logp_difference/max": difference.max().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
+        "sampling/kl": rk.kl_penalty(sampler, trainer, "k3").mean().item(),
+    }

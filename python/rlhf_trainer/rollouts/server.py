@@ -1,0 +1,222 @@
+"""Rollouts from an OpenAI-compatible HTTP server: vLLM, SGLang, transformers' own `serve`, and the like.
+
+One request a completion, several at a time. What goes wrong on the way (no connection, no answer in time, an error of
+the server's, an answer that is not what was asked for) is tried again after a while, then reported for that prompt.
+
+What a server has to be told for its log-probs to be those of the distribution it draws from: vLLM says those of the
+model before temperature, top_k and top_p unless started with `--logprobs-mode processed_logprobs`. transformers' serve
+has none, and it keeps each model it was asked for: start it with a short `--model-timeout` where sync is by folder. Its
+draws are the same on every run only at server_concurrency 1, as one state of the random numbers serves all requests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.chat import RowError, prompt_text
+from ..errors import UsageError
+from ..models.loading import pad_id_of
+from ..training.output_folder import save_model
+from .generation import Completion, Sampling, up_to_end
+from .http_json import SAID, Server, Unusable
+from .sampler import Asked, Failure
+
+
+class ServerSampler:
+    """A `Sampler` that asks a server for one completion a request.
+
+    `prompts`: "ids" sends token ids, asks for token ids, and knows the names that vLLM and SGLang have for what is
+    beyond OpenAI's; "text" sends text, and for transformers' serve, which draws nothing unless its model's
+    generation_config says so, a generation_config. Where no ids come back, the text is encoded again.
+
+    `sync_mode`: "none" leaves the server's model as it is; "folder" saves the policy and asks for it by its folder's
+    name; "reload" saves it and has the server load it (SGLang's update_weights_from_disk). The server must see the
+    folder under the same path.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model_name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ends: list[int],
+        vocabulary: int,
+        prompts: Literal["ids", "text"] = "ids",
+        sync_mode: Literal["none", "folder", "reload"] = "none",
+        timeout_s: float = 600.0,
+        retries: int = 4,
+        concurrency: int = 64,
+        first_delay_s: float = 1.0,
+    ) -> None:
+        """ends: tokens after which nothing follows (`generation.end_ids`); vocabulary: tokens that the model has."""
+        self.server = Server(url, timeout_s, retries, first_delay_s)
+        self.model_name, self.tokenizer, self.ends, self.vocabulary = model_name, tokenizer, ends, vocabulary
+        self.prompts, self.sync_mode, self.concurrency = prompts, sync_mode, concurrency
+        self.has_worked = False
+
+    def check(self) -> None:
+        """UsageError, at once, where no such server answers."""
+        at_once = Server(self.server.url, min(self.server.timeout_s, 30.0), retries=0)
+        try:
+            at_once.ask("/v1/models", None, listed_models)
+        except Unusable as problem:
+            raise UsageError(
+                f"server_url: no OpenAI-compatible server answers at {self.server.url}/v1/models: {problem}. Start it, "
+                "or leave server_url out to generate in this process"
+            ) from problem
+
+    def generate(
+        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+    ) -> list[Completion | Failure]:
+        """One for each of asked; UsageError where there is none and the server never gave one, or is gone."""
+
+        def one(position: int) -> Completion | Failure:
+            draw = random.Random(f"{seed}, batch {number}, completion {position}").getrandbits(31)
+            try:
+                body = self._body(asked[position], sampling, draw)
+                return self.server.ask("/v1/completions", body, lambda answer: self._completion(answer, sampling))
+            except Unusable as problem:
+                return Failure(asked[position].where, str(problem))
+
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            found = list(pool.map(one, range(len(asked))))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for requests not yet made
+        failed = all(isinstance(each, Failure) for each in found)
+        if found and failed and not self.has_worked:
+            raise UsageError(
+                f"server_url: {self.server.url} gave no completion for any of {len(found)} prompts. The first, "
+                f"{found[0].where}: {found[0].reason}. Check that it serves {self.model_name!r} (server_model), and "
+                f"whether it takes prompts as {self.prompts} (server_prompts)"
+            )
+        if found and failed:  # these prompts may all be bad ones: of a group, they are even the same
+            self.check()
+        self.has_worked = self.has_worked or not failed
+        return found
+
+    def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """After it, the server's completions are from `model`, unless sync_mode is "none"."""
+        self.tokenizer = tokenizer
+        if self.sync_mode == "none":
+            return
+        # A name that never was: a server keeps what it once loaded under a name, also over our restarts.
+        saved = folder.resolve() / f"policy-{uuid.uuid4().hex}"
+        save_model(model, tokenizer, saved)
+        if self.sync_mode == "folder":
+            self.model_name = str(saved)
+        else:
+            try:
+                self.server.ask("/update_weights_from_disk", {"model_path": str(saved)}, updated)
+            except Unusable as problem:
+                raise UsageError(
+                    f"server_sync: reload: {self.server.url}/update_weights_from_disk did not load {saved}: {problem}"
+                ) from problem
+        for old in folder.glob("policy-*"):  # that of the last sync, and what a killed run left
+            if old.resolve() != saved:
+                shutil.rmtree(old)
+
+    def _body(self, asked: Asked, sampling: Sampling, draw: int) -> dict[str, Any]:
+        """What is posted: all that shapes the distribution, as servers fill gaps from the model's own settings."""
+        body = {
+            "model": self.model_name, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
+            "top_p": sampling.top_p, "seed": draw, "logprobs": 1,
+        }  # fmt: skip
+        if self.prompts == "ids":
+            return body | {
+                "prompt": asked.ids, "top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0,
+                "stop_token_ids": self.ends, "return_token_ids": True,
+            }  # fmt: skip
+        settings = {
+            "do_sample": sampling.temperature > 0, "top_k": sampling.top_k, "repetition_penalty": 1.0,
+            "eos_token_id": self.ends or None, "pad_token_id": pad_id_of(self.tokenizer),
+        }  # fmt: skip
+        return body | {"prompt": self._text(asked), "generation_config": json.dumps(settings)}
+
+    def _text(self, asked: Asked) -> str:
+        """A text that tokenizers make asked.ids of; special tokens that they put in front must not be there twice."""
+        try:
+            text = prompt_text(self.tokenizer, asked.prompt)
+        except RowError as error:
+            raise Unusable(str(error), again=False) from error
+        for candidate in (text, text.removeprefix(self.tokenizer.bos_token or "")):
+            if self.tokenizer(candidate).input_ids == asked.ids:
+                return candidate
+        raise Unusable(
+            "a server would make other tokens of this prompt's text than the trainer does: pass server_prompts: ids",
+            again=False,
+        )
+
+    def _completion(self, answer: Any, sampling: Sampling) -> Completion:
+        """The completion in an answer, which may be anything."""
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            count = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:SAID]!r}"
+            raise Unusable(f"expected an answer with one choice, got {count}")
+        choice = choices[0]
+        if choice.get("finish_reason") not in ("stop", "length"):  # an aborted one is no completion of the policy's
+            raise Unusable(f"expected finish_reason stop or length, got {choice.get('finish_reason')!r}")
+        stopped = choice["finish_reason"] == "stop"
+        ids = choice.get("token_ids")
+        if ids is None:
+            done = self._encoded(choice, stopped)
+        elif isinstance(ids, list) and all(type(id) is int and 0 <= id < self.vocabulary for id in ids):
+            done = up_to_end(ids, self.ends)
+            done = done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
+        else:
+            raise Unusable(f"expected token_ids from 0 to {self.vocabulary - 1}, got {str(ids)[:SAID]}")
+        if stopped and not done.finished and self.tokenizer.eos_token_id is not None:
+            done = Completion([*done.ids, self.tokenizer.eos_token_id], True)  # the end itself was not given
+        if len(done.ids) > sampling.max_new_tokens:  # text encoded again may have more tokens than it was drawn with
+            done = Completion(done.ids[: sampling.max_new_tokens], False)
+        if not done.ids:
+            raise Unusable("the completion has no tokens, and did not end")
+        return done
+
+    def _encoded(self, choice: dict[str, Any], stopped: bool) -> Completion:
+        """The tokens of a choice's text. Its log-probs, if they are of these very tokens."""
+        text = choice.get("text")
+        if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+            # JSON can spell half of a character
+            raise Unusable(f"expected a choice with text, got {str(choice)[:SAID]!r}")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if stopped and self.tokenizer.eos_token_id is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        done = up_to_end(ids, self.ends)
+        theirs = choice["logprobs"].get("tokens") if isinstance(choice.get("logprobs"), dict) else None
+        if theirs != [self.tokenizer.decode([id]) for id in done.ids]:
+            return done
+        return done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
+
+
+def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None:
+    """The first `kept` of a choice's log-probs if there is one for each of its `count` tokens, else None."""
+    logprobs = choice.get("logprobs")
+    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(found, list) or len(found) != count:
+        return None
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in found):
+        return None
+    return [float(value) for value in found[:kept]]
+
+
+def listed_models(answer: Any) -> list[Any]:
+    if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
+        raise Unusable(f"expected a list of models, got {str(answer)[:SAID]!r}")
+    return answer["data"]
+
+
+def updated(answer: Any) -> None:
+    if not isinstance(answer, dict) or answer.get("success") is not True:
+        raise Unusable(f"expected success, got {str(answer)[:SAID]!r}")

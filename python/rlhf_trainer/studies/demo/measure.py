@@ -1,0 +1,127 @@
+"""What the demo measures of a model on prompts that no stage has seen, and how it tells it."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...data.examples import Pair, encode_prompt, encode_response
+from ...models.kl import kl_of_sequences
+from ...models.loading import FusedLM, pad_id_of
+from ...models.scoring import score_sequences
+from ...offline.pair_batches import collate_groups, group_pairs
+from ...offline.reference_logprobs import sequence_logprobs
+from ...rollouts.generation import Sampling, completion_text, generate
+from .language import hidden_reward, is_grammatical
+
+BATCH = 512
+MAX_NEW_TOKENS = 32
+
+
+class Score(NamedTuple):
+    """What one model does on held-out prompts."""
+
+    reviews: list[list[str]]  # by prompt
+    rewards: list[int]  # hidden ones, of all reviews
+    scores: list[float]  # the reward model's
+    kl_nats: float  # KL(model || reference) of a whole review, mean
+    grammatical: float  # share of reviews that the language allows
+    accuracy: float  # share of held-out pairs whose better review gets the larger implicit reward
+
+
+def sample_reviews(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
+) -> list[str]:
+    """One review for each prompt, at temperature 1."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    completions = generate(model, tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=BATCH, seed=seed)
+    return [completion_text(tokenizer, completion) for completion in completions]
+
+
+def score(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    pairs: list[Pair],
+    reviews_per_prompt: int,
+    seed: int,
+) -> Score:
+    asked = prompts * reviews_per_prompt
+    reviews = sample_reviews(model, tokenizer, asked, seed)
+    # A review that says nothing has no tokens to measure; it earns no reward, and is not of the language.
+    said = [(prompt, review) for prompt, review in zip(asked, reviews, strict=True) if review]
+    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, p, r, "review")) for p, r in said]
+    pad_id, device = pad_id_of(tokenizer), torch.device("cpu")
+    kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
+    scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()
+    right = [is_grammatical(*pair) for pair in zip(asked, reviews, strict=True)]
+    return Score(
+        [reviews[i :: len(prompts)] for i in range(len(prompts))],
+        [hidden_reward(review) for review in reviews],
+        scores,
+        sum(kl) / len(kl),
+        sum(right) / len(right),
+        ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, pairs),
+    )
+
+
+def ranking_accuracy(
+    policy: FusedLM, reference: FusedLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
+) -> float:
+    """How often the review with the higher hidden reward has the larger log pi - log pi_ref; a tie counts half."""
+    batch = collate_groups(group_pairs(pairs), pad_id_of(tokenizer))
+    gains = sequence_logprobs(policy, batch) - sequence_logprobs(reference, batch)
+    gain = gains[batch.chosen_idxs] - gains[batch.rejected_idxs]
+    better = torch.tensor([
+        hidden_reward(tokenizer.decode(pair.chosen)) - hidden_reward(tokenizer.decode(pair.rejected)) for pair in pairs
+    ])  # fmt: skip
+    return ((gain.sign() * better.sign() + 1) / 2)[better != 0].mean().item()
+
+
+def optimum(rewards: list[int], beta: float) -> tuple[float, float]:
+    """Mean reward and KL in nats of pi* = pi_ref exp(reward / beta) / Z, which DPO approaches (eq. 4 of its paper).
+
+    rewards: of reviews sampled from pi_ref, which stand for it.
+    """
+    scaled = torch.tensor(rewards, dtype=torch.float64) / beta
+    log_z = scaled.logsumexp(0) - math.log(len(rewards))
+    mean = (scaled.softmax(0) * scaled).sum()
+    return (beta * mean).item(), (mean - log_z).item()
+
+
+def mean(values: list[int] | list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(scores: dict[str, Score], beta: float) -> str:
+    """A column a model, the first one the reference, and one for the optimum of DPO's objective."""
+    found = list(scores.values())
+    best_reward, best_kl = optimum(found[0].rewards, beta)
+    rows = [
+        ("", *scores, "optimum"),
+        ("hidden reward of a review, mean", *(f"{mean(s.rewards):+.2f}" for s in found), f"{best_reward:+.2f}"),
+        ("what the reward model says, mean", *(f"{mean(s.scores):+.2f}" for s in found), ""),
+        ("KL to the SFT model, nats a review", *(f"{s.kl_nats:.2f}" for s in found), f"{best_kl:.2f}"),
+        ("better review of a pair recognised", *(f"{s.accuracy:.0%}" for s in found), "100%"),
+        ("reviews that keep to the language", *(f"{s.grammatical:.0%}" for s in found), ""),
+    ]  # fmt: skip
+    lines = [f"  {name:<36}" + "".join(f"{value:>11}" for value in values) for name, *values in rows]
+    note = f"  optimum: the SFT model reweighted by exp(reward / beta), beta {beta:g}, which is what DPO aims at"
+    return "\n".join([lines[0], "  " + "-" * (34 + 11 * (len(scores) + 1)), *lines[1:], note])
+
+
+def examples(prompts: list[str], scores: dict[str, Score], count: int = 3) -> str:
+    """The first review each model wrote for the first few prompts, with its hidden reward."""
+    lines = []
+    for i, prompt in enumerate(prompts[:count]):
+        lines.append(f"  {prompt}")
+        for name, result in scores.items():
+            review = result.reviews[i][0]
+            lines.append(f"    {name:<10}{hidden_reward(review):+d}  {textwrap.shorten(review, 100)}")
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""`rlhf demo`: a model from nothing, a known hidden reward, and the supervised pipeline raising it, on a CPU.
+
+The language and its reward are described in demo_language.py. Every stage is the one a user runs (`rlhf sft`, `reward`,
+`sample`, `reject`, `dpo`), on files such as a user would have; only the making of the first model, the judge and the
+measuring belong to the demo.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_kernels as rk
+
+from ...config.base import DemoConfig, DPOConfig, RejectConfig, RewardConfig, SampleConfig, SFTConfig
+from ...config.parse import dump_yaml
+from ...data.examples import Batch, load_pairs, pad_sequences
+from ...models.loading import FusedLM, LMHead
+from ...models.scoring import load_reward_model
+from ...offline.dpo import train_dpo
+from ...offline.reward_model import train_reward
+from ...offline.sft import train_sft
+from ...rewards.rejection import reject
+from ...rollouts.sample import sample
+from ...training.output_folder import CONFIG_FILE, check_free, is_taken, save_model
+from .curves import draw_curves
+from .language import all_prompts, hidden_reward, make_tokenizer, prefers_first, write_review
+from .measure import MAX_NEW_TOKENS, examples, is_grammatical, sample_reviews, score, table
+
+HELD_OUT_PROMPTS = 30
+HELD_OUT_PAIRS_PER_PROMPT = 8
+REVIEWS_PER_PROMPT = 16
+POSITIONS = 64
+LM_BATCH, LM_TOKENS = 64, 40
+LM_PEAK_LEARNING_RATE = 7e-3
+# A model this small needs larger learning rates than the defaults.
+SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 3e-3, 1e-3, 1e-4
+DPO_BETA = (
+    1.0  # the default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there
+)
+
+INTRODUCTION = """\
+A small language: reviews of dishes at places, such as
+    review of the soup at the harbour :  the soup was warm . the waiter was rude . i will happily return .
+A hidden reward, which no model is ever told: +1 for every kind word (warm, helpful, happily, ...),
+-1 for every unkind word (bland, rude, sadly, ...). The people here are as often pleased as not.
+"""
+
+
+def run(config: DemoConfig) -> Path:
+    started = time.perf_counter()
+    torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
+    folder = make_folder(config)
+    rng = random.Random(config.seed)
+    torch.manual_seed(config.seed)
+    prompts = all_prompts()
+    rng.shuffle(prompts)
+    held_out, seen = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
+    print(INTRODUCTION)
+
+    print(f"1/5  Pretraining: a tiny GPT-2 reads text of the language from scratch, in {config.lm_steps} steps.")
+    tokenizer = make_tokenizer()
+    base = make_model(tokenizer)
+    nats = train_lm(base, lambda: running_text(tokenizer, prompts, rng), config.lm_steps, LM_PEAK_LEARNING_RATE)
+    save_model(base, tokenizer, folder / "base_model")
+    stops = ends_in_time(base, tokenizer, held_out, config.seed)
+    print(f"     {sum(p.numel() for p in base.parameters()):,} weights, {nats:.2f} nats a token at the end.")
+    print(f"     Asked for a review, it writes on and on: {stops:.0%} are one review and stop.\n")
+
+    print(f"2/5  SFT: {config.demonstrations} demonstrations, a prompt and one review each.")
+    demonstrations = [
+        {"prompt": p, "completion": write_review(p, rng)} for p in rng.choices(seen, k=config.demonstrations)
+    ]
+    write_rows(folder / "demonstrations.jsonl", demonstrations)
+    train_sft(sft_config(folder, "base_model", "demonstrations.jsonl", "sft_model", config))
+    sft = load(folder / "sft_model")
+    print(f"     Of its answers, {ends_in_time(sft, tokenizer, held_out, config.seed):.0%} are one review and stop.\n")
+
+    print("3/5  A judge who knows the hidden reward, but errs, compares its reviews; a reward model learns from that.")
+    asked = [seen[i % len(seen)] for i in range(config.pairs)]
+    right = write_preferences(folder / "preferences.jsonl", sft, tokenizer, asked, rng)
+    write_preferences(folder / "held_out.jsonl", sft, tokenizer, held_out * HELD_OUT_PAIRS_PER_PROMPT, rng)
+    print(f"     {config.pairs} pairs; where rewards differ, the judge chose the higher one in {right:.0%} of them.")
+    train_reward(
+        RewardConfig(
+            **pair_options(folder, config), output_dir=str(folder / "reward_model"), run_name="reward",
+            learning_rate=REWARD_LEARNING_RATE,
+        )
+    )  # fmt: skip
+
+    print(f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, of which the best 4 are learned.")
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in seen])
+    sample(
+        SampleConfig(
+            models=[str(folder / "sft_model")], dataset=str(folder / "prompts.jsonl"), batch_size=512,
+            output_dir=str(folder / "completions"), num_completions=config.completions, seed=config.seed,
+            max_prompt_length=16, max_new_tokens=MAX_NEW_TOKENS,
+        )
+    )  # fmt: skip
+    reject(
+        RejectConfig(
+            completions=[str(folder / "completions")], reward_model=str(folder / "reward_model"), k=4, batch_size=512,
+            output_dir=str(folder / "selected"), max_length=POSITIONS, seed=config.seed,
+        )
+    )  # fmt: skip
+    train_sft(sft_config(folder, "sft_model", "selected/selected.jsonl", "rejection_model", config))
+
+    print(f"\n5/5  DPO on the same pairs, without the reward model, with beta {DPO_BETA}.")
+    train_dpo(
+        DPOConfig(
+            **pair_options(folder, config), output_dir=str(folder / "dpo_model"), run_name="dpo",
+            ref_cache_dir=str(folder / "reference_logps"), num_train_epochs=config.dpo_epochs, beta=DPO_BETA,
+            learning_rate=DPO_LEARNING_RATE, warmup_steps=40,
+        )
+    )  # fmt: skip
+
+    print("\nOn prompts that no stage after pretraining has seen:\n")
+    pairs = load_pairs(
+        str(folder / "held_out.jsonl"), tokenizer, split="train", max_prompt_length=16, max_length=POSITIONS
+    ).examples
+    judge = load_reward_model(str(folder / "reward_model"), key="reward_model")
+    scores = {}
+    for name, stage in (("SFT", "sft_model"), ("rejection", "rejection_model"), ("DPO", "dpo_model")):
+        model = load(folder / stage)
+        scores[name] = score(model, sft, judge, tokenizer, held_out, pairs, REVIEWS_PER_PROMPT, config.seed)
+    report = table(scores, DPO_BETA) + "\n\n" + examples(held_out, scores)
+    print(report)
+    (folder / "report.txt").write_text(f"{INTRODUCTION}\n{report}\n", encoding="utf-8")
+    rewards = {name: found.rewards for name, found in scores.items()}
+    draw_curves(folder / "dpo_model" / "metrics.jsonl", rewards, folder / "curves.png")
+    print(f"\nCurves: {folder / 'curves.png'}. Models, data and the metrics of each step lie beside it.")
+    print(f"All this took {time.perf_counter() - started:.0f} s. For models and data of your own: rlhf --help")
+    return folder
+
+
+def make_folder(config: DemoConfig) -> Path:
+    """output_dir, or without --overwrite the first free of output_dir, output_dir-2, output_dir-3, ..."""
+    folder, number = Path(config.output_dir), 2
+    if config.overwrite:
+        check_free(folder, overwrite=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    while is_taken(folder):
+        folder, number = Path(f"{config.output_dir}-{number}"), number + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
+    return folder
+
+
+def sft_config(folder: Path, model: str, dataset: str, output: str, config: DemoConfig) -> SFTConfig:
+    return SFTConfig(
+        model_name_or_path=str(folder / model), dataset=str(folder / dataset), output_dir=str(folder / output),
+        packing=True, max_length=POSITIONS, batch_size=64, micro_batch_size=64, num_train_epochs=3,
+        learning_rate=SFT_LEARNING_RATE, seed=config.seed, run_name="sft",
+    )  # fmt: skip
+
+
+def pair_options(folder: Path, config: DemoConfig) -> dict:
+    """What training on the judge's pairs has in common."""
+    return {
+        "model_name_or_path": str(folder / "sft_model"), "dataset": str(folder / "preferences.jsonl"),
+        "eval_dataset": str(folder / "held_out.jsonl"), "eval_steps": 8, "micro_batch_size": 64,
+        "max_prompt_length": 16, "max_length": POSITIONS, "seed": config.seed,
+    }  # fmt: skip
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, width: int = 96, layers: int = 2) -> PreTrainedModel:
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def train_lm(model: PreTrainedModel, draw: Callable[[], Batch], steps: int, peak: float) -> float:
+    """Language modelling on batches of running text; returns the last step's loss in nats a token."""
+    fused = FusedLM(model)
+    optimizer = torch.optim.AdamW(fused.parameters(), lr=peak)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
+    loss = torch.tensor(0.0)
+    for _ in tqdm(range(steps), desc="pretraining", unit="step"):
+        batch = draw()
+        loss = fused(batch, lambda hidden, head, batch=batch: mean_nats(hidden, head, batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return loss.item()
+
+
+def running_text(tokenizer: PreTrainedTokenizerBase, prompts: list[str], rng: random.Random) -> Batch:
+    """LM_BATCH pieces of text in which one review follows the other, [LM_BATCH, LM_TOKENS]; nothing marks an end."""
+    rows = []
+    for _ in range(LM_BATCH):
+        ids: list[int] = []
+        while len(ids) < LM_TOKENS:
+            prompt = rng.choice(prompts)
+            ids += tokenizer(f"{prompt} {write_review(prompt, rng)}").input_ids
+        rows.append(([], ids[:LM_TOKENS]))
+    return pad_sequences(rows, pad_id=0)
+
+
+def mean_nats(hidden: Tensor, head: LMHead, batch: Batch) -> Tensor:
+    """-log p of a learned token, mean over all of them; hidden [S, T, D] -> scalar."""
+    logprobs, counts = rk.sequence_logprobs(hidden, head.weight, batch.labels, **head.options())
+    return -logprobs.sum() / counts.sum()
+
+
+def ends_in_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int) -> float:
+    """The share of answers that are one review of the language, and nothing else."""
+    reviews = sample_reviews(model, tokenizer, prompts, seed)
+    return sum(is_grammatical(*pair) for pair in zip(prompts, reviews, strict=True)) / len(prompts)
+
+
+def write_preferences(
+    path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], rng: random.Random
+) -> float:
+    """Two reviews for each prompt, compared by the judge, as rows of a JSONL file.
+
+    Returns how often the judge chose the one with the higher reward, where they differ.
+    """
+    right, rows = [], []
+    both = [sample_reviews(model, tokenizer, prompts, seed=rng.getrandbits(32)) for _ in range(2)]
+    for prompt, a, b in zip(prompts, *both, strict=True):
+        if not (a and b):  # nobody is shown an empty review
+            continue
+        chosen, rejected = (a, b) if prefers_first(a, b, rng) else (b, a)
+        if hidden_reward(a) != hidden_reward(b):
+            right.append(hidden_reward(chosen) > hidden_reward(rejected))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    write_rows(path, rows)
+    return sum(right) / max(1, len(right))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

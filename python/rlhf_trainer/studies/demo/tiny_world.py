@@ -1,0 +1,198 @@
+"""The world of the tiny recipes: a base model and data of two tasks whose answers are known, made on a CPU in seconds.
+
+Reviews are the demo's (demo_language.py): a hidden reward for kind words, and a judge who errs as Bradley-Terry says.
+Sums are of two digits below seven, "3 + 5 =". People here answer them in three ways:
+
+    careful   <think> count 3 + 5 is 8 </think> <answer> 8 </answer>      right
+    hasty     <think> easy </think> <answer> 9 </answer>                  off by one or two
+    bare      8                                                           right, but without a word of how
+
+Those who write demonstrations are hasty in two cases of three, so a model that talks like them is right in form and
+wrong in substance, though it could always be right; what a stage makes of that, `measure` tells.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.examples import Batch, encode_prompt, pad_sequences
+from ...data.rows import read_rows
+from ...models.loading import load_tokenizer
+from ...rewards.verifiable import exact_answer, think_answer
+from ...rollouts.generation import Sampling, completion_text, generate
+from ...training.journal import write_jsonl
+from ...training.output_folder import save_model
+from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, prefers_first, write_review
+from .run import load, make_model, train_lm
+
+ALL_SUMS = [f"{a} + {b} =" for a, b in itertools.product(range(7), range(7))]
+WORDS_OF_SUMS = ["<think> count + is = easy </think> <answer> </answer>", *map(str, range(-2, 15))]
+TALK = {"careful": 3, "hasty": 1, "bare": 1}  # what the base model has read
+DEMONSTRATIONS = {"careful": 1, "hasty": 2}  # of those who were asked to say how they found it
+MAX_NEW_TOKENS = 32
+LM_BATCH, PEAK_LEARNING_RATE = 64, 1e-2
+ANSWERS_PER_PROMPT = 16
+
+
+def make(
+    folder: Path,
+    *,
+    tasks: Sequence[str] = ("reviews", "sums"),
+    steps: int = 300,
+    demonstrations: int = 512,
+    pairs: int = 1024,
+    held_out_share: float = 0.2,
+    seed: int = 0,
+) -> None:
+    """Writes into `folder` a base model (base/) and, for each of tasks (reviews, sums), TASK_demonstrations.jsonl,
+    TASK_prompts.jsonl, TASK_preferences.jsonl, and the last two with other prompts as held_out_TASK_....jsonl.
+
+    Of sums, which nobody can infer from others, all are demonstrated; held out are those that no preference and no
+    reward is about.
+    """
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    everything = {"reviews": all_prompts(), "sums": list(ALL_SUMS)}
+    asked = {task: everything[task] for task in tasks}
+    for prompts in asked.values():
+        rng.shuffle(prompts)
+    tokenizer = make_tokenizer(WORDS_OF_SUMS)
+    model = make_model(tokenizer, width=64, layers=1)
+
+    def talk() -> Batch:
+        """What people say, each saying from the first position on; nothing marks its end."""
+        prompts = [rng.choice(asked[rng.choice(list(asked))]) for _ in range(LM_BATCH)]
+        texts = [f"{prompt} {answer(prompt, rng, TALK)}" for prompt in prompts]
+        return pad_sequences([([], ids) for ids in tokenizer(texts).input_ids], pad_id=0)
+
+    train_lm(model, talk, steps, PEAK_LEARNING_RATE)
+    save_model(model, tokenizer, folder / "base")
+
+    for task, prompts in asked.items():
+        held_out = round(len(prompts) * held_out_share)
+        told = [
+            {"prompt": prompt, "completion": answer(prompt, rng, DEMONSTRATIONS)}
+            for prompt in some(prompts if task == "sums" else prompts[held_out:], demonstrations)
+        ]
+        write_jsonl(folder / f"{task}_demonstrations.jsonl", told)
+        for name, part, count in (("", prompts[held_out:], pairs), ("held_out_", prompts[:held_out], pairs // 4)):
+            write_jsonl(folder / f"{name}{task}_prompts.jsonl", list(map(as_row, part)))
+            write_jsonl(folder / f"{name}{task}_preferences.jsonl", [compared(p, rng) for p in some(part, count)])
+
+
+def some(prompts: Sequence[str], count: int) -> list[str]:
+    """Each as often as the others."""
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def answer(prompt: str, rng: random.Random, ways: dict[str, int]) -> str:
+    """What people here say to a prompt; ways: how often they are careful, hasty, bare with a sum."""
+    if not is_sum(prompt):
+        return write_review(prompt, rng)
+    (way,) = rng.choices(list(ways), list(ways.values()))
+    if way == "careful":
+        return (
+            f"<think> count {prompt.removesuffix(' =')} is {right(prompt)} </think> <answer> {right(prompt)} </answer>"
+        )
+    if way == "hasty":
+        return f"<think> easy </think> <answer> {right(prompt) + rng.choice([-2, -1, 1, 2])} </answer>"
+    return str(right(prompt))
+
+
+def is_sum(prompt: str) -> bool:
+    return prompt.endswith(" =")
+
+
+def right(prompt: str) -> int:
+    a, _, b, _ = prompt.split()
+    return int(a) + int(b)
+
+
+def as_row(prompt: str) -> dict[str, Any]:
+    """`ground_truth` is what rewards go by that can be verified."""
+    return {"prompt": prompt, "ground_truth": str(right(prompt))} if is_sum(prompt) else {"prompt": prompt}
+
+
+def reward_of(prompt: str, text: str) -> float:
+    """Of a review the hidden reward; of a sum 1 if the answer is right and in form, else 0."""
+    if not is_sum(prompt):
+        return float(hidden_reward(text))
+    return exact_answer(text, [str(right(prompt))]) * think_answer(text)
+
+
+def compared(prompt: str, rng: random.Random) -> dict[str, Any]:
+    """Two different answers of people, in the order of the judge, who never errs on sums."""
+    a = b = answer(prompt, rng, DEMONSTRATIONS)
+    while a == b or (is_sum(prompt) and reward_of(prompt, a) == reward_of(prompt, b)):
+        b = answer(prompt, rng, DEMONSTRATIONS)
+        a = answer(prompt, rng, DEMONSTRATIONS)
+    chosen, rejected = (a, b) if better(prompt, a, b, rng) else (b, a)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def better(prompt: str, a: str, b: str, rng: random.Random) -> bool:
+    return reward_of(prompt, a) > reward_of(prompt, b) if is_sum(prompt) else prefers_first(a, b, rng)
+
+
+def compare(folder: Path, *, completions: str, seed: int = 0) -> None:
+    """Writes preferences.jsonl: the completions of `rlhf sample`, all pairs of a prompt's in the judge's order."""
+    rng = random.Random(seed)
+    written: dict[str, list[str]] = {}
+    for _, row in read_rows(f"{completions}/completions.jsonl", split="train"):
+        texts = written.setdefault(row["prompt"], [])
+        if row["finished"] and row["completion"] and row["completion"] not in texts:
+            texts.append(row["completion"])
+    rows = []
+    for prompt, texts in written.items():
+        both = list(itertools.combinations(range(len(texts)), 2))
+        pairs = [(i, j) if better(prompt, texts[i], texts[j], rng) else (j, i) for i, j in both]
+        rows += [{"prompt": prompt, "responses": texts, "pairs": pairs}] if pairs else []
+    write_jsonl(folder / "preferences.jsonl", rows)
+
+
+def right_in_form(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward function, of sums; 0 for all else."""
+    return [reward_of(p, text) if is_sum(p) else 0.0 for p, text in zip(prompts, completions, strict=True)]
+
+
+def kind(prompts: list[str], completions: list[str]) -> list[float]:
+    """A reward function, of reviews: the hidden reward, where it is a review of this language; 0 for all else."""
+    pairs = zip(prompts, completions, strict=True)
+    return [reward_of(p, text) if not is_sum(p) and is_grammatical(p, text) else 0.0 for p, text in pairs]
+
+
+def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], seed: int = 0) -> None:
+    """Writes report.json: of each model, what its answers to these prompts are worth, ANSWERS_PER_PROMPT to each."""
+    asked = [row["prompt"] for file in prompts for _, row in read_rows(file, split="train")] * ANSWERS_PER_PROMPT
+    report = {}
+    for name, path in models.items():
+        tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
+        ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
+        found = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
+        texts = [completion_text(tokenizer, completion) for completion in found]
+        report[name] = measures(list(zip(asked, texts, strict=True)))
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def measures(answers: list[tuple[str, str]]) -> dict[str, float]:
+    sums = [pair for pair in answers if is_sum(pair[0])]
+    reviews = [pair for pair in answers if not is_sum(pair[0])]
+    found = {}
+    if sums:
+        found["sums right and in form"] = mean([reward_of(*pair) for pair in sums])
+        found["sums in form"] = mean([think_answer(text) for _, text in sums])
+    if reviews:
+        found["reviews, hidden reward"] = mean([reward_of(*pair) for pair in reviews])
+        found["reviews in the language"] = mean([float(is_grammatical(*pair)) for pair in reviews])
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

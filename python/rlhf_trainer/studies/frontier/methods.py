@@ -1,0 +1,277 @@
+"""The methods that `rlhf frontier` compares: each a function (world, strength, seed, folder) -> folder of the model.
+
+Every method starts from the reference model and sees the training prompts only. They are the stages that a user runs,
+on files such as a user would have; the hidden reward speaks through a Bradley-Terry judge of pairs (DPO, reward
+models), or as a reward function (rejection sampling, PPO, GRPO). Learning rates and sizes were chosen on training
+prompts, with another seed than those of the comparison.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from ...config.base import DPOConfig, RejectConfig, RewardConfig, SampleConfig, SFTConfig
+from ...offline.dpo import train_dpo
+from ...offline.reward_model import train_reward
+from ...offline.sft import train_sft
+from ...online.config import GRPOConfig, PPOConfig
+from ...online.grpo import train_grpo
+from ...online.ppo import train_ppo
+from ...rewards.rejection import reject
+from ...rollouts.sample import COMPLETIONS_FILE, sample
+from ...training.journal import write_jsonl
+from ...training.output_folder import save_model
+from .language import (
+    MAX_WORDS,
+    PROMPT_WORDS,
+    WORDS,
+    all_prompts,
+    hidden_reward,
+    make_tokenizer,
+    prefers_first,
+    write_completion,
+)
+from .report import COVERING
+
+GOLD = "rlhf_trainer.studies.frontier.language:gold"
+# The end behind a completion of MAX_WORDS words is cut: it is not the model's to say or leave.
+MAX_LENGTH = PROMPT_WORDS + MAX_WORDS
+AND_END = {"max_length": MAX_LENGTH + 1}
+WIDTH, LAYERS, HEADS = 64, 2, 4
+
+
+class Sizes(NamedTuple):
+    """How much there is of everything."""
+
+    held_out: int  # prompts
+    demonstrations: int  # of the language, for the reference model
+    completions: int  # a prompt, that pairs are made of
+    pairs: int
+    dpo_epochs: int
+    sft_epochs: int
+    ppo_iterations: int
+    grpo_iterations: int
+    reward_steps: int  # at least, of a reward model
+    reward_pairs: tuple[int, ...]
+    betas: tuple[float, ...]
+    counts: tuple[int, ...]  # of which rejection sampling keeps the best
+
+
+WHOLE = Sizes(
+    held_out=32, demonstrations=30_000, completions=32, pairs=200_000, dpo_epochs=2, sft_epochs=4, ppo_iterations=50,
+    grpo_iterations=80, reward_steps=150, reward_pairs=(200, 2_000, 20_000),
+    betas=(0.1, 0.2, 0.5, 1.0, 2.0), counts=(2, 4, 16, 64),
+)  # fmt: skip
+QUICK = Sizes(
+    held_out=2, demonstrations=4_000, completions=4, pairs=500, dpo_epochs=1, sft_epochs=1, ppo_iterations=2,
+    grpo_iterations=2, reward_steps=10, reward_pairs=(50, 200),
+    betas=(0.5, 2.0), counts=(2, 4),
+)  # fmt: skip
+
+
+class World(NamedTuple):
+    """Where the reference model is, and what there is to learn from."""
+
+    reference: str
+    prompts_file: str  # those that methods may see
+    seen: list[str]
+    held_out: list[str]
+    sizes: Sizes
+
+
+def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
+    """Teaches a tiny GPT-2 the language; what is in `folder` already is taken as it is."""
+    rng = random.Random(seed)
+    prompts = all_prompts()
+    rng.shuffle(prompts)
+    held_out, seen = prompts[: sizes.held_out], prompts[sizes.held_out :]
+    start, texts, questions = folder / "start", folder / "demonstrations.jsonl", folder / "prompts.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = rng.choices(seen, k=sizes.demonstrations)
+    write_jsonl(texts, [{"prompt": prompt, "completion": write_completion(prompt, rng)} for prompt in asked])
+    write_jsonl(questions, [{"prompt": prompt} for prompt in seen])
+    torch.manual_seed(seed)
+    save_model(make_model(), make_tokenizer(), start)
+    reference = train_sft(
+        SFTConfig(
+            **common(folder / "reference", start, seed) | AND_END, dataset=str(texts),
+            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_steps=20, resume=True,
+        )
+    )  # fmt: skip
+    return World(str(reference), str(questions), seen, held_out, sizes)
+
+
+def make_model() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 1, n_positions=MAX_LENGTH + 1, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
+    """What all stages that train are told."""
+    return {
+        "output_dir": str(output), "model_name_or_path": str(model), "seed": seed, "max_length": MAX_LENGTH,
+        "batch_size": 256, "micro_batch_size": 256, "save_steps": 100_000, "run_name": output.name,
+    }  # fmt: skip
+
+
+def completions_of(
+    world: World, count: int, seed: int, folder: Path, steps: int = MAX_WORDS, writers: Sequence[str] = ()
+) -> list[list[dict[str, Any]]]:
+    """`count` completions for each training prompt, by prompt; of the reference, or shared out to `writers`."""
+    writers = writers or (world.reference,)
+    sample(
+        SampleConfig(
+            models=list(writers), dataset=world.prompts_file, output_dir=str(folder), seed=seed, batch_size=1024,
+            num_completions=count // len(writers), max_prompt_length=PROMPT_WORDS, max_new_tokens=steps,
+        )
+    )  # fmt: skip
+    lines = (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        groups.setdefault(row["prompt_row"], []).append(row)
+    return list(groups.values())
+
+
+def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
+    """`count` pairs of completions, of the reference or `writers`, spread over the training prompts, each judged once.
+
+    Left out are completions that say nothing, and pairs of equals.
+    """
+    rng = random.Random(seed)
+    per_prompt = -(-count // len(world.seen))
+    rows, left = [], count
+    each = min(world.sizes.completions, 2 * per_prompt)
+    for group in completions_of(world, each, seed, folder / "completions", writers=writers):
+        prompt = group[0]["prompt"]
+        said = sorted({row["completion"] for row in group if row["completion"]})
+        rewards = [hidden_reward(prompt, text) for text in said]
+        couples = list(itertools.combinations(range(len(said)), 2))
+        pairs = [
+            (a, b) if prefers_first(rewards[a], rewards[b], rng) else (b, a)
+            for a, b in rng.sample(couples, min(per_prompt, left, len(couples)))
+        ]
+        left -= len(pairs)
+        if pairs:
+            rows.append({"prompt": prompt, "responses": said, "pairs": pairs})
+    path = folder / "pairs.jsonl"
+    write_jsonl(path, rows)
+    return path
+
+
+def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
+    """As many pairs of each prompt's completions, each judged once; about five prompts a step."""
+    pairs = write_pairs(world, world.sizes.pairs, seed, folder, writers)
+    told = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
+    return train_dpo(
+        DPOConfig(
+            **told, dataset=str(pairs), max_prompt_length=PROMPT_WORDS, ref_cache_dir=str(folder / "reference_logps"),
+            beta=beta, num_train_epochs=world.sizes.dpo_epochs, optimizer="adamw", learning_rate=1e-3,
+            lr_schedule="cosine", warmup_steps=20,
+        )
+    )  # fmt: skip
+
+
+def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
+    """The same, but half of the completions are of a policy that PPO has brought near the optimum for this beta: what
+    the best policy says, which the reference says hardly ever, is then among the pairs."""
+    near_optimum = ppo(world, beta, seed, folder / "ppo")
+    return dpo(world, beta, seed, folder, (world.reference, str(near_optimum)))
+
+
+def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
+    """The best of `count` completions of each prompt, learned by SFT."""
+    # A step more than completions need: `reject` leaves out what has not been seen to end.
+    completions_of(world, int(count), seed, folder / "completions", MAX_WORDS + 1)
+    selected = reject(
+        RejectConfig(
+            completions=[str(folder / "completions")], rewards=[GOLD], k=1, output_dir=str(folder / "selected"),
+            max_length=MAX_LENGTH + 1, batch_size=1024, seed=seed,
+        )
+    )  # fmt: skip
+    told = common(folder / "model", world.reference, seed) | AND_END | {"batch_size": 64, "micro_batch_size": 64}
+    return train_sft(
+        SFTConfig(
+            **told, dataset=str(selected / "selected.jsonl"), num_train_epochs=world.sizes.sft_epochs,
+            learning_rate=1e-3,
+        )
+    )  # fmt: skip
+
+
+def online(world: World, beta: float, seed: int, output: Path) -> dict[str, Any]:
+    """What PPO and GRPO are told alike."""
+    told = common(output, world.reference, seed) | {"batch_size": 512, "micro_batch_size": 512}
+    del told["max_length"]
+    return told | {
+        "dataset": world.prompts_file, "rewards": [GOLD], "beta": beta, "max_prompt_length": PROMPT_WORDS,
+        "max_new_tokens": MAX_WORDS, "generation_batch_size": 512, "lr_schedule": "linear",
+    }  # fmt: skip
+
+
+def ppo(world: World, beta: float, seed: int, folder: Path) -> Path:
+    """KL in the reward, as drawn: its expected gradient is that of the KL. (The exact KL at a token is the same
+    whichever token is drawn: as a reward it would hold back only the tokens before.)"""
+    told = online(world, beta, seed, folder / "model")
+    return train_ppo(
+        PPOConfig(
+            **told, max_steps=world.sizes.ppo_iterations, kl_estimator="k1", kl_in="reward", learning_rate=1e-3,
+            num_ppo_epochs=2, num_mini_batches=2,
+        )
+    )  # fmt: skip
+
+
+def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
+    """KL in the reward, as drawn: what groups compare is then the objective."""
+    told = online(world, beta, seed, folder / "model")
+    return train_grpo(
+        GRPOConfig(
+            **told, max_steps=world.sizes.grpo_iterations, variant="dr_grpo", kl_estimator="k1", kl_in="reward",
+            num_generations=8, learning_rate=2e-3,
+        )
+    )  # fmt: skip
+
+
+def reward_model(world: World, pairs: float, seed: int, folder: Path) -> Path:
+    """From so many pairs: four passes over them, or more where those would be fewer than reward_steps."""
+    path = write_pairs(world, int(pairs), seed, folder)
+    told = common(folder / "model", world.reference, seed) | {"batch_size": 64, "micro_batch_size": 64}
+    steps = -(-int(pairs) // 64)
+    return train_reward(
+        RewardConfig(
+            **told, dataset=str(path), max_prompt_length=PROMPT_WORDS, learning_rate=3e-3, lr_schedule="cosine",
+            warmup_steps=5, num_train_epochs=max(4, -(-world.sizes.reward_steps // steps)),
+        )
+    )  # fmt: skip
+
+
+class Method(NamedTuple):
+    """`name` as pictures call it; what its `strength` is; how it trains."""
+
+    name: str
+    strength: str
+    train: Callable[[World, float, int, Path], Path]
+    most: int | None = None  # of the strengths, from the first
+
+    def strengths(self, sizes: Sizes) -> tuple[float, ...]:
+        return {"beta": sizes.betas, "N": sizes.counts, "pairs": sizes.reward_pairs}[self.strength][: self.most]
+
+
+METHODS = (
+    Method("rejection sampling + SFT", "N", rejection),
+    Method("DPO", "beta", dpo),
+    Method("PPO", "beta", ppo),
+    Method("GRPO", "beta", grpo),
+    Method(COVERING, "beta", dpo_covering, most=2),
+)
+REWARD_MODEL = Method("reward model", "pairs", reward_model)

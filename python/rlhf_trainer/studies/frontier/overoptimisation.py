@@ -1,0 +1,76 @@
+"""Over-optimisation (Gao et al., 2023, arXiv:2210.10760) with nothing sampled: what a reward model makes of policies.
+
+A reward model is learned from pairs of the reference's completions, and stands for the hidden reward. The best policy
+for it at each beta, pi_ref exp(proxy / beta) / Z, is known by counting; so are its reward by the model (proxy) and its
+hidden reward (gold). Both are counted from the reference policy's, as a reward model knows differences only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...models.scoring import value_head_of
+from .exact import LEAVES, optimum, states, value_of
+from .language import MAX_WORDS, NO_ANSWER
+
+# From hardly any optimisation to nearly all that there is: a proxy of few pairs may be small.
+BETAS = tuple(20.0 * 0.8**step for step in range(43))  # down to 0.0017
+
+ROUNDING = 1e-9  # of sums over leaves
+
+
+@torch.no_grad()
+def proxy_rewards(model: PreTrainedModel, prompts: Sequence[list[int]], ref_logprobs: Tensor) -> Tensor:
+    """What a reward model gives every leaf, [prompts, leaves] fp64, centred: the reference's mean is 0 for each prompt.
+
+    It judges an answer where its training did: at the end, or at the last of MAX_WORDS words. What says nothing is not
+    for it to judge, and has NO_ANSWER here, too.
+    """
+    head = value_head_of(model)
+    rewards = torch.full((len(prompts), LEAVES), NO_ANSWER, dtype=torch.float64)
+    for row, prompt, logprobs in zip(rewards, prompts, ref_logprobs, strict=True):
+        _, *answers = (head(hidden).squeeze(-1).double() for hidden in states(model, prompt, MAX_WORDS, ended=True))
+        judged = torch.cat(answers)
+        row[1:] = judged - (logprobs[1:].softmax(0) * judged).sum()
+    return rewards
+
+
+def curve(ref_logprobs: Tensor, proxy: Tensor, gold: Tensor, betas: Sequence[float] = BETAS) -> list[dict[str, float]]:
+    """KL, proxy and gold reward of the best policy for the proxy at each beta."""
+    start = {"proxy": value_of(ref_logprobs, ref_logprobs, proxy), "gold": value_of(ref_logprobs, ref_logprobs, gold)}
+    points = []
+    for beta in betas:
+        policy = optimum(ref_logprobs, proxy, beta)
+        by_proxy, by_gold = value_of(policy, ref_logprobs, proxy), value_of(policy, ref_logprobs, gold)
+        points.append({
+            "beta": beta, "kl": by_gold.kl, "proxy": by_proxy.reward - start["proxy"].reward,
+            "gold": by_gold.reward - start["gold"].reward,
+        })  # fmt: skip
+    return points
+
+
+def agreement(ref_logprobs: Tensor, proxy: Tensor, gold: Tensor) -> float:
+    """Correlation of proxy and gold over the reference's completions, within a prompt, mean over prompts."""
+    weights = ref_logprobs.exp()
+    centred = [values - (weights * values).sum(-1, keepdim=True) for values in (proxy, gold)]
+    (spread_proxy, spread_gold), together = (
+        [(weights * values.square()).sum(-1) for values in centred],
+        (weights * centred[0] * centred[1]).sum(-1),
+    )
+    return (together / (spread_proxy * spread_gold).sqrt()).mean().item()
+
+
+def peak(points: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Where gold is largest: sqrt(KL) there, gold there and at the end, and whether it falls on both sides."""
+    best = max(points, key=lambda point: point["gold"])
+    top, first, last = best["gold"], points[0]["gold"], points[-1]["gold"]
+    return {
+        "sqrt_kl": math.sqrt(best["kl"]), "gold": top, "gold_at_end": last,
+        "inside": top > max(first, last) + ROUNDING,
+    }  # fmt: skip

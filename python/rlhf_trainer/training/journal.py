@@ -1,0 +1,130 @@
+"""Work that one process does batch by batch, shows in one bar, and takes up again where it was interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from ..config.base import OutputConfig
+from ..config.parse import dump_yaml
+from ..errors import UsageError
+from .batch_plan import plan_batches
+from .output_folder import check_free, is_finished
+
+
+def begin(config: OutputConfig, command: str) -> tuple[torch.device, bool]:
+    """Where `command` computes, and whether the very run is done already; UsageError where output_dir is not free."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UsageError(
+            f"{command} works in one process and was launched in {world}: start it without accelerate launch or "
+            "torchrun. To use several devices, give each its own part of the data and its own output_dir"
+        )
+    finished = config.resume and is_finished(config.output_dir, dump_yaml(config), config.overwrite)
+    if finished:
+        print(f"{config.output_dir} is finished; nothing is left to do")
+    else:
+        check_free(config.output_dir, config.overwrite, config.resume)
+    return PartialState().device, finished
+
+
+def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """lengths [N] -> batches that partition range(N), the longest first: too little memory shows at the start."""
+    if not lengths:
+        return []
+    (batches,) = plan_batches(lengths, len(lengths), batch_size, seed=None)
+    return batches[::-1]
+
+
+Run = Callable[[Callable[[], Any]], Any]  # runs a batch and returns its result; `Progress.run` keeps it, too
+
+
+def at_once(compute: Callable[[], Any]) -> Any:
+    """The `Run` that keeps nothing."""
+    return compute()
+
+
+class Progress:
+    """Results of batches in a file, one line each. What an interrupted run has left there is not computed again.
+
+    `data`: what the results depend on beside the configuration; a file of other data is refused. A line is written at
+    once and whole; one that was cut off by the interruption is dropped.
+    """
+
+    def __init__(self, path: Path, total: int, description: str, data: Any) -> None:
+        self.path = path
+        header = json.dumps({"data": hashlib.blake2b(repr(data).encode(), digest_size=16).hexdigest()}) + "\n"
+        path.touch()
+        lines = whole_lines(path)
+        if lines and lines[0] != header.encode():
+            raise UsageError(
+                f"{path}: the data or a tokenizer is not what the run began with, so --resume cannot go on with it"
+            )
+        os.truncate(path, sum(map(len, lines)))
+        self.known = [json.loads(line) for line in lines[1:]]
+        self.file = path.open("a", encoding="utf-8")
+        if not lines:
+            self._write(header)
+        self.position = 0
+        self.bar = tqdm(total=total, initial=len(self.known), desc=description, unit="batch")
+        if self.known:
+            self.bar.write(f"goes on after batch {len(self.known)} of {total}")
+
+    def run(self, compute: Callable[[], Any]) -> Any:
+        """The result of the next batch, which is JSON: as an earlier run left it, or computed and kept."""
+        if self.position < len(self.known):
+            result = self.known[self.position]
+        else:
+            result = compute()
+            self._write(json.dumps(result) + "\n")
+            self.bar.update()
+        self.position += 1
+        return result
+
+    def expect(self, batches: int) -> None:
+        """So many more than were known of at the start."""
+        self.bar.total += batches
+        self.bar.refresh()
+
+    def _write(self, line: str) -> None:
+        self.file.write(line)
+        self.file.flush()
+
+    def remove(self) -> None:
+        """After the last batch, when the results are elsewhere."""
+        self.path.unlink()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines up to the first that is damaged or was cut off."""
+    lines: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        lines.append(line)
+    return lines
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,0 +1,93 @@
+"""Where metrics go: one line of metrics.jsonl a step, accelerate's trackers, one progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
+from tqdm.auto import tqdm
+
+from ..errors import UsageError
+
+
+def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
+    """Devices and processes as `accelerate launch` or `torchrun` set them up; precision stays with `FusedLM`."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    shipped = [str(name) for name in LoggerType.list()]
+    known = sorted({*map(str, LOGGER_TYPE_TO_CLASS), "all"})
+    for name in report_to:  # accelerate leaves a missing tracker out without a word
+        if name not in known:
+            raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(known)}")
+        if name in shipped and name not in [*installed, "all"]:
+            raise UsageError(f"report_to: {name} is not installed here; installed: {', '.join(installed) or 'none'}")
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait for one that asks a server or a judge
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=report_to or None, project_dir=str(folder), kwargs_handlers=[patient]
+    )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UsageError(f"{kind}: one process, or several by DDP, is what is supported now; launch without {kind}")
+    return accelerator
+
+
+class MetricsLog:
+    """Writes each step's metrics to `folder`/metrics.jsonl, the trackers, and the progress bar, on the main process."""
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        total_steps: int,
+        run_name: str,
+        config: dict,
+        done_steps: int = 0,
+        kept_bytes: int = 0,
+    ) -> None:
+        """done_steps, kept_bytes: of a run that goes on; what its metrics say beyond `kept_bytes` is written again."""
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        if accelerator.log_with:
+            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
+            accelerator.init_trackers(run_name, config=plain)
+        self.file = None
+        if self.is_main:
+            path = folder / "metrics.jsonl"
+            path.touch()
+            if path.stat().st_size < kept_bytes:
+                warnings.warn(f"{path} has lost lines; what it has of this run is kept", stacklevel=2)
+            os.truncate(path, min(kept_bytes, path.stat().st_size))
+            self.file = path.open("a", encoding="utf-8")
+        self.bar = tqdm(total=total_steps, initial=done_steps, desc=run_name, unit="step", disable=not self.is_main)
+
+    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
+            self.file.flush()
+        if self.accelerator.log_with:
+            self.accelerator.log(metrics, step=step)
+
+    def bytes_written(self) -> int:
+        return 0 if self.file is None else os.fstat(self.file.fileno()).st_size
+
+    def advance(self, **shown: Any) -> None:
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints without breaking the bar."""
+        if self.is_main:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None:
+            self.file.close()
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group as well
+            tracker.finish()

@@ -1,0 +1,99 @@
+"""Rollouts from the model itself: its log-probs, and how far they are from the trainer's."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from rlhf_trainer.config.base import ServerConfig
+from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts.generation import Sampling, generate_batch
+from rlhf_trainer.rollouts.sampler import Asked, LocalSampler, make_sampler, mismatch
+
+PROMPTS = [[30 + i, *range(40, 40 + i % 5)] for i in range(6)]
+ASKED = [Asked(ids, "unused", f"row {i}") for i, ids in enumerate(PROMPTS, start=1)]
+
+
+def test_local_rollouts_are_generates_with_logprobs(make_model, tokenizer):
+    model, sampling = make_model("llama"), Sampling(max_new_tokens=6, temperature=0.8)
+    sampler = LocalSampler(model, tokenizer, bf16=False)
+    drawn = sampler.generate(ASKED, sampling, seed=3, number=4)
+    assert drawn == generate_batch(model, tokenizer, PROMPTS, sampling, seed=3, number=4, with_logprobs=True)
+    assert all(len(done.logprobs) == len(done.ids) for done in drawn)
+
+
+def test_local_rollouts_are_from_the_policy_as_it_is_now(make_model, tokenizer, tmp_path):
+    model, sampling = make_model("llama"), Sampling(max_new_tokens=6, temperature=0.0)
+    sampler = LocalSampler(model, tokenizer, bf16=False)
+    before = sampler.generate(ASKED, sampling, seed=0, number=0)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    sampler.sync(model, tokenizer, tmp_path / "free")
+    assert sampler.generate(ASKED, sampling, seed=0, number=0) != before
+    assert not (tmp_path / "free").exists()  # nothing had to travel
+
+
+def test_local_rollouts_compute_in_the_precision_of_the_run(make_model, tokenizer):
+    model, seen = make_model("llama"), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    try:
+        for precision in ("fp32", "bf16"):
+            config = ServerConfig(output_dir="out", precision=precision)
+            make_sampler(config, model, tokenizer).generate(ASKED, Sampling(1), seed=0, number=0)
+    finally:
+        handle.remove()
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_rollouts_are_json_so_that_a_run_can_keep_them(make_model, tokenizer):
+    drawn = LocalSampler(make_model("llama"), tokenizer, bf16=False).generate(ASKED, Sampling(4), seed=0, number=0)
+    assert [type(done)(*kept) for done, kept in zip(drawn, json.loads(json.dumps(drawn)), strict=True)] == drawn
+
+
+def test_mismatch_is_what_its_formulas_say():
+    sampler, trainer = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -2.0, -0.25])
+    said = mismatch(sampler, trainer.requires_grad_())
+    ratios = [math.exp(-0.5), 1.0, math.exp(0.25)]
+    assert said == pytest.approx(
+        {
+            "sampling/sampling_logp_difference/mean": 0.25,
+            "sampling/sampling_logp_difference/max": 0.5,
+            "sampling/importance_sampling_ratio/mean": sum(ratios) / 3,
+            "sampling/importance_sampling_ratio/min": ratios[0],
+            "sampling/importance_sampling_ratio/max": ratios[2],
+            "sampling/kl": ((ratios[0] - 1 + 0.5) + 0.0 + (ratios[2] - 1 - 0.25)) / 3,
+        }
+    )
+    json.dumps(said)  # a line of metrics
+
+
+def test_the_expected_mismatch_is_the_exact_kl():
+    """Every token weighted by its share of the sampler's draws: a thousand tokens of probabilities in tenths."""
+    sampler, trainer = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    drawn = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    said = mismatch(sampler.log()[drawn], trainer.log()[drawn])
+    assert said["sampling/kl"] == pytest.approx((sampler * (sampler / trainer).log()).sum().item(), abs=1e-6)
+    assert said["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0)  # as it is over draws of the sampler
+
+
+def test_of_no_tokens_nothing_is_said():
+    assert mismatch(torch.zeros(0), torch.zeros(0)) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"server_url": "localhost:8000"}, "must start with http"),
+        ({"server_sync": "reload"}, "pass server_url"),
+        ({"server_model": "m"}, "pass server_url"),
+        ({"server_timeout": 0.0}, "positive number of seconds"),
+        ({"server_timeout": math.nan}, "positive number of seconds"),
+        ({"server_retries": -1}, "at least 0"),
+        ({"server_concurrency": 0}, "at least 1"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_what_a_server_cannot_be_told_is_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        ServerConfig(output_dir="out", **options)

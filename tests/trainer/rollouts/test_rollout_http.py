@@ -1,0 +1,361 @@
+"""Rollouts over HTTP, from a server that can be told to misbehave; `test_transformers_serve.py` has a real one."""
+
+import json
+import re
+import socket
+import threading
+import time
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_trainer.config.base import ServerConfig
+from rlhf_trainer.data.examples import encode_prompt
+from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts.generation import Completion, Sampling, completion_text
+from rlhf_trainer.rollouts.http_json import KEY_VARIABLE
+from rlhf_trainer.rollouts.sampler import Asked, Failure, make_sampler
+from rlhf_trainer.rollouts.server import ServerSampler
+from tests.trainer.conftest import VOCABULARY
+from tests.trainer.rollouts.scripted_server import Scripted, choice
+
+pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
+END = 1
+GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
+
+
+@pytest.fixture
+def scripted():
+    return Scripted()
+
+
+@pytest.fixture
+def sampler(scripted, tokenizer):
+    """options -> a sampler that asks the scripted server."""
+    with scripted.running() as url:
+
+        def make(**options):
+            small = {"ends": [END], "vocabulary": VOCABULARY, "retries": 3, "first_delay_s": 0.01, "timeout_s": 10.0}
+            return ServerSampler(url, "policy", tokenizer, **(small | options))
+
+        yield make
+
+
+SAMPLING = Sampling(max_new_tokens=4, temperature=0.7, top_k=5, top_p=0.9)
+
+
+def generate(sampler, asked, seed=0, number=0):
+    return sampler.generate(asked, SAMPLING, seed=seed, number=number)
+
+
+def test_ids_travel_both_ways_with_their_logprobs(scripted, sampler, asked):
+    def answer(path, body):
+        first = body["prompt"][0]
+        return choice(
+            token_ids=[first, 7, END], finish_reason="stop",
+            logprobs={"tokens": ["?"] * 3, "token_logprobs": [-0.5, -1.25, -first / 8]},
+        )  # fmt: skip
+
+    scripted.answer = answer
+    done = generate(sampler(), asked)  # answers come in any order, completions in that of the prompts
+    assert done == [Completion([one.ids[0], 7, END], True, [-0.5, -1.25, -one.ids[0] / 8]) for one in asked]
+    assert {path for path, _ in scripted.asked} == {"/v1/completions"}
+    bodies = sorted((body for _, body in scripted.asked), key=lambda body: body["prompt"])
+    assert [body["prompt"] for body in bodies] == sorted(one.ids for one in asked)
+    assert bodies[0].items() >= {
+        "model": "policy", "max_tokens": 4, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.0,
+        "repetition_penalty": 1.0, "stop_token_ids": [END], "return_token_ids": True,
+    }.items()  # fmt: skip
+    assert len({body["seed"] for body in bodies}) == len(asked)
+
+
+def test_seeds_depend_on_seed_batch_and_place_alone(scripted, sampler, asked):
+    scripted.answer = lambda path, body: choice(token_ids=[body["seed"] % 300 + 2, body["seed"] // 300 % 300 + 2])
+    make = sampler(concurrency=2)
+    first = generate(make, asked)
+    assert generate(make, asked) == first
+    assert generate(make, asked, seed=1) != first and generate(make, asked, number=1) != first
+
+
+def test_text_travels_where_ids_cannot(scripted, sampler, asked, tokenizer):
+    scripted.answer = lambda path, body: choice(text=" the cat", finish_reason="stop")
+    done = generate(sampler(prompts="text"), asked)
+    ids = tokenizer(" the cat").input_ids
+    assert done == [Completion([*ids, END], True, None)] * 4
+    assert completion_text(tokenizer, done[0]) == " the cat"
+    for _, body in scripted.asked:
+        assert tokenizer(body["prompt"]).input_ids in [one.ids for one in asked]
+        assert not body.keys() & {"top_k", "min_p", "stop_token_ids", "return_token_ids"}  # transformers refuses them
+        assert json.loads(body["generation_config"])["top_k"] == 5
+
+
+def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sampler, tokenizer):
+    """<s> is in the chat template's text, and tokenizers put another one before every text."""
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="<|im_end|>",
+        chat_template="{{ bos_token }}" + tokenizer.chat_template,
+    )  # fmt: skip
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    messages = [{"role": "user", "content": "see me"}]
+    ids = encode_prompt(own, messages)
+    assert ids[:2].count(0) == 1
+    scripted.answer = lambda path, body: choice(text=" on")
+    make = sampler(prompts="text")
+    make.tokenizer = own
+    generate(make, [Asked(ids, messages, "row 1"), Asked(encode_prompt(own, "the cat"), "the cat", "row 2")])
+    assert sorted(own(body["prompt"]).input_ids for _, body in scripted.asked) == sorted(
+        [ids, encode_prompt(own, "the cat")]
+    )
+    (failure, good) = generate(make, [Asked([5, 6], "the cat", "row 1"), Asked(ids, messages, "row 2")])
+    assert failure.where == "row 1" and "other tokens" in failure.reason and isinstance(good, Completion)
+
+
+def test_logprobs_are_kept_only_with_the_tokens_they_are_of(scripted, sampler, asked, tokenizer):
+    ids = tokenizer(" sat on").input_ids
+    tokens = [" sat", " on"]
+    assert [tokenizer.decode([id]) for id in ids] == tokens
+
+    def logprobs(*values, tokens=tokens):
+        return {"tokens": tokens, "token_logprobs": list(values)}
+
+    cases = [
+        (choice(text=" sat on", logprobs=logprobs(-1, -2.0)), Completion(ids, False, [-1.0, -2.0])),
+        (choice(text=" sat on", logprobs=logprobs(-1.0, -2.0, tokens=[" sa", "t on"])), Completion(ids, False)),
+        (choice(text=" sat on", logprobs=logprobs(-1.0, -2.0), finish_reason="stop"), Completion([*ids, END], True)),
+        (
+            choice(
+                text=" sat on", logprobs=logprobs(-1.0, -2.0, -3.0, tokens=[*tokens, "<|im_end|>"]),
+                finish_reason="stop",
+            ),
+            Completion([*ids, END], True, [-1.0, -2.0, -3.0]),
+        ),
+        (choice(token_ids=ids, logprobs=logprobs(-1.0)), Completion(ids, False)),  # one is missing
+        (choice(token_ids=ids, logprobs=logprobs(-1.0, None)), Completion(ids, False)),
+        (choice(token_ids=ids, logprobs=logprobs(-1.0, float("nan"))), Completion(ids, False)),
+        (choice(token_ids=ids, logprobs=[-1.0, -2.0]), Completion(ids, False)),
+        # A server that does not count the end among the tokens, and one that goes on behind it.
+        (choice(token_ids=ids, logprobs=logprobs(-1.0, -2.0), finish_reason="stop"), Completion([*ids, END], True)),
+        (choice(token_ids=[9, END, 9], logprobs=logprobs(-1.0, -2.0, -3.0)), Completion([9, END], True, [-1.0, -2.0])),
+        (choice(text=" sat on a mat and ate"), Completion(tokenizer(" sat on a mat").input_ids, False)),  # 4 at most
+        (choice(text="", finish_reason="stop"), Completion([END], True)),
+    ]  # fmt: skip
+    for answer, expected in cases:
+        scripted.answer = lambda path, body, answer=answer: answer
+        assert generate(sampler(), asked[:1]) == [expected], answer
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ((500, b"out of memory"), "HTTP 500: out of memory"),
+        ((503, b""), "HTTP 503: Service Unavailable"),
+        ((429, {"error": "slow down"}), "HTTP 429: .*slow down"),
+        (b"", "RemoteDisconnected"),
+        (b"rubbish\r\n\r\n", "BadStatusLine: rubbish"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{"choices": [', "not JSON"),  # it died while it spoke
+        ((200, b"<html>busy</html>"), "not JSON: '<html>busy"),
+        ((200, b"\xff\xfe\x00"), "not JSON"),
+        ((200, b"[" * 100_000), "not JSON"),
+        ((200, b""), "not JSON"),
+        ((200, [1, 2]), "expected an answer with one choice"),
+        ((200, {"choices": []}), "one choice, got 0 choices"),
+        ((200, {"choices": [{"token_ids": [3], "finish_reason": "stop"}] * 2}), "one choice, got 2 choices"),
+        ((200, {"choices": [None]}), "one choice, got 1 choices"),
+        (choice(text=None), "expected a choice with text"),
+        (choice(text="\ud800", finish_reason="stop"), "expected a choice with text"),
+        (choice(token_ids=[3], finish_reason="abort"), "expected finish_reason stop or length, got 'abort'"),
+        (choice(token_ids=[3], finish_reason=None), "expected finish_reason stop or length, got None"),
+        (choice(token_ids=["a"]), "expected token_ids from 0 to 396"),
+        (choice(token_ids=[VOCABULARY]), "expected token_ids from 0 to 396"),
+        (choice(token_ids=[True]), "expected token_ids"),
+        (choice(token_ids=[]), "has no tokens"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_trouble_is_tried_again_then_reported(scripted, sampler, asked, bad, said):
+    """Row 1 works at its third try, row 2 never, row 3 at once."""
+    tries = {tuple(one.ids): 0 for one in asked}
+
+    def answer(path, body):
+        prompt = tuple(body["prompt"])
+        tries[prompt] += 1
+        fails = {tuple(asked[0].ids): 2, tuple(asked[1].ids): 99}.get(prompt, 0)
+        return bad if tries[prompt] <= fails else choice(token_ids=[3])
+
+    scripted.answer = answer
+    first, failed, third = generate(sampler(), asked[:3])
+    assert first == third == Completion([3], False)
+    assert isinstance(failed, Failure) and failed.where == "row 2"
+    assert "at the last of 4 tries" in failed.reason
+    assert re.search(said, failed.reason)
+    assert list(tries.values()) == [3, 4, 1, 0]
+
+
+def test_a_server_that_stalls_is_not_waited_for(scripted, sampler, asked):
+    def answer(path, body):
+        if body["prompt"] == asked[0].ids:
+            scripted.over.wait(20)
+        return choice(token_ids=[3])
+
+    scripted.answer = answer
+    began = time.monotonic()
+    failed, good = generate(sampler(timeout_s=0.3, retries=1), asked[:2])
+    assert time.monotonic() - began < 5
+    assert failed == Failure("row 1", "no answer within 0.3 seconds (at the last of 2 tries)")
+    assert good == Completion([3], False)
+
+
+def test_an_answer_that_drips_in_forever_ends_with_the_timeout(asked, tokenizer):
+    """Each byte is in time, the whole never is."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def drip():
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not over.wait(0.05):
+                try:
+                    connection.sendall(b" ")
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        sampler = ServerSampler(
+            f"http://127.0.0.1:{listening.getsockname()[1]}", "policy", tokenizer, ends=[END], vocabulary=VOCABULARY,
+            timeout_s=0.5, retries=0,
+        )  # fmt: skip
+        began = time.monotonic()
+        with pytest.raises(UsageError, match=r"row 1: no answer within 0\.5 seconds"):
+            generate(sampler, asked[:1])
+        assert time.monotonic() - began < 5
+    finally:
+        over.set()
+        thread.join()
+        listening.close()
+
+
+def test_what_the_server_refuses_is_not_asked_again(scripted, sampler, asked):
+    def answer(path, body):
+        too_long = body["prompt"] == asked[2].ids
+        return (400, {"error": "prompt too long"}) if too_long else choice(token_ids=[3])
+
+    scripted.answer = answer
+    done = generate(sampler(), asked)
+    assert done[2] == Failure("row 3", 'HTTP 400: {"error": "prompt too long"}')
+    assert [type(each) for each in done] == [Completion, Completion, Failure, Completion]
+    assert len(scripted.asked) == 4
+
+
+def test_if_nothing_comes_the_run_stops_and_says_what_to_check(scripted, sampler, asked):
+    scripted.answer = lambda path, body: (404, {"error": "no model policy"})
+    with pytest.raises(UsageError, match=r"any of 4 prompts.*row 1: HTTP 404.*no model policy.*server_model"):
+        generate(sampler(), asked)
+    assert generate(sampler(), []) == []
+
+
+def test_a_batch_of_bad_prompts_alone_does_not_stop_a_run_that_worked(scripted, sampler, asked):
+    """But a server that is gone does."""
+    make, gone = sampler(retries=0), []
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return (500, b"dying") if gone else (200, {"data": []})
+        return (400, b"too long") if body["prompt"] == asked[0].ids else choice(token_ids=[3])
+
+    scripted.answer = answer
+    generate(make, asked)
+    assert generate(make, asked[:1] * 3) == [Failure("row 1", "HTTP 400: too long")] * 3
+    gone.append(True)
+    with pytest.raises(UsageError, match=r"no OpenAI-compatible server answers at .*: HTTP 500: dying"):
+        generate(make, asked[:1])
+
+
+def test_delays_between_tries_double(scripted, sampler, asked, monkeypatch):
+    delays = []
+    monkeypatch.setattr(time, "sleep", delays.append)
+    scripted.answer = lambda path, body: (500, b"")
+    with pytest.raises(UsageError):
+        generate(sampler(retries=8, first_delay_s=1.0), asked[:1])
+    assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+
+
+def test_no_more_requests_are_under_way_than_allowed(scripted, sampler, asked):
+    under_way, most, lock = 0, 0, threading.Lock()
+
+    def answer(path, body):
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.03)
+        with lock:
+            under_way -= 1
+        return choice(token_ids=[3])
+
+    scripted.answer = answer
+    generate(sampler(concurrency=3), asked * 4)
+    assert most == 3
+
+
+def test_a_key_goes_along(scripted, sampler, asked, monkeypatch):
+    scripted.answer = lambda path, body: choice(token_ids=[3])
+    generate(sampler(), asked[:1])
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    generate(sampler(), asked[:1])
+    assert scripted.keys == [None, "Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [((404, b"?"), "HTTP 404"), ((200, b"<html>"), "not JSON"), ((200, {"models": []}), "expected a list of models")],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_such_server_is_told_at_the_start(scripted, sampler, answer, said):
+    scripted.answer = lambda path, body: answer
+    with pytest.raises(UsageError, match=rf"no OpenAI-compatible server answers at .*/v1/models: .*{said}"):
+        sampler().check()
+    assert len(scripted.asked) == 1
+
+
+def test_a_server_that_is_not_there_is_told_at_the_start(make_model, tokenizer):
+    with socket.socket() as free:  # bound, but not listening
+        free.bind(("127.0.0.1", 0))
+        config = ServerConfig(output_dir="out", server_url=f"http://127.0.0.1:{free.getsockname()[1]}/v1/")
+        with pytest.raises(UsageError, match="ConnectionRefusedError"):
+            make_sampler(config, make_model("llama"), tokenizer)
+
+
+def test_reload_has_the_server_load_what_was_saved(scripted, sampler, make_model, tokenizer, tmp_path):
+    loaded = []
+
+    def answer(path, body):
+        model = AutoModelForCausalLM.from_pretrained(body["model_path"])
+        loaded.append(model.lm_head.weight[3, 0].item())
+        return 200, {"success": True, "message": ""}
+
+    scripted.answer = answer
+    make = sampler(sync_mode="reload")
+    models = [make_model("llama", seed=seed) for seed in (3, 4)]
+    for model in models:
+        make.sync(model, tokenizer, tmp_path / "policy")
+        assert len(list((tmp_path / "policy").iterdir())) == 1
+    assert loaded == [model.lm_head.weight[3, 0].item() for model in models]
+    assert [path for path, _ in scripted.asked] == ["/update_weights_from_disk"] * 2
+    assert make.model_name == "policy"
+
+
+@pytest.mark.parametrize("answer", [(400, b"no such folder"), (200, {"success": False, "message": "shapes"})], ids=str)
+def test_a_reload_that_fails_stops_the_run(scripted, sampler, make_model, tokenizer, tmp_path, answer):
+    scripted.answer = lambda path, body: answer
+    with pytest.raises(UsageError, match=r"server_sync: reload: .*(no such folder|shapes)"):
+        sampler(sync_mode="reload", retries=1).sync(make_model("llama"), tokenizer, tmp_path)
+
+
+def test_no_sync_leaves_the_server_and_the_folder_alone(scripted, sampler, make_model, tokenizer, tmp_path):
+    sampler().sync(make_model("llama"), tokenizer, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists() and not scripted.asked

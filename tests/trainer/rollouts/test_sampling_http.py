@@ -1,0 +1,128 @@
+"""`rlhf sample` with a server: what it writes, what it fails at, and what is left of a run when it dies."""
+
+import json
+import random
+
+import pytest
+
+from rlhf_trainer.config.base import SampleConfig
+from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts import http_json as json_server
+from rlhf_trainer.rollouts import sample as sampling
+from rlhf_trainer.rollouts.sample import COMPLETIONS_FILE, FAILURES_FILE, sample
+from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
+from tests.trainer.rollouts.scripted_server import Scripted, choice
+
+PROMPTS = ["the cat", "dogs ran far", "a mat on the green hills"]
+
+
+@pytest.fixture
+def server(monkeypatch, loopback_without_proxy):
+    """It writes three words by the seed it is given."""
+    monkeypatch.setattr(json_server, "LONGEST_DELAY_S", 0.01)
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"data": []}
+        text = "".join(random.Random(body["seed"]).choices([" sat", " on", " fish", " today"], k=3))
+        return choice(text=text, finish_reason="stop")
+
+    scripted = Scripted()
+    scripted.answer = answer
+    return scripted
+
+
+@pytest.fixture
+def run(model_folder, write_jsonl, tmp_path, monkeypatch):
+    """One model, 3 prompts, 4 completions each, in batches of 4; no weights are loaded."""
+    monkeypatch.setattr(sampling, "load_causal_lm", None)
+    prompts = write_jsonl([{"prompt": prompt} for prompt in PROMPTS], "prompts.jsonl")
+
+    def run(url, output="out", **options):
+        small = {
+            "models": [model_folder("llama")], "dataset": prompts, "num_completions": 4, "max_new_tokens": 6,
+            "batch_size": 4, "output_dir": str(tmp_path / output), "server_url": url, "server_retries": 1,
+        }  # fmt: skip
+        return sample(SampleConfig(**small | options))
+
+    return run
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_server_writes_in_the_models_place(server, run, model_folder):
+    with server.running() as url:
+        folder = run(url, server_model="tiny")
+        assert (run(url, "again", server_model="tiny") / COMPLETIONS_FILE).read_bytes() == (
+            folder / COMPLETIONS_FILE
+        ).read_bytes()
+    lines = lines_of(folder / COMPLETIONS_FILE)
+    assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(4)]
+    assert {line["model"] for line in lines} == {model_folder("llama")}
+    assert len({line["completion"] for line in lines}) > 6 and all(line["finished"] for line in lines)
+    assert {body["model"] for path, body in server.asked if path == "/v1/completions"} == {"tiny"}
+    assert sorted(path.name for path in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
+
+
+def test_what_fails_at_every_try_is_kept_apart_and_can_be_sampled_again(server, run, tokenizer, capsys):
+    works, bad = server.answer, tokenizer(PROMPTS[1]).input_ids
+
+    def answer(path, body):
+        return (500, b"crashed") if body and body["prompt"] == bad else works(path, body)
+
+    with server.running() as url:
+        server.answer = answer
+        folder = run(url, num_completions=2)  # batches: the two of the longest and the bad ones; the rest
+        assert [line["prompt"] for line in lines_of(folder / COMPLETIONS_FILE)] == [PROMPTS[0]] * 2 + [PROMPTS[2]] * 2
+        failures = lines_of(folder / FAILURES_FILE)
+        assert [(line["prompt"], line["prompt_row"]) for line in failures] == [(PROMPTS[1], 2)] * 2
+        assert all(line["reason"] == "HTTP 500: crashed (at the last of 2 tries)" for line in failures)
+        said = capsys.readouterr().out
+        assert "4 completions of 2 prompts" in said and "2 more failed" in said and "HTTP 500: crashed" in said
+        server.answer = works
+        again = run(url, "again", dataset=str(folder / FAILURES_FILE), num_completions=1)
+    assert [line["prompt"] for line in lines_of(again / COMPLETIONS_FILE)] == [PROMPTS[1]] * 2
+
+
+def test_a_run_whose_server_died_goes_on_with_another(server, run, tmp_path):
+    works = server.answer
+    with server.running() as url:
+        whole = (run(url, "whole") / COMPLETIONS_FILE).read_bytes()
+        server.asked.clear()
+
+        def dies(path, body):
+            made = sum(path == "/v1/completions" for path, _ in server.asked)
+            return works(path, body) if made <= 4 else (500, b"dead")
+
+        server.answer = dies
+        with pytest.raises(UsageError, match="no OpenAI-compatible server answers"):
+            run(url, "broken")
+    assert partial_folder(tmp_path / "broken").exists()
+    other = Scripted()
+    other.answer = works
+    with other.running() as url:
+        assert (run(url, "broken", resume=True, server_timeout=5.0) / COMPLETIONS_FILE).read_bytes() == whole
+    assert sum(path == "/v1/completions" for path, _ in other.asked) == 8  # 4 were there
+
+
+def test_no_server_is_told_before_anything_is_written(run, tmp_path):
+    with pytest.raises(UsageError, match=r"server_url: no OpenAI-compatible server answers at http://127.0.0.1:9/"):
+        run("http://127.0.0.1:9")
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"server_sync": "reload"}, "nothing changes the models"),
+        ({"server_model": "tiny", "models": ["a", "b"]}, "the name of one model"),
+    ],
+    ids=["sync", "two models"],
+)
+def test_what_a_server_cannot_be_told_to_sample_is_refused(options, said):
+    with pytest.raises(UsageError, match=said):
+        SampleConfig(
+            **{"models": ["a"], "dataset": "d", "output_dir": "o", "server_url": "http://127.0.0.1:9"} | options
+        )

@@ -1,0 +1,285 @@
+"""Killed at any point and resumed, a run ends as it would have: the same weights and metrics, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_trainer.config.base import DPOConfig, RewardConfig, SFTConfig
+from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline import sft
+from rlhf_trainer.offline.dpo import train_dpo
+from rlhf_trainer.offline.reward_model import train_reward
+from rlhf_trainer.offline.sft import train_sft
+from rlhf_trainer.training import checkpoint as state
+from rlhf_trainer.training import loop as training
+from rlhf_trainer.training import output_folder as checkpoint
+from rlhf_trainer.training.output_folder import partial_folder
+
+STAGES = {"sft": (SFTConfig, train_sft), "reward": (RewardConfig, train_reward), "dpo": (DPOConfig, train_dpo)}
+
+
+@pytest.fixture
+def stage(model_folder, rows, write_jsonl, tmp_path):
+    """stage(name) -> run(output, **options), of 6 steps with a state after steps 2 and 4."""
+    data = write_jsonl(rows(12))
+
+    def of(name):
+        config, train = STAGES[name]
+        options = {
+            "model_name_or_path": model_folder("llama"), "dataset": data, "eval_dataset": data, "eval_steps": 3,
+            "batch_size": 4, "micro_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2,
+            "save_steps": 2, "max_length": 96,
+        }  # fmt: skip
+        options |= {"max_prompt_length": 48} if name != "sft" else {}
+        options |= {"ref_cache_dir": str(tmp_path / "cache")} if name == "dpo" else {}
+        return lambda output, **more: train(config(output_dir=str(tmp_path / output), **options | more))
+
+    return of
+
+
+def killed(run, *patches):
+    """Runs it in a child that kills itself where a patch says; patches are (module, name, function of the original)."""
+
+    def child():
+        for module, name, made in patches:
+            setattr(module, name, made(getattr(module, name)))
+        run()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(number, after=False):
+    """Dies at the n-th call, before or after it has done its work."""
+    calls = []
+
+    def made(original):
+        def dying(*args, **options):
+            calls.append(1)
+            if len(calls) == number and not after:
+                kill()
+            result = original(*args, **options)
+            if len(calls) == number:
+                kill()
+            return result
+
+        return dying
+
+    return made
+
+
+def result_of(folder):
+    """Weights, and the metrics without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        for of_the_clock in ("tokens_per_second", "seconds"):
+            record.pop(of_the_clock, None)
+    return load_file(folder / "model.safetensors"), records
+
+
+def assert_same(a, b):
+    (weights, records), (other_weights, other_records) = result_of(a), result_of(b)
+    assert records == other_records
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+# In the order of a run: before anything is saved, while the first state is written, between states, while a state is
+# moved, while the second is written, behind the result, and before it is moved into place.
+KILLS = {
+    "before any state": (training, "learning_rate_at", at_call(2)),
+    "half a state": (state, "save_file", at_call(2)),
+    "a state not moved": (state, "_flush", at_call(4)),
+    "after a state": (training, "save_state", at_call(1, after=True)),
+    "two steps on": (training, "learning_rate_at", at_call(4)),
+    "half the second state": (state, "save_file", at_call(4)),
+    "the result written": (sft, "save_model", at_call(1, after=True)),
+    "the result not moved": (training, "commit_output", at_call(1)),
+}
+
+
+@pytest.mark.parametrize("point", KILLS.values(), ids=KILLS)
+def test_a_killed_run_goes_on(point, stage, tmp_path):
+    run = stage("sft")
+    whole = run("whole")
+    killed(lambda: run("broken"), point)
+    assert not (tmp_path / "broken").exists()
+    assert_same(run("broken", resume=True), whole)
+    assert not partial_folder(tmp_path / "broken").exists()
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["reward", "dpo"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_every_stage_goes_on(name, optimizer, stage):
+    run = stage(name)
+    whole = run("whole", optimizer=optimizer)
+    killed(lambda: run("broken", optimizer=optimizer), (training, "learning_rate_at", at_call(6)))
+    assert_same(run("broken", optimizer=optimizer, resume=True), whole)
+
+
+def test_a_run_may_be_killed_again_and_again(stage, tmp_path):
+    run = stage("sft")
+    whole = run("whole")
+    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken", resume=True), (training, "learning_rate_at", at_call(3)))
+    states = sorted(path.name for path in (partial_folder(tmp_path / "broken") / state.FOLDER).iterdir())
+    assert states == ["step-000000002", "step-000000004"]
+    assert_same(run("broken", resume=True), whole)
+
+
+def damage(folder):
+    path = folder / state.MODEL
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+    (folder / state.OPTIMIZER).write_bytes(b"")
+
+
+def lose_the_facts(folder):
+    (folder / state.FACTS).write_text('{"step":')
+
+
+@pytest.mark.parametrize("harm", [damage, truncate, lose_the_facts])
+def test_a_damaged_state_is_told_and_the_one_before_is_taken(harm, stage, tmp_path):
+    run = stage("sft")
+    whole = run("whole")
+    killed(lambda: run("broken"), (training, "commit_output", at_call(1)))
+    states = partial_folder(tmp_path / "broken") / state.FOLDER
+    harm(states / "step-000000004")
+    with pytest.warns(UserWarning, match="step-000000004 is damaged; an earlier state is taken"):
+        assert_same(run("broken", resume=True), whole)
+
+
+def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stage, capsys, tmp_path):
+    run = stage("sft")
+    folder = run("out", resume=True)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert run("out", resume=True) == folder
+    assert "is finished; nothing is left to do" in capsys.readouterr().out
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_run_that_replaces_another_goes_on_too(stage, tmp_path):
+    """Told the same again, with --resume: the old output, of other settings, is in place until the end."""
+    run = stage("sft")
+    run("out", seed=3)
+    whole = run("whole")
+    killed(lambda: run("out", overwrite=True), (training, "learning_rate_at", at_call(4)))
+    with pytest.raises(UsageError, match=r"is of another run.*pass --overwrite to replace it"):
+        run("out", resume=True)
+    assert_same(run("out", overwrite=True, resume=True), whole)
+
+
+def test_two_damaged_states_do_not_cost_the_new_ones(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("broken"), (training, "commit_output", at_call(1)))
+    states = partial_folder(tmp_path / "broken") / state.FOLDER
+    for folder in states.iterdir():
+        damage(folder)
+    killed(lambda: run("broken", resume=True), (training, "learning_rate_at", at_call(4)))
+    assert [path.name for path in states.iterdir()] == ["step-000000002"]
+
+
+def test_two_processes_do_not_work_in_one_folder(stage):
+    """The second is told; the first is not disturbed."""
+    run = stage("sft")
+    context = multiprocessing.get_context("fork")
+    working, go_on = context.Event(), context.Event()
+
+    def child():
+        original = training.learning_rate_at
+
+        def waiting(*args):
+            working.set()
+            assert go_on.wait(60)
+            return original(*args)
+
+        training.learning_rate_at = waiting
+        run("out")
+
+    process = context.Process(target=child)
+    process.start()
+    assert working.wait(60)
+    for options in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(UsageError, match="another process is working in"):
+            run("out", **options)
+    go_on.set()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_metrics_that_were_lost_are_told(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    (partial_folder(tmp_path / "broken") / "metrics.jsonl").unlink()
+    with pytest.warns(UserWarning, match="metrics.jsonl has lost lines"):
+        _, records = result_of(run("broken", resume=True))
+    assert [record["step"] for record in records] == [3, 4, 5, 6]
+
+
+def test_a_full_disk_is_told(stage, monkeypatch):
+    monkeypatch.setattr(state, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(UsageError, match=r"the state of step 2 cannot be saved .*: No space left"):
+        stage("sft")("out")
+
+
+def test_another_model_behind_the_same_name_is_told(stage, model_folder, make_model, tokenizer, tmp_path):
+    run, start = stage("dpo"), tmp_path / "start"
+    shutil.copytree(model_folder("llama"), start)
+    options = {"model_name_or_path": str(start)}
+    killed(lambda: run("broken", **options), (training, "learning_rate_at", at_call(4)))
+    make_model("llama", seed=5).save_pretrained(start)
+    with pytest.raises(UsageError, match="a reference model"):
+        run("broken", resume=True, **options)
+    make_model("gpt2").save_pretrained(start)
+    with pytest.raises(UsageError, match=r"a reference model|of another model"):
+        run("broken", resume=True, **options)
+
+
+def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("out"), (training, "remove_state", at_call(1)))
+    assert (tmp_path / "out" / state.FOLDER).is_dir()
+    run("out", resume=True)
+    assert not (tmp_path / "out" / state.FOLDER).exists()
+
+
+def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(stage, tmp_path):
+    run = stage("sft")
+    killed(lambda: run("out"), (checkpoint.Path, "write_text", at_call(1)))
+    assert not partial_folder(tmp_path / "out").exists()
+    run("out", resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
+
+
+def test_resume_takes_the_run_it_was(stage, tmp_path, rows):
+    run = stage("sft")
+    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    with pytest.raises(UsageError, match=r"is of another run, .*learning_rate: 0.001 then, 0.01 now"):
+        run("broken", learning_rate=1e-2, resume=True)
+    with pytest.raises(UsageError, match=r"Pass --resume to go on with it"):
+        run("broken")
+    data = Path(tmp_path / "train.jsonl")
+    shutil.copy(data, tmp_path / "kept.jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows(12, seed=1)))
+    with pytest.raises(UsageError, match="the data set, the tokenizer, a reference model or the number"):
+        run("broken", resume=True)
+    shutil.copy(tmp_path / "kept.jsonl", data)
+    run("broken", resume=True, save_steps=1)
