@@ -53,8 +53,8 @@ def trainer_of(name: str) -> Callable[[Run], list[float]]:
 def rlhf_trainer(share_prefix: bool = False) -> Callable[[Run], list[float]]:
     from accelerate import Accelerator
 
-    from rlhf_trainer.config.base import DPOConfig
     from rlhf_trainer.offline import reference_logprobs as reference
+    from rlhf_trainer.offline.config import DPOConfig
     from rlhf_trainer.offline.dpo import DPOTask, train_dpo
 
     def train(run: Run) -> list[float]:
@@ -122,12 +122,13 @@ def trl_trainer(version: str) -> Callable[[Run], list[float]]:
 def plain_loop() -> Callable[[Run], list[float]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_trainer.data.examples import Batch, collate, load_pairs
+    from rlhf_trainer.data.batches import Batch, collate
+    from rlhf_trainer.data.examples import load_groups
 
     def train(run: Run) -> list[float]:
         tokenizer = AutoTokenizer.from_pretrained(run.model)
         lengths = {"max_prompt_length": run.max_length - 1, "max_length": run.max_length}
-        pairs = load_pairs(run.data, tokenizer, split="train", **lengths).examples
+        pairs = load_groups(run.data, tokenizer, split="train", **lengths).examples
         batches = [collate([pairs[i] for i in rows], tokenizer.pad_token_id) for rows in batches_of(run)]
         model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32).eval()
         optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, weight_decay=0.0, fused=run.fused_adamw)

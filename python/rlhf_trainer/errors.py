@@ -1,5 +1,36 @@
-"""The one exception of the trainer that a user, not a programmer, has to act on."""
+"""The errors that a user, not a programmer, has to act on, and what their messages share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
 
 
 class UsageError(ValueError):
     """Wrong input: a configuration, a data set, a model or a folder. The command line prints it without a traceback."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: its loss, a gradient or a weight is not finite. Printed without a traceback, too."""
+
+
+class RowError(ValueError):
+    """One row cannot be used; `field` says where."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"field {field!r}: {problem}")
+
+
+def kind(value: Any) -> str:
+    """What a value is, for messages about it."""
+    names = {str: "text", list: "a list", dict: "a mapping", type(None): "nothing"}
+    return names.get(type(value), f"{type(value).__name__} {value!r}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'beta'?" for the known name nearest to `name`, else nothing."""
+    known = list(known)
+    longer = [other for other in known if name and (other.startswith(name) or name.startswith(other))]
+    nearest = [*sorted(longer, key=len), *get_close_matches(name, known, n=1)]
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -16,7 +16,7 @@ from benchmarks.bench_step import Track, check
 from benchmarks.harness.record import Results
 from benchmarks.steps.step import Sizes, make_data, make_model
 from benchmarks.steps.step_parts import Parts
-from rlhf_trainer.data.examples import load_pairs
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.models.loading import load_tokenizer
 
 TINY = Sizes(layers=1, hidden=32, vocab=512, batch=2, tokens=16, steps=4)
@@ -107,7 +107,7 @@ def test_the_pair_has_the_tokens_that_the_case_names(tmp_path):
     make_model(tmp_path / "model", sizes)
     make_data(tmp_path / "pairs.jsonl", sizes)
     tokenizer = load_tokenizer(str(tmp_path / "model"), key="model")
-    pairs = load_pairs(
+    pairs = load_groups(
         str(tmp_path / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=1023, max_length=1024
     ).examples
     assert bench_dpo_step.SIZES.equal and len(pairs) == sizes.steps * sizes.batch

@@ -21,11 +21,11 @@ from transformers.utils import logging
 
 import rlhf_kernels
 import rlhf_trainer
-from rlhf_trainer.config.base import DPOConfig
 from rlhf_trainer.data.chat import set_chat_template
-from rlhf_trainer.data.examples import encode_prompt
+from rlhf_trainer.data.encoding import encode_prompt
+from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.offline.dpo import train_dpo
-from rlhf_trainer.rollouts.sampler import Asked
+from rlhf_trainer.rollouts.sampler import GenerationRequest
 
 logging.disable_progress_bar()
 
@@ -102,7 +102,7 @@ def tokenizer():
     )
     tok.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
+        tokenizer_object=tok, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template_path=CHATML
     )
 
 
@@ -177,7 +177,10 @@ def loopback_without_proxy(monkeypatch):
 def asked(tokenizer):
     """Three texts and a conversation, as samplers are asked to continue them."""
     prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
-    return [Asked(encode_prompt(tokenizer, prompt), prompt, f"row {i}") for i, prompt in enumerate(prompts, start=1)]
+    return [
+        GenerationRequest(encode_prompt(tokenizer, prompt), prompt, f"row {i}")
+        for i, prompt in enumerate(prompts, start=1)
+    ]
 
 
 @pytest.fixture
@@ -235,7 +238,7 @@ def yaml_config(model_folder, rows, write_jsonl, tmp_path):
     """A YAML file for 10 pairs, with a bad row among them."""
     data = write_jsonl([*rows(10), {"prompt": "a", "chosen": "b"}])
     config = {
-        "model_name_or_path": model_folder("llama"), "dataset": data, "output_dir": "out", "ref_cache_dir": "cache",
+        "model_name_or_path": model_folder("llama"), "dataset_name": data, "output_dir": "out", "ref_cache_dir": "cache",
         "batch_size": 6, "micro_batch_size": 2, "learning_rate": "1e-3", "warmup_steps": 2, "num_train_epochs": 2,
         "max_prompt_length": 48, "max_length": 96,
     }  # fmt: skip

@@ -30,7 +30,7 @@ def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
     assert yaml.safe_load((output / "rlhf_config.yaml").read_text())["beta"] == 0.25
 
     again = python("-m", "rlhf_trainer", "dpo", "--config", str(output / "rlhf_config.yaml"))
-    assert again.returncode == 2 and "--overwrite" in again.stderr
+    assert again.returncode == 2 and "--overwrite_output_dir" in again.stderr
 
 
 def test_usage(capsys):
@@ -54,4 +54,4 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(Command, "run", interrupted)
     assert main(["grpo"]) == 130
-    assert "rlhf grpo: interrupted; the same command with --resume goes on" in capsys.readouterr().err
+    assert "rlhf grpo: interrupted; the same command with --resume_from_checkpoint goes on" in capsys.readouterr().err

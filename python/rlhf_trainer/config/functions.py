@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..data.chat import kind
-from ..errors import UsageError
+from ..errors import UsageError, kind
 
 
 def import_function(spec: str, where: str) -> Callable[..., Any]:

@@ -2,38 +2,104 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
+from .base import SUBJECTS
 
 Config = TypeVar("Config")
 
 
 def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
     """Flags over the YAML file of `--config` over the defaults. Unknown keys and wrong types raise UsageError."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(cls, prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="A YAML file; each of its keys is a flag below.")
-    given = _value_after(argv, "--config")
-    if given is not None:
-        values = load_yaml(cls, given)
+    parser = make_parser(cls, prog, description)
+    argv = [_with_underscores(word) for word in argv]
+    for word in argv:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag not in parser._option_string_actions:
+            parser.error(f"unknown flag {flag}{did_you_mean(flag, parser._option_string_actions)}")
+    path = _value_after(argv, "--config")
+    if path is not None:
+        values = load_yaml(cls, path, prog)
         for action in parser._actions:
             action.required = action.required and action.dest not in values
         parser.set_defaults(**values)
-    namespace = vars(parser.parse_args(list(argv)))
-    namespace.pop("config")
-    return cls(**namespace)
+    values = vars(parser.parse_args(argv))
+    del values["config"]
+    return cls(**values)
 
 
-def load_yaml(cls: type, path: str) -> dict[str, Any]:
+def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentParser:
+    """A flag for every field of `cls`, grouped by subject. Errors are UsageErrors of two lines."""
+    parser = argparse.ArgumentParser(prog, f"{prog} [--flag value ...]", description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="A YAML file; each of its keys is a flag below.")
+
+    def error(message: str) -> NoReturn:
+        raise UsageError(f"{message}\n`{prog} --help` lists the flags")
+
+    parser.error = error
+    hints = typing.get_type_hints(cls)
+    fields = sorted(dataclasses.fields(cls), key=lambda field: not is_required(field))
+    for subject in SUBJECTS:
+        group = parser.add_argument_group(subject.title)
+        for field in fields:
+            if field.metadata["subject"] == subject.title:
+                add_flag(group, field, hints[field.name])
+    return parser
+
+
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+    """--flag VALUE; of a bool, --flag alone is true, and --no_flag false where it is true by default."""
+    options: dict[str, Any] = {"help": field.metadata["help"], "required": is_required(field)}
+    default = None if is_required(field) else default_of(field)
+    options["default"] = default
+    if default not in (None, False, []):
+        options["help"] += f" (default: {default})"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is Literal:
+        options |= {"choices": typing.get_args(hint)}
+    elif typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        options |= {"type": item, "nargs": "+", "action": field.metadata["action"], "metavar": item.__name__.upper()}
+    elif hint is bool:
+        options |= {"type": true_or_false, "nargs": "?", "const": True, "metavar": "BOOL"}
+    else:
+        options |= {"type": hint, "metavar": hint.__name__.upper()}
+    group.add_argument(f"--{field.name}", **options)
+    if default is True:
+        group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=f"{field.name} false.")
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _with_underscores(word: str) -> str:
+    """--some-flag=value as --some_flag=value."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def load_yaml(cls: type, path: str, prog: str) -> dict[str, Any]:
     """The keys and values of a YAML file, checked against the fields of `cls`."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -43,15 +109,17 @@ def load_yaml(cls: type, path: str) -> dict[str, Any]:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold 'key: value' lines, got {type(values).__name__}")
-    return checked_values(cls, values, path)
+    return checked_values(cls, values, path, prog)
 
 
-def checked_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+def checked_values(cls: type, values: dict[str, Any], where: str, command: str) -> dict[str, Any]:
     """`values` checked against the fields of `cls`, by name and type; not all need be there."""
     hints = typing.get_type_hints(cls)
-    unknown = [str(key) for key in values if key not in hints]
-    if unknown:
-        raise UsageError(f"{where}: unknown key {', '.join(map(repr, unknown))}; the keys are: {', '.join(hints)}")
+    for key in values:
+        if key not in hints:
+            raise UsageError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), hints)}\n`{command} --help` lists the keys"
+            )
     return {key: checked_value(value, hints[key], f"{where}: key {key!r}") for key, value in values.items()}
 
 

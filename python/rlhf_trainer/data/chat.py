@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import RowError, UsageError, kind
 
-Turns = Literal["all", "last"]
 PREFIX_TOKENS = (2, 8)  # of a document that serves as a prompt: Rafailov et al. (2023), appendix C.1, on IMDb
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -45,13 +45,6 @@ CHATML = (
 )
 
 
-class RowError(ValueError):
-    """One row cannot be used; `field` says where."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"field {field!r}: {problem}")
-
-
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> int:
     """Gives the tokenizer the template "chatml", or that of a Jinja file; returns how many tokens it gained.
 
@@ -68,45 +61,52 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> 
     try:
         tokenizer.chat_template = Path(name_or_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"chat_template: expected chatml or a Jinja file, got {name_or_path!r}: {error}") from error
+        raise UsageError(
+            f"chat_template_path: expected chatml or a Jinja file, got {name_or_path!r}: {error}"
+        ) from error
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except TemplateSyntaxError as error:
-        raise UsageError(f"chat_template: {name_or_path}, line {error.lineno}: {error.message}") from error
+        raise UsageError(f"chat_template_path: {name_or_path}, line {error.lineno}: {error.message}") from error
     except TemplateError:
         pass  # a template may want other messages than these; what it says of real ones is told row by row
     return 0
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Any, turns: Turns = "all"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Any,
+    *,
+    assistant_only_loss: bool = True,
+    last_turn_only: bool = False,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a whole conversation, and which of them the assistant wrote, in all its turns or in the last.
+    """Token ids of a whole conversation, and which of them are learned: the assistant's, in all its turns or in the
+    last, or all tokens.
 
-    What counts is what the chat template puts between {% generation %} and {% endgeneration %}.
+    The assistant's are those that the chat template puts between {% generation %} and {% endgeneration %}.
     """
     field = "messages"
     if not isinstance(messages, list):
         raise RowError(field, f"expected a list of messages, got {kind(messages)}")
     check_messages(field, messages)
+    if not assistant_only_loss:
+        ids = _tokenize(tokenizer, field, messages)["input_ids"]
+        return ids, [True] * len(ids)
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:
         raise RowError(field, "no message is the assistant's: there is nothing to learn")
     _check_marks(tokenizer, field)
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True}
-        )
-    except TemplateError as error:
-        raise _refused(field, error) from error
+    encoded = _tokenize(
+        tokenizer, field, messages, return_assistant_tokens_mask=True, tokenizer_kwargs={"return_offsets_mapping": True}
+    )
     ids, counted = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
-    if turns == "last" and len(places) > 1:
+    if last_turn_only and len(places) > 1:
         before, whole = (_render(tokenizer, field, part, False) for part in (messages[: places[-1]], messages))
         if not whole.startswith(before):
             raise RowError(field, "the chat template renders earlier turns differently once the last one follows")
         starts = (start for start, _ in encoded["offset_mapping"])
         counted = [mark and start >= len(before) for mark, start in zip(counted, starts, strict=True)]
-    expected = 1 if turns == "last" else len(places)
+    expected = 1 if last_turn_only else len(places)
     marked = sum(mark and not previous for previous, mark in zip([False, *counted], counted, strict=False))
     if marked < expected:  # by the template, or by a tokenizer that drops a character where a mark begins
         raise RowError(field, f"{{% generation %}} marks {marked} of {expected} turns of the assistant")
@@ -119,8 +119,8 @@ def _check_marks(tokenizer: PreTrainedTokenizerBase, field: str) -> None:
     if not GENERATION_MARK.search(_template_of(tokenizer, field)):
         raise UsageError(
             "the tokenizer's chat template does not say what the assistant writes: put {% generation %} and "
-            "{% endgeneration %} around it in a file of your own and pass that as chat_template, or pass "
-            "chat_template: chatml"
+            "{% endgeneration %} around it in a file of your own and pass that as chat_template_path, or pass "
+            "chat_template_path: chatml, or assistant_only_loss: false to learn the whole conversation"
         )
 
 
@@ -220,6 +220,16 @@ def _render(
         raise _refused(field, error) from error
 
 
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, field: str, messages: list[dict[str, str]], **options: Any
+) -> Mapping[str, Any]:
+    _template_of(tokenizer, field)
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+    except TemplateError as error:
+        raise _refused(field, error) from error
+
+
 def _template_of(tokenizer: PreTrainedTokenizerBase, field: str) -> str:
     if not tokenizer.chat_template:
         raise RowError(field, "holds chat messages, but the tokenizer has no chat template; use plain text or set one")
@@ -228,9 +238,3 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, field: str) -> str:
 
 def _refused(field: str, error: TemplateError) -> RowError:
     return RowError(field, f"the chat template refuses these messages: {error}")
-
-
-def kind(value: Any) -> str:
-    """What a value is, for messages about it."""
-    names = {str: "text", list: "a list", dict: "a mapping", type(None): "nothing"}
-    return names.get(type(value), f"{type(value).__name__} {value!r}")

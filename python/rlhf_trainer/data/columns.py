@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .chat import RowError, kind
+from ..errors import RowError, kind
 
 
 def need(row: dict[str, Any], column: str) -> Any:

@@ -1,7 +1,7 @@
 """Data sets: a file or hub id in, tokenised examples out, with every unusable row named before any training.
 
-`load_pairs`, `load_conversations`, `load_prompts` and `load_labelled` read what they can of any row that
-`formats.plain_row` knows, and end in the same way: `Loaded`, or a UsageError that names file, row and field.
+`load_groups`, `load_conversations`, `load_prompts` and `load_labelled` read any row that `formats.plain_row` knows,
+and return `Loaded`, or raise a UsageError that names file, row and field.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..config.base import RowFormat
-from ..errors import UsageError
-from .chat import RowError, Turns, conversation_ids, prefix_of, prompt_text, response_text
+from ..config.base import DataConfig, RowFormat
+from ..errors import RowError, UsageError
+from .chat import conversation_ids, prefix_of
 from .columns import comparisons, label, need, need_any, need_list, need_text
+from .encoding import encode_bounded_prompt, encode_prompt, encode_response
 from .formats import plain_row
 from .rows import RowProblem, listing, read_rows
 
-IGNORED = -100
 PROMPT_COLUMNS = ("prompt", "messages", "text")  # where a prompt is looked for, in this order
 Example = TypeVar("Example")
 
 
-class Pair(NamedTuple):
-    """Token ids of a prompt and its two responses; `row` is the line of a JSONL file, or the row, counted from 1."""
+class Group(NamedTuple):
+    """Token ids of a prompt and of K distinct responses to it; `pairs` are positions of (better, worse) among these.
+
+    `row` is the line of a JSONL file, or the row, counted from 1; margins [P]: by how much the better one is better,
+    where the data say, else 0.
+    """
 
     row: int
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    margin: float = 0.0  # by how much the chosen one is better, where the data say
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]]
+    margins: list[float]
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of its two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Tokens of its longest sequence."""
+        return len(self.prompt) + max(map(len, self.responses))
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """Token ids of one conversation, and which of them are learned."""
 
     row: int
@@ -85,18 +87,6 @@ class Labelled(NamedTuple):
         return len(self.prompt) + len(self.completion)
 
 
-class Batch(NamedTuple):
-    """S sequences padded to one length T; of P pairs, S = 2P: the chosen ones first, then the rejected ones."""
-
-    input_ids: Tensor  # [S, T] int64
-    attention_mask: Tensor | None  # [S, T] int64, 0 on padding; None: position_ids say which tokens see each other
-    labels: Tensor  # [S, T] int64, IGNORED where nothing is learned, as on prompt and padding
-    position_ids: Tensor | None = None  # [S, T] int64; None: 0, 1, 2, ... in every row
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor if tensor is None else tensor.to(device) for tensor in self))
-
-
 class Loaded(NamedTuple, Generic[Example]):
     """The usable examples of a source, and what happened to the others."""
 
@@ -115,88 +105,56 @@ class Loaded(NamedTuple, Generic[Example]):
 
 
 class Reading(TypedDict, total=False):
-    """What every loader can be told about its source."""
+    """Options of every loader."""
 
     split: Required[str]  # of a hub data set
+    config: str | None  # of a hub data set: its configuration, or subset
     format: RowFormat
     streaming: bool  # a hub data set row by row, not downloaded whole first
     skip_invalid_rows: bool
     max_examples: int | None  # only so many, from the start
 
 
-# --- text to tokens
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Any, field: str = "prompt") -> list[int]:
-    """Token ids of a prompt, text or messages, up to where the response begins; RowError where there is none.
-
-    Prompt and response are tokenised apart: all responses then continue the same prompt tokens, the very ones from
-    which generation starts.
-    """
-    text = prompt_text(tokenizer, prompt, field)
-    is_chat = not isinstance(prompt, str)  # a template writes the special tokens itself
-    ids = _ids(tokenizer, text, field, add_special_tokens=not is_chat)
-    if not is_chat and ids and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]  # some tokenizers end every text; this one goes on
-    if not ids:
-        raise RowError(field, "has no tokens: the first token of a response is predicted from the prompt's last")
-    return ids
-
-
-def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any, field: str) -> list[int]:
-    """Token ids of what follows the prompt, up to and with the token that ends the turn; RowError where none do."""
-    ids = _ids(tokenizer, response_text(tokenizer, prompt, response, field), field, add_special_tokens=False)
-    if not ids:
-        raise RowError(field, "all tokens are masked: the tokenizer makes no token of the response")
-    return ids
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, field: str, add_special_tokens: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise RowError(field, f"is not text: {error}") from error
-    return tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-
-
-def _encode_bounded_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Any, max_prompt_length: int, field: str = "prompt"
-) -> list[int]:
-    ids = encode_prompt(tokenizer, prompt, field)
-    if len(ids) > max_prompt_length:
-        raise RowError(field, f"has {len(ids)} tokens, over max_prompt_length={max_prompt_length}")
-    return ids
+def reading_of(config: DataConfig, split: str) -> Reading:
+    return {
+        "split": split, "config": config.dataset_config, "format": config.dataset_format,
+        "streaming": config.dataset_streaming, "skip_invalid_rows": config.skip_invalid_rows,
+    }  # fmt: skip
 
 
 # --- pairs
 
 
-def load_pairs(
+def load_groups(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_prompt_length: int,
     max_length: int,
     **reading: Unpack[Reading],
-) -> Loaded[Pair]:
-    """Pairs of a better and a worse response; a row of several responses gives several pairs."""
+) -> Loaded[Group]:
+    """Prompts with their responses, and which response is better than which."""
 
-    def pairs_of(number: int, row: dict[str, Any]) -> tuple[list[Pair], int]:
-        prompt = _encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
-        room = max_length - len(prompt)
-        cut = 0
-        encoded: dict[str, list[int]] = {}
-        pairs = []
-        for better, worse, margin in comparisons(row):
-            for field, response in (better, worse):
-                if field not in encoded:
+    def group_of(number: int, row: dict[str, Any]) -> tuple[list[Group], int]:
+        prompt = encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
+        room, cut = max_length - len(prompt), 0
+        positions: dict[str, int] = {}  # of each field's response among `responses`
+        group = Group(number, prompt, [], [], [])
+        for *pair, margin in comparisons(row):
+            for field, response in pair:
+                if field not in positions:
                     ids = encode_response(tokenizer, row["prompt"], response, field)
                     cut += len(ids) > room
-                    encoded[field] = ids[:room]
-            pairs.append(Pair(number, prompt, encoded[better[0]], encoded[worse[0]], margin))
-        return pairs, cut
+                    if ids[:room] not in group.responses:  # responses of the same tokens are one
+                        group.responses.append(ids[:room])
+                    positions[field] = group.responses.index(ids[:room])
+            (better, _), (worse, _) = pair
+            group.pairs.append((positions[better], positions[worse]))
+            group.margins.append(margin)
+        return [group], cut
 
-    return _load(source, tokenizer, pairs_of, "pairs", **reading)
+    loaded = _load(source, tokenizer, group_of, "prompts with pairs", **reading)
+    return loaded._replace(noun=f"prompts with {sum(len(group.pairs) for group in loaded.examples)} pairs")
 
 
 # --- conversations
@@ -207,32 +165,35 @@ def load_conversations(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
-    turns: Turns = "all",
+    assistant_only_loss: bool = True,
+    last_turn_only: bool = False,
     **reading: Unpack[Reading],
-) -> Loaded[Sequence]:
-    """What supervised fine-tuning learns from; what is longer than max_length loses its end.
+) -> Loaded[TokenSequence]:
+    """Conversations for supervised fine-tuning; one that is longer than max_length loses its end.
 
-    Learned are: of `messages`, the assistant's turns, all or the last; of a prompt with a completion, or with a chosen
-    response, that one alone; of a bare text, all of it.
+    Learned are: of `messages`, the assistant's turns, all or the last, or the whole; of a prompt with a completion, or
+    with a chosen response, that one alone; of a bare text, all of it.
     """
 
-    def sequence_of(number: int, row: dict[str, Any]) -> tuple[list[Sequence], int]:
-        field, ids, counted = _conversation(tokenizer, row, turns)
+    def sequence_of(number: int, row: dict[str, Any]) -> tuple[list[TokenSequence], int]:
+        field, ids, counted = _conversation(tokenizer, row, assistant_only_loss, last_turn_only)
         if not any(counted[1:max_length]):  # nothing predicts the first token
             beyond = f", after cutting {len(ids)} tokens to max_length={max_length}" if len(ids) > max_length else ""
             raise RowError(field, f"no token is left to learn{beyond}")
         counted[0] = False
-        return [Sequence(number, ids[:max_length], counted[:max_length])], int(len(ids) > max_length)
+        return [TokenSequence(number, ids[:max_length], counted[:max_length])], int(len(ids) > max_length)
 
     return _load(source, tokenizer, sequence_of, "conversations", **reading)
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], turns: Turns
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], assistant_only_loss: bool, last_turn_only: bool
 ) -> tuple[str, list[int], list[bool]]:
     """(the field that holds what is learned, ids, which of them are learned)."""
     if "messages" in row:
-        return "messages", *conversation_ids(tokenizer, row["messages"], turns)
+        return "messages", *conversation_ids(
+            tokenizer, row["messages"], assistant_only_loss=assistant_only_loss, last_turn_only=last_turn_only
+        )
     if "text" in row and "prompt" not in row:
         ids = encode_prompt(tokenizer, need_text(row, "text"), "text")
         ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -258,7 +219,7 @@ def load_prompts(
 
     def prompt_of(number: int, row: dict[str, Any]) -> tuple[list[Prompt], int]:
         field, prompt, answer = _prompt_and_answer(tokenizer, row)
-        ids = _encode_bounded_prompt(tokenizer, prompt, max_prompt_length, field)
+        ids = encode_bounded_prompt(tokenizer, prompt, max_prompt_length, field)
         columns = {column: value for column, value in row.items() if column not in PROMPT_COLUMNS}
         return [Prompt(number, prompt, ids, answer, columns)], 0
 
@@ -306,7 +267,7 @@ def load_labelled(
             responses = [("completion", need(row, "completion"), label(row))]
         else:
             responses = [("chosen", row["chosen"], True), ("rejected", need(row, "rejected"), False)]
-        prompt = _encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
+        prompt = encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
         room = max_length - len(prompt)
         cut = 0
         examples = []
@@ -329,6 +290,7 @@ def _load(
     noun: str,
     *,
     split: str,
+    config: str | None = None,
     format: RowFormat = "auto",
     streaming: bool = False,
     skip_invalid_rows: bool = False,
@@ -338,7 +300,7 @@ def _load(
     examples: list[Example] = []
     problems: list[str] = []
     cut = rows = 0
-    for number, row in read_rows(source, split, streaming=streaming):
+    for number, row in read_rows(source, split, config=config, streaming=streaming):
         rows += 1
         try:
             if isinstance(row, RowProblem):
@@ -361,37 +323,3 @@ def _load(
 
 
 # --- examples to tensors
-
-
-def collate(pairs: list[Pair], pad_id: int) -> Batch:
-    """P pairs -> Batch of [2P, T]: the chosen sequences, then the rejected ones."""
-    return pad_sequences([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs], pad_id)
-
-
-def collate_sequences(sequences: list[Sequence], pad_id: int) -> Batch:
-    """S conversations -> Batch of [S, T], padded on the right."""
-    return _pad([(sequence.ids, labels_of(sequence)) for sequence in sequences], pad_id)
-
-
-def labels_of(sequence: Sequence) -> list[int]:
-    """The learned ids, IGNORED elsewhere and at the first token, which nothing predicts."""
-    labels = [i if counted else IGNORED for i, counted in zip(sequence.ids, sequence.counted, strict=True)]
-    return [IGNORED, *labels[1:]]
-
-
-def pad_sequences(sequences: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
-    """S (prompt, response) -> Batch of [S, T]; the responses are the labels."""
-    return _pad([(prompt + response, [IGNORED] * len(prompt) + response) for prompt, response in sequences], pad_id)
-
-
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
-    """S (ids, labels) -> Batch of [S, T], padded on the right, where no real token of a causal model sees it."""
-    width = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for i, (ids, targets) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        attention_mask[i, : len(ids)] = 1
-        labels[i, : len(ids)] = torch.tensor(targets)
-    return Batch(input_ids, attention_mask, labels)

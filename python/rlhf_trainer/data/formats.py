@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.base import RowFormat
-from .chat import RowError, check_messages, kind
+from ..errors import RowError, kind
+from .chat import check_messages
 from .columns import need, need_list, need_text, text
 
 Row = dict[str, Any]

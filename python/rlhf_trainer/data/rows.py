@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UsageError
-from .chat import RowError, kind
+from ..errors import RowError, UsageError, kind
 
 Checked = TypeVar("Checked")
 SHOWN_ERRORS = 5
@@ -18,8 +17,10 @@ class RowProblem(str):
     """Stands in for a row that could not even be parsed."""
 
 
-def read_rows(source: str, split: str, *, streaming: bool = False) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a .jsonl or .parquet file, or of a split of a hub data set.
+def read_rows(
+    source: str, split: str, *, config: str | None = None, streaming: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """(row number from 1, row) of a .jsonl or .parquet file, or of a split of a hub data set (of its `config`).
 
     In a JSONL file the number is that of the line. A hub data set is downloaded whole first, unless `streaming`.
     """
@@ -32,7 +33,7 @@ def read_rows(source: str, split: str, *, streaming: bool = False) -> Iterator[t
         raise UsageError(f"{source}: expected a .jsonl or .parquet file")
     if path.suffix in (".jsonl", ".parquet") or path.is_absolute() or source.startswith("."):
         raise UsageError(f"{source}: no such file")
-    return _read_hub(source, split, streaming)
+    return _read_hub(source, split, config, streaming)
 
 
 def listing(problems: list[str]) -> str:
@@ -87,12 +88,12 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise UsageError(f"{path}: not a readable Parquet file: {error}") from error
 
 
-def _read_hub(name: str, split: str, streaming: bool) -> Iterator[tuple[int, Any]]:
+def _read_hub(name: str, split: str, config: str | None, streaming: bool) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
     rows = 0
     try:
-        for row in load_dataset(name, split=split, streaming=streaming):
+        for row in load_dataset(name, config, split=split, streaming=streaming):
             rows += 1
             yield rows, row
     except Exception as error:  # offline, unknown name, unknown split, a script: datasets raises many kinds

@@ -21,19 +21,22 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config.base import EvaluateConfig
-from ..config.parse import dump_yaml
-from ..data.chat import RowError
-from ..data.examples import Prompt, encode_prompt, encode_response
+from ..data.encoding import encode_prompt, encode_response, is_empty, like_prompt
+from ..data.examples import Prompt
 from ..data.rows import listing
-from ..errors import UsageError
+from ..errors import RowError, UsageError
+from ..models.checks import check_fit, pad_id_of
+from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
 from ..models.kl import kl_of_sequences
-from ..models.loading import FusedLM, check_fit, check_same_vocabulary, load_fused, load_tokenizer, pad_id_of
+from ..models.loading import load_tokenizer
 from ..models.scoring import batch_count, load_reward_model, score_sequences
 from ..rollouts.generation import Completion, completion_text, generate
-from ..rollouts.sample import SHORTER, is_empty, like_prompt, prompts_of, sampling_of
-from ..training.journal import Progress, Run, begin, write_jsonl
-from ..training.output_folder import commit_output, open_output
+from ..rollouts.loading import prompts_of, sampling_of
+from ..rollouts.sample import SHORTER
+from ..training.journal import Journal, RunBatch, write_jsonl
+from ..training.output_folder import begin, commit_output, open_output
+from ..training.processes import single_process
+from .config import EvaluateConfig
 from .report import report_of, table
 
 
@@ -47,22 +50,24 @@ class Answer(NamedTuple):
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Writes report.json and samples.jsonl into output_dir, which it returns, and prints a table."""
-    device, finished = begin(config, "rlhf evaluate")
-    if finished:
+    device = single_process("rlhf evaluate")
+    if not begin(config):
         return Path(config.output_dir)
     tokenizer, judge_tokenizer = (
         load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
-        for key in ("model_name_or_path", "reward_model")
+        for key in ("model_name_or_path", "reward_model_name_or_path")
     )
-    prompts = prompts_of(config, tokenizer).examples
+    prompts = prompts_of(config, tokenizer, config.dataset_test_split).examples
     check_prompts(config, prompts, judge_tokenizer)
     theirs = answers_of_data(config, prompts, tokenizer, judge_tokenizer)
     models = load_models(config, prompts, theirs, tokenizer, judge_tokenizer)
 
-    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(config)
     data = [(prompt.ids, answer and answer.judged) for prompt, answer in zip(prompts, theirs, strict=True)]
-    batches = math.ceil(len(prompts) / config.batch_size) * (1 if config.ref_model_name_or_path is None else 2)
-    with Progress(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
+    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (
+        1 if config.ref_model_name_or_path is None else 2
+    )
+    with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
         completions, kl = answer_prompts(config, prompts, models, tokenizer, device, progress.run)
         ours = [
             own_answer(config, prompt, completion, tokenizer, judge_tokenizer)
@@ -83,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     write_jsonl(work / "samples.jsonl", samples)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.remove()
-    folder = commit_output(config.output_dir, config.overwrite)
+    folder = commit_output(config)
     print(table(report) + f"\nsaved to {folder}")
     return folder
 
@@ -107,7 +112,7 @@ def answers_of_data(
                 problems.append(f"row {prompt.row}, {error}")
         answers.append(answer)
     if problems:
-        told = f"{config.dataset}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
+        told = f"{config.dataset_name}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
         if not config.skip_invalid_rows:
             raise UsageError(f"{told}\nFix them, or pass --skip_invalid_rows to compare on the others.")
         print(told)
@@ -121,7 +126,8 @@ def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], judge_token
             encode_prompt(judge_tokenizer, prompt.prompt)
         except RowError as error:
             raise UsageError(
-                f"{config.dataset}, row {prompt.row}, for the tokenizer of {config.reward_model}: {error}"
+                f"{config.dataset_name}, row {prompt.row}, for the tokenizer of {config.reward_model_name_or_path}: "
+                f"{error}"
             ) from error
 
 
@@ -138,11 +144,11 @@ def own_answer(
     tokenizer: PreTrainedTokenizerBase,
     judge_tokenizer: PreTrainedTokenizerBase,
 ) -> Answer:
-    content = like_prompt(prompt, completion_text(tokenizer, completion))
+    content = like_prompt(prompt.prompt, completion_text(tokenizer, completion))
     try:
         judged = None if is_empty(content) else judged_ids(judge_tokenizer, prompt, content)
     except RowError as error:
-        raise UsageError(f"{config.dataset}, row {prompt.row}, the model's answer {content!r}: {error}") from error
+        raise UsageError(f"{config.dataset_name}, row {prompt.row}, the model's answer {content!r}: {error}") from error
     return Answer(content, len(completion.ids), judged)
 
 
@@ -166,7 +172,7 @@ def load_models(
 
     def load(key: str) -> FusedLM:
         fused = load_fused(config, getattr(config, key), key)
-        check_fit(fused.model, tokenizer, rows, lengths, config.dataset, SHORTER)
+        check_fit(fused.model, tokenizer, rows, lengths, config.dataset_name, SHORTER)
         return fused
 
     policy = load("model_name_or_path")
@@ -174,12 +180,12 @@ def load_models(
     if reference is not None:
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
     judge = load_reward_model(
-        config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
+        config.reward_model_name_or_path, key="reward_model_name_or_path",
+        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     # How long the model's own answers are in the judge's tokens will be known when they are written.
     judged = [len(answer.judged) if answer and answer.judged else 0 for answer in theirs]
-    check_fit(judge, judge_tokenizer, rows, judged, config.dataset, "leave it out")
+    check_fit(judge, judge_tokenizer, rows, judged, config.dataset_name, "leave it out")
     return Models(policy, reference, judge)
 
 
@@ -189,19 +195,23 @@ def answer_prompts(
     models: Models,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    run: Run,
+    run: RunBatch,
 ) -> tuple[list[Completion], list[float | None]]:
     """One completion a prompt, and its KL if there is a reference."""
     policy = models.policy.to(device)
     completions = generate(
         policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config),
-        batch_size=config.batch_size, seed=config.seed, bf16=config.precision == "bf16", run=run,
+        batch_size=config.per_device_generation_batch_size, seed=config.seed, bf16=config.bf16, run=run,
     )  # fmt: skip
     kl: list[float | None] = [None] * len(prompts)
     if models.reference is not None:
         sequences = [(prompt.ids, done.ids) for prompt, done in zip(prompts, completions, strict=True)]
         reference = models.reference.to(device)
-        kl = [*kl_of_sequences(policy, reference, sequences, config.batch_size, pad_id_of(tokenizer), run)]
+        kl = [
+            *kl_of_sequences(
+                policy, reference, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), run
+            )
+        ]
         reference.to("cpu")
     policy.to("cpu")  # room for the judge
     return completions, kl
@@ -214,7 +224,7 @@ def judge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    progress: Progress,
+    progress: Journal,
 ) -> list[list[float | None]]:
     """Rewards of the answers, list by list; None where there is no answer or an empty one."""
     judged = [
@@ -227,11 +237,16 @@ def judge(
         return [[None] * len(prompts) for _ in answers]
     sequences = [ids for _, ids in judged]
     check_fit(
-        model, tokenizer, [row for row, _ in judged], [len(ids) for ids in sequences], config.dataset, "leave it out"
+        model,
+        tokenizer,
+        [row for row, _ in judged],
+        [len(ids) for ids in sequences],
+        config.dataset_name,
+        "leave it out",
     )
-    progress.expect(batch_count(sequences, config.batch_size))
+    progress.expect(batch_count(sequences, config.per_device_generation_batch_size))
     rewards = score_sequences(
-        model, sequences, config.batch_size, pad_id_of(tokenizer), device, bf16=config.precision == "bf16",
+        model, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), device, bf16=config.bf16,
         run=progress.run,
     )  # fmt: skip
     found = iter(rewards.tolist())

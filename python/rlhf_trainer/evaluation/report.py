@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config.base import EvaluateConfig
+from .config import EvaluateConfig
 from .intervals import bootstrap_interval, wilson_interval
 
 
@@ -25,8 +25,8 @@ def report_of(config: EvaluateConfig, samples: Sequence[dict[str, Any]]) -> dict
     return {
         "model": config.model_name_or_path,
         "ref_model": config.ref_model_name_or_path,
-        "reward_model": config.reward_model,
-        "dataset": config.dataset,
+        "reward_model": config.reward_model_name_or_path,
+        "dataset": config.dataset_name,
         "prompts": len(samples),
         "unfinished": sum(not sample["finished"] for sample in samples),
         "empty": sum(sample["reward"] is None for sample in samples),

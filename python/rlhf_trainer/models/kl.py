@@ -10,9 +10,9 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..data.examples import IGNORED, Batch, pad_sequences
-from ..training.journal import Run, at_once, batches_of_like_length
-from .loading import FusedLM, LMHead
+from ..data.batches import IGNORED, Batch, pad_sequences
+from ..training.journal import RunBatch, batches_of_like_length, compute_only
+from .fused_lm import FusedLM, LMHead
 
 
 def kl_of_sequences(
@@ -21,7 +21,7 @@ def kl_of_sequences(
     sequences: Sequence[tuple[list[int], list[int]]],
     batch_size: int,
     pad_id: int,
-    run: Run = at_once,
+    run: RunBatch = compute_only,
 ) -> list[float]:
     """`kl_per_sequence` of (prompt, response) ids, in their order."""
     values = [0.0] * len(sequences)

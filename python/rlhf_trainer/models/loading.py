@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from rlhf_kernels.integrations.lm_head import LMHead, LogitOptions, logit_options_of, run_in_head
-from rlhf_kernels.integrations.lm_head import lm_head_of as read_head
-
-from ..config.base import OutputConfig, TrainConfig
-from ..data.examples import Batch
+from ..config.base import TrainConfig
 from ..errors import UsageError
-
-Result = TypeVar("Result")
 
 
 def load_pretrained(
@@ -45,7 +38,7 @@ def load_pretrained(
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{key}: cannot load {said(name)} as {what}: {error}") from error
+        raise UsageError(f"{key}: cannot load {describe(name)} as {what}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
     if missing:
         some = ", ".join(missing[:5])
@@ -65,7 +58,7 @@ def load_causal_lm(
     return model
 
 
-def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_model(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights, which costs nothing, to see what fits into it."""
     check_local(name, key)
     try:
@@ -73,7 +66,7 @@ def shell_of(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrai
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"{key}: cannot load {said(name)} as a causal language model: {error}") from error
+        raise UsageError(f"{key}: cannot load {describe(name)} as a causal language model: {error}") from error
 
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -81,7 +74,7 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UsageError(f"{key}: cannot load a tokenizer from {said(name)}: {error}") from error
+        raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
 
 def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -111,7 +104,7 @@ def check_local(name: str, key: str) -> None:
         raise UsageError(f"{key}: no such folder: {name}")
 
 
-def said(name: str) -> str:
+def describe(name: str) -> str:
     """A name for messages, with what it was taken for if it may be a mistake."""
     return repr(name) if Path(name).exists() else f"{name!r} (no folder here, so taken for a hub id)"
 
@@ -150,103 +143,7 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
                     setattr(module, name, 0.0)
 
 
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id serves: padding is masked in attention and in labels."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(tokenizer.get_vocab().values())
-
-
-def have_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both mean the same by an id, where both know the token: one may have more, such as a padding token."""
-    vocabulary = other.get_vocab()
-    return all(vocabulary.get(token, i) == i for token, i in tokenizer.get_vocab().items())
-
-
-def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
-    """`largest`: the largest id that the tokenizer makes."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise UsageError(
-            f"the tokenizer does not belong to the model: its ids go up to {largest}, the model embeds {vocabulary} "
-            f"tokens (ids up to {vocabulary - 1}). Pass the model's own tokenizer (tokenizer_name_or_path) or resize "
-            "the model's embeddings and save it."
-        )
-
-
-def check_fit(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    source: str,
-    advice: str = "set max_length to at most {positions}",
-) -> None:
-    """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
-    check_vocabulary(model, largest_id(tokenizer))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(range(len(lengths)), key=lambda i: lengths[i])
-    if positions is not None and lengths[longest] > positions:
-        raise UsageError(
-            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; "
-            + advice.format(positions=positions)
-        )
-
-
-def lm_head_of(model: PreTrainedModel) -> LMHead:
-    """The LM head, with scale and soft cap; UsageError where it is not one matrix of a known form."""
-    with _for_users():
-        return read_head(model)
-
-
-class FusedLM(nn.Module):
-    """A causal LM whose forward runs a function of (hidden states, head) where the head's matmul would have been.
-
-    See `run_in_head`: the loss belongs in `use`, inside the model's call, not behind the wrapped module. So wrap this
-    module (DDP, FSDP, ZeRO), and call the wrapper.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self.bf16 = bf16
-        with _for_users():
-            self.logit_scale, self.logit_softcap = logit_options_of(model)
-
-    def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
-        """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
-        options = LogitOptions(self.logit_scale, self.logit_softcap)
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            result, _ = run_in_head(self.model, use, options, inputs_of(batch) | {"use_cache": False})
-        return result
-
-
-@contextmanager
-def _for_users() -> Iterator[None]:
-    """A model that cannot be used is for its user to change."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
-    """The model `name`, as the configuration wants models run."""
-    model = load_causal_lm(
-        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
-    )
-    return FusedLM(model, bf16=config.precision == "bf16")
-
-
-def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:
-    sizes = [fused.model.get_output_embeddings().weight.shape[0] for fused in (policy, reference)]
-    if sizes[0] != sizes[1]:
-        raise UsageError(f"{key}: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
-
-
-def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A folder that AutoModelForCausalLM and AutoTokenizer load. fp32: small updates do not survive bf16."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

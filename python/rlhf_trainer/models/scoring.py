@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..data.examples import pad_sequences
+from ..data.batches import pad_sequences
 from ..errors import UsageError
-from ..training.journal import Run, at_once, batches_of_like_length
+from ..training.journal import RunBatch, batches_of_like_length, compute_only
 from .loading import load_pretrained
 
 
@@ -71,13 +71,13 @@ def score_sequences(
     device: torch.device,
     *,
     bf16: bool = False,
-    run: Run = at_once,
+    run: RunBatch = compute_only,
 ) -> Tensor:
     """The reward of each of N sequences of token ids, [N] fp32 on the CPU, in their order.
 
     It is the value at the last token, found by position: which token pads, and whether it is also a real one, does not
     matter. Equal sequences are scored once: in different batches they would differ in the last bit. `run` runs each
-    batch; that of a `Progress` keeps the results.
+    batch; that of a `Journal` keeps the results.
     """
     model = model.to(device)
     head = value_head_of(model)

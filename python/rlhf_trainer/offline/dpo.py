@@ -11,22 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
-from ..config.base import DPOConfig
+from ..data.examples import Group
 from ..errors import UsageError
-from ..models.loading import (
-    FusedLM,
-    LMHead,
-    check_fit,
-    check_same_vocabulary,
-    checkpoint_gradients,
-    load_fused,
-    load_tokenizer_for,
-    pad_id_of,
-)
+from ..models.checks import check_fit, pad_id_of
+from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused
+from ..models.loading import checkpoint_gradients, load_tokenizer_for, save_model
 from ..training.batch_plan import MicroBatch
-from ..training.loop import Measured, begin, train
-from ..training.output_folder import save_model
-from .pair_batches import Group, GroupTask, PairBatch, collate_groups, load_groups
+from ..training.loop import start_accelerator, train
+from ..training.output_folder import begin
+from ..training.task import LossOutput
+from .config import DPOConfig
+from .pair_batches import GroupTask, PairBatch, collate_groups, read_groups
 from .reference_logprobs import content_key, default_cache_dir, reference_logprobs
 from .shared_prefix import attention_of, can_share, collate_shared
 
@@ -35,11 +30,6 @@ REFERENCE_FREE = ("simpo",)
 
 class DPOTask(GroupTask):
     """Groups of responses; means are over their pairs. `ref_logps`: of each group's responses [K], None where free."""
-
-    names = (
-        "loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
-        "logps/rejected",
-    )  # fmt: skip
 
     attention = ""  # of the model that shares prefixes, "" where none does
     ref_logps: list[Tensor] | None = None
@@ -50,11 +40,11 @@ class DPOTask(GroupTask):
             return collate_shared(groups, self.pad_id, self.attention).to(self.device)
         return collate_groups(groups, self.pad_id).to(self.device)
 
-    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
         pairs = self.batch(indices)
         result = pair_loss(model, pairs, self.ref_of(indices), self.config)
         tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
-        return Measured(result.loss, pair_metrics(result, pairs), tokens)
+        return LossOutput(result.loss, pair_metrics(result, pairs), tokens)
 
     def depends_on(self) -> bytes:
         return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
@@ -67,8 +57,8 @@ class DPOTask(GroupTask):
 def train_dpo(config: DPOConfig) -> Path:
     """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
     check_loss_options(config)
-    accelerator, finished = begin(config)
-    if finished:
+    accelerator = start_accelerator(config)
+    if not begin(config, accelerator.is_main_process):
         return Path(config.output_dir)
 
     if config.loss_type == "aot" and accelerator.num_processes > 1:
@@ -76,13 +66,15 @@ def train_dpo(config: DPOConfig) -> Path:
 
     # Everything that can be wrong with the input shows here, before any training.
     tokenizer = load_tokenizer_for(config)
-    task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
+    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
     held_out = None
     if config.eval_dataset is not None:
-        held_out = load_task(config, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
+        held_out = load_task(
+            config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False
+        )
     tasks = [task] if held_out is None else [task, held_out]
     fused = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    for data, source in zip(tasks, (config.dataset, config.eval_dataset), strict=False):
+    for data, source in zip(tasks, (config.dataset_name, config.eval_dataset), strict=False):
         groups = data.groups
         check_fit(fused.model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
 
@@ -107,21 +99,24 @@ def pair_loss(policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, con
         return rk.linear_dpo_loss(
             pairs.hidden_of(hidden), head.weight, pairs.labels, ref_logps, **head.options(),
             chosen_idxs=pairs.chosen_idxs, rejected_idxs=pairs.rejected_idxs, beta=config.beta,
-            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma,
+            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma_beta_ratio,
         )  # fmt: skip
 
     return policy(pairs.batch, use)
 
 
-def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> Tensor:
-    """DPOTask.names as means over the pairs, [7]."""
+def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> dict[str, Tensor]:
+    """Means over the pairs."""
     chosen, rejected = result.chosen_rewards, result.rejected_rewards
-    means = [
-        result.loss.detach(), (chosen > rejected).float().mean(), chosen.mean(), rejected.mean(),
-        (chosen - rejected).mean(), result.policy_logps[pairs.chosen_idxs].mean(),
-        result.policy_logps[pairs.rejected_idxs].mean(),
-    ]  # fmt: skip
-    return torch.stack([mean.float() for mean in means])
+    return {
+        "loss": result.loss.detach(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "logps/chosen": result.policy_logps[pairs.chosen_idxs].mean(),
+        "logps/rejected": result.policy_logps[pairs.rejected_idxs].mean(),
+    }
 
 
 def tokens_of(groups: list[Group]) -> int:
@@ -138,7 +133,7 @@ def load_task(
     shuffled: bool,
 ) -> DPOTask:
     """Reads, reports and plans one data set."""
-    groups = load_groups(config, tokenizer, source, split, accelerator)
+    groups = read_groups(config, tokenizer, source, split, accelerator)
     return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
 
 
@@ -179,7 +174,7 @@ def check_loss_options(config: DPOConfig) -> None:
     try:
         rk.dpo_loss(
             zeros, None if config.loss_type in REFERENCE_FREE else zeros, first, first + 1, config.beta,
-            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma,
+            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma_beta_ratio,
             token_counts=torch.ones(2, dtype=torch.int64), backend="reference",
         )  # fmt: skip
     except (ValueError, TypeError) as error:

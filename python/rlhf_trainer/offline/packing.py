@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.examples import IGNORED, Batch, Sequence, labels_of
+from ..data.batches import IGNORED, Batch, labels_of
+from ..data.examples import TokenSequence
 
 LARGEST_LEAK = 0.03  # of what a neighbour does that is seen; rounding makes 1e-5 of it in fp32, 1e-2 in bf16
 
@@ -45,7 +46,7 @@ def plan_packing(lengths: list[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def collate_packed(rows: list[list[Sequence]], pad_id: int) -> Batch:
+def collate_packed(rows: list[list[TokenSequence]], pad_id: int) -> Batch:
     """R rows of conversations -> Batch of [R, T], padded at the end, with positions that restart and no mask."""
     width = max(sum(sequence.length for sequence in row) for row in rows)
     input_ids = torch.full((len(rows), width), pad_id)
@@ -75,7 +76,7 @@ def leaks(model: PreTrainedModel) -> bool:
         return True
     embeddings = model.get_input_embeddings().weight
     parts = [
-        Sequence(0, [(7 * i + 3 * n) % embeddings.shape[0] for i in range(length)], [True] * length)
+        TokenSequence(0, [(7 * i + 3 * n) % embeddings.shape[0] for i in range(length)], [True] * length)
         for n, length in enumerate((5, 9, 6))
     ]
     batch = collate_packed([[parts[0], parts[1]], [parts[1], parts[2]]], pad_id=0).to(embeddings.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -10,25 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..config.base import PairConfig
-from ..data.examples import Batch, Pair, load_pairs, pad_sequences
+from ..data.batches import Batch, pad_sequences
+from ..data.examples import Group, load_groups, reading_of
 from ..training.batch_plan import MicroBatch
-from ..training.loop import Task, plan_of
-
-
-class Group(NamedTuple):
-    """Token ids of a prompt and of K responses to it; `pairs` are positions of (better, worse) among these."""
-
-    row: int
-    prompt: list[int]
-    responses: list[list[int]]
-    pairs: list[tuple[int, int]]
-    margins: list[float]
-
-    @property
-    def length(self) -> int:
-        """Tokens of its longest sequence."""
-        return len(self.prompt) + max(map(len, self.responses))
+from ..training.loop import plan_training
+from ..training.task import Task
+from .config import PairConfig
 
 
 class PairBatch(NamedTuple):
@@ -49,20 +35,6 @@ class PairBatch(NamedTuple):
         return hidden if self.gather is None else hidden.flatten(0, 1)[self.gather]
 
 
-def group_pairs(pairs: list[Pair]) -> list[Group]:
-    """Pairs of one row and prompt become a group, in which responses of the same tokens are one."""
-    groups = []
-    for (row, prompt), members in groupby(pairs, key=lambda pair: (pair.row, pair.prompt)):
-        responses: list[list[int]] = []
-        indices, margins = [], []
-        for pair in members:
-            responses += [ids for ids in (pair.chosen, pair.rejected) if ids not in responses]
-            indices.append((responses.index(pair.chosen), responses.index(pair.rejected)))
-            margins.append(pair.margin)
-        groups.append(Group(row, prompt, responses, indices, margins))
-    return groups
-
-
 def collate_groups(groups: list[Group], pad_id: int) -> PairBatch:
     """A row for each response: its prompt, then itself."""
     batch = pad_sequences([(group.prompt, response) for group in groups for response in group.responses], pad_id)
@@ -80,17 +52,16 @@ def pairs_of(groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(chosen), torch.tensor(rejected), margins
 
 
-def load_groups(
+def read_groups(
     config: PairConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, accelerator: Accelerator
 ) -> list[Group]:
     """Reads one data set, and reports on it."""
-    data = load_pairs(
-        source, tokenizer, split=split, format=config.dataset_format, streaming=config.streaming,
-        max_prompt_length=config.max_prompt_length, max_length=config.max_length,
-        skip_invalid_rows=config.skip_invalid_rows,
+    data = load_groups(
+        source, tokenizer, max_prompt_length=config.max_prompt_length, max_length=config.max_length,
+        **reading_of(config, split),
     )  # fmt: skip
     accelerator.print(data.report(source))
-    return group_pairs(data.examples)
+    return data.examples
 
 
 class GroupTask(Task):
@@ -100,7 +71,7 @@ class GroupTask(Task):
         self, config: PairConfig, groups: list[Group], pad_id: int, accelerator: Accelerator, shuffled: bool
     ) -> None:
         sizes = [len(group.pairs) for group in groups]
-        plan = plan_of(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
+        plan = plan_training(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
         super().__init__(plan, sizes, accelerator.device)
         self.config, self.groups, self.pad_id = config, groups, pad_id
 

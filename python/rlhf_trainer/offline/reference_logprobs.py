@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,9 +19,11 @@ from tqdm.auto import tqdm
 
 import rlhf_kernels as rk
 
-from ..models.loading import FusedLM, LMHead
+from ..data.examples import Group
+from ..models.fused_lm import FusedLM, LMHead
 from ..training.batch_plan import MicroBatch, share_of_process
-from .pair_batches import Group, PairBatch
+from ..training.files import checksum, write_whole
+from .pair_batches import PairBatch
 
 LAYOUT = 2  # of this file's cache; raise it when what is stored changes its meaning
 
@@ -120,21 +121,12 @@ def _load(path: Path, responses: int) -> Tensor | None:
 
 
 def _save(path: Path, logps: Tensor) -> None:
-    """Written beside and moved into place: a reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save({"logps": logps}, metadata={"checksum": _checksum(logps)})
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    write_whole(path, save({"logps": logps}, metadata={"checksum": _checksum(logps)}))
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.blake2b(tensor.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
+    return checksum(tensor.contiguous().numpy().tobytes())
 
 
 def default_cache_dir() -> Path:

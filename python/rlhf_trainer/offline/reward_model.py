@@ -20,25 +20,24 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 import rlhf_kernels as rk
 
-from ..config.base import RewardConfig
-from ..data.examples import Batch
+from ..data.batches import Batch
 from ..errors import UsageError
+from ..models.checks import check_fit, check_vocabulary, have_same_tokens, largest_id
 from ..models.loading import (
-    check_fit,
-    check_vocabulary,
     checkpoint_gradients,
-    have_same_tokens,
-    largest_id,
     load_pretrained,
     load_tokenizer,
     load_tokenizer_for,
     make_room,
+    save_model,
 )
 from ..models.scoring import last_values, load_reward_model, value_head_of
-from ..training.batch_plan import MicroBatch, share_of_process
-from ..training.loop import Measured, Totals, begin, train
-from ..training.output_folder import save_model
-from .pair_batches import GroupTask, PairBatch, collate_groups, load_groups
+from ..training.batch_plan import MicroBatch
+from ..training.loop import start_accelerator, train
+from ..training.output_folder import begin
+from ..training.task import LossOutput, Totals
+from .config import RewardConfig
+from .pair_batches import GroupTask, PairBatch, collate_groups, read_groups
 
 PAD = "<|pad|>"
 CALIBRATION_BINS = 10
@@ -61,45 +60,38 @@ class RewardModel(nn.Module):
 class RewardTask(GroupTask):
     """Groups of responses; means are over their pairs."""
 
-    names = (
-        "loss",
-        "accuracy",
-        "margin",
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/min",
-        "rewards/mean",
-        "rewards/max",
-    )
-
     margins: Tensor | None = None  # [P] on the CPU, in the order of the plan: those of the last evaluation
 
-    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
-        return self.look(model, indices)[0]
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
+        return self.loss_and_margins(model, indices)[0]
 
-    def look(self, model: nn.Module, indices: MicroBatch) -> tuple[Measured, Tensor]:
-        """What is measured, and r(chosen) - r(rejected) of these examples' pairs."""
+    def loss_and_margins(self, model: nn.Module, indices: MicroBatch) -> tuple[LossOutput, Tensor]:
+        """The loss, and r(chosen) - r(rejected) of these examples' pairs."""
         pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
         rewards = model(pairs.batch)
         loss = pair_losses(rewards, pairs, self.config).mean()
-        measured = Measured(loss, reward_metrics(loss, rewards, pairs), pairs.batch.attention_mask.sum())
-        return measured, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
+        metrics, detached = reward_metrics(loss, rewards, pairs), rewards.detach()
+        output = LossOutput(
+            loss, metrics, pairs.batch.attention_mask.sum(), {"min_reward": detached.min()},
+            {"max_reward": detached.max()},
+        )  # fmt: skip
+        return output, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """The metrics and, as calibration is no mean over pairs, the margins of all pairs; in one pass, shared by the
         processes."""
         rank, world = accelerator.process_index, accelerator.num_processes
-        totals, everything = Totals(self.names, self.device), sum(self.counts)
-        found = []  # (place in the plan, margins)
+        totals, count = Totals(), sum(self.counts)
+        placed = []  # (place in the plan, margins)
         for number, batch in enumerate(self.plan):
-            part = sum(self.counts[i] for micro in batch for i in micro) / everything
-            for i, share in enumerate(share_of_process(batch, rank, world, self.counts)):
-                measured, margins = self.look(model, share.indices)
-                totals.add(measured, part * share.weight)
+            part = sum(self.counts[i] for micro in batch for i in micro) / count
+            for i, share in enumerate(self.shares(batch, accelerator)):
+                output, margins = self.loss_and_margins(model, share.indices)
+                totals.add(output, part * share.weight)
                 if share.weight > 0:  # 0: a repeated micro-batch
-                    found.append(((number, rank + i * world), margins.cpu()))
-        in_order = sorted(gather_object(found), key=lambda placed: placed[0])
+                    placed.append(((number, rank + i * world), margins.cpu()))
+        in_order = sorted(gather_object(placed), key=lambda item: item[0])
         self.margins = torch.cat([margins for _, margins in in_order])
         return totals.reduce(accelerator)[0] | {"calibration_error": calibration_error(self.margins)}
 
@@ -111,26 +103,30 @@ def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tens
         return margin_ranking_loss(chosen, rejected, torch.ones_like(chosen), config.margin, reduction="none")
     return rk.bradley_terry_loss(
         chosen, rejected, margin=pairs.margins if pairs.margins.any() else None,
-        label_smoothing=config.label_smoothing, center_coefficient=config.center_coefficient,
+        label_smoothing=config.label_smoothing, center_coefficient=config.center_rewards_coefficient,
     )  # fmt: skip
 
 
-def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> Tensor:
-    """RewardTask.names of a micro-batch, [8]."""
+def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> dict[str, Tensor]:
+    """Means over the pairs of a micro-batch."""
     rewards = rewards.detach()
     chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
-    return torch.stack([
-        loss.detach(), (chosen > rejected).float().mean(), (chosen - rejected).mean(), chosen.mean(), rejected.mean(),
-        rewards.min(), (chosen + rejected).mean() / 2, rewards.max(),
-    ])  # fmt: skip
+    return {
+        "loss": loss.detach(),
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).mean(),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "mean_reward": (chosen + rejected).mean() / 2,
+    }
 
 
 def train_reward(config: RewardConfig) -> Path:
     """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl, rlhf_config.yaml and, with
     held-out pairs, report.json."""
     check_loss_options(config)
-    accelerator, finished = begin(config)
-    if finished:
+    accelerator = start_accelerator(config)
+    if not begin(config, accelerator.is_main_process):
         return Path(config.output_dir)
 
     # Everything that can be wrong with the input shows here, before any training.
@@ -138,16 +134,18 @@ def train_reward(config: RewardConfig) -> Path:
     model = load_classifier(config)
     check_vocabulary(model, largest_id(tokenizer))  # before room is made for a padding token
     give_pad_token(model, tokenizer)
-    task = load_task(config, tokenizer, config.dataset, config.dataset_split, accelerator, shuffled=True)
+    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
     held_out = None
     if config.eval_dataset is not None:
-        held_out = load_task(config, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
-    for data, source in ((task, config.dataset), (held_out, config.eval_dataset)):
+        held_out = load_task(
+            config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False
+        )
+    for data, source in ((task, config.dataset_name), (held_out, config.eval_dataset)):
         if data is not None:
             groups = data.groups
             check_fit(model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
     for name in config.compare_with if held_out is not None else []:
-        load_rival(name, config, tokenizer, held_out)  # a mistake shows now, not when all is trained
+        load_ensemble_member(name, config, tokenizer, held_out)  # a mistake shows now, not when all is trained
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
 
@@ -156,9 +154,9 @@ def train_reward(config: RewardConfig) -> Path:
         if held_out is not None:
             report = report_of(held_out, config, tokenizer)
             (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-            print(told(report))
+            print(summary(report))
 
-    return train(config, RewardModel(model, bf16=config.precision == "bf16"), task, held_out, accelerator, save)
+    return train(config, RewardModel(model, bf16=config.bf16), task, held_out, accelerator, save)
 
 
 def load_classifier(config: RewardConfig) -> PreTrainedModel:
@@ -188,7 +186,7 @@ def load_task(
     shuffled: bool,
 ) -> RewardTask:
     """Reads, reports and plans one data set."""
-    groups = load_groups(config, tokenizer, source, split, accelerator)
+    groups = read_groups(config, tokenizer, source, split, accelerator)
     for group in groups:
         if any(response[-1] == tokenizer.pad_token_id for response in group.responses):
             raise UsageError(f"{source}, row {group.row}: a response ends with the padding token {tokenizer.pad_token}")
@@ -198,7 +196,7 @@ def load_task(
 @torch.no_grad()
 def margins_of(task: RewardTask, model: nn.Module) -> Tensor:
     """r(chosen) - r(rejected) of every pair, [P] on the CPU, in the order of the plan; by this process alone."""
-    return torch.cat([task.look(model, micro)[1].cpu() for batch in task.plan for micro in batch])
+    return torch.cat([task.loss_and_margins(model, micro)[1].cpu() for batch in task.plan for micro in batch])
 
 
 def calibration_error(margins: Tensor) -> float:
@@ -215,25 +213,25 @@ def calibration(margins: Tensor) -> list[dict[str, float]]:
     rows = []
     for k in bins.unique().tolist():
         inside = bins == k
-        found = {"claimed": claimed[inside].mean().item(), "right": right[inside].mean().item()}
-        rows.append({"pairs": int(inside.sum())} | found)
+        shares = {"claimed": claimed[inside].mean().item(), "right": right[inside].mean().item()}
+        rows.append({"pairs": int(inside.sum())} | shares)
     return rows
 
 
-def load_rival(
+def load_ensemble_member(
     name: str, config: RewardConfig, tokenizer: PreTrainedTokenizerBase, held_out: RewardTask
 ) -> PreTrainedModel:
     """Another reward model, which must read the same tokens."""
     own = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code)
     if not have_same_tokens(tokenizer, own):
         raise UsageError(f"compare_with: {name!r} has another tokenizer, so it cannot judge the same tokens")
-    rival = load_reward_model(
+    member = load_reward_model(
         name, key="compare_with", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     largest = max(i for group in held_out.groups for ids in (group.prompt, *group.responses) for i in ids)
-    check_vocabulary(rival, largest)
-    return rival.to(held_out.device)
+    check_vocabulary(member, largest)
+    return member.to(held_out.device)
 
 
 def report_of(held_out: RewardTask, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -248,8 +246,8 @@ def report_of(held_out: RewardTask, config: RewardConfig, tokenizer: PreTrainedT
     }
     others = []
     for name in config.compare_with:
-        other = load_rival(name, config, tokenizer, held_out)
-        others.append(margins_of(held_out, RewardModel(other, bf16=config.precision == "bf16")))
+        other = load_ensemble_member(name, config, tokenizer, held_out)
+        others.append(margins_of(held_out, RewardModel(other, bf16=config.bf16)))
     return report | (disagreement(torch.stack([margins, *others])) if others else {})
 
 
@@ -264,7 +262,7 @@ def disagreement(margins: Tensor) -> dict[str, float]:
     }
 
 
-def told(report: dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     text = f"{report['pairs']} held-out pairs: {report['accuracy']:.1%} right"
     text += f", calibration error {report['calibration_error']:.3f}"
     if "models" in report:
@@ -274,12 +272,14 @@ def told(report: dict[str, Any]) -> str:
 
 def check_loss_options(config: RewardConfig) -> None:
     """Lets rlhf_kernels judge the options on one pair, before anything is loaded."""
-    if config.loss_type == "margin_ranking" and (config.label_smoothing or config.center_coefficient):
-        raise UsageError("label_smoothing and center_coefficient are bradley_terry's; margin_ranking takes neither")
+    if config.loss_type == "margin_ranking" and (config.label_smoothing or config.center_rewards_coefficient):
+        raise UsageError(
+            "label_smoothing and center_rewards_coefficient are bradley_terry's; margin_ranking takes neither"
+        )
     try:
         rk.bradley_terry_loss(
             torch.zeros(1), torch.zeros(1), label_smoothing=config.label_smoothing,
-            center_coefficient=config.center_coefficient, backend="reference",
+            center_coefficient=config.center_rewards_coefficient, backend="reference",
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.examples import IGNORED, Batch
-from .pair_batches import Group, PairBatch, collate_groups, pairs_of
+from ..data.batches import IGNORED, Batch
+from ..data.examples import Group
+from .pair_batches import PairBatch, collate_groups, pairs_of
 
 LARGEST_DIFFERENCE = 1e-3  # of log-probs in the probe; a wrong mask makes it several nats
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .config import KL_ERROR_BOUND
+
 STD_FLOOR = 1e-4  # a group whose rewards differ by less than about this is as good as equal
 
 
@@ -37,7 +39,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def group_advantages(rewards: Tensor, variant: str) -> Tensor:
+def group_advantages(rewards: Tensor, loss_type: str) -> Tensor:
     """rewards [G, K] of K completions of each of G prompts -> advantages [G, K], constants.
 
     grpo, dapo, gspo, cispo: (r - mean) / (std + 1e-4) over the group (Shao et al., 2024, arXiv:2402.03300, sec. 4.1.2,
@@ -46,13 +48,13 @@ def group_advantages(rewards: Tensor, variant: str) -> Tensor:
     rloo:                    r - mean of the group's others (Ahmadian et al., 2024, arXiv:2402.14740)
     reinforce:               r - mean over all
     """
-    if variant == "reinforce":
+    if loss_type == "reinforce":
         return rewards - rewards.mean()
     centred = rewards - rewards.mean(1, keepdim=True)
-    if variant == "dr_grpo":
+    if loss_type == "dr_grpo":
         return centred
     size = rewards.shape[1]
-    if variant == "rloo":
+    if loss_type == "rloo":
         return centred * (size / (size - 1))
     return centred / (rewards.std(1, keepdim=True) + STD_FLOOR)
 
@@ -60,3 +62,12 @@ def group_advantages(rewards: Tensor, variant: str) -> Tensor:
 def equal_groups(rewards: Tensor) -> Tensor:
     """[G, K] -> [G] bool: whether all rewards of the group are the same, so that it teaches nothing."""
     return (rewards == rewards[:, :1]).all(1)
+
+
+def adapted_beta(beta: float, kl: float, target: float, gain: float) -> float:
+    """The next beta, after completions whose mean KL was `kl` nats (Ziegler et al., 2019, arXiv:1909.08593, sec. 2.2):
+
+    e = clip((kl - target) / target, -0.2, 0.2)        beta <- beta (1 + gain e)
+    """
+    error = (kl - target) / target
+    return beta * (1 + gain * min(max(error, -KL_ERROR_BOUND), KL_ERROR_BOUND))

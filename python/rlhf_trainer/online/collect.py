@@ -1,4 +1,4 @@
-"""An iteration's completions: which prompts are asked, what the sampler makes of them, and what they are worth."""
+"""An iteration's completions: its prompts, the sampler's completions of them, and their rewards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from ..data.examples import Prompt
 from ..errors import UsageError
 from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, Sampling, completion_text
-from ..rollouts.sampler import Asked, Failure, Sampler
+from ..rollouts.sampler import Failure, Sampler, request_of
 from ..training.batch_plan import MicroBatch, plan_batches
 from ..training.journal import batches_of_like_length, whole_lines, write_jsonl
+from ..training.processes import over_processes
 from .config import OnlineConfig
-from .episodes import Episode, over_processes
+from .episodes import Episode
 from .setup import Setup
 
 FAILURES_FILE = "failures.jsonl"
@@ -30,10 +31,10 @@ def prompts_of_step(setup: Setup, step: int) -> list[Prompt]:
     """The iteration's prompts, each num_generations times. Every epoch is a shuffle of its own; they follow each other
     without a break, so that all iterations are equally large."""
     count, each = len(setup.prompts), setup.config.num_generations
-    taken = setup.config.batch_size // each
+    per_step = setup.config.batch_size // each
     orders: dict[int, list[int]] = {}
     chosen = []
-    for place in range((step - 1) * taken, step * taken):
+    for place in range((step - 1) * per_step, step * per_step):
         epoch, position = divmod(place, count)
         if epoch not in orders:
             orders[epoch] = random.Random(f"{setup.config.seed}, prompts {epoch}").sample(range(count), count)
@@ -41,45 +42,46 @@ def prompts_of_step(setup: Setup, step: int) -> list[Prompt]:
     return chosen
 
 
-def draw(
+def sample_completions(
     setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], seed: int, source: str
 ) -> list[Completion | Failure]:
-    """One completion for each of the prompts, which are of `source`, known to every process; a server is asked by the
-    main one only."""
+    """A completion of each of the prompts, which are from `source`, known to every process; only the main one sends
+    requests to a server."""
     config = setup.config
-    asked = [Asked(prompt.ids, prompt.prompt, f"{source}, row {prompt.row}") for prompt in prompts]
-    sampling = Sampling(config.max_new_tokens, config.temperature)
+    requests = [request_of(prompt, source) for prompt in prompts]
+    sampling = Sampling(config.max_completion_length, config.temperature)
     if config.server_url is not None:
-        found = [sampler.generate(asked, sampling, seed=seed, number=0) if setup.accelerator.is_main_process else None]
-        return broadcast_object_list(found)[0]
-    batches = batches_of_like_length([prompt.length for prompt in prompts], config.generation_batch_size)
+        is_main = setup.accelerator.is_main_process
+        return broadcast_object_list([sampler.generate(requests, sampling, seed=seed, number=0) if is_main else None])[
+            0
+        ]
+    batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
 
-    def write(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:
+    def generate(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:
         number, positions = part
-        return sampler.generate([asked[i] for i in positions], sampling, seed=seed, number=number)
+        return sampler.generate([requests[i] for i in positions], sampling, seed=seed, number=number)
 
-    drawn: list[Any] = [None] * len(asked)
+    samples: list[Any] = [None] * len(requests)
     for positions, completions in zip(
-        batches, over_processes(list(enumerate(batches)), write, setup.accelerator), strict=True
+        batches, over_processes(list(enumerate(batches)), generate, setup.accelerator), strict=True
     ):
         for i, completion in zip(positions, completions, strict=True):
-            drawn[i] = completion
-    return drawn
+            samples[i] = completion
+    return samples
 
 
-def report_failures(setup: Setup, drawn: Sequence[Completion | Failure], work: Path, step: int) -> None:
-    """Prompts that the sampler gave up on, in a file; UsageError where it gave up on all. At an iteration's end, those
-    of the evaluation."""
-    failures = [failure for failure in drawn if isinstance(failure, Failure)]
+def report_failures(setup: Setup, samples: Sequence[Completion | Failure], work: Path, step: int) -> None:
+    """Prompts without a completion, in a file; UsageError where none has one."""
+    failures = [failure for failure in samples if isinstance(failure, Failure)]
     if failures and setup.accelerator.is_main_process:
         with (work / FAILURES_FILE).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **failure._asdict()}) + "\n" for failure in failures)
-    if len(failures) == len(drawn):
+    if len(failures) == len(samples):
         raise UsageError(f"step {step}: no prompt was completed; {failures[0].where}: {failures[0].reason}")
 
 
 def forget_failures(work: Path, after: int) -> None:
-    """Those of iterations that a run which goes on will repeat."""
+    """Drops the failures of iterations that a resumed run will repeat."""
     path = work / FAILURES_FILE
     if path.is_file():
         lines = [json.loads(line) for line in whole_lines(path)]
@@ -87,39 +89,41 @@ def forget_failures(work: Path, after: int) -> None:
 
 
 def complete_groups(
-    config: OnlineConfig, prompts: Sequence[Prompt], drawn: Sequence[Completion | Failure]
+    config: OnlineConfig, prompts: Sequence[Prompt], samples: Sequence[Completion | Failure]
 ) -> tuple[list[Prompt], list[Completion]]:
-    """Those prompts all of whose completions are there: a group is compared as a whole."""
+    """The prompts all of whose completions are there, and these: a group is compared as a whole."""
     size = config.num_generations
-    whole = [k for k in range(0, len(drawn), size) if not any(isinstance(one, Failure) for one in drawn[k : k + size])]
+    whole = [
+        k for k in range(0, len(samples), size) if not any(isinstance(one, Failure) for one in samples[k : k + size])
+    ]
     positions = [i for k in whole for i in range(k, k + size)]
-    return [prompts[i] for i in positions], [drawn[i] for i in positions]
+    return [prompts[i] for i in positions], [samples[i] for i in positions]
 
 
-def judge(setup: Setup, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
-    """Their rewards, known to every process; each process judges some prompts with all their completions."""
+def compute_rewards(setup: Setup, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
+    """The completions' rewards, known to every process; each scores some prompts with all their completions."""
     texts = [completion_text(setup.tokenizer, completion) for completion in completions]
     size = setup.config.num_generations * math.ceil(
         len(texts) / setup.config.num_generations / setup.accelerator.num_processes
     )
     parts = [range(k, min(k + size, len(texts))) for k in range(0, len(texts), size)]
-    found = over_processes(
+    scores = over_processes(
         parts, lambda part: setup.rewards([prompts[i] for i in part], [texts[i] for i in part]), setup.accelerator
     )
-    return Scores(torch.cat([scores.total for scores in found]), torch.cat([scores.parts for scores in found]))
+    return Scores(torch.cat([part.total for part in scores]), torch.cat([part.parts for part in scores]))
 
 
-def episodes_of(prompts: Sequence[Prompt], completions: Sequence[Completion], judged: Scores) -> list[Episode]:
+def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Scores) -> list[Episode]:
     return [
         Episode(
             prompt.row, prompt.ids, completion.ids, completion.finished, reward,
             None if completion.logprobs is None else torch.tensor(completion.logprobs),
         )
-        for prompt, completion, reward in zip(prompts, completions, judged.total.tolist(), strict=True)
+        for prompt, completion, reward in zip(prompts, completions, scores.total.tolist(), strict=True)
     ]  # fmt: skip
 
 
-def plan_of(setup: Setup, episodes: Sequence[Episode], seed: int) -> list[list[MicroBatch]]:
+def plan_mini_batches(setup: Setup, episodes: Sequence[Episode], seed: int) -> list[list[MicroBatch]]:
     """Mini-batches of micro-batches."""
     config = setup.config
     if not episodes:

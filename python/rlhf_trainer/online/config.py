@@ -1,4 +1,4 @@
-"""Configurations of the stages that learn from the model's own completions: `rlhf ppo` and `rlhf grpo`."""
+"""Configurations of commands that learn from the model's own completions: `rlhf ppo` and `rlhf grpo`."""
 
 from __future__ import annotations
 
@@ -6,56 +6,66 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config.base import JudgeConfig, ServerConfig, TrainConfig, at_least, needed, option
+from ..config.base import DATA, GENERATION, LOSS, MODEL, OPTIMIZATION, OUTPUT, REWARDS, TrainConfig, at_least
 from ..errors import UsageError
-from .kl_control import BOUND
+from ..rewards.config import RewardsConfig
+from ..rollouts.config import ServerConfig
 
-Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
+GRPOLossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
+KL_ERROR_BOUND = 0.2  # of the relative error that adapts beta: Ziegler et al. (2019), sec. 2.2
 
 
 @dataclass(kw_only=True)
-class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
-    """What both can be told. A step is an iteration: completions are drawn, rewarded, and learned from."""
+class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
+    """Options of both. A step is an iteration: completions are drawn, rewarded, and learned from."""
 
-    dataset: str = needed("Prompts: a .jsonl or .parquet file, or a hub id.")
-    max_prompt_length: int = option(512, "A prompt with more tokens is invalid: it is never cut silently.")
-    max_new_tokens: int = option(512, "A completion ends here at the latest.")
-    temperature: float = option(1.0, "Divides the logits, when tokens are drawn and when their log-probs are taken.")
-    batch_size: int = option(64, "Completions of an iteration, over all processes and micro-batches together.")
-    num_generations: int = option(1, "Completions of each prompt.")
-    generation_batch_size: int = option(32, "Completions generated, or scored, at once.")
-    num_mini_batches: int = option(1, "Optimizer steps that an iteration's completions are divided into.")
-    num_ppo_epochs: int = option(1, "Passes over an iteration's completions.")
+    dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
+    max_prompt_length: int = DATA.option(512, "A prompt with more tokens is invalid: it is never cut silently.")
+    max_completion_length: int = GENERATION.option(512, "A completion ends here at the latest.")
+    temperature: float = GENERATION.option(
+        1.0, "Divides the logits, when tokens are drawn and when their log-probs are taken."
+    )
+    num_generations: int = GENERATION.option(1, "Completions of each prompt.")
+    per_device_generation_batch_size: int = GENERATION.option(32, "Completions generated, or scored, at once.")
+    batch_size: int = OPTIMIZATION.option(
+        64, "Completions of an iteration, over all processes and micro-batches together."
+    )
+    num_mini_batches: int = OPTIMIZATION.option(1, "Optimizer steps that an iteration's completions are divided into.")
 
-    save_steps: int = option(10, "Save what --resume needs every so many iterations.")
-    ref_model_name_or_path: str | None = option(None, "The reference model; default: the model before training.")
-    beta: float = option(0.05, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed.")
-    kl_estimator: Literal["k1", "k2", "k3", "exact"] = option(
+    save_steps: int = OUTPUT.option(10, "Save a checkpoint every so many iterations.", may_change=True)
+    ref_model_name_or_path: str | None = MODEL.option(
+        None, "The reference model; default: the model before training.", names_input=True
+    )
+    beta: float = LOSS.option(
+        0.05, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed."
+    )
+    kl_estimator: KLEstimator = LOSS.option(
         "k1",
         "From the token that was drawn, or exact over all. In the reward, only k1 and exact have the KL's gradient.",
     )
-    kl_in: Literal["reward", "loss"] = option("reward", "Where the KL is subtracted: a constant, or with a gradient.")
-    target_kl: float | None = option(None, "Adapts beta so that completions come to this KL, in nats.")
-    kl_gain: float = option(0.1, "How fast beta adapts: by at most a fifth of this an iteration.")
-    clip_low: float = option(0.2, "The ratio to the policy that drew the completions is clipped below 1 minus this.")
-    clip_high: float = option(0.2, "It is clipped above 1 plus this.")
-    missing_eos_penalty: float = option(0.0, "Subtracted from the reward of a completion that did not end in time.")
-    reward_clip: float | None = option(None, "Rewards are clipped to plus and minus this.")
-    mask_truncated_completions: bool = option(
+    kl_in: Literal["reward", "loss"] = LOSS.option(
+        "reward", "Where the KL is subtracted: a constant, or with a gradient."
+    )
+    target_kl: float | None = LOSS.option(None, "Adapts beta so that completions come to this KL, in nats.")
+    kl_gain: float = LOSS.option(0.1, "How fast beta adapts: by at most a fifth of this an iteration.")
+    missing_eos_penalty: float = REWARDS.option(
+        0.0, "Subtracted from the reward of a completion that did not end in time."
+    )
+    reward_clip: float | None = REWARDS.option(None, "Rewards are clipped to plus and minus this.")
+    mask_truncated_completions: bool = LOSS.option(
         False, "Do not learn from completions that did not end in time; means are over the others."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counted = ("max_prompt_length", "max_new_tokens", "num_generations", "generation_batch_size")
-        at_least(self, 1, *counted, "num_mini_batches", "num_ppo_epochs")
-        at_least(self, 0, "beta", "kl_gain", "clip_low", "clip_high", "missing_eos_penalty")
+        at_least(self, 1, "max_prompt_length", "max_completion_length", "num_generations", "num_mini_batches")
+        at_least(self, 1, "per_device_generation_batch_size")
+        at_least(self, 0, "beta", "kl_gain", "missing_eos_penalty")
         for name in ("temperature", "reward_clip", "target_kl"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} must be finite and above 0, got {value}")
-        if self.clip_low > 1:
-            raise UsageError(f"clip_low must be at most 1, as ratios are positive, got {self.clip_low}")
         if self.batch_size % self.num_generations:
             raise UsageError(
                 f"batch_size counts completions: it must be a multiple of num_generations={self.num_generations}, "
@@ -65,8 +75,8 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
             raise UsageError(f"num_mini_batches must divide batch_size={self.batch_size}, got {self.num_mini_batches}")
         if not self.beta < math.inf:
             raise UsageError(f"beta must be finite, got {self.beta}")
-        if not self.kl_gain < 1 / BOUND:
-            raise UsageError(f"kl_gain must be below {1 / BOUND:g}, or beta would reach 0; got {self.kl_gain}")
+        if not self.kl_gain < 1 / KL_ERROR_BOUND:
+            raise UsageError(f"kl_gain must be below {1 / KL_ERROR_BOUND:g}, or beta would reach 0; got {self.kl_gain}")
         if self.beta and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UsageError("kl_in loss with kl_estimator k1: its expected gradient is zero. Take k2, k3 or exact")
         if self.target_kl is not None and not self.beta:
@@ -77,36 +87,47 @@ class OnlineConfig(JudgeConfig, ServerConfig, TrainConfig):
         bound = math.inf if self.reward_clip is None else self.reward_clip
         return min(max(reward, -bound), bound) - (0.0 if finished else self.missing_eos_penalty)
 
-    @property
-    def reuses_completions(self) -> bool:
-        """Whether the policy has moved on from the one that drew them when it learns from them."""
-        return self.num_mini_batches * self.num_ppo_epochs > 1
+    def check_clip(self, low: str, high: str) -> None:
+        """The ratio is clipped to [1 - low, 1 + high]; `high` None: as far as `low`."""
+        at_least(self, 0, low, high)
+        if getattr(self, low) > 1:
+            raise UsageError(f"{low} must be at most 1, as ratios are positive, got {getattr(self, low)}")
 
 
 @dataclass(kw_only=True)
 class PPOConfig(OnlineConfig):
-    """Everything `rlhf ppo` can be told."""
+    """Options of `rlhf ppo`."""
 
-    value_model: Literal["shared", "separate"] = option(
+    value_model: Literal["shared", "separate"] = MODEL.option(
         "separate", "Values: a head on the policy's own hidden states, or a model of their own."
     )
-    value_model_name_or_path: str | None = option(
-        None, "What a separate value model starts from; default: the reward_model, or else the model itself."
+    value_model_name_or_path: str | None = MODEL.option(
+        None,
+        "What a separate value model starts from; default: the reward model, or else the model itself.",
+        names_input=True,
     )
-    gamma: float = option(1.0, "Discount a token.")
-    lam: float = option(0.95, "GAE's lambda: 1 sums up rewards, 0 trusts the next value.")
-    vf_coef: float = option(0.1, "Weight of the value loss.")
-    clip_value: float = option(0.2, "A value that moved farther from the old one gets no gradient; inf: not clipped.")
-    entropy_coef: float = option(0.0, "Weight of the entropy bonus.")
-    whiten_rewards: bool = option(False, "Rewards of tokens to variance 1 around their mean, over the iteration.")
-    whiten_advantages: bool = option(True, "Advantages to mean 0 and variance 1 over the iteration's tokens.")
-    num_ppo_epochs: int = option(4, "Passes over an iteration's completions.")
-    learning_rate: float = option(3e-6, "The learning rate after the warm-up.")
-    run_name: str = option("rlhf-ppo", "The project's name in the trackers.")
+    num_ppo_epochs: int = OPTIMIZATION.option(4, "Passes over an iteration's completions.")
+    cliprange: float = LOSS.option(
+        0.2, "The ratio to the policy that drew the completions is clipped below 1 minus this."
+    )
+    cliprange_high: float | None = LOSS.option(None, "It is clipped above 1 plus this; default: cliprange.")
+    cliprange_value: float = LOSS.option(
+        0.2, "A value that moved farther from the old one gets no gradient; inf: not clipped."
+    )
+    vf_coef: float = LOSS.option(0.1, "Weight of the value loss.")
+    entropy_coef: float = LOSS.option(0.0, "Weight of the entropy bonus.")
+    gamma: float = LOSS.option(1.0, "Discount a token.")
+    lam: float = LOSS.option(0.95, "GAE's lambda: 1 sums up rewards, 0 trusts the next value.")
+    whiten_rewards: bool = LOSS.option(False, "Rewards of tokens to variance 1 around their mean, over the iteration.")
+    whiten_advantages: bool = LOSS.option(True, "Advantages to mean 0 and variance 1 over the iteration's tokens.")
+    learning_rate: float = OPTIMIZATION.option(3e-6, "The learning rate after the warm-up.")
+    project: str = OUTPUT.option("rlhf-ppo", "The project's name in the trackers.", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "vf_coef", "clip_value", "entropy_coef")
+        self.check_clip("cliprange", "cliprange_high")
+        at_least(self, 1, "num_ppo_epochs")
+        at_least(self, 0, "vf_coef", "cliprange_value", "entropy_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -120,29 +141,42 @@ class PPOConfig(OnlineConfig):
 
 @dataclass(kw_only=True)
 class GRPOConfig(OnlineConfig):
-    """Everything `rlhf grpo` can be told."""
+    """Options of `rlhf grpo`."""
 
-    num_generations: int = option(8, "Completions of each prompt, whose rewards are compared.")
-    variant: Variant = option(
-        "grpo", "Sets advantage, ratio and mean. gspo wants clips of some 3e-4; cispo clip_low 1."
+    num_generations: int = GENERATION.option(8, "Completions of each prompt, whose rewards are compared.")
+    num_iterations: int = OPTIMIZATION.option(1, "Passes over an iteration's completions.")
+    loss_type: GRPOLossType = LOSS.option(
+        "grpo", "Sets advantage, ratio and mean. gspo wants an epsilon of some 3e-4; cispo an epsilon of 1."
     )
-    is_cap: float | None = option(
+    epsilon: float = LOSS.option(
+        0.2, "The ratio to the policy that drew the completions is clipped below 1 minus this."
+    )
+    epsilon_high: float | None = LOSS.option(None, "It is clipped above 1 plus this; default: epsilon.")
+    importance_sampling_cap: float | None = LOSS.option(
         None, "Corrects for a sampler that differs from the trainer by importance weights, truncated here; 2 is usual."
     )
-    beta: float = option(0.0, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed.")
-    kl_estimator: Literal["k1", "k2", "k3", "exact"] = option(
+    beta: float = LOSS.option(
+        0.0, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed."
+    )
+    kl_estimator: KLEstimator = LOSS.option(
         "k3", "Of the KL at each token: from the token that was drawn, or exact over the whole vocabulary."
     )
-    kl_in: Literal["reward", "loss"] = option("loss", "Where the KL is subtracted: a constant, or with a gradient.")
-    learning_rate: float = option(1e-6, "The learning rate after the warm-up.")
-    run_name: str = option("rlhf-grpo", "The project's name in the trackers.")
+    kl_in: Literal["reward", "loss"] = LOSS.option(
+        "loss", "Where the KL is subtracted: a constant, or with a gradient."
+    )
+    learning_rate: float = OPTIMIZATION.option(1e-6, "The learning rate after the warm-up.")
+    project: str = OUTPUT.option("rlhf-grpo", "The project's name in the trackers.", may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_generations < 2 and self.variant != "reinforce":
-            raise UsageError(f"variant {self.variant} compares completions of a prompt: num_generations must be >= 2")
-        if self.is_cap is not None and not self.is_cap > 0:
-            raise UsageError(f"is_cap must be above 0, got {self.is_cap}")
+        self.check_clip("epsilon", "epsilon_high")
+        at_least(self, 1, "num_iterations")
+        if self.num_generations < 2 and self.loss_type != "reinforce":
+            raise UsageError(
+                f"loss_type {self.loss_type} compares completions of a prompt: num_generations must be >= 2"
+            )
+        if self.importance_sampling_cap is not None and not self.importance_sampling_cap > 0:
+            raise UsageError(f"importance_sampling_cap must be above 0, got {self.importance_sampling_cap}")
         if self.beta and self.kl_in == "reward" and self.kl_estimator == "exact":
             raise UsageError(
                 "kl_in reward with kl_estimator exact: tokens of a completion share an advantage, in which an exact "

@@ -1,27 +1,25 @@
-"""Completions on their way from the sampler to the loss: drawn, rewarded, and seen by the models that train."""
+"""Completions on their way from the sampler to the loss: rewarded, and scored by the models that train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 import rlhf_kernels as rk
 
-from ..data.examples import IGNORED, Batch, pad_sequences
+from ..data.batches import IGNORED, Batch, pad_sequences
+from ..models.fused_lm import LMHead
 from ..models.kl import States, kl_per_token
-from ..models.loading import FusedLM, LMHead
 from ..training.batch_plan import MicroBatch
-
-Part, Result = TypeVar("Part"), TypeVar("Result")
+from ..training.processes import over_processes
+from .setup import Setup
 
 
 class Episode(NamedTuple):
-    """A completion and what is known of it; tensors are fp32 on the CPU, [T] for its T tokens, None where not asked.
+    """A completion and its scores; tensors are fp32 on the CPU, [T] for its T tokens, None where not needed.
 
     All log-probs are at the sampling temperature, in nats.
     """
@@ -30,7 +28,7 @@ class Episode(NamedTuple):
     prompt: list[int]
     ids: list[int]  # of the completion, with the token that ends it
     finished: bool
-    reward: float  # the weighted sum of what judges it
+    reward: float  # the weighted sum of all rewards
     sampler_logprobs: Tensor | None  # as the sampler drew
     logprobs: Tensor | None = None  # by the policy before this iteration's updates
     ref_logprobs: Tensor | None = None
@@ -43,12 +41,12 @@ class Episode(NamedTuple):
     def length(self) -> int:
         return len(self.prompt) + len(self.ids)
 
-    def told(self) -> Told:
-        return Told(self.row, self.prompt, self.ids, self.reward)
+    def record(self) -> EpisodeRecord:
+        return EpisodeRecord(self.row, self.prompt, self.ids, self.reward)
 
 
-class Told(NamedTuple):
-    """Of an episode, for a file that a person reads."""
+class EpisodeRecord(NamedTuple):
+    """An episode in a file that a person reads."""
 
     row: int
     prompt: list[int]
@@ -56,8 +54,8 @@ class Told(NamedTuple):
     reward: float
 
 
-class Seen(NamedTuple):
-    """What a model makes of a batch's completions, each [S, T - 1], 0 where not `mask`."""
+class PolicyOutput(NamedTuple):
+    """A model's output for a batch of completions, each [S, T - 1], 0 where not `mask`."""
 
     mask: Tensor  # bool: the tokens of completions
     logprobs: Tensor
@@ -66,17 +64,17 @@ class Seen(NamedTuple):
     values: Tensor | None = None
 
 
-def see(model: nn.Module, batch: Batch, temperature: float, reference: States | None = None) -> Seen:
+def forward(model: nn.Module, batch: Batch, temperature: float, reference: States | None = None) -> PolicyOutput:
     """`model`: a FusedLM or an ActorCritic, wrapped or not; `reference`: the reference's, where exact KL is wanted."""
     targets = targets_of(batch)
     mask = targets != IGNORED
 
-    def use(hidden: Tensor, head: LMHead, values: Tensor | None = None) -> Seen:
+    def use(hidden: Tensor, head: LMHead, values: Tensor | None = None) -> PolicyOutput:
         states = States(hidden, head)
-        found = logprobs_of(states, targets, temperature, ("entropy",))
+        outputs = logprobs_of(states, targets, temperature, ("entropy",))
         kl = None if reference is None else kl_per_token(states, reference, mask, temperature)
         values = None if values is None else torch.where(mask, values[:, :-1], 0.0)
-        return Seen(mask, found.logprobs, found.entropy, kl, values)
+        return PolicyOutput(mask, outputs.logprobs, outputs.entropy, kl, values)
 
     return model(batch, use)
 
@@ -84,7 +82,7 @@ def see(model: nn.Module, batch: Batch, temperature: float, reference: States | 
 def logprobs_of(
     states: States, targets: Tensor, temperature: float, outputs: tuple[str, ...] = ()
 ) -> rk.LinearLogprobs:
-    """Of the tokens [S, T - 1] that follow the states' first T - 1."""
+    """Log-probs of the tokens [S, T - 1] that follow the states' first T - 1."""
     hidden, head = states
     return rk.linear_logprobs(
         hidden[:, :-1], head.weight, targets, **head.options(), temperature=temperature, outputs=outputs
@@ -96,51 +94,40 @@ def targets_of(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def looked_at(
-    episodes: Sequence[Episode],
-    plan: Sequence[MicroBatch],
-    model: nn.Module,
-    reference: FusedLM | None,
-    accelerator: Accelerator,
-    *,
-    pad_id: int,
-    temperature: float,
-    exact_kl: bool,
+def score_episodes(
+    setup: Setup, model: nn.Module, episodes: Sequence[Episode], plan: Sequence[MicroBatch], *, with_reference: bool
 ) -> list[Episode]:
     """The episodes with the log-probs, values and KL of the models as they are now.
 
     `plan`: the micro-batches in which the policy will learn from them. Padded alike, it gives the same bits then, so
     the first ratio is exactly 1.
     """
+    config = setup.config
 
-    def said(states: States, batch: Batch) -> Tensor:  # within the model's call, so in the precision of the policy's
-        return logprobs_of(states, targets_of(batch), temperature).logprobs
+    def ref_scores(batch: Batch) -> tuple[States, Tensor]:
+        def use(hidden: Tensor, head: LMHead) -> tuple[States, Tensor]:  # within the call, so in the policy's precision
+            states = States(hidden, head)
+            return states, logprobs_of(states, targets_of(batch), config.temperature).logprobs
 
-    def look(indices: MicroBatch) -> list[dict[str, Tensor]]:
+        return setup.reference(batch, use)
+
+    def score(indices: MicroBatch) -> list[dict[str, Tensor]]:
         part = [episodes[i] for i in indices]
-        batch = batch_of(part, pad_id).to(accelerator.device)
-        states = ref_logprobs = None
-        if reference is not None:
-            states, ref_logprobs = reference(batch, lambda *states: (States(*states), said(States(*states), batch)))
-        seen = see(model, batch, temperature, states if exact_kl else None)
-        found = {"logprobs": seen.logprobs, "kl": seen.kl, "values": seen.values, "ref_logprobs": ref_logprobs}
+        batch = batch_of(part, setup.pad_id).to(setup.accelerator.device)
+        reference, ref_logprobs = ref_scores(batch) if with_reference else (None, None)
+        output = forward(model, batch, config.temperature, reference if config.kl_estimator == "exact" else None)
+        rows = {
+            "logprobs": output.logprobs, "kl": output.kl, "values": output.values, "ref_logprobs": ref_logprobs
+        }  # fmt: skip
         sizes = [len(episode.ids) for episode in part]
-        split = {name: unpadded(tensor, seen.mask, sizes) for name, tensor in found.items() if tensor is not None}
+        split = {name: unpad(tensor, output.mask, sizes) for name, tensor in rows.items() if tensor is not None}
         return [{name: tensors[k] for name, tensors in split.items()} for k in range(len(part))]
 
-    found: list[Episode] = list(episodes)
-    for indices, parts in zip(plan, over_processes(plan, look, accelerator), strict=True):
+    scored: list[Episode] = list(episodes)
+    for indices, parts in zip(plan, over_processes(plan, score, setup.accelerator), strict=True):
         for i, tensors in zip(indices, parts, strict=True):
-            found[i] = episodes[i]._replace(**tensors)
-    return found
-
-
-def over_processes(parts: Sequence[Part], work: Callable[[Part], Result], accelerator: Accelerator) -> list[Result]:
-    """`work` of each part, in their order, known to every process; each process does its share."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    done = [(k, work(parts[k])) for k in range(rank, len(parts), world)]
-    everyone = gather_object(done) if world > 1 else done
-    return [result for _, result in sorted(everyone, key=lambda item: item[0])]
+            scored[i] = episodes[i]._replace(**tensors)
+    return scored
 
 
 def batch_of(episodes: Sequence[Episode], pad_id: int) -> Batch:
@@ -148,8 +135,8 @@ def batch_of(episodes: Sequence[Episode], pad_id: int) -> Batch:
     return pad_sequences([(episode.prompt, episode.ids) for episode in episodes], pad_id)
 
 
-def padded(tensors: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:
-    """[T_i] each -> [S, T - 1] where `mask` says, 0 elsewhere; None if they are."""
+def pad(tensors: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:
+    """[T_i] each -> [S, T - 1] where `mask` is, 0 elsewhere; None if they are."""
     if tensors[0] is None:
         return None
     rows = torch.zeros(mask.shape, device=mask.device)
@@ -157,6 +144,6 @@ def padded(tensors: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:
     return rows
 
 
-def unpadded(rows: Tensor, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The inverse of `padded`, on the CPU."""
+def unpad(rows: Tensor, mask: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The inverse of `pad`, on the CPU."""
     return list(rows[mask].float().cpu().split(list(sizes)))

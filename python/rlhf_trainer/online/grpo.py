@@ -3,100 +3,101 @@ model folder. Completions of one prompt are compared with each other, so no valu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import rlhf_kernels as rk
 
 from ..errors import UsageError
-from ..training.batch_plan import MicroBatch
-from ..training.loop import Measured
 from .advantages import equal_groups, group_advantages
+from .algorithm import Advantages, Algorithm, EpisodeBatch
 from .config import GRPOConfig
-from .episodes import Episode, Seen, padded
-from .loop import Credited, OnlineTask, train_online
+from .episodes import Episode, pad
+from .loop import train_online
 from .metrics import kl_of_tokens
-from .setup import Setup, prepare
-
-
-class GRPOTask(OnlineTask):
-    """Means are over completions or over their tokens, as the variant's are."""
-
-    names = ("loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
-    kl_name = "kl"
-
-    def measure(self, model: nn.Module, indices: MicroBatch) -> Measured:
-        config = self.config
-        part, seen, kl = self.see(model, indices)
-        old_logprobs = self.old_logprobs(indices, seen)
-        advantages = torch.stack([episode.advantages for episode in part]).to(self.device)
-        loss = rk.grpo_loss(
-            seen.logprobs, old_logprobs, advantages, seen.mask, variant=config.variant, kl=kl,
-            beta=0.0 if kl is None else self.beta, clip_low=config.clip_low, clip_high=config.clip_high,
-            sampler_logprobs=self.sampler_logprobs(part, seen, old_logprobs), is_cap=config.is_cap,
-            max_length=config.max_new_tokens,
-        )  # fmt: skip
-        clipped = rk.grpo_clip_fraction(
-            seen.logprobs, old_logprobs, advantages, seen.mask, config.variant, config.clip_low, config.clip_high
-        )
-        entropy = self.mean(seen.entropy, seen.mask)
-        metrics = [loss, entropy, clipped.low, clipped.high, clipped.low + clipped.high]
-        if kl is not None:
-            metrics.append(self.mean(kl, seen.mask))
-        return Measured(loss, torch.stack([metric.detach().float() for metric in metrics]), self.tokens_of(part))
-
-    def sampler_logprobs(self, part: list[Episode], seen: Seen, old_logprobs: Tensor) -> Tensor | None:
-        """Where the loss corrects for the sampler; a completion whose log-probs it did not tell has weight 1."""
-        if self.config.is_cap is None:
-            return None
-        unknown = [torch.full((len(episode.ids),), torch.nan) for episode in part]
-        known = [u if e.sampler_logprobs is None else e.sampler_logprobs for e, u in zip(part, unknown, strict=True)]
-        rows = padded(known, seen.mask)
-        return torch.where(rows.isnan(), old_logprobs, rows)
-
-    def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
-        """[S, T - 1] -> scalar: each completion's mean, weighted by what it counts for in the loss."""
-        counts = rk.grpo_counts(mask, self.config.variant)
-        return (terms.sum(1) / mask.sum(1) * counts).sum() / counts.sum()
-
-
-class GRPO:
-    """Rewards relative to those of the group."""
-
-    needs_values = False
-
-    def credit(self, config: GRPOConfig, episodes: list[Episode], beta: float) -> Credited:
-        if config.is_cap is not None and all(episode.sampler_logprobs is None for episode in episodes):
-            raise UsageError(
-                "is_cap: the sampler tells no log-probs of its tokens; use a server that does, or leave is_cap out"
-            )
-        rewards = torch.tensor([score_of(episode, config, beta) for episode in episodes])
-        groups = rewards.view(-1, config.num_generations)
-        advantages = group_advantages(groups, config.variant).flatten()
-        credited = [
-            episode._replace(advantages=advantage) for episode, advantage in zip(episodes, advantages, strict=True)
-        ]
-        compared = {"frac_reward_zero_std": equal_groups(groups).float().mean().item()}
-        return Credited(credited, compared if config.num_generations > 1 else {})
-
-    def task(self, setup: Setup, episodes: list[Episode], plan: list[list[MicroBatch]], beta: float) -> GRPOTask:
-        sizes = [len(episode.ids) for episode in episodes]
-        mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
-        counts = rk.grpo_counts(mask, setup.config.variant).tolist()
-        return GRPOTask(setup, episodes, plan, counts, beta)
-
-
-def score_of(episode: Episode, config: GRPOConfig, beta: float) -> float:
-    """What the group compares: the score, less beta times the completion's KL where that is in the reward."""
-    score = config.score_of(episode.reward, episode.finished)
-    if beta and config.kl_in == "reward":
-        score -= beta * kl_of_tokens(episode, config).sum().item()
-    return score
+from .setup import prepare
 
 
 def train_grpo(config: GRPOConfig) -> Path:
     """Trains; returns the folder that holds the policy, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
     setup = prepare(config)
-    return Path(config.output_dir) if setup is None else train_online(setup, setup.policy, GRPO())
+    return Path(config.output_dir) if setup is None else train_online(setup, setup.policy, GRPO(config))
+
+
+class GRPO(Algorithm):
+    """Rewards relative to those of the group; means are over completions or their tokens, as loss_type wants."""
+
+    config: GRPOConfig
+
+    @property
+    def passes(self) -> int:
+        return self.config.num_iterations
+
+    def compute_advantages(self, episodes: list[Episode], beta: float) -> Advantages:
+        if self.config.importance_sampling_cap is not None and not any(
+            episode.sampler_logprobs is not None for episode in episodes
+        ):
+            raise UsageError(
+                "importance_sampling_cap: the sampler returns no log-probs of its tokens; use a server that does, or "
+                "leave importance_sampling_cap out"
+            )
+        scores = torch.tensor([self.score_of(episode, beta) for episode in episodes])
+        groups = scores.view(-1, self.config.num_generations)
+        advantages = group_advantages(groups, self.config.loss_type).flatten()
+        metrics = {"frac_reward_zero_std": equal_groups(groups).float().mean().item()}
+        return Advantages(
+            [episode._replace(advantages=advantage) for episode, advantage in zip(episodes, advantages, strict=True)],
+            metrics if self.config.num_generations > 1 else {},
+        )
+
+    def score_of(self, episode: Episode, beta: float) -> float:
+        """The score that the group compares, less beta times the completion's KL where that is in the reward."""
+        score = self.config.score_of(episode.reward, episode.finished)
+        if beta and self.config.kl_in == "reward":
+            score -= beta * kl_of_tokens(episode, self.config).sum().item()
+        return score
+
+    def weights(self, episodes: Sequence[Episode]) -> list[float]:
+        sizes = [len(episode.ids) for episode in episodes]
+        mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
+        return rk.grpo_counts(mask, self.config.loss_type).tolist()
+
+    def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        config, output = self.config, batch.output
+        low = config.epsilon
+        high = low if config.epsilon_high is None else config.epsilon_high
+        advantages = torch.stack([episode.advantages for episode in batch.episodes]).to(output.mask.device)
+        ratios = (output.logprobs, batch.old_logprobs, advantages, output.mask)
+        loss = rk.grpo_loss(
+            *ratios, variant=config.loss_type, kl=batch.kl, beta=0.0 if batch.kl is None else batch.beta, clip_low=low,
+            clip_high=high, sampler_logprobs=self.sampler_logprobs(batch), is_cap=config.importance_sampling_cap,
+            max_length=config.max_completion_length,
+        )  # fmt: skip
+        clipped = rk.grpo_clip_fraction(*ratios, config.loss_type, low, high)
+        metrics = {
+            "loss": loss,
+            "entropy": self.mean(output.entropy, output.mask),
+            "clip_ratio/low_mean": clipped.low,
+            "clip_ratio/high_mean": clipped.high,
+            "clip_ratio/region_mean": clipped.low + clipped.high,
+        }
+        return loss, metrics if batch.kl is None else metrics | {"kl": self.mean(batch.kl, output.mask)}
+
+    def sampler_logprobs(self, batch: EpisodeBatch) -> Tensor | None:
+        """Where the loss corrects for the sampler; a completion whose log-probs it did not return has weight 1."""
+        if self.config.importance_sampling_cap is None:
+            return None
+        rows = [
+            torch.full((len(episode.ids),), torch.nan) if episode.sampler_logprobs is None else episode.sampler_logprobs
+            for episode in batch.episodes
+        ]
+        padded = pad(rows, batch.output.mask)
+        return torch.where(padded.isnan(), batch.old_logprobs, padded)
+
+    def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
+        """[S, T - 1] -> scalar: each completion's mean, weighted by its weight in the loss."""
+        weights = rk.grpo_counts(mask, self.config.loss_type)
+        return (terms.sum(1) / mask.sum(1) * weights).sum() / weights.sum()

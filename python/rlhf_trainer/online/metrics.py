@@ -1,4 +1,4 @@
-"""What is logged of an iteration of PPO or GRPO, under TRL's names where it has one. Means are over completions."""
+"""The metrics of an iteration of PPO or GRPO, under TRL's names where it has one. Means are over completions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 from ..rewards.rewards import Scores
+from ..training.task import Metrics
 from .config import OnlineConfig
 from .episodes import Episode
 
 
 def rollout_metrics(
-    episodes: Sequence[Episode], judged: Scores, names: Sequence[str], config: OnlineConfig, beta: float
-) -> dict[str, float]:
-    """Of the completions as they were drawn, before they are learned from."""
-    metrics = reward_metrics(judged, names) | length_metrics(episodes) | {"beta": beta}
-    scores = [config.score_of(episode.reward, episode.finished) for episode in episodes]
-    metrics["objective/scores"] = sum(scores) / len(scores)
+    episodes: Sequence[Episode], scores: Scores, names: Sequence[str], config: OnlineConfig, beta: float
+) -> Metrics:
+    """Metrics of the completions as they were drawn, before the policy learns from them."""
+    metrics = reward_metrics(scores, names) | length_metrics(episodes) | {"beta": beta}
+    clipped = [config.score_of(episode.reward, episode.finished) for episode in episodes]
+    metrics["objective/scores"] = sum(clipped) / len(clipped)
     if episodes[0].ref_logprobs is not None:
         kl = torch.tensor([kl_of_tokens(episode, config).sum().item() for episode in episodes])
         penalty = beta * kl.mean().item() if config.kl_in == "reward" else 0.0
@@ -35,21 +36,21 @@ def rollout_metrics(
 
 
 def kl_of_tokens(episode: Episode, config: OnlineConfig) -> Tensor:
-    """[T] nats: the estimate, or the exact KL, as the configuration wants it."""
+    """[T] nats: the estimate, or the exact KL, by kl_estimator."""
     if config.kl_estimator == "exact":
         return episode.kl
     return rk.kl_penalty(episode.logprobs, episode.ref_logprobs, config.kl_estimator)
 
 
-def reward_metrics(judged: Scores, names: Sequence[str]) -> dict[str, float]:
-    metrics = {"reward": judged.total.mean().item(), "reward_std": judged.total.std(correction=0).item()}
-    for name, part in zip(names, judged.parts.T, strict=True):
+def reward_metrics(scores: Scores, names: Sequence[str]) -> Metrics:
+    metrics = {"reward": scores.total.mean().item(), "reward_std": scores.total.std(correction=0).item()}
+    for name, part in zip(names, scores.parts.T, strict=True):
         metrics[f"rewards/{name}/mean"] = part.mean().item()
         metrics[f"rewards/{name}/std"] = part.std(correction=0).item()
     return metrics
 
 
-def length_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+def length_metrics(episodes: Sequence[Episode]) -> Metrics:
     """In tokens, the end token included."""
     lengths = [len(episode.ids) for episode in episodes]
     ended = [len(episode.ids) for episode in episodes if episode.finished]
@@ -63,14 +64,6 @@ def length_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def means_of_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over an iteration's optimizer steps; extremes where names end so."""
-    if not updates:
-        return {}
-    folds = {"min": min, "max": max}
-    found = {}
-    for name in updates[0]:
-        values = [update[name] for update in updates]
-        fold = folds.get(name.rpartition("/")[2])
-        found[name] = fold(values) if fold else sum(values) / len(values)
-    return found
+def means_of_updates(updates: Sequence[Metrics]) -> Metrics:
+    """Means over an iteration's optimizer steps."""
+    return {name: sum(update[name] for update in updates) / len(updates) for name in (updates[0] if updates else ())}

@@ -1,33 +1,29 @@
-"""What a run that learns from its own completions has before it begins, loaded and checked."""
+"""The models, data and rewards of a run that learns from its own completions, loaded and checked."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..data.examples import Prompt, load_prompts
+from ..data.examples import Prompt, load_prompts, reading_of
 from ..errors import UsageError
-from ..models.loading import (
-    FusedLM,
-    check_fit,
-    check_same_vocabulary,
-    checkpoint_gradients,
-    load_fused,
-    load_tokenizer_for,
-    pad_id_of,
-)
-from ..rewards.rewards import Rewards, load_rewards
-from ..training.loop import begin
+from ..models.checks import check_fit, pad_id_of
+from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
+from ..models.loading import checkpoint_gradients, load_tokenizer_for
+from ..rewards.loading import load_rewards
+from ..rewards.rewards import Rewards
+from ..training.files import checksum
+from ..training.loop import start_accelerator
+from ..training.output_folder import begin
 from .config import OnlineConfig
 
-SHORTER = "max_prompt_length and max_new_tokens together may be at most {positions}"
+SHORTER = "max_prompt_length and max_completion_length together may be at most {positions}"
 
 
 class Setup(NamedTuple):
-    """Models, data and judges."""
+    """Models, data and rewards."""
 
     config: OnlineConfig
     accelerator: Accelerator
@@ -40,7 +36,7 @@ class Setup(NamedTuple):
 
     def sources(self) -> list[tuple[str, list[Prompt]]]:
         """The data sets, by name, and what was read from them."""
-        both = [(self.config.dataset, self.prompts), (str(self.config.eval_dataset), self.held_out)]
+        both = [(self.config.dataset_name, self.prompts), (str(self.config.eval_dataset), self.held_out)]
         return [(source, prompts) for source, prompts in both if prompts]
 
     @property
@@ -50,19 +46,19 @@ class Setup(NamedTuple):
 
 def prepare(config: OnlineConfig) -> Setup | None:
     """Loads and checks everything before any completion is drawn; None where the run is finished already."""
-    accelerator, finished = begin(config)
-    if finished:
+    accelerator = start_accelerator(config)
+    if not begin(config, accelerator.is_main_process):
         return None
     tokenizer = load_tokenizer_for(config)
-    rewards = load_rewards(config, accelerator.device, batch_size=config.generation_batch_size)
-    prompts = prompts_of(config, config.dataset, config.dataset_split, tokenizer, rewards, accelerator)
+    rewards = load_rewards(config, accelerator.device, batch_size=config.per_device_generation_batch_size)
+    prompts = prompts_of(config, config.dataset_name, config.dataset_train_split, tokenizer, rewards, accelerator)
     held_out = []
     if config.eval_dataset is not None:
-        held_out = prompts_of(config, config.eval_dataset, config.eval_split, tokenizer, rewards, accelerator)
+        held_out = prompts_of(config, config.eval_dataset, config.dataset_test_split, tokenizer, rewards, accelerator)
     policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    for source, part in ((config.dataset, prompts), (config.eval_dataset, held_out)):
+    for source, part in ((config.dataset_name, prompts), (config.eval_dataset, held_out)):
         if part:
-            lengths = [prompt.length + config.max_new_tokens for prompt in part]
+            lengths = [prompt.length + config.max_completion_length for prompt in part]
             check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
     reference = None
     if config.beta:
@@ -84,19 +80,16 @@ def prompts_of(
     rewards: Rewards,
     accelerator: Accelerator,
 ) -> list[Prompt]:
-    """Those that have what the rewards need."""
-    loaded = load_prompts(
-        source, tokenizer, split=split, max_prompt_length=config.max_prompt_length, format=config.dataset_format,
-        streaming=config.streaming, skip_invalid_rows=config.skip_invalid_rows,
-    )  # fmt: skip
+    """The prompts that have the columns that the rewards need."""
+    loaded = load_prompts(source, tokenizer, max_prompt_length=config.max_prompt_length, **reading_of(config, split))
     if not config.skip_invalid_rows:
-        rewards.check(loaded.examples, source, config.max_new_tokens)
+        rewards.check(loaded.examples, source, config.max_completion_length)
         accelerator.print(loaded.report(source))
         return loaded.examples
     prompts, skipped = [], list(loaded.skipped)
     for prompt in loaded.examples:
         try:
-            rewards.check([prompt], source, config.max_new_tokens)
+            rewards.check([prompt], source, config.max_completion_length)
             prompts.append(prompt)
         except UsageError as error:
             skipped.append(str(error))
@@ -106,7 +99,7 @@ def prompts_of(
     return prompts
 
 
-def digest(setup: Setup) -> str:
-    """Of what a run goes on with only if it is the same: the rows and the number of processes."""
-    told = [[(p.ids, sorted(p.columns.items())) for p in part] for part in (setup.prompts, setup.held_out)]
-    return hashlib.blake2b(repr((told, setup.accelerator.num_processes)).encode(), digest_size=16).hexdigest()
+def data_checksum(setup: Setup) -> str:
+    """A checksum of the rows and the number of processes, which must be the same when a run is resumed."""
+    rows = [[(p.ids, sorted(p.columns.items())) for p in part] for part in (setup.prompts, setup.held_out)]
+    return checksum(repr((rows, setup.accelerator.num_processes)).encode())

@@ -13,24 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config.base import Pairing, PairsConfig
-from ..config.parse import dump_yaml
-from ..data.chat import RowError, kind
-from ..data.columns import need, number
-from ..data.rows import read_checked
+from ..data.completions import PAIRS_FILE, SCORED_FILE, files_in, in_numbers, read_scored
 from ..errors import UsageError
-from ..rewards.rejection import SCORED_FILE, Candidate, best_first, files_in, in_numbers
-from ..training.journal import begin, write_jsonl
-from ..training.output_folder import commit_output, open_output
+from ..rewards.rejection import Candidate, best_first
+from ..training.journal import write_jsonl
+from ..training.output_folder import begin, commit_output, open_output
+from ..training.processes import single_process
+from .config import Pairing, PairsConfig
 
-PAIRS_FILE = "pairs.jsonl"
 EQUAL, TOO_FEW = "equal rewards", "fewer than two usable completions"  # why a prompt gives no pair
 
 
 def make_pairs(config: PairsConfig) -> Path:
     """Writes pairs.jsonl and report.json into output_dir, which it returns."""
-    _, finished = begin(config, "rlhf pairs")
-    if finished:
+    single_process("rlhf pairs")
+    if not begin(config):
         return Path(config.output_dir)
     lines = [line for file in files_in(config.scored, SCORED_FILE, "scored") for line in read_scored(file)]
     rows, without = pair_up(lines, config.pairing)
@@ -45,30 +42,15 @@ def make_pairs(config: PairsConfig) -> Path:
         "pairs": sum(len(row["pairs"]) for row in rows),
         "prompts_without_pair": without,
     }
-    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(config)
     write_jsonl(work / PAIRS_FILE, rows)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    folder = commit_output(config.output_dir, config.overwrite)
+    folder = commit_output(config)
     print(
         f"{report['pairs']} pairs of {report['prompts']} prompts (without a pair: {in_numbers(without)})\n"
-        f"saved to {folder / PAIRS_FILE}, which rlhf dpo and rlhf reward take as --dataset"
+        f"saved to {folder / PAIRS_FILE}, which rlhf dpo and rlhf reward take as --dataset_name"
     )
     return folder
-
-
-def read_scored(file: str) -> list[dict[str, Any]]:
-    """All lines; UsageError naming those that are not scored completions."""
-    expected = "rows with prompt, completion and reward, as `rlhf reject` writes them"
-    return read_checked(file, checked_line, "scored completions", expected)
-
-
-def checked_line(_number: int, line: dict[str, Any]) -> dict[str, Any]:
-    for field in ("prompt", "completion"):
-        if not isinstance(need(line, field), str | list):
-            raise RowError(field, f"expected text or a list of messages, got {kind(line[field])}")
-    if need(line, "reward") is not None:  # which stands for: left out
-        number("reward", line["reward"])
-    return line
 
 
 def pair_up(scored: Sequence[dict[str, Any]], pairing: Pairing) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -99,7 +81,7 @@ def pair_up(scored: Sequence[dict[str, Any]], pairing: Pairing) -> tuple[list[di
 def pairs_among(rewards: Sequence[float], pairing: Pairing) -> list[tuple[int, int]]:
     """Positions of (better, worse), the best ones first; none where all are equal.
 
-    best_worst: the best and the worst; of equal rewards, the earlier is the better one, as for `rlhf reject`. all:
+    best_worst: the best and the worst; of equal rewards, the earlier is the better one, as for `rlhf rejection`. all:
     whatever two rewards differ.
     """
     order = best_first([Candidate(0, reward) for reward in rewards], range(len(rewards)))

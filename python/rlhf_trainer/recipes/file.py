@@ -22,20 +22,16 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..cli import COMMANDS
-from ..config.base import OutputConfig
+from ..commands import COMMANDS
+from ..config.base import FolderConfig, OutputConfig, names_with
 from ..config.functions import import_function
-from ..config.parse import checked_values
-from ..errors import UsageError
+from ..config.parse import checked_values, is_required
+from ..errors import UsageError, did_you_mean
 
 SHIPPED = Path(__file__).parent
 OUTPUT = "output"
 KEYS = ("title", "source", "threads", "variables", "stages")
-OF_THE_RECIPE = ("output_dir", "overwrite", "resume")  # not for a stage to say
-INPUTS = (  # keys that name what has to be there
-    "model_name_or_path", "ref_model_name_or_path", "tokenizer_name_or_path", "reward_model", "models", "dataset",
-    "eval_dataset", "completions", "scored", "value_model_name_or_path",
-)  # fmt: skip
+OF_THE_RECIPE = tuple(field.name for field in dataclasses.fields(FolderConfig))  # not for a stage to say
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -170,7 +166,7 @@ def filled_variables(variables: dict[str, Any], where: str) -> dict[str, Any]:
 
 def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], where: str) -> Stage:
     given = dict(stages[name])
-    commands = [name for name, command in COMMANDS.items() if issubclass(command.config, OutputConfig)]
+    commands = [name for name, command in COMMANDS.items() if issubclass(command.load_config(), OutputConfig)]
     kinds = [kind for kind in ("command", "python") if kind in given]
     if len(kinds) != 1:
         raise UsageError(
@@ -180,7 +176,10 @@ def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], 
     (kind,) = kinds
     what = given.pop(kind)
     if kind == "command" and what not in commands:
-        raise UsageError(f"{where}: unknown command {what!r}; the commands are: {', '.join(commands)}")
+        raise UsageError(
+            f"{where}: unknown command {what!r}{did_you_mean(str(what), commands)}; "
+            f"the commands are: {', '.join(commands)}"
+        )
     if kind == "python":
         other = [str(key) for key in given if key != "options"]
         if other:
@@ -240,16 +239,11 @@ def placed(stage: Stage, folder: Path) -> dict[str, Any]:
 
 
 def config_of(stage: Stage, folder: Path) -> OutputConfig:
-    """What a command is told, where all stages' folders lie in `folder`. UsageError for what it would not take."""
-    cls = COMMANDS[stage.what].config
-    values = checked_values(cls, placed(stage, folder), stage.where)
-    values |= {"output_dir": str(folder / stage.name), "resume": True}
-    nothing = dataclasses.MISSING
-    missing = [
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is nothing and field.default_factory is nothing and field.name not in values
-    ]
+    """A command's configuration, where all stages' folders lie in `folder`; UsageError for what it would refuse."""
+    cls = COMMANDS[stage.what].load_config()
+    values = checked_values(cls, placed(stage, folder), stage.where, f"rlhf {stage.what}")
+    values |= {"output_dir": str(folder / stage.name), "resume_from_checkpoint": True}
+    missing = [field.name for field in dataclasses.fields(cls) if is_required(field) and field.name not in values]
     if missing:
         raise UsageError(f"{stage.where}: missing, but needed by {stage.what}: {', '.join(missing)}")
     try:
@@ -274,10 +268,10 @@ def check_recipe(recipe: Recipe, output_dir: Path) -> None:
         if stage.kind == "python":
             function_of(stage)
             continue
-        config_of(stage, output_dir)
-        for key in INPUTS:
-            given = stage.options.get(key)
-            for name in given if isinstance(given, list) else [given]:
+        config = config_of(stage, output_dir)
+        for key in names_with(type(config), "names_input"):
+            value = stage.options.get(key)
+            for name in value if isinstance(value, list) else [value]:
                 is_path = isinstance(name, str) and (
                     name.startswith(("/", ".")) or name.endswith((".jsonl", ".parquet"))
                 )

@@ -1,4 +1,4 @@
-"""What the stages of a recipe consumed and left, in numbers and for a person."""
+"""The report of a recipe: the inputs, outputs and numbers of its stages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..commands import COMMANDS
+from ..config.base import names_with
 from ..evaluation.report import table
-from .file import INPUTS, REFERENCE, Recipe, Stage, placed
+from .file import REFERENCE, Recipe, Stage, placed
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.json"
 NOT_SHOWN = ("step", "epoch", "tokens_per_second", "learning_rate")
@@ -41,16 +43,17 @@ def stage_report(stage: Stage, work: Path) -> dict[str, Any]:
 
 
 def consumed(stage: Stage, work: Path) -> dict[str, Any]:
-    """By key, what the stage took: from the world outside, or from an earlier stage; files with their rows."""
-    found = {}
+    """The stage's inputs by key: from outside, or from an earlier stage; files with their rows."""
+    inputs = names_with(COMMANDS[stage.what].load_config(), "names_input") if stage.kind == "command" else []
+    sources = {}
     for key, value in placed(stage, work).items():
-        given = json.dumps(stage.options[key])
-        if value is None or (key not in INPUTS and not REFERENCE.search(given)) or "${output}" in given:
+        option = json.dumps(stage.options[key])
+        if value is None or (key not in inputs and not REFERENCE.search(option)) or "${output}" in option:
             continue
         for name, source in leaves(key, value):
             rows = rows_of(Path(source))
-            found[name] = {"from": source} | ({} if rows is None else {"rows": rows})
-    return found
+            sources[name] = {"from": source} | ({} if rows is None else {"rows": rows})
+    return sources
 
 
 def leaves(name: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -89,7 +92,7 @@ def in_markdown(report: dict[str, Any]) -> str:
     lines += [f"After {report['source']}.", ""] if report["source"] else []
     lines += ["| stage | does | consumed | left | seconds |", "| --- | --- | --- | --- | ---: |"]
     for stage in report["stages"]:
-        taken = "; ".join(f"{key}: {told(source)}" for key, source in stage["consumed"].items())
+        taken = "; ".join(f"{key}: {describe(source)}" for key, source in stage["consumed"].items())
         left = [f"{name}: {count:,} rows" for name, count in stage["rows"].items()]
         left += [f"a model, {stage['steps']} steps"] if "steps" in stage else []
         seconds = f"{stage['seconds']:.0f}" + (", resumed" if stage["resumed"] else "")
@@ -103,7 +106,7 @@ def in_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def told(source: dict[str, Any]) -> str:
+def describe(source: dict[str, Any]) -> str:
     return f"{source['from']}" + (f" ({source['rows']:,} rows)" if "rows" in source else "")
 
 

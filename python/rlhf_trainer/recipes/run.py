@@ -10,19 +10,19 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from ..cli import COMMANDS
-from ..config.base import RecipeConfig
+from ..commands import COMMANDS
 from ..config.parse import dump_yaml
-from ..errors import UsageError
-from ..training.journal import begin
-from ..training.output_folder import CONFIG_FILE, commit_output, is_taken, open_output, partial_folder
+from ..errors import TrainingError, UsageError
+from ..training.files import write_whole
+from ..training.output_folder import CONFIG_FILE, begin, commit_output, is_taken, open_output, partial_folder
+from ..training.processes import single_process
+from .config import FunctionConfig, RecipeConfig
 from .file import Recipe, Stage, check_recipe, config_of, function_of, placed, read_recipe
 from .report import in_markdown, report_of
 
@@ -36,17 +36,19 @@ def run_recipe(config: RecipeConfig) -> Path:
     if config.dry_run:
         print("\n".join(as_commands(recipe, folder)))
         return folder
-    if config.resume and not partial_folder(folder).exists():  # before `begin` says that nothing is left to do
+    if (
+        config.resume_from_checkpoint and not partial_folder(folder).exists()
+    ):  # before `begin` says that nothing is left to do
         check_same_stages(folder, recipe)
-    _, finished = begin(config, "rlhf recipe")
-    if finished:
+    single_process("rlhf recipe")
+    if not begin(config):
         return folder
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
-    work = open_output(folder, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(folder, config.overwrite_output_dir, dump_yaml(config), config.resume_from_checkpoint)
     check_same_stages(work, recipe)
-    write(work / RECIPE_FILE, recipe.text())
+    write_whole(work / RECIPE_FILE, recipe.text())
     done: dict[str, Any] = json.loads((work / DONE_FILE).read_text()) if (work / DONE_FILE).exists() else {}
     for number, stage in enumerate(recipe.stages, start=1):
         title = f"stage {number} of {len(recipe.stages)}, {stage.name}"
@@ -57,41 +59,43 @@ def run_recipe(config: RecipeConfig) -> Path:
         again, started = has_begun(work, stage.name), time.perf_counter()
         try:
             run_stage(stage, work)
-        except UsageError as error:
-            kept = f"What is done is kept in {work}: pass --resume to go on there"
-            raise UsageError(f"{stage.where}: {error}\n{kept}") from error
+        except (UsageError, TrainingError) as error:
+            kept = f"What is done is kept in {work}: pass --resume_from_checkpoint to go on there"
+            raise type(error)(f"{stage.where}: {error}\n{kept}") from error
         done[stage.name] = {"seconds": round(time.perf_counter() - started, 1), "resumed": again}
-        write(work / DONE_FILE, json.dumps(done))
+        write_whole(work / DONE_FILE, json.dumps(done))
 
     report = renamed(report_of(recipe, work, done), f"{work}/", "")  # its paths begin at output_dir
-    write(work / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write(work / "report.md", in_markdown(report))
+    write_whole(work / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(work / "report.md", in_markdown(report))
     # The stages were told of folders that are about to move. What they were told can be told to `rlhf` again.
     for path in work.rglob(CONFIG_FILE):
         if path.parent != work:
             told = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), str(work), str(folder))
-            write(path, yaml.safe_dump(told, sort_keys=False))
-    commit_output(folder, config.overwrite)
+            write_whole(path, yaml.safe_dump(told, sort_keys=False))
+    commit_output(config)
     print(f"\n{in_markdown(report)}\nsaved to {folder}; this report is {folder / 'report.md'}")
     return folder
 
 
 def run_stage(stage: Stage, work: Path) -> None:
     if stage.kind == "command":
-        command = COMMANDS[stage.what]
-        getattr(import_module(f".{command.module}", __package__), command.function)(config_of(stage, work))
-    elif not (work / stage.name).exists():  # a function cannot be asked to go on, so it starts anew
-        options = placed(stage, work)
-        told = yaml.safe_dump({"python": stage.what, "options": options}, sort_keys=False)
-        folder = open_output(work / stage.name, overwrite=True, config_text=told)
+        COMMANDS[stage.what].load_function()(config_of(stage, work))
+    elif not (work / stage.name).exists():  # a function cannot be resumed, so it starts anew
+        config = FunctionConfig(
+            output_dir=str(work / stage.name), overwrite_output_dir=True, python=stage.what, options=placed(stage, work)
+        )
+        folder = open_output(config)
         try:
-            function_of(stage)(folder, **options)
-        except UsageError:
+            function_of(stage)(folder, **config.options)
+        except (UsageError, TrainingError):
             raise
         except Exception as error:
-            error.add_note(f"{stage.where}: {stage.what} raised this. Mended, the recipe goes on with --resume")
+            error.add_note(
+                f"{stage.where}: {stage.what} raised this. Mended, the recipe goes on with --resume_from_checkpoint"
+            )
             raise
-        commit_output(work / stage.name, overwrite=False)
+        commit_output(config)
 
 
 def has_begun(work: Path, name: str) -> bool:
@@ -116,8 +120,9 @@ def check_same_stages(folder: Path, recipe: Recipe) -> None:
 
 def other_recipe(folder: Path, difference: str) -> UsageError:
     return UsageError(
-        f"{folder} is of another recipe, so --resume cannot go on with it ({difference}). Only stages that have "
-        "not begun may be changed; choose another output_dir, or pass --overwrite without --resume to replace it"
+        f"{folder} is of another recipe, so --resume_from_checkpoint cannot go on with it ({difference}). "
+        "Only stages that have not begun may be changed; choose another output_dir, or pass --overwrite_output_dir "
+        "without --resume_from_checkpoint to replace it"
     )
 
 
@@ -143,10 +148,3 @@ def renamed(value: Any, old: str, new: str) -> Any:
     if isinstance(value, list):
         return [renamed(item, old, new) for item in value]
     return value.replace(old, new) if isinstance(value, str) else value
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

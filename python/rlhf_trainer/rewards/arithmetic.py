@@ -9,7 +9,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from ..data.chat import kind
+from ..errors import kind
 
 MOST_CHARACTERS = 1000
 MOST_BITS = 3000  # of a power, and of the result

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..config.base import JudgeConfig
-from ..data.chat import RowError
-from ..data.examples import Prompt, encode_prompt, encode_response
-from ..errors import UsageError
-from ..models.loading import check_fit, check_vocabulary, largest_id, load_pretrained, load_tokenizer, pad_id_of
+from ..data.encoding import encode_prompt, encode_response, is_empty, like_prompt
+from ..data.examples import Prompt
+from ..errors import RowError, UsageError
+from ..models.checks import check_fit, check_vocabulary, largest_id, pad_id_of
+from ..models.loading import load_pretrained, load_tokenizer
 from ..models.scoring import batch_count, load_reward_model, score_sequences
-from ..rollouts.sample import is_empty, like_prompt
-from ..training.journal import Run, batches_of_like_length
+from ..training.journal import RunBatch, batches_of_like_length
+from .config import RewardsConfig
 
 # Their positions begin behind that of the padding token, whatever their tables hold.
 OFFSET_MODELS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "roberta-prelayernorm")
@@ -31,9 +31,9 @@ class ModelReward:
 
     name = "reward_model"
 
-    def __init__(self, name: str, config: JudgeConfig, device: torch.device, batch_size: int, *, key: str) -> None:
+    def __init__(self, name: str, config: RewardsConfig, device: torch.device, batch_size: int, *, key: str) -> None:
         self.source, self.device, self.batch_size = name, device, batch_size
-        self.bf16 = config.precision == "bf16"
+        self.bf16 = config.bf16
         self.tokenizer = load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)
         self.model = load_reward_model(
             name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
@@ -48,7 +48,7 @@ class ModelReward:
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         return batch_count(list(map(self.ids, prompts, texts)), self.batch_size)
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> Tensor:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> Tensor:
         sequences = list(map(self.ids, prompts, texts))
         check_positions(self.model, self.source, prompts, [len(ids) for ids in sequences])
         return score_sequences(
@@ -61,7 +61,7 @@ class ModelReward:
             ids = encode_prompt(self.tokenizer, prompt.prompt)
             if is_empty(text):
                 return ids + [i for i in [self.tokenizer.eos_token_id] if i is not None]
-            return ids + encode_response(self.tokenizer, prompt.prompt, like_prompt(prompt, text), "completion")
+            return ids + encode_response(self.tokenizer, prompt.prompt, like_prompt(prompt.prompt, text), "completion")
         except RowError as error:
             raise UsageError(f"the reward model {self.source!r}: row {prompt.row}, {error}") from error
 
@@ -88,21 +88,23 @@ class ClassifierReward:
 
     name = "classifier"
 
-    def __init__(self, name: str, label: str, config: JudgeConfig, device: torch.device, batch_size: int) -> None:
+    def __init__(self, name: str, label: str, config: RewardsConfig, device: torch.device, batch_size: int) -> None:
         self.source, self.batch_size = name, batch_size
-        self.tokenizer = load_tokenizer(name, key="rewards", trust_remote_code=config.trust_remote_code)
+        self.tokenizer = load_tokenizer(name, key="reward_funcs", trust_remote_code=config.trust_remote_code)
         if self.tokenizer.pad_token_id is None:
-            raise UsageError(f"rewards: the tokenizer of the classifier {name!r} has no padding token")
+            raise UsageError(f"reward_funcs: the tokenizer of the classifier {name!r} has no padding token")
         self.model = load_pretrained(
-            AutoModelForSequenceClassification, name, "a classifier", key="rewards",
+            AutoModelForSequenceClassification, name, "a classifier", key="reward_funcs",
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
         ).to(device)  # fmt: skip
         check_vocabulary(self.model, largest_id(self.tokenizer))
         labels = {said: i for i, said in self.model.config.id2label.items()}
         if len(labels) < 2:
-            raise UsageError(f"rewards: {name!r} has one output, so it is a reward model: name it as model:{name}")
+            raise UsageError(f"reward_funcs: {name!r} has one output, so it is a reward model: name it as model:{name}")
         if label not in labels:
-            raise UsageError(f"rewards: the classifier {name!r} has no label {label!r}; it has {', '.join(labels)}")
+            raise UsageError(
+                f"reward_funcs: the classifier {name!r} has no label {label!r}; it has {', '.join(labels)}"
+            )
         self.label = labels[label]
         # Some tokenizers write token types for models that take none.
         self.with_types = "token_type_ids" in inspect.signature(self.model.forward).parameters
@@ -114,7 +116,7 @@ class ClassifierReward:
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         return len(self.batches(self.encode(prompts, texts)))
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
         encoded = self.encode(prompts, texts)
         check_positions(self.model, self.source, prompts, [len(ids) for ids in encoded])
         rewards = [0.0] * len(encoded)

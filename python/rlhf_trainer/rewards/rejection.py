@@ -1,4 +1,4 @@
-"""`rlhf reject`: rejection sampling. Completions get rewards, and the best are kept to be learned by SFT.
+"""`rlhf rejection`: rejection sampling. Completions get rewards, and the best are kept to be learned by SFT.
 
 Rewards make a matrix, prompts by completions (a ragged one: numbers may differ). `top_per_prompt` takes the best of
 each row (k = 1: best of N), so every prompt is represented; `top_overall` the best of the whole matrix, so prompts
@@ -22,41 +22,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
-from ..config.base import RejectConfig
-from ..config.parse import dump_yaml
-from ..data.chat import RowError, check_prompt, check_response, kind
-from ..data.examples import Prompt, encode_prompt, encode_response
-from ..data.rows import read_checked
+from ..data.completions import (
+    COMPLETIONS_FILE,
+    SCORED_FILE,
+    Row,
+    as_scored,
+    as_selected,
+    files_in,
+    in_numbers,
+    left_out,
+    read_completions,
+    text_of,
+)
+from ..data.examples import Prompt
 from ..errors import UsageError
-from ..models.loading import check_fit
-from ..rollouts.sample import COMPLETIONS_FILE, is_empty
-from ..training.journal import Progress, begin, write_jsonl
-from ..training.output_folder import commit_output, open_output
-from .rewards import load_rewards
-
-SCORED_FILE = "scored.jsonl"
-UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"
-
-
-class Row(NamedTuple):
-    """A completion as it was read; `ids`: prompt and completion as each of the reward models' tokenizers makes them."""
-
-    source: str
-    number: int
-    prompt: Any
-    completion: Any
-    model: str
-    finished: bool
-    columns: dict[str, Any]  # of the prompt's row
-    ids: list[list[int]]
-    left_out: str | None  # why it cannot be selected
-
-    @property
-    def prompt_key(self) -> str:
-        """Equal for equal prompts, whatever file or model they come from."""
-        return json.dumps(self.prompt, sort_keys=True)
+from ..models.checks import check_fit
+from ..training.journal import Journal, write_jsonl
+from ..training.output_folder import begin, commit_output, open_output
+from ..training.processes import single_process
+from .config import RejectionConfig
+from .loading import load_rewards
 
 
 class Candidate(NamedTuple):
@@ -104,26 +89,26 @@ def best_first(candidates: Sequence[Candidate], positions: Sequence[int]) -> lis
     return sorted(positions, key=lambda i: (-candidates[i].reward, i))
 
 
-def select(config: RejectConfig, candidates: Sequence[Candidate]) -> list[int]:
+def select(config: RejectionConfig, candidates: Sequence[Candidate]) -> list[int]:
     """Positions of the candidates that are selected, of those with min_reward."""
     if config.min_reward is not None:
         good = [i for i, candidate in enumerate(candidates) if candidate.reward >= config.min_reward]
         chosen = select(replace(config, min_reward=None), [candidates[i] for i in good])
         return [good[i] for i in chosen]
-    if config.selection == "top_overall":
+    if config.selection == "top_k_overall":
         return top_overall(candidates, config.k, config.max_per_prompt)
     if config.selection == "random":
         return random_per_prompt(candidates, config.k, config.seed)
     return top_per_prompt(candidates, config.k)
 
 
-def reject(config: RejectConfig) -> Path:
+def rejection(config: RejectionConfig) -> Path:
     """Writes scored.jsonl (all), selected.jsonl (for SFT) and report.json into output_dir, which it returns."""
-    device, finished = begin(config, "rlhf reject")
-    if finished:
+    device = single_process("rlhf rejection")
+    if not begin(config):
         return Path(config.output_dir)
     files = files_in(config.completions, COMPLETIONS_FILE, "completions")
-    judges = load_rewards(config, device, batch_size=config.batch_size)
+    judges = load_rewards(config, device, batch_size=config.per_device_eval_batch_size)
     tokenizers = [model.tokenizer for model in judges.models]
     rows = [row for file in files for row in read_completions(file, tokenizers, config.max_length)]
     usable = [row for row in rows if row.left_out is None]
@@ -138,10 +123,10 @@ def reject(config: RejectConfig) -> Path:
             check_fit(model.model, model.tokenizer, [usable[i].number for i in places], lengths, file)
         judges.check([prompts[i] for i in places], file)
 
-    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(config)
     data = [(row.ids, row.prompt_key, text, row.columns) for row, text in zip(usable, texts, strict=True)]
     batches = judges.batch_count(prompts, texts)
-    with Progress(work / "progress.jsonl", batches, "rlhf reject", data) as progress:
+    with Journal(work / "progress.jsonl", batches, "rlhf rejection", data) as progress:
         scores = judges(prompts, texts, run=progress.run)
     rewards = scores.total.tolist()
     numbers = {name: i for i, name in enumerate(dict.fromkeys(row.prompt_key for row in usable))}
@@ -158,76 +143,9 @@ def reject(config: RejectConfig) -> Path:
         report["below_min_reward"] = sum(reward < config.min_reward for reward in rewards)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     progress.remove()
-    folder = commit_output(config.output_dir, config.overwrite)
-    print(in_words(report) + f"\nsaved to {folder / 'selected.jsonl'}, which rlhf sft takes as --dataset")
+    folder = commit_output(config)
+    print(in_words(report) + f"\nsaved to {folder / 'selected.jsonl'}, which rlhf sft takes as --dataset_name")
     return folder
-
-
-def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
-    """Files as they are, of folders the one of that name; UsageError where one is there twice."""
-    files = [str(Path(name) / file_name) if Path(name).is_dir() else name for name in names]
-    places = Counter(Path(file).resolve() for file in files)
-    twice = [str(place) for place, times in places.items() if times > 1]
-    if twice:
-        raise UsageError(f"{key}: {twice[0]} is there twice")
-    return files
-
-
-def read_completions(file: str, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> list[Row]:
-    """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
-    `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
-    return read_checked(
-        file, lambda number, row: checked_row(file, number, row, tokenizers, max_length), "completions",
-        "rows with prompt and completion, as `rlhf sample` writes them",
-    )  # fmt: skip
-
-
-def checked_row(
-    file: str, number: int, row: dict[str, Any], tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
-) -> Row:
-    for field in ("prompt", "completion"):
-        if row.get(field) is None:
-            raise RowError(field, f"missing; the row has: {', '.join(row)}")
-    model, finished = row.get("model", file), row.get("finished", True)
-    columns = {} if row.get("columns") is None else row["columns"]
-    if not isinstance(model, str):
-        raise RowError("model", f"expected text, got {kind(model)}")
-    if not isinstance(finished, bool):
-        raise RowError("finished", f"expected true or false, got {kind(finished)}")
-    if not isinstance(columns, dict):
-        raise RowError("columns", f"expected a mapping, got {kind(columns)}")
-    prompt, completion = row["prompt"], row["completion"]
-    check_prompt(prompt)
-    ids = [encode_prompt(tokenizer, prompt) for tokenizer in tokenizers]
-    if is_empty(completion):
-        return Row(file, number, prompt, completion, model, finished, columns, ids, EMPTY)
-    check_response(prompt, completion, "completion")
-    for tokenizer, sequence in zip(tokenizers, ids, strict=True):
-        sequence += encode_response(tokenizer, prompt, completion, "completion")
-    is_long = any(len(sequence) > max_length for sequence in ids)
-    problem = UNFINISHED if not finished else TOO_LONG if is_long else None
-    return Row(file, number, prompt, completion, model, finished, columns, ids, problem)
-
-
-def text_of(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def as_scored(row: Row, reward: float | None, parts: dict[str, float]) -> dict[str, Any]:
-    """A line of scored.jsonl: `reward` is null where `left_out` says why; of several functions, `rewards` has each."""
-    return {
-        "prompt": row.prompt, "completion": row.completion, "model": row.model, "finished": row.finished,
-        "reward": reward, "left_out": row.left_out,
-    } | ({"rewards": parts} if len(parts) > 1 else {})  # fmt: skip
-
-
-def as_selected(row: Row, reward: float) -> dict[str, Any]:
-    return {"prompt": row.prompt, "completion": row.completion, "reward": reward, "model": row.model}
-
-
-def left_out(rows: Sequence[Row]) -> dict[str, int]:
-    counts = Counter(row.left_out for row in rows)
-    return {reason: counts[reason] for reason in (UNFINISHED, EMPTY, TOO_LONG)}
 
 
 def report_of(
@@ -263,7 +181,3 @@ def in_words(report: dict[str, Any]) -> str:
         f"selected:   {selected['completions']} of {selected['prompts']} prompts, "
         + (f"mean reward {selected['mean_reward']:+.4f}" if selected["completions"] else "none has min_reward")
     )
-
-
-def in_numbers(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())

@@ -33,15 +33,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config.base import JudgeConfig
-from ..config.functions import import_function
-from ..data.chat import kind
+from ..data.encoding import like_prompt
 from ..data.examples import Prompt
-from ..errors import UsageError
-from ..rollouts.sample import like_prompt
-from ..training.journal import Run, at_once
-from .model_rewards import ClassifierReward, ModelReward
-from .verifiable import VERIFIABLE, Verifiable
+from ..errors import UsageError, kind
+from ..training.journal import RunBatch, compute_only
+from .model_rewards import ModelReward
+from .verifiable import Verifiable
 
 MODEL, CLASSIFIER = "model", "classifier"
 LARGEST = torch.finfo(torch.float32).max
@@ -63,47 +60,7 @@ class Reward(Protocol):
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int: ...
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> Any: ...
-
-
-def load_rewards(config: JudgeConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
-    """The functions that a configuration names, the reward_model first. Models, which cost most, are loaded last, and
-    score `batch_size` completions at once."""
-    makers = [] if config.reward_model is None else [model_maker(config.reward_model, "reward_model")]
-    makers += [maker_of(spec) for spec in config.rewards]
-    functions = [make(config, device, batch_size) for make in makers]
-    return Rewards(functions, config.reward_weights or [1.0] * len(functions))
-
-
-Maker = Callable[[JudgeConfig, torch.device, int], Reward]
-
-
-def model_maker(name: str, key: str) -> Maker:
-    return lambda config, device, batch_size: ModelReward(name, config, device, batch_size, key=key)
-
-
-def maker_of(spec: str) -> Maker:
-    """What makes the reward that `spec` names; UsageError where there is none such."""
-    name, _, argument = spec.partition(":")
-    if name == MODEL:
-        return model_maker(argument, "rewards")
-    if name == CLASSIFIER:
-        folder, _, label = argument.rpartition(":")
-        if not folder or not label:
-            raise UsageError(f"rewards: expected classifier:NAME:LABEL, got {spec!r}")
-        return lambda config, device, batch_size: ClassifierReward(folder, label, config, device, batch_size)
-    if name in VERIFIABLE:
-        try:
-            verifiable = VERIFIABLE[name](argument)
-        except ValueError as error:
-            raise UsageError(f"rewards: {spec!r}: {error}") from error
-        row_reward = RowReward(name, verifiable)
-        return lambda *_: row_reward
-    if not argument:
-        known = ", ".join([*VERIFIABLE, f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
-        raise UsageError(f"rewards: {spec!r} is unknown; known are {known}, and module:function for one of your own")
-    user_reward = UserReward(spec, import_function(spec, "rewards:"))
-    return lambda *_: user_reward
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> Any: ...
 
 
 class Rewards:
@@ -130,7 +87,7 @@ class Rewards:
         """How often `run` will be called."""
         return sum(function.batch_count(prompts, texts) for function in self.functions)
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], *, run: Run = at_once) -> Scores:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], *, run: RunBatch = compute_only) -> Scores:
         """Rewards of texts [N], each the completion of the prompt at its place; `run` runs each batch of the work."""
         if len(prompts) != len(texts):
             raise ValueError(f"expected a text for each prompt, got {len(texts)} for {len(prompts)}")
@@ -161,7 +118,7 @@ class RowReward:
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         return 1
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
         expected = [self.expected(prompt) for prompt in prompts]
 
         def score() -> list[float]:
@@ -201,12 +158,12 @@ class UserReward:
         try:
             parameters = inspect.signature(function).parameters.values()
         except (TypeError, ValueError) as error:
-            raise UsageError(f"rewards: {spec!r}: cannot tell what it takes: {error}") from error
+            raise UsageError(f"reward_funcs: {spec!r}: cannot tell what it takes: {error}") from error
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if positional:
             raise UsageError(
-                f"rewards: {spec!r} must take {positional[0]!r} by name: f(prompts, completions, **columns)"
+                f"reward_funcs: {spec!r} must take {positional[0]!r} by name: f(prompts, completions, **columns)"
             )
         self.asked = [p.name for p in named]
         self.needed = [p.name for p in named if p.default is p.empty and p.name not in ("prompts", "completions")]
@@ -224,7 +181,7 @@ class UserReward:
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         return 1
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: Run) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
         return run(lambda: checked(self.spec, self.values(prompts, texts), prompts))
 
     def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
@@ -249,7 +206,7 @@ class UserReward:
         columns = present if self.takes_all else [column for column in present if column in self.asked]
         given = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
         given["prompts"] = [prompt.prompt for prompt in prompts]
-        given["completions"] = list(map(like_prompt, prompts, texts))
+        given["completions"] = list(map(like_prompt, given["prompts"], texts))
         return self.function(**{name: given[name] for name in given if self.takes_all or name in self.asked})
 
 

@@ -16,7 +16,7 @@ import jsonschema
 import referencing
 import regex
 
-from ..data.chat import kind
+from ..errors import kind
 from . import sandbox
 from .arithmetic import value_of
 

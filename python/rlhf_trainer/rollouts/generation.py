@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..models.loading import pad_id_of
-from ..training.journal import Run, at_once, batches_of_like_length
+from ..models.checks import pad_id_of
+from ..training.journal import RunBatch, batches_of_like_length, compute_only
 
 
 class Sampling(NamedTuple):
@@ -54,11 +54,11 @@ def generate(
     batch_size: int,
     seed: int,
     bf16: bool = False,
-    run: Run = at_once,
+    run: RunBatch = compute_only,
 ) -> list[Completion]:
     """One completion for each of prompts (token ids), in their order; a prompt may be there several times.
 
-    `run` runs each batch; that of a `Progress` keeps the results.
+    `run` runs each batch; that of a `Journal` keeps the results.
     """
     completions: list[Completion | None] = [None] * len(prompts)
     for number, positions in enumerate(batches_of_like_length([len(prompt) for prompt in prompts], batch_size)):

@@ -18,7 +18,7 @@ READ_BYTES = 65536
 SAID = 300  # characters of what a server said that a message repeats
 
 
-class Unusable(Exception):
+class RequestError(Exception):
     """What a request came to, in words; `again`: whether another try may come to something else."""
 
     def __init__(self, reason: str, again: bool = True) -> None:
@@ -34,15 +34,15 @@ class Server:
         self.timeout_s, self.retries, self.first_delay_s = timeout_s, retries, first_delay_s
 
     def ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Result]) -> Result:
-        """`read` of the answer to POST body, or to GET; Unusable where every try, or `read` of its answer, is."""
+        """`read` of the answer to POST body, or to GET; RequestError where every try, or `read` of its answer, is."""
         retry = 0
         while True:
             try:
                 return read(self._exchange(path, body))
-            except Unusable as problem:
+            except RequestError as problem:
                 if not problem.again or retry == self.retries:
                     tries = "" if retry == 0 else f" (at the last of {retry + 1} tries)"
-                    raise Unusable(f"{problem}{tries}", problem.again) from problem
+                    raise RequestError(f"{problem}{tries}", problem.again) from problem
             time.sleep(min(self.first_delay_s * 2**retry, LONGEST_DELAY_S))
             retry += 1
 
@@ -57,18 +57,18 @@ class Server:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 answer = self._read(response, deadline)
         except urllib.error.HTTPError as error:
-            raise Unusable(
+            raise RequestError(
                 f"HTTP {error.code}: {said_by(error)}", again=error.code >= 500 or error.code in (408, 429)
             ) from error
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # URLError wraps what happened while connecting
             if isinstance(cause, TimeoutError):
-                raise Unusable(f"no answer within {self.timeout_s:g} seconds") from error
-            raise Unusable(f"{type(cause).__name__}: {cause}") from error
+                raise RequestError(f"no answer within {self.timeout_s:g} seconds") from error
+            raise RequestError(f"{type(cause).__name__}: {cause}") from error
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
-            raise Unusable(f"the answer is not JSON: {answer[:SAID].decode(errors='replace')!r}") from error
+            raise RequestError(f"the answer is not JSON: {answer[:SAID].decode(errors='replace')!r}") from error
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         """All of it by the deadline: a socket's timeout starts anew with every byte that drips in."""

@@ -1,4 +1,4 @@
-"""`rlhf sample`: completions of prompts by one or several models, for `rlhf reject` to choose from.
+"""`rlhf sample`: completions of prompts by one or several models, for `rlhf rejection` to choose from.
 
 Text travels, not token ids: what is written here is encoded again by whoever reads it (`encode_prompt`,
 `encode_response`), with a tokenizer of its own, and ends with that tokenizer's end of sequence. A completion that a
@@ -17,17 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..config.base import GenerationConfig, SampleConfig
-from ..config.parse import dump_yaml
-from ..data.examples import Loaded, Prompt, json_columns, load_prompts
+from ..data.completions import COMPLETIONS_FILE, row_of
+from ..data.encoding import is_empty
+from ..data.examples import Prompt
 from ..errors import UsageError
-from ..models.loading import check_fit, load_causal_lm, load_tokenizer, shell_of
-from ..training.journal import Progress, batches_of_like_length, begin, write_jsonl
-from ..training.output_folder import commit_output, open_output
-from .generation import Completion, Sampling, completion_text, generate_batch
-from .sampler import Asked, Failure, Sampler, make_sampler
+from ..models.checks import check_fit
+from ..models.loading import load_causal_lm, load_tokenizer, meta_model
+from ..training.journal import Journal, batches_of_like_length, write_jsonl
+from ..training.output_folder import begin, commit_output, open_output
+from ..training.processes import single_process
+from .config import SampleConfig
+from .generation import Completion, completion_text, generate_batch
+from .loading import make_sampler, prompts_of, sampling_of
+from .sampler import Failure, Sampler, request_of
 
-COMPLETIONS_FILE = "completions.jsonl"
 FAILURES_FILE = "failures.jsonl"
 SHORTER = "prompt and max_new_tokens together may have at most {positions}"
 
@@ -52,8 +55,8 @@ class Written(NamedTuple):
 
 def sample(config: SampleConfig) -> Path:
     """Writes output_dir/completions.jsonl: by model, then by prompt; returns output_dir."""
-    device, finished = begin(config, "rlhf sample")
-    if finished:
+    device = single_process("rlhf sample")
+    if not begin(config):
         return Path(config.output_dir)
     twice = sorted({name for name in config.models if config.models.count(name) > 1})
     if twice:
@@ -62,33 +65,33 @@ def sample(config: SampleConfig) -> Path:
     parts: list[Part] = []
     for name in config.models:  # everything but the weights is looked at before any model works for hours
         tokenizer = load_tokenizer(name, key="models", trust_remote_code=config.trust_remote_code)
-        prompts = prompts_of(config, tokenizer).examples
+        prompts = prompts_of(config, tokenizer, config.dataset_train_split).examples
         asked = [prompt for prompt in prompts for _ in range(config.num_completions)]
-        batches = batches_of_like_length([prompt.length for prompt in asked], config.batch_size)
+        batches = batches_of_like_length([prompt.length for prompt in asked], config.per_device_generation_batch_size)
         lengths = [prompt.length + config.max_new_tokens for prompt in asked]
-        shell = shell_of(name, key="models", trust_remote_code=config.trust_remote_code)
-        check_fit(shell, tokenizer, [prompt.row for prompt in asked], lengths, config.dataset, SHORTER)
+        shell = meta_model(name, key="models", trust_remote_code=config.trust_remote_code)
+        check_fit(shell, tokenizer, [prompt.row for prompt in asked], lengths, config.dataset_name, SHORTER)
         server = None if config.server_url is None else make_sampler(config, shell, tokenizer)
         parts.append(Part(name, tokenizer, asked, batches, sum(len(part.batches) for part in parts), server))
 
-    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(config)
     total = sum(len(part.batches) for part in parts)
     data = [(part.model, [prompt.ids for prompt in part.asked]) for part in parts]
-    with Progress(work / "progress.jsonl", total, "rlhf sample", data) as progress:
+    with Journal(work / "progress.jsonl", total, "rlhf sample", data) as progress:
         found = [row for part in parts for row in completions_of(config, part, progress, device)]
     rows, failures = [row for row in found if "reason" not in row], [row for row in found if "reason" in row]
     write_jsonl(work / COMPLETIONS_FILE, rows)
     if failures:
         write_jsonl(work / FAILURES_FILE, failures)
     progress.remove()
-    folder = commit_output(config.output_dir, config.overwrite)
+    folder = commit_output(config)
     print(summary(rows, len({row["prompt_row"] for row in rows})) + f"; saved to {folder / COMPLETIONS_FILE}")
     if failures:
         print(f"{len(failures)} more failed, and are in {folder / FAILURES_FILE}; the first: {failures[0]['reason']}")
     return folder
 
 
-def completions_of(config: SampleConfig, part: Part, progress: Progress, device: torch.device) -> list[dict[str, Any]]:
+def completions_of(config: SampleConfig, part: Part, progress: Journal, device: torch.device) -> list[dict[str, Any]]:
     """The rows of one model, in the order of what it is asked."""
     draw = drawer_of(config, part, device)
     rows: dict[int, dict[str, Any]] = {}
@@ -115,61 +118,16 @@ def drawer_of(
     sampling = sampling_of(config)
     if part.server is not None:
         return lambda prompts, number: part.server.generate(
-            [Asked(prompt.ids, prompt.prompt, f"{config.dataset}, row {prompt.row}") for prompt in prompts], sampling,
-            seed=config.seed, number=number,
-        )  # fmt: skip
+            [request_of(prompt, config.dataset_name) for prompt in prompts], sampling, seed=config.seed, number=number
+        )
     model = load_causal_lm(
         part.model, key="models", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     ).to(device)  # fmt: skip
     return lambda prompts, number: generate_batch(
         model, part.tokenizer, [prompt.ids for prompt in prompts], sampling, seed=config.seed, number=number,
-        bf16=config.precision == "bf16",
+        bf16=config.bf16,
     )  # fmt: skip
-
-
-def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict[str, Any]:
-    """A line of completions.jsonl, or of failures.jsonl."""
-    answer = {} if prompt.answer is None else {"answer": prompt.answer}
-    columns = json_columns(prompt)
-    if finished is None:
-        row = {"prompt": prompt.prompt, "model": model, "prompt_row": prompt.row, "reason": text}
-        return answer | columns | row
-    row = {
-        "prompt": prompt.prompt,
-        "completion": like_prompt(prompt, text),
-        "model": model,
-        "prompt_row": prompt.row,
-        "finished": finished,
-    }
-    return row | answer | ({"columns": columns} if columns else {})
-
-
-def like_prompt(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
-    """Text after a text, the assistant's message after messages."""
-    return text if isinstance(prompt.prompt, str) else [{"role": "assistant", "content": text}]
-
-
-def is_empty(completion: Any) -> bool:
-    """Whether a completion, text or messages, says nothing: `encode_response` refuses it."""
-    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-        completion = completion[-1].get("content")
-    return isinstance(completion, str) and not completion.strip()
-
-
-def prompts_of(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> Loaded[Prompt]:
-    """The prompts that a command which generates was told to take; says how many there are."""
-    prompts = load_prompts(
-        config.dataset, tokenizer, split=config.dataset_split, max_prompt_length=config.max_prompt_length,
-        format=config.dataset_format, streaming=config.streaming, skip_invalid_rows=config.skip_invalid_rows,
-        max_examples=config.max_prompts,
-    )  # fmt: skip
-    print(prompts.report(config.dataset))
-    return prompts
-
-
-def sampling_of(config: GenerationConfig) -> Sampling:
-    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)
 
 
 def summary(rows: list[dict[str, Any]], prompts: int) -> str:

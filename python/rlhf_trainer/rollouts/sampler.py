@@ -15,16 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
-from ..config.base import ServerConfig
-from .generation import Completion, Sampling, end_ids, generate_batch
+from ..data.examples import Prompt
+from .generation import Completion, Sampling, generate_batch
 
 
-class Asked(NamedTuple):
+class GenerationRequest(NamedTuple):
     """One prompt to be continued; the same one may be asked several times."""
 
     ids: list[int]  # as `data.encode_prompt` makes them
     prompt: str | list[dict[str, Any]]  # the same as text or messages, for samplers that take no ids
     where: str  # "prompts.jsonl, row 7", for messages
+
+
+def request_of(prompt: Prompt, source: str) -> GenerationRequest:
+    return GenerationRequest(prompt.ids, prompt.prompt, f"{source}, row {prompt.row}")
 
 
 class Failure(NamedTuple):
@@ -36,7 +40,7 @@ class Failure(NamedTuple):
 
 class Sampler(Protocol):
     def generate(
-        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
         """One for each of asked, in their order. (seed, number) seeds the draws: the same arguments give the same
         completions, where the sampler can do that."""
@@ -52,7 +56,7 @@ class LocalSampler:
         self.model, self.tokenizer, self.bf16 = model, tokenizer, bf16
 
     def generate(
-        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
         return generate_batch(
             self.model, self.tokenizer, [one.ids for one in asked], sampling, seed=seed, number=number, bf16=self.bf16,
@@ -61,22 +65,6 @@ class LocalSampler:
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         self.model, self.tokenizer = model, tokenizer  # what trains is what draws: nothing has to travel
-
-
-def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """The server, if there is one and it answers, else the model itself."""
-    if config.server_url is None:
-        return LocalSampler(model, tokenizer, config.precision == "bf16")
-    from .server import ServerSampler  # here, as it builds on this module
-
-    sampler = ServerSampler(
-        config.server_url, config.server_model or model.name_or_path, tokenizer, ends=end_ids(model, tokenizer),
-        vocabulary=model.get_input_embeddings().weight.shape[0], prompts=config.server_prompts,
-        sync_mode=config.server_sync, timeout_s=config.server_timeout, retries=config.server_retries,
-        concurrency=config.server_concurrency,
-    )  # fmt: skip
-    sampler.check()
-    return sampler
 
 
 def mismatch(sampler_logprobs: Tensor, trainer_logprobs: Tensor) -> dict[str, float]:

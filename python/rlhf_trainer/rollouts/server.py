@@ -23,13 +23,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.chat import RowError, prompt_text
-from ..errors import UsageError
-from ..models.loading import pad_id_of
-from ..training.output_folder import save_model
+from ..data.chat import prompt_text
+from ..errors import RowError, UsageError
+from ..models.checks import pad_id_of
+from ..models.loading import save_model
 from .generation import Completion, Sampling, up_to_end
-from .http_json import SAID, Server, Unusable
-from .sampler import Asked, Failure
+from .http_json import SAID, RequestError, Server
+from .sampler import Failure, GenerationRequest
 
 
 class ServerSampler:
@@ -70,14 +70,14 @@ class ServerSampler:
         at_once = Server(self.server.url, min(self.server.timeout_s, 30.0), retries=0)
         try:
             at_once.ask("/v1/models", None, listed_models)
-        except Unusable as problem:
+        except RequestError as problem:
             raise UsageError(
                 f"server_url: no OpenAI-compatible server answers at {self.server.url}/v1/models: {problem}. Start it, "
                 "or leave server_url out to generate in this process"
             ) from problem
 
     def generate(
-        self, asked: Sequence[Asked], sampling: Sampling, *, seed: int, number: int
+        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
         """One for each of asked; UsageError where there is none and the server never gave one, or is gone."""
 
@@ -86,7 +86,7 @@ class ServerSampler:
             try:
                 body = self._body(asked[position], sampling, draw)
                 return self.server.ask("/v1/completions", body, lambda answer: self._completion(answer, sampling))
-            except Unusable as problem:
+            except RequestError as problem:
                 return Failure(asked[position].where, str(problem))
 
         pool = ThreadPoolExecutor(self.concurrency)
@@ -119,7 +119,7 @@ class ServerSampler:
         else:
             try:
                 self.server.ask("/update_weights_from_disk", {"model_path": str(saved)}, updated)
-            except Unusable as problem:
+            except RequestError as problem:
                 raise UsageError(
                     f"server_sync: reload: {self.server.url}/update_weights_from_disk did not load {saved}: {problem}"
                 ) from problem
@@ -127,7 +127,7 @@ class ServerSampler:
             if old.resolve() != saved:
                 shutil.rmtree(old)
 
-    def _body(self, asked: Asked, sampling: Sampling, draw: int) -> dict[str, Any]:
+    def _body(self, asked: GenerationRequest, sampling: Sampling, draw: int) -> dict[str, Any]:
         """What is posted: all that shapes the distribution, as servers fill gaps from the model's own settings."""
         body = {
             "model": self.model_name, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
@@ -144,16 +144,16 @@ class ServerSampler:
         }  # fmt: skip
         return body | {"prompt": self._text(asked), "generation_config": json.dumps(settings)}
 
-    def _text(self, asked: Asked) -> str:
+    def _text(self, asked: GenerationRequest) -> str:
         """A text that tokenizers make asked.ids of; special tokens that they put in front must not be there twice."""
         try:
             text = prompt_text(self.tokenizer, asked.prompt)
         except RowError as error:
-            raise Unusable(str(error), again=False) from error
+            raise RequestError(str(error), again=False) from error
         for candidate in (text, text.removeprefix(self.tokenizer.bos_token or "")):
             if self.tokenizer(candidate).input_ids == asked.ids:
                 return candidate
-        raise Unusable(
+        raise RequestError(
             "a server would make other tokens of this prompt's text than the trainer does: pass server_prompts: ids",
             again=False,
         )
@@ -163,10 +163,10 @@ class ServerSampler:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             count = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:SAID]!r}"
-            raise Unusable(f"expected an answer with one choice, got {count}")
+            raise RequestError(f"expected an answer with one choice, got {count}")
         choice = choices[0]
         if choice.get("finish_reason") not in ("stop", "length"):  # an aborted one is no completion of the policy's
-            raise Unusable(f"expected finish_reason stop or length, got {choice.get('finish_reason')!r}")
+            raise RequestError(f"expected finish_reason stop or length, got {choice.get('finish_reason')!r}")
         stopped = choice["finish_reason"] == "stop"
         ids = choice.get("token_ids")
         if ids is None:
@@ -175,13 +175,13 @@ class ServerSampler:
             done = up_to_end(ids, self.ends)
             done = done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
         else:
-            raise Unusable(f"expected token_ids from 0 to {self.vocabulary - 1}, got {str(ids)[:SAID]}")
+            raise RequestError(f"expected token_ids from 0 to {self.vocabulary - 1}, got {str(ids)[:SAID]}")
         if stopped and not done.finished and self.tokenizer.eos_token_id is not None:
             done = Completion([*done.ids, self.tokenizer.eos_token_id], True)  # the end itself was not given
         if len(done.ids) > sampling.max_new_tokens:  # text encoded again may have more tokens than it was drawn with
             done = Completion(done.ids[: sampling.max_new_tokens], False)
         if not done.ids:
-            raise Unusable("the completion has no tokens, and did not end")
+            raise RequestError("the completion has no tokens, and did not end")
         return done
 
     def _encoded(self, choice: dict[str, Any], stopped: bool) -> Completion:
@@ -189,7 +189,7 @@ class ServerSampler:
         text = choice.get("text")
         if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
             # JSON can spell half of a character
-            raise Unusable(f"expected a choice with text, got {str(choice)[:SAID]!r}")
+            raise RequestError(f"expected a choice with text, got {str(choice)[:SAID]!r}")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if stopped and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
@@ -213,10 +213,10 @@ def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None
 
 def listed_models(answer: Any) -> list[Any]:
     if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
-        raise Unusable(f"expected a list of models, got {str(answer)[:SAID]!r}")
+        raise RequestError(f"expected a list of models, got {str(answer)[:SAID]!r}")
     return answer["data"]
 
 
 def updated(answer: Any) -> None:
     if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise Unusable(f"expected success, got {str(answer)[:SAID]!r}")
+        raise RequestError(f"expected success, got {str(answer)[:SAID]!r}")

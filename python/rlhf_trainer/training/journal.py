@@ -1,8 +1,7 @@
-"""Work that one process does batch by batch, shows in one bar, and takes up again where it was interrupted."""
+"""A journal of work that one process does batch by batch: an interrupted run resumes behind the results it has kept."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,31 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..config.base import OutputConfig
-from ..config.parse import dump_yaml
 from ..errors import UsageError
 from .batch_plan import plan_batches
-from .output_folder import check_free, is_finished
-
-
-def begin(config: OutputConfig, command: str) -> tuple[torch.device, bool]:
-    """Where `command` computes, and whether the very run is done already; UsageError where output_dir is not free."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        raise UsageError(
-            f"{command} works in one process and was launched in {world}: start it without accelerate launch or "
-            "torchrun. To use several devices, give each its own part of the data and its own output_dir"
-        )
-    finished = config.resume and is_finished(config.output_dir, dump_yaml(config), config.overwrite)
-    if finished:
-        print(f"{config.output_dir} is finished; nothing is left to do")
-    else:
-        check_free(config.output_dir, config.overwrite, config.resume)
-    return PartialState().device, finished
+from .files import checksum
 
 
 def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -45,16 +24,16 @@ def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list
     return batches[::-1]
 
 
-Run = Callable[[Callable[[], Any]], Any]  # runs a batch and returns its result; `Progress.run` keeps it, too
+RunBatch = Callable[[Callable[[], Any]], Any]  # computes a batch's result and returns it; `Journal.run` keeps it, too
 
 
-def at_once(compute: Callable[[], Any]) -> Any:
-    """The `Run` that keeps nothing."""
+def compute_only(compute: Callable[[], Any]) -> Any:
+    """The `RunBatch` that keeps nothing."""
     return compute()
 
 
-class Progress:
-    """Results of batches in a file, one line each. What an interrupted run has left there is not computed again.
+class Journal:
+    """Results of batches in a file, one line each. Those that an interrupted run has left are not computed again.
 
     `data`: what the results depend on beside the configuration; a file of other data is refused. A line is written at
     once and whole; one that was cut off by the interruption is dropped.
@@ -62,12 +41,13 @@ class Progress:
 
     def __init__(self, path: Path, total: int, description: str, data: Any) -> None:
         self.path = path
-        header = json.dumps({"data": hashlib.blake2b(repr(data).encode(), digest_size=16).hexdigest()}) + "\n"
+        header = json.dumps({"data": checksum(repr(data).encode())}) + "\n"
         path.touch()
         lines = whole_lines(path)
         if lines and lines[0] != header.encode():
             raise UsageError(
-                f"{path}: the data or a tokenizer is not what the run began with, so --resume cannot go on with it"
+                f"{path}: the data or a tokenizer is not the one that the run began with, so --resume_from_checkpoint "
+                "cannot go on with it"
             )
         os.truncate(path, sum(map(len, lines)))
         self.known = [json.loads(line) for line in lines[1:]]
@@ -77,7 +57,7 @@ class Progress:
         self.position = 0
         self.bar = tqdm(total=total, initial=len(self.known), desc=description, unit="batch")
         if self.known:
-            self.bar.write(f"goes on after batch {len(self.known)} of {total}")
+            self.bar.write(f"resumed from batch {len(self.known)} of {total}")
 
     def run(self, compute: Callable[[], Any]) -> Any:
         """The result of the next batch, which is JSON: as an earlier run left it, or computed and kept."""
@@ -91,7 +71,7 @@ class Progress:
         return result
 
     def expect(self, batches: int) -> None:
-        """So many more than were known of at the start."""
+        """Adds batches that were not known of at the start."""
         self.bar.total += batches
         self.bar.refresh()
 
@@ -100,10 +80,10 @@ class Progress:
         self.file.flush()
 
     def remove(self) -> None:
-        """After the last batch, when the results are elsewhere."""
+        """Deletes the file, after the last batch, when the results are elsewhere."""
         self.path.unlink()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -45,7 +45,7 @@ class MetricsLog:
         folder: Path,
         accelerator: Accelerator,
         total_steps: int,
-        run_name: str,
+        project: str,
         config: dict,
         done_steps: int = 0,
         kept_bytes: int = 0,
@@ -55,7 +55,7 @@ class MetricsLog:
         self.is_main = accelerator.is_main_process
         if accelerator.log_with:
             plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.items()}
-            accelerator.init_trackers(run_name, config=plain)
+            accelerator.init_trackers(project, config=plain)
         self.file = None
         if self.is_main:
             path = folder / "metrics.jsonl"
@@ -64,7 +64,7 @@ class MetricsLog:
                 warnings.warn(f"{path} has lost lines; what it has of this run is kept", stacklevel=2)
             os.truncate(path, min(kept_bytes, path.stat().st_size))
             self.file = path.open("a", encoding="utf-8")
-        self.bar = tqdm(total=total_steps, initial=done_steps, desc=run_name, unit="step", disable=not self.is_main)
+        self.bar = tqdm(total=total_steps, initial=done_steps, desc=project, unit="step", disable=not self.is_main)
 
     def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
         if self.file is not None:
@@ -80,7 +80,7 @@ class MetricsLog:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Prints without breaking the bar."""
         if self.is_main:
             self.bar.write(text)

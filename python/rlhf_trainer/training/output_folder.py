@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config.base import FolderConfig, names_with
+from ..config.parse import dump_yaml
 from ..errors import UsageError
+from .checkpoint import remove_checkpoints
+from .files import whole_folder
 
 # Every run writes its configuration under this name first, so that a folder can be told to be a run's.
 CONFIG_FILE = "rlhf_config.yaml"
-# What may differ between a run and its resumption.
-MAY_DIFFER = (
-    "overwrite", "resume", "save_steps", "report_to", "run_name", "compare_with", "recipe", "set", "server_url",
-    "server_timeout", "server_retries", "server_concurrency",
-)  # fmt: skip
 
 
 def partial_folder(output_dir: str | Path) -> Path:
@@ -29,25 +27,32 @@ def partial_folder(output_dir: str | Path) -> Path:
     return output_dir.with_name(output_dir.name + ".partial")
 
 
-def check_free(output_dir: str | Path, overwrite: bool, resume: bool = False) -> None:
-    """Raises UsageError if a run into `output_dir` would replace anything it may not replace."""
-    output_dir, partial = Path(output_dir).absolute(), partial_folder(output_dir)
-    if not is_taken(output_dir) and (resume or not partial.exists()):
+def check_free(config: FolderConfig) -> None:
+    """Raises UsageError if a run into output_dir would replace anything it may not replace."""
+    output_dir, partial = Path(config.output_dir).absolute(), partial_folder(config.output_dir)
+    if not is_taken(output_dir) and (config.resume_from_checkpoint or not partial.exists()):
         return
-    if not overwrite:
+    if not config.overwrite_output_dir:
         if is_taken(output_dir):
-            raise UsageError(f"output_dir {output_dir} exists; choose another one, or pass --overwrite to replace it")
+            raise UsageError(
+                f"output_dir {output_dir} exists; choose another one, or pass --overwrite_output_dir to replace it"
+            )
         raise UsageError(
             f"{partial} is there: a run into {output_dir} is going on, or stopped before its end (its metrics are in "
-            "that folder). Pass --resume to go on with it, choose another output_dir, or pass --overwrite to delete "
-            "what it left"
+            "that folder). Pass --resume_from_checkpoint to go on with it, choose another output_dir, or pass "
+            "--overwrite_output_dir to delete what it left"
         )
-    for folder in (output_dir, partial):
-        if is_taken(folder) and not (folder / CONFIG_FILE).is_file():
-            raise UsageError(
-                f"{folder} is not the output of a run (it has no {CONFIG_FILE}), so --overwrite leaves it alone; "
-                "choose another output_dir"
-            )
+    check_replaceable(output_dir)
+    check_replaceable(partial)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UsageError unless `folder` is free or a run's, which may be replaced."""
+    if is_taken(folder) and not (folder / CONFIG_FILE).is_file():
+        raise UsageError(
+            f"{folder} is not the output of a run (it has no {CONFIG_FILE}), so --overwrite_output_dir leaves it "
+            "alone; choose another output_dir"
+        )
 
 
 def is_taken(path: Path) -> bool:
@@ -55,26 +60,23 @@ def is_taken(path: Path) -> bool:
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def open_output(output_dir: str | Path, overwrite: bool, config_text: str, resume: bool = False) -> Path:
-    """Makes the folder a run works in, locks it, and returns it; with `resume`, the one that a stopped run left, if
-    any. What `output_dir` holds stays there until `commit_output`."""
-    check_free(output_dir, overwrite, resume)
-    partial = partial_folder(output_dir)
+def open_output(config: FolderConfig) -> Path:
+    """Makes the folder that a run works in, locks it, and returns it; to be resumed, the one that a stopped run left,
+    if any. What output_dir holds stays there until `commit_output`."""
+    check_free(config)
+    partial = partial_folder(config.output_dir)
     try:
         if is_taken(partial):
             lock(partial)
-            if resume:
-                check_same_config(partial, config_text)
+            if config.resume_from_checkpoint:
+                check_same_config(partial, config)
                 return partial
         if partial.exists():
             shutil.rmtree(partial)
-        beside = partial.with_name(f".{partial.name}")  # a folder of a run has its configuration from the start
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that died here
-        beside.mkdir(parents=True)
-        (beside / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-        beside.rename(partial)  # fails if another run has just made it
+        with whole_folder(partial) as folder:  # fails if another run has just made it
+            (folder / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"output_dir {output_dir} cannot be made: {error}") from error
+        raise UsageError(f"output_dir {config.output_dir} cannot be made: {error}") from error
     lock(partial)
     return partial
 
@@ -97,46 +99,59 @@ def lock(partial: Path) -> None:
     _locks[partial] = handle
 
 
-def is_finished(output_dir: str | Path, config_text: str, overwrite: bool = False) -> bool:
-    """Whether the very run that is asked for has been here already. With `overwrite`, another run's output, or one that
-    is being replaced, is not it."""
-    folder = Path(output_dir)
-    if not (folder / CONFIG_FILE).is_file():
+def already_finished(config: FolderConfig) -> bool:
+    """Whether a run that may be resumed has come to its end before. To overwrite, another run's output, or one that is
+    being replaced, is not it."""
+    folder = Path(config.output_dir)
+    if not config.resume_from_checkpoint or not (folder / CONFIG_FILE).is_file():
         return False
-    if overwrite and (partial_folder(folder).exists() or differences(folder, config_text)):
+    if config.overwrite_output_dir and (partial_folder(folder).exists() or differences(folder, config)):
         return False
-    check_same_config(folder, config_text)
+    check_same_config(folder, config)
     shutil.rmtree(replaced_folder(folder), ignore_errors=True)  # of a run that died while it replaced it
     return True
 
 
-def check_same_config(folder: Path, config_text: str) -> None:
-    """Raises UsageError unless the run that left `folder` was told the same, but for files and logs."""
-    other = differences(folder, config_text)
-    if other:
+def begin(config: FolderConfig, is_main_process: bool = True) -> bool:
+    """False where the run is finished already, which is printed; UsageError where output_dir is not free."""
+    if already_finished(config):
+        remove_checkpoints(Path(config.output_dir))  # of a run that died between its end and their removal
+        if is_main_process:
+            print(f"{config.output_dir}: already finished")
+        return False
+    if is_main_process:
+        check_free(config)
+    return True
+
+
+def check_same_config(folder: Path, config: FolderConfig) -> None:
+    """Raises UsageError unless the run that left `folder` had the same configuration, but for what may change."""
+    differing = differences(folder, config)
+    if differing:
         raise UsageError(
-            f"{folder} is of another run, so --resume cannot go on with it ({', '.join(other)}). Choose another "
-            "output_dir, or pass --overwrite to replace it"
+            f"{folder} is of another run, so --resume_from_checkpoint cannot go on with it ({', '.join(differing)}). "
+            "Choose another output_dir, or pass --overwrite_output_dir to replace it"
         )
 
 
-def differences(folder: Path, config_text: str) -> list[str]:
-    """What the run that left `folder` was told otherwise, key by key."""
+def differences(folder: Path, config: FolderConfig) -> list[str]:
+    """The options whose values differ from those of the run that left `folder`, with both values."""
     try:
-        then, now = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")), yaml.safe_load(config_text)
+        then = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"{folder / CONFIG_FILE}: cannot tell what the run there was told: {error}") from error
-    then = then if isinstance(then, dict) else {}
-    keys = [key for key in {**then, **now} if key not in MAY_DIFFER and then.get(key) != now.get(key)]
+        raise UsageError(f"{folder / CONFIG_FILE}: cannot read the configuration of the run there: {error}") from error
+    then, now = then if isinstance(then, dict) else {}, yaml.safe_load(dump_yaml(config))
+    may_change = names_with(type(config), "may_change")
+    keys = [key for key in {**then, **now} if key not in may_change and then.get(key) != now.get(key)]
     return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys]
 
 
-def commit_output(output_dir: str | Path, overwrite: bool) -> Path:
+def commit_output(config: FolderConfig) -> Path:
     """Moves the finished folder into place; an old one is deleted only when the new one is there."""
-    output_dir, partial = Path(output_dir).absolute(), partial_folder(output_dir)
+    output_dir, partial = Path(config.output_dir).absolute(), partial_folder(config.output_dir)
     old = replaced_folder(output_dir)
     if is_taken(output_dir):
-        if not overwrite:
+        if not config.overwrite_output_dir:
             raise UsageError(f"output_dir {output_dir} appeared during the run; this run's output is in {partial}")
         shutil.rmtree(old, ignore_errors=True)
         output_dir.rename(old)
@@ -150,9 +165,3 @@ def commit_output(output_dir: str | Path, overwrite: bool) -> Path:
 def replaced_folder(output_dir: Path) -> Path:
     """Where an old output waits while the new one is moved into place."""
     return output_dir.with_name(output_dir.name + ".replaced")
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load. fp32: small updates do not survive bf16."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

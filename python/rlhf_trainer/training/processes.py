@@ -1,10 +1,31 @@
-"""Leaving the processes that `torchrun` or `accelerate launch` started."""
+"""The processes that `torchrun` or `accelerate launch` started: sharing work among them, and leaving them."""
 
 from __future__ import annotations
 
 import gc
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+
+from ..errors import UsageError
+
+Part, Result = TypeVar("Part"), TypeVar("Result")
+
+
+def single_process(command: str) -> torch.device:
+    """The device of a command that works in one process; UsageError where it was launched in several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise UsageError(
+            f"{command} works in one process and was launched in {world}: start it without accelerate launch or "
+            "torchrun. To use several devices, give each its own part of the data and its own output_dir"
+        )
+    return PartialState().device
 
 
 def leave_processes() -> None:
@@ -17,3 +38,11 @@ def leave_processes() -> None:
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # a wrapped model holds the group, and is itself held by cycles
         dist.destroy_process_group()
+
+
+def over_processes(parts: Sequence[Part], work: Callable[[Part], Result], accelerator: Accelerator) -> list[Result]:
+    """`work` of each part, in their order, known to every process; each process does its share."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    done = [(k, work(parts[k])) for k in range(rank, len(parts), world)]
+    everyone = gather_object(done) if world > 1 else done
+    return [result for _, result in sorted(everyone, key=lambda item: item[0])]

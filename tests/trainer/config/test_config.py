@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
-from rlhf_trainer.config.base import DemoConfig, DPOConfig
 from rlhf_trainer.config.parse import dump_yaml, parse_config
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline.config import DPOConfig
+from rlhf_trainer.studies.config import DemoConfig
 
-REQUIRED = ["--model_name_or_path", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", "o"]
 
 
 def parse(*argv, cls=DPOConfig):
@@ -34,7 +35,12 @@ def test_flags_alone():
 def test_yaml_alone_and_flags_over_yaml(yaml_file):
     path = yaml_file("beta: 0.2\nbatch_size: 16\ngradient_checkpointing: true\nmax_steps: null\n")
     assert parse("--config", path) == DPOConfig(
-        model_name_or_path="m", dataset="d.jsonl", output_dir="o", beta=0.2, batch_size=16, gradient_checkpointing=True
+        model_name_or_path="m",
+        dataset_name="d.jsonl",
+        output_dir="o",
+        beta=0.2,
+        batch_size=16,
+        gradient_checkpointing=True,
     )
     config = parse(
         f"--config={path}", "--beta", "0.5", "--output_dir", "elsewhere", "--gradient_checkpointing", "false"
@@ -47,7 +53,7 @@ def test_every_key_of_the_yaml_file_is_a_flag(yaml_file, capsys):
     """What dump_yaml writes, --config reads; and each of its keys is a flag."""
     config = DPOConfig(
         model_name_or_path="m",
-        dataset="d",
+        dataset_name="d",
         output_dir="o",
         beta=0.3,
         report_to=["wandb"],
@@ -125,7 +131,7 @@ def test_required_keys_are_asked_for(capsys, yaml_file):
         parse("--config", yaml_file("model_name_or_path: m\noutput_dir: o\n", required=False))
     message = capsys.readouterr().err
     required = message.split("required:")[1]
-    assert "--dataset" in required and "--output_dir" not in required
+    assert "--dataset_name" in required and "--output_dir" not in required
 
 
 def test_demo_config_has_defaults_for_everything():

@@ -5,9 +5,9 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizer
 
-from rlhf_trainer.data.chat import CHATML, RowError, conversation_ids, set_chat_template
-from rlhf_trainer.data.examples import encode_prompt, encode_response
-from rlhf_trainer.errors import UsageError
+from rlhf_trainer.data.chat import CHATML, conversation_ids, set_chat_template
+from rlhf_trainer.data.encoding import encode_prompt, encode_response
+from rlhf_trainer.errors import RowError, UsageError
 
 
 def system(text):

@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 import torch
 
-from rlhf_trainer.data.examples import collate, load_pairs
+from rlhf_trainer.data.batches import collate
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.errors import UsageError
 from tests.trainer.messages import assistant, user
 
@@ -19,7 +20,7 @@ GOOD = {"prompt": "the cat", "chosen": " sat", "rejected": " ran"}
 
 
 def load(source, tokenizer, **options):
-    return load_pairs(
+    return load_groups(
         source, tokenizer, **({"split": "train", "max_prompt_length": 20, "max_length": 40} | options)
     )  # fmt: skip
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_trainer.data.chat import RowError
 from rlhf_trainer.data.formats import format_of, plain_row
 from rlhf_trainer.data.rows import read_rows
+from rlhf_trainer.errors import RowError
 
 DATA = Path(__file__).parent / "files"
 

@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_trainer.data.batches import IGNORED, collate_sequences
 from rlhf_trainer.data.chat import conversation_ids
-from rlhf_trainer.data.examples import (
-    IGNORED,
-    Sequence,
-    collate_sequences,
-    encode_prompt,
-    load_conversations,
-    load_labelled,
-    load_pairs,
-    load_prompts,
-)
+from rlhf_trainer.data.encoding import encode_prompt
+from rlhf_trainer.data.examples import Sequence, load_conversations, load_groups, load_labelled, load_prompts
 from rlhf_trainer.errors import UsageError
 from tests.trainer.messages import assistant, user
 
@@ -60,7 +53,7 @@ def test_fine_tuning_on_pairs_learns_the_tokens_that_dpo_compares(chatml):
     for name in ("hh", "tldr"):
         source = str(DATA / f"{name}.jsonl")
         sequences = load_conversations(source, chatml, split="train", max_length=300).examples
-        pairs = load_pairs(source, chatml, split="train", max_prompt_length=200, max_length=300).examples
+        pairs = load_groups(source, chatml, split="train", max_prompt_length=200, max_length=300).examples
         for sequence, pair in zip(sequences, pairs, strict=True):
             assert sequence.ids == pair.prompt + pair.chosen
             assert sequence.counted == [False] * len(pair.prompt) + [True] * len(pair.chosen)

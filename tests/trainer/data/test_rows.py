@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_trainer.data.examples import load_pairs
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.data.rows import RowProblem, listing, read_rows
 from rlhf_trainer.errors import UsageError
 
@@ -18,7 +18,7 @@ def read(source, **options):
 
 
 def load(source, tokenizer):
-    return load_pairs(source, tokenizer, split="train", max_prompt_length=20, max_length=40)
+    return load_groups(source, tokenizer, split="train", max_prompt_length=20, max_length=40)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_hub_id_goes_through_datasets(streaming, hub):
         return data.to_iterable_dataset() if streaming else data
 
     hub(load_dataset)
-    found = list(read_rows("someone/preferences", "train_prefs", streaming=streaming))
+    found = list(read_rows("someone/preferences", "train_prefs", dataset_streaming=streaming))
     assert asked == [("someone/preferences", "train_prefs", streaming)]
     assert found == [(1, ROWS[0]), (2, ROWS[1])]
 
@@ -73,7 +73,7 @@ def test_a_stream_is_read_no_further_than_needed(hub):
             yield row
 
     hub(load_dataset)
-    rows = read_rows("a/b", "train", streaming=True)
+    rows = read_rows("a/b", "train", dataset_streaming=True)
     assert given == []
     assert next(rows) == (1, ROWS[0]) and len(given) == 1
 
@@ -85,7 +85,7 @@ def test_a_stream_that_breaks_off_says_where(hub):
 
     hub(load_dataset)
     with pytest.raises(UsageError, match=r"a/b: .* \(split 'train'\), after row 2: gone"):
-        read("a/b", streaming=True)
+        read("a/b", dataset_streaming=True)
 
 
 def test_a_hub_set_that_cannot_be_read(hub, tokenizer):

@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 
-from rlhf_trainer.config.base import EvaluateConfig
-from rlhf_trainer.data.examples import pad_sequences
+from rlhf_trainer.data.batches import pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.evaluation import evaluate as stage
+from rlhf_trainer.evaluation.config import EvaluateConfig
 from rlhf_trainer.evaluation.evaluate import evaluate
 from rlhf_trainer.evaluation.intervals import bootstrap_interval, wilson_interval
 from rlhf_trainer.evaluation.report import outcome
+from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.models.kl import kl_of_sequences, kl_per_sequence
-from rlhf_trainer.models.loading import FusedLM
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.known_models import dice, save_word_judge
 
@@ -117,7 +117,7 @@ ROWS = [
 def run(folders, write_jsonl, tmp_path):
     def run(model="cats", reference=None, judge="judge", rows=ROWS, output="out", **options):
         small = {
-            "model_name_or_path": folders[model], "reward_model": folders[judge], "dataset": write_jsonl(rows),
+            "model_name_or_path": folders[model], "reward_model_name_or_path": folders[judge], "dataset_name": write_jsonl(rows),
             "ref_model_name_or_path": None if reference is None else folders[reference], "max_new_tokens": 2,
             "batch_size": 2, "resamples": 200, "output_dir": str(tmp_path / output),
         }  # fmt: skip
@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on(run, monkeypatch):
     monkeypatch.setattr(stage, "score_sequences", original)
     for name in ("rlhf_trainer.rollouts.generation.generate_batch", "rlhf_trainer.models.kl.kl_per_sequence"):
         monkeypatch.setattr(name, None)  # both are in the file of the interrupted run
-    assert run(resume=True, **options)[1:] == whole[1:]
+    assert run(resume_from_checkpoint=True, **options)[1:] == whole[1:]
 
 
 # --- bad input
@@ -220,7 +220,7 @@ def test_a_judge_that_cannot_read_chats_shows_before_anything_is_generated(run, 
     (plain / "chat_template.jinja").unlink()
     prompt = [{"role": "user", "content": "the"}]
     with pytest.raises(UsageError, match=r"train.jsonl, row 1, for the tokenizer of .*plain: .* no chat template"):
-        run(rows=[{"prompt": prompt}], reward_model=str(plain))
+        run(rows=[{"prompt": prompt}], reward_model_name_or_path=str(plain))
     assert not partial_folder(tmp_path / "out").exists()
 
 

@@ -8,16 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import rlhf_kernels as rk
-from rlhf_trainer.data.examples import IGNORED, pad_sequences
+from rlhf_trainer.data.batches import IGNORED, pad_sequences
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.models.loading import (
-    FusedLM,
-    check_fit,
-    checkpoint_gradients,
-    lm_head_of,
-    load_causal_lm,
-    load_tokenizer,
-)
+from rlhf_trainer.models.checks import check_fit
+from rlhf_trainer.models.fused_lm import FusedLM, lm_head_of
+from rlhf_trainer.models.loading import checkpoint_gradients, load_causal_lm, load_tokenizer
 from tests.support.vocabulary_tensors import LargestVocabularyTensor
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers
 
-from rlhf_trainer.data.examples import pad_sequences
+from rlhf_trainer.data.batches import pad_sequences
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.models.loading import FusedLM, load_tokenizer
+from rlhf_trainer.models.fused_lm import FusedLM
+from rlhf_trainer.models.loading import load_tokenizer
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.online.config import PPOConfig
 from rlhf_trainer.online.critic import make_actor_critic
@@ -19,8 +20,8 @@ SEQUENCES = [([5, 6], [7, 8, 9]), ([5], [11]), ([12, 13, 14], [15, 16])]
 @pytest.fixture
 def config(model_folder):
     return lambda **options: PPOConfig(
-        model_name_or_path=model_folder("llama"), dataset="unused", output_dir="unused",
-        **({"rewards": ["regex:a"]} | options),
+        model_name_or_path=model_folder("llama"), dataset_name="unused", output_dir="unused",
+        **({"reward_funcs": ["regex:a"]} | options),
     )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def values_of(config, tokenizer, model):
 def test_a_separate_critic_starts_as_the_reward_model(config, tokenizer, make_model, tmp_path):
     """Its value at a sequence's last token is the reward of that sequence."""
     judge = save_word_judge(tmp_path / "judge", tokenizer, "cat")
-    values, _ = values_of(config(reward_model=judge), tokenizer, make_model("llama"))
+    values, _ = values_of(config(reward_model_name_or_path=judge), tokenizer, make_model("llama"))
     whole = [prompt + response for prompt, response in SEQUENCES]
     rewards = score_sequences(load_reward_model(judge, key="reward_model"), whole, 4, 0, torch.device("cpu"))
     last = torch.tensor([len(ids) - 1 for ids in whole])
@@ -79,6 +80,6 @@ def test_a_critic_with_other_tokens_is_refused(config, make_model, tokenizer, tm
     policy_tokens.add_tokens(["lion"])  # at the place where the judge's tokenizer, saved below, has "zebra"
     other.save_pretrained(judge)
     policy_tokens.add_tokens(["zebra"])
-    judged = config(reward_model=judge)
+    judged = config(reward_model_name_or_path=judge)
     with pytest.raises(UsageError, match="has another tokenizer, so values cannot start from it; name a model with"):
         make_actor_critic(setup_of(judged, policy_tokens, make_model("llama")), judged)

@@ -9,8 +9,8 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl import RewardConfig as TrlRewardConfig
 from trl import SFTConfig as TrlSFTConfig
 
-from rlhf_trainer.config.base import RewardConfig, SFTConfig
 from rlhf_trainer.data.chat import set_chat_template
+from rlhf_trainer.offline.config import RewardConfig, SFTConfig
 from rlhf_trainer.offline.reward_model import PAD, train_reward
 from rlhf_trainer.offline.sft import train_sft
 
@@ -32,9 +32,9 @@ def theirs(config, trainer, folder, data, **options):
 
 def common(tmp_path, source, model):
     return {
-        "model_name_or_path": model, "dataset": source, "output_dir": str(tmp_path / "ours"), "batch_size": ROWS,
+        "model_name_or_path": model, "dataset_name": source, "output_dir": str(tmp_path / "ours"), "batch_size": ROWS,
         "micro_batch_size": 3, "num_train_epochs": STEPS, "learning_rate": LEARNING_RATE, "max_length": 96,
-        "lr_schedule": "constant", "optimizer": "adamw",
+        "lr_scheduler_type": "constant", "optim": "adamw",
     }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def test_sft_on_the_assistants_turns(model_folder, rows, write_jsonl, records_of
     ]
     model = model_folder("llama")
     options = common(tmp_path, write_jsonl(data), model)
-    records = records_of(train_sft(SFTConfig(**options, chat_template="chatml")))
+    records = records_of(train_sft(SFTConfig(**options, chat_template_path="chatml")))
 
     def trainer(**options):
         return SFTTrainer(model=AutoModelForCausalLM.from_pretrained(model), processing_class=tokenizer, **options)

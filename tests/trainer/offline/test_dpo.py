@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_kernels as rk
-from rlhf_trainer.config.base import DPOConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.offline.dpo import DPOTask, pair_metrics, tokens_of
 from rlhf_trainer.offline.pair_batches import Group, collate_groups
 from rlhf_trainer.training.loop import Measured, Totals
@@ -77,7 +77,7 @@ def test_equals_an_eager_loop_step_by_step(family, model_folder, rows, write_jso
     assert max(norm for _, norm in history) > 0.5
 
     output, records = train(
-        model_name_or_path=folder, dataset=write_jsonl(data), num_train_epochs=5, batch_size=8, micro_batch_size=3,
+        model_name_or_path=folder, dataset_name=write_jsonl(data), num_train_epochs=5, batch_size=8, micro_batch_size=3,
         warmup_steps=3, max_grad_norm=0.5, **options,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_a_reference_of_its_own(model_folder, make_model, tokenizer, rows, write
     )  # fmt: skip
     assert abs(history[0][0] - math.log(2)) > 0.01
     _, records = train(
-        model_name_or_path=folder, ref_model_name_or_path=str(tmp_path / "other"), dataset=write_jsonl(data),
+        model_name_or_path=folder, ref_model_name_or_path=str(tmp_path / "other"), dataset_name=write_jsonl(data),
         num_train_epochs=2, learning_rate=3e-4, max_grad_norm=1.0,
     )  # fmt: skip
     assert [r["loss"] for r in records] == pytest.approx([loss for loss, _ in history], abs=1e-4)
@@ -112,7 +112,11 @@ def test_metrics_of_a_step(model_folder, rows, write_jsonl, train):
     """Every key of the contract; the first step starts at the reference; rewards and log-probs are the eager ones."""
     folder, data = model_folder("llama"), rows(6)
     _, records = train(
-        model_name_or_path=folder, dataset=write_jsonl(data), num_train_epochs=2, warmup_steps=4, micro_batch_size=4
+        model_name_or_path=folder,
+        dataset_name=write_jsonl(data),
+        num_train_epochs=2,
+        warmup_steps=4,
+        micro_batch_size=4,
     )
     assert all(set(record) == STEP_METRICS for record in records)
     first, second = records
@@ -155,7 +159,7 @@ def test_a_tie_is_not_accurate_and_a_share_weighs_what_it_is_worth():
 
 def test_accumulation_equals_one_big_batch(model_folder, rows, write_jsonl, train):
     """10 pairs in batches of 7 (a ragged last one, 3), as one micro-batch or as 2 + 2 + 2 + 1: the same numbers."""
-    common = {"model_name_or_path": model_folder("llama"), "dataset": write_jsonl(rows(10)), "num_train_epochs": 3}
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(10)), "num_train_epochs": 3}
     results = [train(**common, batch_size=7, micro_batch_size=micro) for micro in (7, 2)]
     (whole, whole_records), (split, split_records) = results
     assert len(whole_records) == len(split_records) == 6
@@ -171,7 +175,7 @@ def test_accumulation_equals_one_big_batch(model_folder, rows, write_jsonl, trai
 
 
 def test_same_seed_same_run_other_seed_other_batches(model_folder, rows, write_jsonl, train):
-    common = {"model_name_or_path": model_folder("gpt2"), "dataset": write_jsonl(rows(12)), "batch_size": 4}
+    common = {"model_name_or_path": model_folder("gpt2"), "dataset_name": write_jsonl(rows(12)), "batch_size": 4}
     losses = [[r["loss"] for r in train(**common, num_train_epochs=2, seed=seed)[1]] for seed in (1, 1, 2)]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
@@ -184,7 +188,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model_folder, rows, w
     calls = []
     forward = GPT2MLP.forward
     monkeypatch.setattr(GPT2MLP, "forward", lambda self, x: (calls.append(1), forward(self, x))[1])
-    common = {"model_name_or_path": model_folder("gpt2"), "dataset": write_jsonl(rows(8)), "num_train_epochs": 3}
+    common = {"model_name_or_path": model_folder("gpt2"), "dataset_name": write_jsonl(rows(8)), "num_train_epochs": 3}
     plain = train(**common)[1]
     plain_calls = len(calls)
     calls.clear()
@@ -198,9 +202,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model_folder, rows, w
 
 def test_bf16_computes_in_bf16_on_fp32_master_weights(model_folder, rows, write_jsonl, train):
     folder, data = model_folder("llama"), write_jsonl(rows(8))
-    fp32 = train(model_name_or_path=folder, dataset=data, num_train_epochs=2, learning_rate=1e-5)[1]
+    fp32 = train(model_name_or_path=folder, dataset_name=data, num_train_epochs=2, learning_rate=1e-5)[1]
     output, bf16 = train(
-        model_name_or_path=folder, dataset=data, num_train_epochs=2, learning_rate=1e-5, precision="bf16"
+        model_name_or_path=folder, dataset_name=data, num_train_epochs=2, learning_rate=1e-5, bf16=True
     )
     assert bf16[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the reference sees the same rounding
     assert bf16[0]["logps/chosen"] != fp32[0]["logps/chosen"]
@@ -235,7 +239,7 @@ def test_bf16_computes_in_bf16_on_fp32_master_weights(model_folder, rows, write_
 )
 def test_every_loss_type_reaches_the_loss(loss_type, options, model_folder, rows, write_jsonl, train):
     """Step 2's loss is `rk.dpo_loss` of the log-probs of the model after step 1."""
-    common = {"model_name_or_path": model_folder("llama"), "dataset": write_jsonl(rows(6)), "loss_type": loss_type}
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(6)), "loss_type": loss_type}
     common |= options | {"learning_rate": 1e-4, "warmup_steps": 1}
     after_one, _ = train(**common, max_steps=1)
     records = train(**common, max_steps=2)[1]
@@ -263,7 +267,7 @@ def test_adamw_and_weight_decay(model_folder, rows, write_jsonl, train):
     """One step of AdamW from lr and decay alone: where the gradient is tiny, a weight shrinks by lr * decay."""
     folder = model_folder("gpt2")
     output, _ = train(
-        model_name_or_path=folder, dataset=write_jsonl(rows(4)), max_steps=1, optimizer="adamw", weight_decay=0.5,
+        model_name_or_path=folder, dataset_name=write_jsonl(rows(4)), max_steps=1, optim="adamw", weight_decay=0.5,
         learning_rate=1e-2, warmup_steps=0,
     )  # fmt: skip
     before, after = (AutoModelForCausalLM.from_pretrained(f).transformer.wpe.weight for f in (folder, output))
@@ -277,7 +281,7 @@ def test_held_out_pairs(model_folder, rows, write_jsonl, train):
     """Evaluated before training, every eval_steps, and at the end; here on the training pairs, so they must agree."""
     data = write_jsonl(rows(8))
     _, records = train(
-        model_name_or_path=model_folder("llama"), dataset=data, eval_dataset=data, eval_steps=2, num_train_epochs=5
+        model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, eval_steps=2, num_train_epochs=5
     )
     evaluated = [r["step"] for r in records if "eval/loss" in r]
     assert evaluated == [0, 2, 4, 5]
@@ -290,7 +294,7 @@ def test_held_out_pairs(model_folder, rows, write_jsonl, train):
 def test_a_run_that_diverges_stops_and_names_the_step(model_folder, rows, write_jsonl, train, tmp_path):
     with pytest.raises(UsageError, match=r"step \d+: stopped before the update.*rows \[1, 2, 3, 4\]"):
         train(
-            model_name_or_path=model_folder("gpt2"), dataset=write_jsonl(rows(4)), num_train_epochs=20,
+            model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), num_train_epochs=20,
             learning_rate=1e30, warmup_steps=0, output_dir=str(tmp_path / "diverges"),
         )  # fmt: skip
     assert not (tmp_path / "diverges").exists()
@@ -309,10 +313,10 @@ def test_a_run_that_diverges_stops_and_names_the_step(model_folder, rows, write_
 )
 def test_loss_options_are_checked_before_anything_is_loaded(options, message, train):
     with pytest.raises(UsageError, match=message):
-        train(model_name_or_path="/nowhere/at/all", dataset="/nowhere/at/all.jsonl", **options)
+        train(model_name_or_path="/nowhere/at/all", dataset_name="/nowhere/at/all.jsonl", **options)
 
 
 def test_defaults_are_the_lectures():
     defaults = {f.name: f.default for f in dataclasses.fields(DPOConfig)}
-    lecture = {"beta": 0.1, "optimizer": "rmsprop", "learning_rate": 1e-6, "warmup_steps": 150, "batch_size": 64}
+    lecture = {"beta": 0.1, "optim": "rmsprop", "learning_rate": 1e-6, "warmup_steps": 150, "batch_size": 64}
     assert {name: defaults[name] for name in lecture} == lecture

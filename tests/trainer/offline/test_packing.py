@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf_trainer.data.examples import IGNORED, Sequence, collate_sequences
+from rlhf_trainer.data.batches import IGNORED, collate_sequences
+from rlhf_trainer.data.examples import Sequence
 from rlhf_trainer.offline.packing import collate_packed, leaks, plan_packing
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "cohere", "phi")

@@ -5,8 +5,8 @@ import torch
 
 from rlhf_trainer.data.examples import Pair
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.models.loading import FusedLM
-from rlhf_trainer.offline.pair_batches import Group, collate_groups, group_pairs
+from rlhf_trainer.models.fused_lm import FusedLM
+from rlhf_trainer.offline.pair_batches import GROUP_PAIRS, Group, collate_groups
 from rlhf_trainer.offline.reference_logprobs import sequence_logprobs
 from rlhf_trainer.offline.shared_prefix import can_share, collate_shared
 
@@ -56,11 +56,11 @@ def test_a_model_that_cannot_is_refused(make_model, model_folder, rows, write_js
     """Gemma 2's window of 16 tokens is lost to a mask of one's own."""
     assert not can_share(make_model("gemma2"))
     with pytest.raises(UsageError, match="share_prefix: the attention of model_name_or_path"):
-        train(model_name_or_path=model_folder("gemma2"), dataset=write_jsonl(rows(4)), share_prefix=True)
+        train(model_name_or_path=model_folder("gemma2"), dataset_name=write_jsonl(rows(4)), share_prefix=True)
 
 
 def test_training_is_the_same(model_folder, rows, write_jsonl, train):
-    common = {"model_name_or_path": model_folder("llama"), "dataset": write_jsonl(rows(8)), "num_train_epochs": 4}
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(8)), "num_train_epochs": 4}
     plain, shared = (train(**common, share_prefix=share)[1] for share in (False, True))
     assert plain[3]["loss"] < plain[0]["loss"] - 0.05
     for a, b in zip(plain, shared, strict=True):
@@ -70,7 +70,7 @@ def test_training_is_the_same(model_folder, rows, write_jsonl, train):
 
 def test_pairs_of_a_row_share_their_responses():
     pairs = [Pair(1, [1], [2], [3], 0.5), Pair(1, [1], [4], [3]), Pair(2, [1], [2], [3])]
-    groups = group_pairs(pairs)
+    groups = GROUP_PAIRS(pairs)
     assert groups[0] == Group(1, [1], [[2], [3], [4]], [(0, 1), (2, 1)], [0.5, 0.0])
     assert groups[1] == Group(2, [1], [[2], [3]], [(0, 1)], [0.0])
 
@@ -90,8 +90,8 @@ def test_several_pairs_a_prompt_are_the_pairs_apart(model_folder, rows, write_js
     apart = [{"prompt": r["prompt"], "chosen": r[a], "rejected": r[b]} for r in made for a, b in order]
     common = {"model_name_or_path": model_folder("llama"), "batch_size": 12, "micro_batch_size": 6}
     common |= {"num_train_epochs": 3}
-    one = train(**common, dataset=write_jsonl(together, "together.jsonl"))[1]
-    two = train(**common, dataset=write_jsonl(apart, "apart.jsonl"))[1]
+    one = train(**common, dataset_name=write_jsonl(together, "together.jsonl"))[1]
+    two = train(**common, dataset_name=write_jsonl(apart, "apart.jsonl"))[1]
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "grad_norm", "rewards/margins", "logps/rejected"):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rlhf_trainer.offline.reference_logprobs as reference
-from rlhf_trainer.models.loading import FusedLM
+from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.offline.pair_batches import Group
 from rlhf_trainer.offline.reference_logprobs import content_key
 from rlhf_trainer.training.batch_plan import plan_batches
@@ -30,7 +30,7 @@ def run(model_folder, rows, write_jsonl, train, tmp_path, passes):
 
     def go(**options):
         before = len(passes)
-        settings = {"model_name_or_path": model_folder("llama"), "dataset": path, "batch_size": 4}
+        settings = {"model_name_or_path": model_folder("llama"), "dataset_name": path, "batch_size": 4}
         records = train(**(settings | {"micro_batch_size": 2} | options))[1]
         return len(passes) - before, [record["loss"] for record in records]
 
@@ -41,14 +41,14 @@ def test_the_second_run_reuses_the_first_ones(run, tmp_path):
     first, losses = run()
     assert first == 3
     assert run() == (0, losses)
-    assert run(beta=0.3, learning_rate=1e-4, optimizer="adamw", num_train_epochs=2)[0] == 0  # no bearing on them
+    assert run(beta=0.3, learning_rate=1e-4, optim="adamw", num_train_epochs=2)[0] == 0  # no bearing on them
     (file,) = (tmp_path / "cache").iterdir()  # and nothing beside it is left over
     assert file.suffix == ".safetensors"
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"precision": "bf16"}, {"micro_batch_size": 1}, {"seed": 9}, {"max_length": 50}, {"model": "gpt2"}],
+    [{"bf16": True}, {"micro_batch_size": 1}, {"seed": 9}, {"max_length": 50}, {"model": "gpt2"}],
     ids=lambda change: "".join(change),
 )
 def test_what_changes_them_is_computed_anew(change, run, model_folder, write_jsonl, rows):
@@ -57,7 +57,7 @@ def test_what_changes_them_is_computed_anew(change, run, model_folder, write_jso
         options = {"ref_model_name_or_path": model_folder(options["model"])}
     if "max_length" in options:  # cuts a response of this data set
         options["dataset"] = write_jsonl([*rows(5), rows(1)[0] | {"chosen": " cat" * 60}], "long.jsonl")
-        assert run(dataset=options["dataset"])[0] == 3
+        assert run(dataset_name=options["dataset"])[0] == 3
     else:
         assert run()[0] == 3
     assert run(**options)[0] > 0

@@ -9,8 +9,8 @@ import tokenizers
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trainer.config.base import RewardConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline.config import RewardConfig
 from rlhf_trainer.offline.pair_batches import Group, collate_groups
 from rlhf_trainer.offline.reward_model import (
     PAD,
@@ -29,7 +29,7 @@ REWARDS = torch.tensor([1.0, -1.0, 0.5, 2.0, 2.5])
 
 
 def config(**options):
-    return RewardConfig(model_name_or_path="m", dataset="d", output_dir="o", **options)
+    return RewardConfig(model_name_or_path="m", dataset_name="d", output_dir="o", **options)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_losses_by_hand():
     losses = pair_losses(REWARDS, pairs, config())
     expected = [minus_log_sigma(2 - 0), minus_log_sigma(1.5 - 0.5), minus_log_sigma(0.5 - 0.25)]
     assert losses.tolist() == pytest.approx(expected, abs=1e-6)
-    centred = pair_losses(REWARDS, pairs, config(center_coefficient=0.1))
+    centred = pair_losses(REWARDS, pairs, config(center_rewards_coefficient=0.1))
     assert (centred - losses).tolist() == pytest.approx([0.0, 0.1 * 0.25, 0.1 * 4.5**2], abs=1e-5)
     ranking = pair_losses(REWARDS, pairs, config(loss_type="margin_ranking", margin=1.0))
     assert ranking.tolist() == pytest.approx([0, 0, 0.5])
@@ -101,7 +101,7 @@ def test_the_trained_model_loads_as_a_sequence_classifier(family, model_folder, 
     are relative, on the left. The tokenizer's padding was its end of sequence; now it is a token of its own."""
     data = rows(8)
     folder, records = reward(
-        model_name_or_path=model_folder(family), dataset=write_jsonl(data), max_steps=1, learning_rate=0.0
+        model_name_or_path=model_folder(family), dataset_name=write_jsonl(data), max_steps=1, learning_rate=0.0
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -137,7 +137,7 @@ def preferences(count, seed):
 
 def test_it_learns_and_reports_on_held_out_pairs(model_folder, write_jsonl, reward, capsys):
     common = {
-        "model_name_or_path": model_folder("llama"), "dataset": write_jsonl(preferences(160, 0), "train.jsonl"),
+        "model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(preferences(160, 0), "train.jsonl"),
         "eval_dataset": write_jsonl(preferences(200, 1), "held.jsonl"), "batch_size": 16, "learning_rate": 3e-3,
         "num_train_epochs": 1,
     }  # fmt: skip
@@ -165,7 +165,7 @@ def test_held_out_pairs_are_scored_once_an_evaluation(model_folder, rows, write_
 
     monkeypatch.setattr(RewardTask, "look", look)
     data = write_jsonl(rows(20))
-    reward(model_name_or_path=model_folder("llama"), dataset=data, eval_dataset=data, max_steps=1)
+    reward(model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, max_steps=1)
     held_out, model = calls[-1]
     assert [task is held_out for task, _ in calls] == [True] * 3 + [False] + [True] * 3  # batches of 8, 8, 4
     assert held_out.margins.tolist() == pytest.approx(margins_of(held_out, model).tolist(), abs=1e-6)
@@ -175,8 +175,8 @@ def test_margins_reach_the_loss(model_folder, rows, write_jsonl, reward):
     """Step 1, before anything is learned: -log sigma(d - margin) with a margin of 40 is 40 more than with none."""
     data = rows(4)
     common = {"model_name_or_path": model_folder("llama"), "max_steps": 1}
-    plain = reward(**common, dataset=write_jsonl(data, "a.jsonl"))[1][0]
-    margin = reward(**common, dataset=write_jsonl([row | {"margin": 40.0} for row in data], "b.jsonl"))[1][0]
+    plain = reward(**common, dataset_name=write_jsonl(data, "a.jsonl"))[1][0]
+    margin = reward(**common, dataset_name=write_jsonl([row | {"margin": 40.0} for row in data], "b.jsonl"))[1][0]
     assert margin["loss"] == pytest.approx(40 - plain["margin"], abs=1e-3)
     assert margin["margin"] == pytest.approx(plain["margin"], abs=1e-5)
 
@@ -185,7 +185,7 @@ def test_margins_reach_the_loss(model_folder, rows, write_jsonl, reward):
     ("options", "message"),
     [
         ({"label_smoothing": 0.7}, "label_smoothing"),
-        ({"loss_type": "margin_ranking", "center_coefficient": 0.1}, "margin_ranking takes neither"),
+        ({"loss_type": "margin_ranking", "center_rewards_coefficient": 0.1}, "margin_ranking takes neither"),
         ({"compare_with": ["x"]}, "pass eval_dataset"),
         ({"margin": 2.0}, "margin is for loss_type margin_ranking"),
         ({"learning_rate": math.inf}, "learning_rate must be finite"),
@@ -193,15 +193,17 @@ def test_margins_reach_the_loss(model_folder, rows, write_jsonl, reward):
 )
 def test_options_are_checked_before_anything_is_loaded(options, message, reward):
     with pytest.raises(UsageError, match=message):
-        reward(model_name_or_path="/nowhere/at/all", dataset="/nowhere/at/all.jsonl", **options)
+        reward(model_name_or_path="/nowhere/at/all", dataset_name="/nowhere/at/all.jsonl", **options)
 
 
-def test_rivals_are_looked_at_before_training(model_folder, rows, write_jsonl, reward, make_model, tokenizer, tmp_path):
+def test_rivals_are_score_episodes_before_training(
+    model_folder, rows, write_jsonl, reward, make_model, tokenizer, tmp_path
+):
     """One that is not there, one that reads other tokens, one that is no reward model."""
     import copy
 
     data = write_jsonl(rows(4))
-    common = {"model_name_or_path": model_folder("llama"), "dataset": data, "eval_dataset": data, "max_steps": 1}
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": data, "eval_dataset": data, "max_steps": 1}
     folder, _ = reward(**common)
     other = copy.deepcopy(AutoTokenizer.from_pretrained(folder))
     other.add_tokens(["<other>"])
@@ -230,7 +232,7 @@ def test_a_tokenizer_of_another_model_is_refused(model_folder, tokenizer, rows, 
     larger.save_pretrained(tmp_path / "larger")
     with pytest.raises(UsageError, match="the tokenizer does not belong to the model"):
         reward(
-            model_name_or_path=model_folder("llama"), dataset=write_jsonl(rows(4)),
+            model_name_or_path=model_folder("llama"), dataset_name=write_jsonl(rows(4)),
             tokenizer_name_or_path=str(tmp_path / "larger"),
         )  # fmt: skip
 
@@ -239,9 +241,9 @@ def test_a_tokenizer_of_another_model_is_refused(model_folder, tokenizer, rows, 
 def test_a_reward_model_is_no_language_model(family, model_folder, rows, write_jsonl, reward, train):
     """Where embeddings are tied, no weight is missing, so nothing else would tell."""
     data = write_jsonl(rows(4))
-    folder, _ = reward(model_name_or_path=model_folder(family), dataset=data, max_steps=1)
+    folder, _ = reward(model_name_or_path=model_folder(family), dataset_name=data, max_steps=1)
     with pytest.raises(UsageError, match=r"is a reward model|lacks weights"):
-        train(model_name_or_path=str(folder), dataset=data)
+        train(model_name_or_path=str(folder), dataset_name=data)
 
 
 def test_a_response_that_ends_with_padding_is_refused(tokenizer, make_model, write_jsonl, reward, tmp_path):
@@ -255,5 +257,5 @@ def test_a_response_that_ends_with_padding_is_refused(tokenizer, make_model, wri
     with pytest.raises(UsageError, match=r"row 1: a response ends with the padding token"):
         reward(
             model_name_or_path=str(tmp_path / "start"),
-            dataset=write_jsonl([{"prompt": "the cat", "chosen": f" sat{PAD}", "rejected": " ran"}]),
+            dataset_name=write_jsonl([{"prompt": "the cat", "chosen": f" sat{PAD}", "rejected": " ran"}]),
         )

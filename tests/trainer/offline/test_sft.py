@@ -8,9 +8,9 @@ import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer.config.base import SFTConfig
 from rlhf_trainer.data.chat import set_chat_template
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline.config import SFTConfig
 from rlhf_trainer.offline.sft import SFTTask, train_sft
 
 
@@ -21,7 +21,7 @@ def sft(tmp_path):
 
     def run(**options):
         small = {"output_dir": str(tmp_path / f"sft{next(runs)}"), "learning_rate": 1e-3, "max_length": 96}
-        small |= {"batch_size": 8, "micro_batch_size": 8, "lr_schedule": "constant"}
+        small |= {"batch_size": 8, "micro_batch_size": 8, "lr_scheduler_type": "constant"}
         folder = train_sft(SFTConfig(**(small | options)))
         return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -79,7 +79,7 @@ def test_the_loss_is_the_mean_over_learned_tokens(turns, count, model_folder, co
     """Of the whole batch, whatever the micro-batches; headers and users' turns are not learned."""
     data, folder = conversations(7), model_folder("llama")
     expected = dict(zip(SFTTask.names, eager_metrics(folder, data, count), strict=True))
-    common = {"model_name_or_path": folder, "dataset": write_jsonl(data), "chat_template": "chatml"}
+    common = {"model_name_or_path": folder, "dataset_name": write_jsonl(data), "chat_template_path": "chatml"}
     common |= {"assistant_turns": turns, "max_steps": 1}
     for micro in (8, 2):
         record = sft(**common, micro_batch_size=micro)[1][0]
@@ -89,8 +89,8 @@ def test_the_loss_is_the_mean_over_learned_tokens(turns, count, model_folder, co
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_packing_changes_nothing_but_the_time(family, model_folder, conversations, write_jsonl, sft):
     """Gemma 2's layers have sliding windows. All rows are one batch, so only the packing differs."""
-    common = {"model_name_or_path": model_folder(family), "dataset": write_jsonl(conversations(8))}
-    common |= {"chat_template": "chatml", "num_train_epochs": 4}
+    common = {"model_name_or_path": model_folder(family), "dataset_name": write_jsonl(conversations(8))}
+    common |= {"chat_template_path": "chatml", "num_train_epochs": 4}
     (_, plain), (_, packed) = (sft(**common, packing=packing) for packing in (False, True))
     assert plain[3]["loss"] < plain[0]["loss"] - 0.1
     for a, b in zip(plain, packed, strict=True):
@@ -103,8 +103,8 @@ def test_packing_is_refused_where_attention_leaks(tokenizer, conversations, writ
     config = transformers.BloomConfig(vocab_size=397, hidden_size=32, n_layer=1, n_head=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
-    common = {"model_name_or_path": str(tmp_path / "bloom"), "dataset": write_jsonl(conversations(4))}
-    common |= {"chat_template": "chatml", "max_steps": 1}
+    common = {"model_name_or_path": str(tmp_path / "bloom"), "dataset_name": write_jsonl(conversations(4))}
+    common |= {"chat_template_path": "chatml", "max_steps": 1}
     with pytest.raises(UsageError, match=r"packing: in BloomForCausalLM .* see each other. Leave packing off"):
         sft(**common, packing=True)
     sft(**common)
@@ -118,7 +118,7 @@ def test_chatml_brings_its_tokens(make_model, tokenizer, conversations, write_js
     make_model("llama", vocab_size=len(fresh), pad_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "start")
     fresh.save_pretrained(tmp_path / "start")
     folder, _ = sft(
-        model_name_or_path=str(tmp_path / "start"), dataset=write_jsonl(conversations(4)), chat_template="chatml",
+        model_name_or_path=str(tmp_path / "start"), dataset_name=write_jsonl(conversations(4)), chat_template_path="chatml",
         max_steps=1, learning_rate=0.0,
     )  # fmt: skip
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "start", folder))
@@ -151,7 +151,7 @@ def test_the_chosen_answers_give_the_reference(model_folder, rows, write_jsonl, 
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data]
     common = {"model_name_or_path": model_folder("llama"), "num_train_epochs": 2}
     results = [
-        sft(**common, dataset=write_jsonl(content, name))[1]
+        sft(**common, dataset_name=write_jsonl(content, name))[1]
         for content, name in ((data, "pairs.jsonl"), (demonstrations, "demonstrations.jsonl"))
     ]
     assert [r["loss"] for r in results[0]] == [r["loss"] for r in results[1]]
@@ -160,8 +160,8 @@ def test_the_chosen_answers_give_the_reference(model_folder, rows, write_jsonl, 
 def test_held_out_conversations(model_folder, conversations, write_jsonl, sft):
     data = write_jsonl(conversations(8))
     _, records = sft(
-        model_name_or_path=model_folder("llama"), dataset=data, eval_dataset=data, eval_steps=2, num_train_epochs=3,
-        chat_template="chatml",
+        model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, eval_steps=2, num_train_epochs=3,
+        chat_template_path="chatml",
     )  # fmt: skip
     by_step = {record["step"]: record for record in records}
     assert [step for step, record in by_step.items() if "eval/loss" in record] == [0, 2, 3]
@@ -170,4 +170,4 @@ def test_held_out_conversations(model_folder, conversations, write_jsonl, sft):
 
 def test_a_template_without_marks_is_refused(model_folder, conversations, write_jsonl, sft):
     with pytest.raises(UsageError, match=r"\{% generation %\}.*chat_template: chatml"):
-        sft(model_name_or_path=model_folder("llama"), dataset=write_jsonl(conversations(2)))
+        sft(model_name_or_path=model_folder("llama"), dataset_name=write_jsonl(conversations(2)))

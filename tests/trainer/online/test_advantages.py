@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from rlhf_trainer.online.advantages import equal_groups, gae, group_advantages, whiten
-from rlhf_trainer.online.kl_control import adapted
+from rlhf_trainer.online.advantages import adapted_beta, equal_groups, gae, group_advantages, whiten
 
 
 @pytest.fixture
@@ -81,7 +80,7 @@ def test_groups_that_teach_nothing_are_known():
 
 
 def test_beta_follows_the_kl():
-    assert adapted(0.1, 6.0, 6.0, 0.1) == 0.1
-    assert adapted(0.1, 6.6, 6.0, 0.1) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert adapted(0.1, 600.0, 6.0, 0.1) == pytest.approx(0.102)  # the error is clipped to 0.2
-    assert adapted(0.1, 0.0, 6.0, 0.1) == pytest.approx(0.098)
+    assert adapted_beta(0.1, 6.0, 6.0, 0.1) == 0.1
+    assert adapted_beta(0.1, 6.6, 6.0, 0.1) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+    assert adapted_beta(0.1, 600.0, 6.0, 0.1) == pytest.approx(0.102)  # the error is clipped to 0.2
+    assert adapted_beta(0.1, 0.0, 6.0, 0.1) == pytest.approx(0.098)

@@ -11,10 +11,10 @@ import torch
 
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.online import loop as online
-from rlhf_trainer.online.collect import draw, episodes_of, judge, plan_of, prompts_of_step
+from rlhf_trainer.online.collect import draw, judge, make_episodes, plan_of, prompts_of_step
 from rlhf_trainer.online.config import GRPOConfig, PPOConfig
 from rlhf_trainer.online.critic import make_actor_critic
-from rlhf_trainer.online.episodes import Episode, looked_at
+from rlhf_trainer.online.episodes import Episode, score_episodes
 from rlhf_trainer.online.grpo import GRPO, train_grpo
 from rlhf_trainer.online.metrics import kl_of_tokens
 from rlhf_trainer.online.ppo import PPO, token_rewards, train_ppo
@@ -34,8 +34,8 @@ def task(tmp_path_factory):
     model = tasks.half_taught(tasks.small_gpt2(tokenizer, width=32, layers=1), tokenizer, rows, 200, seed=0)
     return {
         "model_name_or_path": tasks.save(folder / "model", model, tokenizer),
-        "dataset": tasks.write_rows(folder / "rows.jsonl", rows), "rewards": ["exact_answer"], "batch_size": 16,
-        "micro_batch_size": 4, "generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 2,
+        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["exact_answer"], "batch_size": 16,
+        "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 2,
         "learning_rate": 1e-3,
     }  # fmt: skip
 
@@ -65,10 +65,10 @@ def first_batch(config, algorithm):
     prompts = prompts_of_step(setup, 1)
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
     completions = draw(setup, sampler, prompts, seed=1, source="rows")
-    episodes = episodes_of(prompts, completions, judge(setup, prompts, completions))
+    episodes = make_episodes(prompts, completions, judge(setup, prompts, completions))
     plan = plan_of(setup, episodes, seed=1)
     micros = [micro for batch in plan for micro in batch]
-    episodes = looked_at(
+    episodes = score_episodes(
         episodes, micros, module, setup.reference, setup.accelerator, pad_id=setup.pad_id,
         temperature=config.temperature, exact_kl=config.kl_estimator == "exact",
     )  # fmt: skip
@@ -103,7 +103,7 @@ def moved(model, by):
 
 def test_in_bf16_too_the_policy_begins_as_its_reference(run):
     """Both heads compute in the same precision: no KL is made up of rounding."""
-    _, lines = run("ppo", precision="bf16", max_steps=1)
+    _, lines = run("ppo", bf16=True, max_steps=1)
     assert lines[0]["objective/kl"] == 0.0 and lines[0]["val/ratio"] == pytest.approx(1.0, abs=0.05)
 
 
@@ -171,7 +171,7 @@ def test_before_an_update_every_ratio_is_one(run):
 def test_estimates_of_the_kl_agree_with_the_exact_one(task, tmp_path):
     """Means over 512 completions of a policy that has moved away; k1 and k3 are unbiased."""
     config = PPOConfig(
-        **task | {"output_dir": str(tmp_path / "out"), "micro_batch_size": 128, "generation_batch_size": 128},
+        **task | {"output_dir": str(tmp_path / "out"), "micro_batch_size": 128, "per_device_generation_batch_size": 128},
         kl_estimator="exact", value_model="shared",
     )  # fmt: skip
     setup = prepare(config)
@@ -179,9 +179,9 @@ def test_estimates_of_the_kl_agree_with_the_exact_one(task, tmp_path):
     prompts = setup.prompts * 32
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
     completions = draw(setup, sampler, prompts, seed=1, source="rows")
-    episodes = episodes_of(prompts, completions, judge(setup, prompts, completions))
+    episodes = make_episodes(prompts, completions, judge(setup, prompts, completions))
     micros = [list(range(k, k + 128)) for k in range(0, 512, 128)]
-    episodes = looked_at(
+    episodes = score_episodes(
         episodes, micros, setup.policy, setup.reference, setup.accelerator, pad_id=setup.pad_id, temperature=1.0,
         exact_kl=True,
     )  # fmt: skip
@@ -307,9 +307,9 @@ def test_a_sampler_that_differs_is_measured_and_corrected_for(run, monkeypatch):
     assert off["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25, abs=1e-5)
     assert off["sampling/importance_sampling_ratio/mean"] == pytest.approx(math.exp(0.25), rel=1e-4)
     assert off["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
-    corrected = run("grpo", max_steps=1, is_cap=2.0, max_grad_norm=0)[1][0]
+    corrected = run("grpo", max_steps=1, importance_sampling_cap=2.0, max_grad_norm=0)[1][0]
     assert corrected["grad_norm"] == pytest.approx(math.exp(0.25) * plain["grad_norm"], rel=1e-4)
-    capped = run("grpo", max_steps=1, is_cap=1.1, max_grad_norm=0)[1][0]
+    capped = run("grpo", max_steps=1, importance_sampling_cap=1.1, max_grad_norm=0)[1][0]
     assert capped["grad_norm"] == pytest.approx(1.1 * plain["grad_norm"], rel=1e-4)
 
 
@@ -317,8 +317,10 @@ def test_correcting_for_a_sampler_takes_its_log_probs(run, monkeypatch):
     Shifted.shift = None
     with_sampler(monkeypatch, lambda sampler: Shifted(sampler.model, sampler.tokenizer, sampler.bf16))
     assert "sampling/kl" not in run("grpo", max_steps=1)[1][0]
-    with pytest.raises(UsageError, match="is_cap: the sampler tells no log-probs of its tokens; use a server"):
-        run("grpo", is_cap=2.0)
+    with pytest.raises(
+        UsageError, match="importance_sampling_cap: the sampler tells no log-probs of its tokens; use a server"
+    ):
+        run("grpo", importance_sampling_cap=2.0)
 
 
 # --- options and bad input
@@ -391,8 +393,8 @@ def test_rows_without_an_answer_are_skipped_if_that_is_wanted(run, task, tmp_pat
     del rows[5]["answer"]
     data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UsageError, match=r"row 6, .*needs a column"):
-        run("grpo", dataset=data)
-    run("grpo", dataset=data, skip_invalid_rows=True)
+        run("grpo", dataset_name=data)
+    run("grpo", dataset_name=data, skip_invalid_rows=True)
     assert "15 prompts, 1 invalid rows skipped" in capsys.readouterr().out
 
 
@@ -424,7 +426,7 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("grpo", {"beta": 0.1, "kl_estimator": "k1"}, "its expected gradient is zero. Take k2, k3 or exact"),
         ("grpo", {"beta": 0.1, "kl_estimator": "exact", "kl_in": "reward"}, "Take k1, or kl_in loss"),
         ("ppo", {"kl_estimator": "exact", "whiten_rewards": True}, "pass whiten_advantages or kl_in loss instead"),
-        ("grpo", {"is_cap": 0.0}, "is_cap must be above 0"),
+        ("grpo", {"importance_sampling_cap": 0.0}, "importance_sampling_cap must be above 0"),
         ("ppo", {"temperature": 0.0}, "temperature must be finite and above 0"),
         ("ppo", {"lam": 1.5}, r"lam must be in \[0, 1\]"),
         ("ppo", {"target_kl": 1.0, "beta": 0.0}, "target_kl adapts beta, which must start above 0"),
@@ -432,11 +434,11 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("ppo", {"num_mini_batches": 3}, "num_mini_batches must divide batch_size=16, got 3"),
         ("ppo", {"kl_gain": 5.0}, "kl_gain must be below 5"),
         ("ppo", {"beta": math.inf}, "beta must be finite"),
-        ("ppo", {"rewards": []}, "nothing judges"),
+        ("ppo", {"reward_funcs": []}, "nothing judges"),
         ("ppo", {"max_new_tokens": 40}, "max_prompt_length and max_new_tokens together"),
         ("ppo", {"beta": 0.0, "ref_model_name_or_path": "x"}, "with beta 0 nothing is compared with it"),
-        ("ppo", {"rewards": ["json_schema"]}, "row 1.*json_schema.*needs a column 'schema'"),
-        ("ppo", {"rewards": ["math:sqrt"]}, "math:sqrt"),
+        ("ppo", {"reward_funcs": ["json_schema"]}, "row 1.*json_schema.*needs a column 'schema'"),
+        ("ppo", {"reward_funcs": ["math:sqrt"]}, "math:sqrt"),
     ],
 )
 def test_what_cannot_work_is_told_before_anything_is_drawn(run, monkeypatch, algorithm, options, message):

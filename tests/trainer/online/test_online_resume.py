@@ -36,8 +36,8 @@ def options(tmp_path_factory):
     model = tasks.small_gpt2(tokenizer, width=16, layers=1)
     return {
         "model_name_or_path": tasks.save(folder / "model", model, tokenizer),
-        "dataset": tasks.write_rows(folder / "rows.jsonl", rows), "rewards": ["regex:[ab]"], "batch_size": 16,
-        "micro_batch_size": 4, "generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 5,
+        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["regex:[ab]"], "batch_size": 16,
+        "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 5,
         "learning_rate": 1e-2, "save_steps": 2, "eval_dataset": str(folder / "rows.jsonl"), "eval_steps": 2,
     }  # fmt: skip
 
@@ -68,17 +68,19 @@ def test_a_killed_run_goes_on(algorithm, point, run):
         point = "before any state"  # it has but one update an iteration
     whole = run(algorithm, "whole")
     killed(lambda: run(algorithm, "broken"), KILLS[point])
-    assert_same(run(algorithm, "broken", resume=True), whole)
+    assert_same(run(algorithm, "broken", resume_from_checkpoint=True), whole)
 
 
 def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
     """Rewards go by the columns of the rows, so these are part of what a run began with."""
     rows = [json.loads(line) for line in Path(options["dataset"]).read_text().splitlines()]
     data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
-    killed(lambda: run("grpo", "broken", dataset=data), (online, "draw", at_call(5)))
+    killed(lambda: run("grpo", "broken", dataset_name=data), (online, "draw", at_call(5)))
     tasks.write_rows(tmp_path / "rows.jsonl", [row | {"answer": "x"} for row in rows])
-    with pytest.raises(UsageError, match="is not what the run began with, so --resume cannot go on with it"):
-        run("grpo", "broken", dataset=data, resume=True)
+    with pytest.raises(
+        UsageError, match="is not what the run began with, so --resume_from_checkpoint cannot go on with it"
+    ):
+        run("grpo", "broken", dataset_name=data, resume_from_checkpoint=True)
 
 
 def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
@@ -94,7 +96,7 @@ def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
     monkeypatch.setattr(online, "make_sampler", lambda *given: Failing((s := make(*given)).model, s.tokenizer, s.bf16))
     whole = (run("grpo", "whole") / "failures.jsonl").read_text()
     killed(lambda: run("grpo", "broken"), (online, "draw", at_call(5)))
-    assert (run("grpo", "broken", resume=True) / "failures.jsonl").read_text() == whole
+    assert (run("grpo", "broken", resume_from_checkpoint=True) / "failures.jsonl").read_text() == whole
     assert whole
 
 

@@ -21,7 +21,7 @@ def half_taught(folder, rows, held_out, width, steps, learning_rate, wrong):
     tasks.half_taught(model, tokenizer, rows[:-held_out], steps, seed=0, learning_rate=learning_rate, wrong=wrong)
     return {
         "model_name_or_path": tasks.save(folder / "model", model, tokenizer),
-        "dataset": tasks.write_rows(folder / "rows.jsonl", rows[:-held_out]),
+        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows[:-held_out]),
         "eval_dataset": tasks.write_rows(folder / "held_out.jsonl", rows[-held_out:]),
     }
 
@@ -44,10 +44,10 @@ def accuracies(train, config):
 
 
 COMMON = {
-    "rewards": ["exact_answer"], "max_prompt_length": 8, "max_new_tokens": 6, "batch_size": 256,
-    "micro_batch_size": 256, "generation_batch_size": 512,
+    "reward_funcs": ["exact_answer"], "max_prompt_length": 8, "max_new_tokens": 6, "batch_size": 256,
+    "micro_batch_size": 256, "per_device_generation_batch_size": 512,
 }  # fmt: skip
-FALLING = {"learning_rate": 5e-4, "lr_schedule": "linear"}
+FALLING = {"learning_rate": 5e-4, "lr_scheduler_type": "linear"}
 PPO = {"value_model": "shared", "num_mini_batches": 2, "num_ppo_epochs": 2, "beta": 0.02}
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.config.base import PairsConfig, RejectConfig
-from rlhf_trainer.data.examples import load_pairs
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.preferences.config import PairsConfig
 from rlhf_trainer.preferences.pairs import make_pairs, pair_up, pairs_among
-from rlhf_trainer.rewards.rejection import reject
+from rlhf_trainer.rewards.config import RejectionConfig
+from rlhf_trainer.rewards.rejection import rejection
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 
 
@@ -91,7 +92,7 @@ def test_the_pairs_are_ready_for_dpo(run, write_jsonl, tokenizer, capsys):
     folder = run(write_jsonl(SCORED), pairing="all")
     said = capsys.readouterr().out
     assert "3 pairs of 3 prompts (without a pair: 1 equal rewards, 1 fewer than two usable completions)" in said
-    pairs = load_pairs(str(folder / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=9, max_length=20)
+    pairs = load_groups(str(folder / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=9, max_length=20)
     found = [tuple(tokenizer.decode(ids[:-1]) for ids in (p.chosen, p.rejected)) for p in pairs.examples]
     assert found == [(" cat", " fish"), (" cat", " dogs"), (" fish", " dogs")]
     assert json.loads((folder / "report.json").read_text()) == {
@@ -105,7 +106,7 @@ def test_one_prompt_of_several_folders_is_one_prompt(run, write_jsonl, tmp_path)
     """Completions of several models, each scored in a run of its own."""
     for name, completion in (("a", " 4"), ("b", " 5")):
         data = write_jsonl([{"prompt": "2+2", "completion": completion, "columns": {"answer": "4"}}], f"{name}.jsonl")
-        reject(RejectConfig(completions=[data], rewards=["exact_answer"], output_dir=str(tmp_path / name)))
+        rejection(RejectionConfig(completions=[data], reward_funcs=["exact_answer"], output_dir=str(tmp_path / name)))
     folder = run(str(tmp_path / "b"), str(tmp_path / "a" / "scored.jsonl"))
     (row,) = map(json.loads, (folder / "pairs.jsonl").read_text().splitlines())
     assert row == {"prompt": "2+2", "responses": [" 5", " 4"], "scores": [0.0, 1.0], "pairs": [[1, 0]]}
@@ -115,11 +116,11 @@ def test_a_finished_run_stays_as_it_is(run, write_jsonl, capsys):
     data = write_jsonl(SCORED)
     folder = run(data)
     before = (folder / "pairs.jsonl").stat().st_mtime_ns
-    assert run(data, resume=True) == folder and (folder / "pairs.jsonl").stat().st_mtime_ns == before
-    with pytest.raises(UsageError, match="exists; choose another one, or pass --overwrite"):
+    assert run(data, resume_from_checkpoint=True) == folder and (folder / "pairs.jsonl").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="exists; choose another one, or pass --overwrite_output_dir"):
         run(data)
     with pytest.raises(UsageError, match="pairing: 'best_worst' then, 'all' now"):
-        run(data, resume=True, pairing="all")
+        run(data, resume_from_checkpoint=True, pairing="all")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
-from rlhf_trainer.config.base import RecipeConfig
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.recipes import run as recipe
+from rlhf_trainer.recipes.config import RecipeConfig
 from rlhf_trainer.recipes.run import run_recipe
 from rlhf_trainer.training import loop as training
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
@@ -36,12 +36,12 @@ def three(model_folder, rows, tmp_path_factory):
     small = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2, "max_length": 96}
     stages = {
         "sft": {
-            "command": "sft", "model_name_or_path": "${base}", "dataset": "${data}", **small, "num_train_epochs": 2,
+            "command": "sft", "model_name_or_path": "${base}", "dataset_name": "${data}", **small, "num_train_epochs": 2,
             "save_steps": 2,
         },
         "half": {"python": "steps_of_mine:halve", "options": {"source": "${data}"}},
         "dpo": {
-            "command": "dpo", "model_name_or_path": "${sft}", "dataset": "${half}/half.jsonl", **small,
+            "command": "dpo", "model_name_or_path": "${sft}", "dataset_name": "${half}/half.jsonl", **small,
             "eval_dataset": "${data}", "max_prompt_length": 48, "ref_cache_dir": "${output}/cache",
         },
     }  # fmt: skip
@@ -86,7 +86,7 @@ def test_the_report_tells_what_each_stage_consumed_and_left(run, three, capsys):
     assert sft["metrics"]["loss"]["last"] < sft["metrics"]["loss"]["first"]
     assert half["rows"] == {"half.jsonl": 6} and half["report"]["kept"] == 0.5
     assert dpo["consumed"] == {
-        "model_name_or_path": {"from": "sft"}, "dataset": {"from": "half/half.jsonl", "rows": 6}, "eval_dataset": data,
+        "model_name_or_path": {"from": "sft"}, "dataset_name": {"from": "half/half.jsonl", "rows": 6}, "eval_dataset": data,
     }  # fmt: skip
     assert dpo["steps"] == 2 and {"eval/loss", "loss"} <= dpo["metrics"].keys()
     assert all(stage["seconds"] > 0 and stage["resumed"] is False for stage in (sft, dpo))
@@ -128,7 +128,7 @@ KILLS = {
 def test_killed_anywhere_it_goes_on(point, run, whole, tmp_path):
     killed(lambda: run("out"), point)
     assert not (tmp_path / "out").exists()
-    folder = run("out", resume=True)
+    folder = run("out", resume_from_checkpoint=True)
     for stage in ("sft", "dpo"):
         assert_same(folder / stage, whole / stage)
     assert report_of(folder) == report_of(whole)
@@ -140,13 +140,13 @@ def test_killed_anywhere_it_goes_on(point, run, whole, tmp_path):
 def test_resume_of_a_finished_recipe_does_nothing(run, capsys):
     folder = run()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert run(resume=True) == folder
-    assert "is finished; nothing is left to do" in capsys.readouterr().out
+    assert run(resume_from_checkpoint=True) == folder
+    assert "already finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(UsageError, match=r"exists; choose another one, or pass --overwrite"):
+    with pytest.raises(UsageError, match=r"exists; choose another one, or pass --overwrite_output_dir"):
         run()
     with pytest.raises(UsageError, match=r"of another recipe, .*stage sft: num_train_epochs: 2 then, 1 now"):
-        run(resume=True, set=["sft.num_train_epochs=1"])
+        run(resume_from_checkpoint=True, set=["sft.num_train_epochs=1"])
 
 
 def test_stages_to_come_may_be_changed_and_those_begun_may_not(run, tmp_path):
@@ -154,8 +154,8 @@ def test_stages_to_come_may_be_changed_and_those_begun_may_not(run, tmp_path):
     with pytest.raises(
         UsageError, match=r"of another recipe, .*\(stage half: options: .* Only stages that have not begun"
     ):
-        run(resume=True, set=["half.kept=0.25"])
-    folder = run(resume=True, set=["dpo.max_steps=1"])
+        run(resume_from_checkpoint=True, set=["half.kept=0.25"])
+    folder = run(resume_from_checkpoint=True, set=["dpo.max_steps=1"])
     assert len((folder / "dpo" / "metrics.jsonl").read_text().splitlines()) == 2  # before training, and its step
 
 
@@ -165,14 +165,16 @@ def test_stages_that_were_done_may_not_vanish(run, three, tmp_path):
     content["stages"] = {"half": content["stages"]["half"]}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(UsageError, match=r"it began with the stages sft, the recipe now has half"):
-        run(recipe=str(tmp_path / "one.yaml"), resume=True)
+        run(recipe=str(tmp_path / "one.yaml"), resume_from_checkpoint=True)
 
 
 def test_a_stage_that_fails_is_named_and_mended_goes_on(run, whole, tmp_path):
-    with pytest.raises(UsageError, match=r"(?s)three.yaml, stage dpo: .*over max_prompt_length=1\n.*--resume") as error:
+    with pytest.raises(
+        UsageError, match=r"(?s)three.yaml, stage dpo: .*over max_prompt_length=1\n.*--resume_from_checkpoint"
+    ) as error:
         run(set=["dpo.max_prompt_length=1"])
     assert str(partial_folder(tmp_path / "out")) in str(error.value)
-    folder = run(resume=True, set=["dpo.max_prompt_length=48"])
+    folder = run(resume_from_checkpoint=True, set=["dpo.max_prompt_length=48"])
     assert_same(folder / "dpo", whole / "dpo")
 
 
@@ -186,9 +188,9 @@ def test_a_function_that_raises_is_named_with_its_own_traceback(run, tmp_path):
 def test_overwrite_replaces_at_the_end_only(run, tmp_path):
     folder = run()
     with pytest.raises(UsageError, match="stage dpo"):
-        run(overwrite=True, set=["dpo.max_prompt_length=1"])
+        run(overwrite_output_dir=True, set=["dpo.max_prompt_length=1"])
     assert (folder / "report.md").exists()
-    replaced = run(overwrite=True, set=["dpo.max_steps=1"])
+    replaced = run(overwrite_output_dir=True, set=["dpo.max_steps=1"])
     assert replaced == folder and json.loads((folder / "report.json").read_text())["stages"][2]["steps"] == 1
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.config.base import RecipeConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.recipes.config import RecipeConfig
 from rlhf_trainer.recipes.file import check_recipe, config_of, placed, read_recipe, shipped_recipes
 from rlhf_trainer.recipes.run import run_recipe
 
@@ -38,11 +38,11 @@ def recipe(tmp_path):
 def test_variables_and_stages_are_filled_in(recipe):
     sft, pick, dpo = read_recipe(recipe(GOOD)).stages
     told = config_of(sft, Path("/out"))
-    assert (told.model_name_or_path, told.dataset, told.learning_rate) == ("/my/base", "data.jsonl", 1e-3)
-    assert (told.output_dir, told.resume, told.overwrite) == ("/out/sft", True, False)
+    assert (told.model_name_or_path, told.dataset_name, told.learning_rate) == ("/my/base", "data.jsonl", 1e-3)
+    assert (told.output_dir, told.resume_from_checkpoint, told.overwrite_output_dir) == ("/out/sft", True, False)
     assert placed(pick, Path("/out")) == {"dst": "/out/sft/x", "follow_symlinks": False}
     told = config_of(dpo, Path("/out"))
-    assert (told.model_name_or_path, told.dataset) == ("/out/sft", "/out/pick/pairs.jsonl")
+    assert (told.model_name_or_path, told.dataset_name) == ("/out/sft", "/out/pick/pairs.jsonl")
     assert told.ref_cache_dir == "/out/cache"
 
 
@@ -159,13 +159,17 @@ def test_a_dry_run_prints_commands_and_leaves_nothing(recipe, tmp_path, capsys):
     assert main(["recipe", "--recipe", path, "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
     first, sft, pick, dpo = capsys.readouterr().out.splitlines()
     assert first.startswith("# Two stages")
-    assert sft == f"rlhf sft --model_name_or_path m --dataset d --learning_rate 1e-3 --output_dir {tmp_path}/out/sft"
+    assert (
+        sft == f"rlhf sft --model_name_or_path m --dataset_name d --learning_rate 1e-3 --output_dir {tmp_path}/out/sft"
+    )
     assert pick.startswith("# shutil:copy(")
-    assert dpo.startswith(f"rlhf dpo --model_name_or_path {tmp_path}/out/sft --dataset {tmp_path}/out/pick/pairs.jsonl")
+    assert dpo.startswith(
+        f"rlhf dpo --model_name_or_path {tmp_path}/out/sft --dataset_name {tmp_path}/out/pick/pairs.jsonl"
+    )
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_set_may_be_passed_again_and_again(recipe, tmp_path, capsys):
     argv = ["--output_dir", str(tmp_path / "out"), "--dry_run", "--set", "base=m", "data=d", "--set", "rate=2"]
     assert main(["recipe", "--recipe", recipe(GOOD), *argv]) == 0
-    assert "--model_name_or_path m --dataset d --learning_rate 2 " in capsys.readouterr().out
+    assert "--model_name_or_path m --dataset_name d --learning_rate 2 " in capsys.readouterr().out

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from rlhf_trainer.config.base import RecipeConfig
+from rlhf_trainer.recipes.config import RecipeConfig
 from rlhf_trainer.recipes.run import run_recipe
 from rlhf_trainer.recipes.steps import join, right_where_known
 from rlhf_trainer.studies.demo.tiny_world import ALL_SUMS, answer, compare, compared, kind, reward_of, right_in_form

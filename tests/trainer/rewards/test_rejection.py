@@ -7,10 +7,10 @@ import sys
 import pytest
 
 import rlhf_trainer.models.scoring
-from rlhf_trainer.config.base import RejectConfig
 from rlhf_trainer.data.examples import load_conversations
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, reject, top_overall, top_per_prompt
+from rlhf_trainer.rewards.config import RejectionConfig
+from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, rejection, top_overall, top_per_prompt
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.known_models import save_word_judge
 
@@ -82,9 +82,12 @@ def word_judge(tokenizer, tmp_path_factory):
 @pytest.fixture
 def run(word_judge, tmp_path):
     def run(*completions, output="out", **options):
-        return reject(
-            RejectConfig(
-                completions=list(completions), reward_model=word_judge, output_dir=str(tmp_path / output), **options
+        return rejection(
+            RejectionConfig(
+                completions=list(completions),
+                reward_model_name_or_path=word_judge,
+                output_dir=str(tmp_path / output),
+                **options,
             )
         )
 
@@ -171,8 +174,8 @@ def test_the_other_selections(run, write_jsonl):
     def selected(output, **options):
         return [line["completion"] for line in lines_of(run(data, output=output, **options) / "selected.jsonl")]
 
-    assert selected("overall", selection="top_overall", k=2) == [" cat cat dogs", " cat dogs dogs"]  # of one prompt
-    assert selected("overall3", selection="top_overall", k=3, max_per_prompt=1) == [" cat cat dogs", " fish cat"]
+    assert selected("overall", selection="top_k_overall", k=2) == [" cat cat dogs", " cat dogs dogs"]  # of one prompt
+    assert selected("overall3", selection="top_k_overall", k=3, max_per_prompt=1) == [" cat cat dogs", " fish cat"]
     by_seed = [selected(f"random{seed}", selection="random", seed=seed) for seed in range(6)]
     assert len({tuple(drawn) for drawn in by_seed}) > 1 and all(len(drawn) == 2 for drawn in by_seed)
 
@@ -203,7 +206,7 @@ def test_a_run_goes_on_with_the_batches_it_has(run, write_jsonl, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run(data, batch_size=1)
     break_off_at(0)
-    folder = run(data, batch_size=1, resume=True)
+    folder = run(data, batch_size=1, resume_from_checkpoint=True)
     assert len(calls) == 2 + 2
     for name in ("scored.jsonl", "selected.jsonl", "report.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -234,7 +237,7 @@ def test_bad_sources(run, write_jsonl, tmp_path):
         run(data, data)
     with pytest.raises(UsageError, match="is empty: expected rows with prompt and completion"):
         run(write_jsonl([], "empty.jsonl"))
-    with pytest.raises(UsageError, match="max_per_prompt is for selection top_overall"):
+    with pytest.raises(UsageError, match="max_per_prompt is for selection top_k_overall"):
         run(data, max_per_prompt=1)
     with pytest.raises(
         UsageError, match=r"long.jsonl, row 1: \d+ tokens, but the model has 96 positions; set max_length"
@@ -271,7 +274,7 @@ def judged(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "lengths", raising=False)
 
     def judged(*completions, output="out", **options):
-        return reject(RejectConfig(completions=list(completions), output_dir=str(tmp_path / output), **options))
+        return rejection(RejectionConfig(completions=list(completions), output_dir=str(tmp_path / output), **options))
 
     yield judged
     sys.modules.pop("lengths", None)
@@ -279,7 +282,7 @@ def judged(tmp_path, monkeypatch):
 
 def test_only_what_is_right_is_selected(judged, write_jsonl, capsys):
     """DeepSeek-R1's third step: of many completions, those whose answer is right."""
-    folder = judged(write_jsonl(MATHS), rewards=["exact_answer"], min_reward=1.0, k=9)
+    folder = judged(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.0, k=9)
     selected = [(line["prompt"], line["completion"]) for line in lines_of(folder / "selected.jsonl")]
     assert selected == [("2 + 2", " It is 4."), ("2 + 3", " 5 cat"), ("2 + 3", " #### 5")]
     scored = lines_of(folder / "scored.jsonl")
@@ -289,14 +292,14 @@ def test_only_what_is_right_is_selected(judged, write_jsonl, capsys):
     assert report["below_min_reward"] == 2 and report["selected"]["prompts"] == 2
     assert "selected:   3 of 2 prompts, mean reward +1.0000" in capsys.readouterr().out
 
-    folder = judged(write_jsonl(MATHS), rewards=["exact_answer"], min_reward=1.5, output="none")
+    folder = judged(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.5, output="none")
     assert (folder / "selected.jsonl").read_text() == ""
     assert "selected:   0 of 0 prompts, none has min_reward" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("selection", ["top_overall", "random"])
+@pytest.mark.parametrize("selection", ["top_k_overall", "random"])
 def test_min_reward_goes_before_every_selection(judged, write_jsonl, selection):
-    options = {"rewards": ["exact_answer"], "min_reward": 0.5, "selection": selection}
+    options = {"reward_funcs": ["exact_answer"], "min_reward": 0.5, "selection": selection}
     for seed in range(4):
         folder = judged(write_jsonl(MATHS), output=f"out{seed}", k=2, seed=seed, **options)
         assert {line["reward"] for line in lines_of(folder / "selected.jsonl")} == {1}
@@ -304,7 +307,7 @@ def test_min_reward_goes_before_every_selection(judged, write_jsonl, selection):
 
 def test_a_weighted_sum_of_a_reward_model_and_functions(judged, write_jsonl, word_judge):
     folder = judged(
-        write_jsonl(MATHS), reward_model=word_judge, rewards=["exact_answer", "lengths:shortness"],
+        write_jsonl(MATHS), reward_model_name_or_path=word_judge, reward_funcs=["exact_answer", "lengths:shortness"],
         reward_weights=[10.0, 1.0, 2.0],
     )  # fmt: skip
     scored = lines_of(folder / "scored.jsonl")
@@ -320,7 +323,7 @@ def test_a_weighted_sum_of_a_reward_model_and_functions(judged, write_jsonl, wor
 
 def test_functions_are_not_called_again_when_a_run_goes_on(judged, write_jsonl, word_judge, monkeypatch):
     data = write_jsonl(MATHS)
-    options = {"rewards": ["lengths:shortness", f"model:{word_judge}"]}
+    options = {"reward_funcs": ["lengths:shortness", f"model:{word_judge}"]}
     whole = judged(data, output="whole", **options)
     calls, last_values = sys.modules["lengths"].calls, rlhf_trainer.models.scoring.last_values
     calls.clear()
@@ -335,14 +338,14 @@ def test_functions_are_not_called_again_when_a_run_goes_on(judged, write_jsonl, 
         judged(data, **options)
     monkeypatch.setattr(rlhf_trainer.models.scoring, "last_values", last_values)
     assert len(calls) == 1
-    folder = judged(data, resume=True, **options)
+    folder = judged(data, resume_from_checkpoint=True, **options)
     assert len(calls) == 1
     assert (folder / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
 
 
 def test_what_rewards_cannot_use_is_named_before_anything_is_written(judged, write_jsonl, tmp_path):
     with pytest.raises(UsageError, match=r"train.jsonl, row 2, prompt 'on': the reward 'exact_answer' needs a column"):
-        judged(write_jsonl([MATHS[0], row("on", " cat")]), rewards=["exact_answer"])
+        judged(write_jsonl([MATHS[0], row("on", " cat")]), reward_funcs=["exact_answer"])
     for line, message in (
         (row("a", " b", columns=[1]), "row 1, field 'columns': expected a mapping, got a list"),
         (row(["a"], " b"), r"row 1, field 'prompt\[0\]': expected"),
@@ -350,15 +353,15 @@ def test_what_rewards_cannot_use_is_named_before_anything_is_written(judged, wri
         (row("a", 7), "row 1, field 'completion': expected text, as in 'prompt', got int 7"),
     ):
         with pytest.raises(UsageError, match=message):
-            judged(write_jsonl([line]), rewards=["regex:a"])
+            judged(write_jsonl([line]), reward_funcs=["regex:a"])
     with pytest.raises(UsageError, match="nothing judges: name a reward_model or rewards"):
         judged("none.jsonl")
     with pytest.raises(UsageError, match="min_reward must be a number, got nan"):
-        judged("none.jsonl", rewards=["regex:a"], min_reward=float("nan"))
+        judged("none.jsonl", reward_funcs=["regex:a"], min_reward=float("nan"))
     assert not partial_folder(tmp_path / "out").exists()
 
 
 def test_several_processes_are_refused(run, write_jsonl, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="rlhf reject works in one process and was launched in 2"):
+    with pytest.raises(UsageError, match="rlhf rejection works in one process and was launched in 2"):
         run(write_jsonl(ROWS))

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 
-from rlhf_trainer.config.base import JudgeConfig
-from rlhf_trainer.data.examples import Prompt, encode_prompt, encode_response, load_prompts
+from rlhf_trainer.data.encoding import encode_prompt, encode_response
+from rlhf_trainer.data.examples import Prompt, load_prompts
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
-from rlhf_trainer.rewards.rewards import load_rewards
+from rlhf_trainer.rewards.config import RewardsConfig
+from rlhf_trainer.rewards.loading import load_rewards
 from tests.trainer.known_models import save_word_judge
 
 CPU = torch.device("cpu")
@@ -78,8 +79,8 @@ def functions(tmp_path, monkeypatch):
     sys.modules.pop("my_rewards", None)
 
 
-def load(*rewards, reward_model=None, weights=(), **options):
-    config = JudgeConfig(output_dir="out", reward_model=reward_model, rewards=list(rewards),
+def load(*rewards, reward_model_name_or_path=None, weights=(), **options):
+    config = RewardsConfig(output_dir="out", reward_model_name_or_path=reward_model, reward_funcs=list(rewards),
                          reward_weights=list(weights))  # fmt: skip
     return load_rewards(config, CPU, **options)
 
@@ -222,11 +223,11 @@ def test_what_cannot_be_loaded_is_told_before_any_model_is_loaded(functions, mon
 def test_columns_of_rows_reach_the_rewards(tokenizer, write_jsonl):
     rows = [
         {"prompt": "two and two", "ground_truth": "4", "expression": "2+2"},
-        {"messages": [{"role": "user", "content": "q"}], "ground_truth": "5", "expression": "9/3", "dataset": "x"},
+        {"messages": [{"role": "user", "content": "q"}], "ground_truth": "5", "expression": "9/3", "dataset_name": "x"},
     ]
     prompts = load_prompts(write_jsonl(rows), tokenizer, split="train", max_prompt_length=64).examples
     assert [p.columns for p in prompts] == [
-        {"ground_truth": "4", "expression": "2+2"}, {"ground_truth": "5", "expression": "9/3", "dataset": "x"}
+        {"ground_truth": "4", "expression": "2+2"}, {"ground_truth": "5", "expression": "9/3", "dataset_name": "x"}
     ]  # fmt: skip
     rewards = load("exact_answer", "arithmetic", weights=[1, 10])
     rewards.check(prompts)
@@ -288,7 +289,9 @@ def word_judge(tokenizer, tmp_path_factory):
 
 
 def test_a_reward_model_judges_prompt_and_completion_as_its_tokenizer_writes_them(word_judge, tokenizer, functions):
-    rewards = load("my_rewards:length", f"model:{word_judge}", reward_model=word_judge, weights=[3, 0, 0.5])
+    rewards = load(
+        "my_rewards:length", f"model:{word_judge}", reward_model_name_or_path=word_judge, weights=[3, 0, 0.5]
+    )
     assert rewards.names == ("reward_model", "length", "reward_model-2")
     chat = [{"role": "user", "content": "the"}]
     prompts, texts = [prompt("the"), prompt("the cat"), prompt(chat)], [" cat", " dogs cat", "a cat"]
@@ -309,14 +312,14 @@ def test_a_reward_model_judges_prompt_and_completion_as_its_tokenizer_writes_the
 
 
 def test_an_empty_completion_is_judged_as_the_prompt_with_its_end(word_judge, tokenizer):
-    reward = load(reward_model=word_judge)([prompt("the cat cat")], [" \n"]).total
+    reward = load(reward_model_name_or_path=word_judge)([prompt("the cat cat")], [" \n"]).total
     ids = [*tokenizer("the cat cat").input_ids, tokenizer.eos_token_id]
     torch.testing.assert_close(reward, score_sequences(load_reward_model(word_judge, key="k"), [ids], 1, 1, CPU))
     assert reward > 0
 
 
 def test_what_is_too_long_for_a_reward_model_is_named(word_judge):
-    rewards = load(reward_model=word_judge)
+    rewards = load(reward_model_name_or_path=word_judge)
     with pytest.raises(
         UsageError, match=r"p.jsonl, row 1: 98 tokens, but the model has 96 positions; the reward model"
     ):
@@ -327,7 +330,7 @@ def test_what_is_too_long_for_a_reward_model_is_named(word_judge):
 
 def test_a_folder_that_is_not_there():
     with pytest.raises(UsageError, match="reward_model: no such folder"):
-        load(reward_model="./none")
+        load(reward_model_name_or_path="./none")
     with pytest.raises(UsageError, match="rewards: no such folder"):
         load("model:./none")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_trainer.data.examples import pad_sequences
-from rlhf_trainer.models.loading import FusedLM, checkpoint_gradients
+from rlhf_trainer.data.batches import pad_sequences
+from rlhf_trainer.models.fused_lm import FusedLM
+from rlhf_trainer.models.loading import checkpoint_gradients
 from rlhf_trainer.rollouts.generation import (
     Completion,
     DrawnLogprobs,

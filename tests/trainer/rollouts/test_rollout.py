@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from rlhf_trainer.config.base import ServerConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Sampling, generate_batch
-from rlhf_trainer.rollouts.sampler import Asked, LocalSampler, make_sampler, mismatch
+from rlhf_trainer.rollouts.loading import make_sampler
+from rlhf_trainer.rollouts.sampler import GenerationRequest, LocalSampler, mismatch
 
 PROMPTS = [[30 + i, *range(40, 40 + i % 5)] for i in range(6)]
-ASKED = [Asked(ids, "unused", f"row {i}") for i, ids in enumerate(PROMPTS, start=1)]
+ASKED = [GenerationRequest(ids, "unused", f"row {i}") for i, ids in enumerate(PROMPTS, start=1)]
 
 
 def test_local_rollouts_are_generates_with_logprobs(make_model, tokenizer):

@@ -10,12 +10,13 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_trainer.config.base import ServerConfig
-from rlhf_trainer.data.examples import encode_prompt
+from rlhf_trainer.data.encoding import encode_prompt
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Completion, Sampling, completion_text
 from rlhf_trainer.rollouts.http_json import KEY_VARIABLE
-from rlhf_trainer.rollouts.sampler import Asked, Failure, make_sampler
+from rlhf_trainer.rollouts.loading import make_sampler
+from rlhf_trainer.rollouts.sampler import Failure, GenerationRequest
 from rlhf_trainer.rollouts.server import ServerSampler
 from tests.trainer.conftest import VOCABULARY
 from tests.trainer.rollouts.scripted_server import Scripted, choice
@@ -94,7 +95,7 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     """<s> is in the chat template's text, and tokenizers put another one before every text."""
     own = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="<|im_end|>",
-        chat_template="{{ bos_token }}" + tokenizer.chat_template,
+        chat_template_path="{{ bos_token }}" + tokenizer.chat_template,
     )  # fmt: skip
     own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     messages = [{"role": "user", "content": "see me"}]
@@ -103,11 +104,19 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     scripted.answer = lambda path, body: choice(text=" on")
     make = sampler(prompts="text")
     make.tokenizer = own
-    generate(make, [Asked(ids, messages, "row 1"), Asked(encode_prompt(own, "the cat"), "the cat", "row 2")])
+    generate(
+        make,
+        [
+            GenerationRequest(ids, messages, "row 1"),
+            GenerationRequest(encode_prompt(own, "the cat"), "the cat", "row 2"),
+        ],
+    )
     assert sorted(own(body["prompt"]).input_ids for _, body in scripted.asked) == sorted(
         [ids, encode_prompt(own, "the cat")]
     )
-    (failure, good) = generate(make, [Asked([5, 6], "the cat", "row 1"), Asked(ids, messages, "row 2")])
+    (failure, good) = generate(
+        make, [GenerationRequest([5, 6], "the cat", "row 1"), GenerationRequest(ids, messages, "row 2")]
+    )
     assert failure.where == "row 1" and "other tokens" in failure.reason and isinstance(good, Completion)
 
 

@@ -10,10 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_trainer.config.base import SampleConfig
+from rlhf_trainer.data.completions import COMPLETIONS_FILE
+from rlhf_trainer.data.encoding import is_empty
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts import sample as sampling
-from rlhf_trainer.rollouts.sample import COMPLETIONS_FILE, is_empty, sample
+from rlhf_trainer.rollouts.config import SampleConfig
+from rlhf_trainer.rollouts.sample import sample
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 
 
@@ -28,7 +30,7 @@ def run(model_folder, rows, write_jsonl, tmp_path):
 
     def run(output="out", **options):
         small = {
-            "models": [model_folder("llama"), model_folder("gpt2")], "dataset": prompts, "num_completions": 3,
+            "models": [model_folder("llama"), model_folder("gpt2")], "dataset_name": prompts, "num_completions": 3,
             "max_new_tokens": 6, "batch_size": 4, "output_dir": str(tmp_path / output),
         }  # fmt: skip
         return sample(SampleConfig(**small | options))
@@ -68,7 +70,7 @@ def test_chat_prompts_get_chat_completions_and_answers_travel_along(run, write_j
     prompt = [{"role": "system", "content": "cats"}, {"role": "user", "content": "the cat ?"}]
     answer = [{"role": "assistant", "content": "ate fish"}]
     data = write_jsonl([{"messages": prompt + answer}, {"messages": prompt[1:] + answer}], "chat.jsonl")
-    for line in lines_of(run(dataset=data)):
+    for line in lines_of(run(dataset_name=data)):
         assert line["prompt"] in (prompt, prompt[1:]) and line["answer"] == answer
         (message,) = line["completion"]
         assert message["role"] == "assistant" and "<|im_" not in message["content"]
@@ -82,7 +84,7 @@ def test_the_other_columns_of_a_prompt_travel_with_its_completions(run, tmp_path
         {"prompt": "dogs", "ground_truth": None, "tests": None, "day": day},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    lines = lines_of(run(dataset=str(tmp_path / "rows.parquet"), num_completions=1))
+    lines = lines_of(run(dataset_name=str(tmp_path / "rows.parquet"), num_completions=1))
     assert [line.get("columns") for line in lines] == [{"ground_truth": "4", "tests": ["assert f"]}, None] * 2
 
 
@@ -141,7 +143,7 @@ def test_a_killed_run_goes_on(run, call, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sampling, "generate_batch", lambda *a, **options: numbers.append(options["number"]) or generate(*a, **options)
     )
-    folder = run("broken", resume=True)
+    folder = run("broken", resume_from_checkpoint=True)
     assert (folder / COMPLETIONS_FILE).read_bytes() == whole
     assert numbers == list(range(call - 1, 8))  # what was there is not generated again
     assert not work.exists() and sorted(p.name for p in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
@@ -150,30 +152,30 @@ def test_a_killed_run_goes_on(run, call, tmp_path, monkeypatch):
 def test_a_run_may_be_killed_again_and_again(run, tmp_path):
     whole = (run("whole") / COMPLETIONS_FILE).read_bytes()
     killed(lambda: run("broken"), 3)
-    killed(lambda: run("broken", resume=True), 4)
-    assert (run("broken", resume=True) / COMPLETIONS_FILE).read_bytes() == whole
+    killed(lambda: run("broken", resume_from_checkpoint=True), 4)
+    assert (run("broken", resume_from_checkpoint=True) / COMPLETIONS_FILE).read_bytes() == whole
 
 
 def test_resuming_with_other_settings_or_data_is_refused(run, rows, write_jsonl, tmp_path):
     killed(lambda: run("broken"), 3)
     with pytest.raises(UsageError, match=r"temperature: 1.0 then, 0.5 now"):
-        run("broken", resume=True, temperature=0.5)
-    with pytest.raises(UsageError, match="Pass --resume to go on"):
+        run("broken", resume_from_checkpoint=True, temperature=0.5)
+    with pytest.raises(UsageError, match="Pass --resume_from_checkpoint to go on"):
         run("broken")
     write_jsonl([{"prompt": row["prompt"]} for row in rows(5, seed=9)], "prompts.jsonl")
     with pytest.raises(UsageError, match="the data or a tokenizer is not what the run began with"):
-        run("broken", resume=True)
+        run("broken", resume_from_checkpoint=True)
     assert partial_folder(tmp_path / "broken").exists()
 
 
 def test_a_finished_run_has_nothing_left_to_do(run, monkeypatch, capsys):
-    folder = run(resume=True)  # from the start, if there is nothing
+    folder = run(resume_from_checkpoint=True)  # from the start, if there is nothing
     before = (folder / COMPLETIONS_FILE).stat().st_mtime_ns
     monkeypatch.setattr(sampling, "load_tokenizer", None)
-    assert run(resume=True) == folder
+    assert run(resume_from_checkpoint=True) == folder
     assert (folder / COMPLETIONS_FILE).stat().st_mtime_ns == before
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="exists; choose another one, or pass --overwrite"):
+    with pytest.raises(UsageError, match="exists; choose another one, or pass --overwrite_output_dir"):
         run()
 
 

@@ -5,11 +5,12 @@ import random
 
 import pytest
 
-from rlhf_trainer.config.base import SampleConfig
+from rlhf_trainer.data.completions import COMPLETIONS_FILE
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts import http_json as json_server
 from rlhf_trainer.rollouts import sample as sampling
-from rlhf_trainer.rollouts.sample import COMPLETIONS_FILE, FAILURES_FILE, sample
+from rlhf_trainer.rollouts.config import SampleConfig
+from rlhf_trainer.rollouts.sample import FAILURES_FILE, sample
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.rollouts.scripted_server import Scripted, choice
 
@@ -40,7 +41,7 @@ def run(model_folder, write_jsonl, tmp_path, monkeypatch):
 
     def run(url, output="out", **options):
         small = {
-            "models": [model_folder("llama")], "dataset": prompts, "num_completions": 4, "max_new_tokens": 6,
+            "models": [model_folder("llama")], "dataset_name": prompts, "num_completions": 4, "max_new_tokens": 6,
             "batch_size": 4, "output_dir": str(tmp_path / output), "server_url": url, "server_retries": 1,
         }  # fmt: skip
         return sample(SampleConfig(**small | options))
@@ -82,7 +83,7 @@ def test_what_fails_at_every_try_is_kept_apart_and_can_be_sampled_again(server, 
         said = capsys.readouterr().out
         assert "4 completions of 2 prompts" in said and "2 more failed" in said and "HTTP 500: crashed" in said
         server.answer = works
-        again = run(url, "again", dataset=str(folder / FAILURES_FILE), num_completions=1)
+        again = run(url, "again", dataset_name=str(folder / FAILURES_FILE), num_completions=1)
     assert [line["prompt"] for line in lines_of(again / COMPLETIONS_FILE)] == [PROMPTS[1]] * 2
 
 
@@ -103,7 +104,9 @@ def test_a_run_whose_server_died_goes_on_with_another(server, run, tmp_path):
     other = Scripted()
     other.answer = works
     with other.running() as url:
-        assert (run(url, "broken", resume=True, server_timeout=5.0) / COMPLETIONS_FILE).read_bytes() == whole
+        assert (
+            run(url, "broken", resume_from_checkpoint=True, server_timeout=5.0) / COMPLETIONS_FILE
+        ).read_bytes() == whole
     assert sum(path == "/v1/completions" for path, _ in other.asked) == 8  # 4 were there
 
 
@@ -124,5 +127,5 @@ def test_no_server_is_told_before_anything_is_written(run, tmp_path):
 def test_what_a_server_cannot_be_told_to_sample_is_refused(options, said):
     with pytest.raises(UsageError, match=said):
         SampleConfig(
-            **{"models": ["a"], "dataset": "d", "output_dir": "o", "server_url": "http://127.0.0.1:9"} | options
+            **{"models": ["a"], "dataset_name": "d", "output_dir": "o", "server_url": "http://127.0.0.1:9"} | options
         )

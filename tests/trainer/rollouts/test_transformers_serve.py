@@ -11,13 +11,15 @@ import urllib.request
 import pytest
 import torch
 
-from rlhf_trainer.config.base import SampleConfig, ServerConfig
+from rlhf_trainer.data.completions import COMPLETIONS_FILE
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.online.config import GRPOConfig
 from rlhf_trainer.online.grpo import train_grpo
+from rlhf_trainer.rollouts.config import SampleConfig, ServerConfig
 from rlhf_trainer.rollouts.generation import Sampling
-from rlhf_trainer.rollouts.sample import COMPLETIONS_FILE, sample
-from rlhf_trainer.rollouts.sampler import LocalSampler, make_sampler
+from rlhf_trainer.rollouts.loading import make_sampler
+from rlhf_trainer.rollouts.sample import sample
+from rlhf_trainer.rollouts.sampler import LocalSampler
 from tests.trainer.conftest import VOCABULARY, WORDS
 
 pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
@@ -122,7 +124,7 @@ def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_js
 
     def written(output, **options):
         config = SampleConfig(
-            output_dir=str(tmp_path / output), models=[folder], dataset=data, num_completions=2, temperature=0.0,
+            output_dir=str(tmp_path / output), models=[folder], dataset_name=data, num_completions=2, temperature=0.0,
             max_new_tokens=12, batch_size=4, **options,
         )  # fmt: skip
         return (sample(config) / COMPLETIONS_FILE).read_bytes()
@@ -136,7 +138,7 @@ def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl,
     data = write_jsonl([{"prompt": one.prompt} for one in asked])
     trained = train_grpo(
         GRPOConfig(
-            output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset=data, rewards=["regex:cat|mat|sat"],
+            output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data, reward_funcs=["regex:cat|mat|sat"],
             server_url=url, server_prompts="text", server_sync="folder", server_timeout=60.0, max_prompt_length=48,
             max_new_tokens=6, batch_size=32, num_generations=8, max_steps=5, learning_rate=1e-2,
         )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from matplotlib import image
 
-from rlhf_trainer.config.base import DemoConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.studies.config import DemoConfig
 from rlhf_trainer.studies.demo import measure as demo_measure
 from rlhf_trainer.studies.demo import run as demo
 from rlhf_trainer.studies.demo.language import (
@@ -118,9 +118,9 @@ def test_a_second_demo_takes_the_next_free_name(tmp_path):
     first, second = demo.make_folder(config), demo.make_folder(config)
     assert (first.name, second.name) == ("demo", "demo-2")
     (first / "report.txt").write_text("x")
-    replaced = demo.make_folder(DemoConfig(output_dir=str(first), overwrite=True))
+    replaced = demo.make_folder(DemoConfig(output_dir=str(first), overwrite_output_dir=True))
     assert replaced == first and [path.name for path in first.iterdir()] == [CONFIG_FILE]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("x")
     with pytest.raises(UsageError, match="not the output of a run"):
-        demo.make_folder(DemoConfig(output_dir=str(tmp_path / "mine"), overwrite=True))
+        demo.make_folder(DemoConfig(output_dir=str(tmp_path / "mine"), overwrite_output_dir=True))

@@ -5,8 +5,8 @@ import json
 import pytest
 from matplotlib import image
 
-from rlhf_trainer.config.base import FrontierConfig
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.studies.config import FrontierConfig
 from rlhf_trainer.studies.frontier import run as frontier
 from rlhf_trainer.studies.frontier.language import all_prompts, hidden_reward
 from rlhf_trainer.studies.frontier.methods import QUICK, Method, World, write_pairs
@@ -96,20 +96,20 @@ def test_a_training_that_fails_is_named_with_its_log(tmp_path):
 
     job = frontier.Job(Method("a + b", "beta", refuse), 0.5, 3)
     (tmp_path / "points").mkdir()
-    with pytest.raises(UsageError, match=r"a-b-0.5-seed3: no prompts\n.*log.txt; --resume"):
+    with pytest.raises(UsageError, match=r"a-b-0.5-seed3: no prompts\n.*log.txt; --resume_from_checkpoint"):
         frontier.do(job, None, tmp_path)
     assert (tmp_path / "runs" / job.name / "log.txt").read_text() == "half way\n"
     assert not frontier.point_file(tmp_path, job).exists()
 
 
 def test_a_finished_run_is_left_alone(folder, capsys):
-    told = FrontierConfig(output_dir=str(folder), quick=True, resume=True)
+    told = FrontierConfig(output_dir=str(folder), quick=True, resume_from_checkpoint=True)
     assert frontier.run(told) == folder
     assert "finished" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists"):
         frontier.run(FrontierConfig(output_dir=str(folder), quick=True))
     with pytest.raises(UsageError, match="seeds: 3 then, 2 now"):
-        frontier.run(FrontierConfig(output_dir=str(folder), quick=True, resume=True, seeds=2))
+        frontier.run(FrontierConfig(output_dir=str(folder), quick=True, resume_from_checkpoint=True, seeds=2))
     with pytest.raises(UsageError, match="workers must be at least 1"):
         FrontierConfig(workers=0)
 
@@ -122,6 +122,6 @@ def test_a_killed_run_goes_on_to_the_unbroken_result_in_other_processes(folder, 
         (partial / "points" / f"{name}.json").unlink()
         del kept[f"{name}.json"]
     (partial / "frontier.json").unlink()
-    again = frontier.run(FrontierConfig(output_dir=str(folder), quick=True, workers=2, resume=True))
+    again = frontier.run(FrontierConfig(output_dir=str(folder), quick=True, workers=2, resume_from_checkpoint=True))
     assert without_times(json.loads((again / "frontier.json").read_text())) == without_times(found)
     assert {name: (again / "points" / name).stat().st_mtime_ns for name in kept} == kept

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
-from rlhf_trainer.data.examples import pad_sequences
+from rlhf_trainer.data.batches import pad_sequences
+from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.models.kl import kl_per_sequence
-from rlhf_trainer.models.loading import FusedLM
 from rlhf_trainer.rollouts.generation import Sampling, completion_text, generate
 from rlhf_trainer.studies.frontier.exact import (
     LEAVES,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from rlhf_trainer.models.loading import save_model
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.offline.reward_model import give_pad_token
 from rlhf_trainer.studies.frontier.exact import LEAVES, leaf_logprobs, leaf_text, value_of
@@ -22,7 +23,6 @@ from rlhf_trainer.studies.frontier.report import (
     peaks_later,
     within_bound,
 )
-from rlhf_trainer.training.output_folder import save_model
 
 PROMPT = "sea wind snow"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import tracking
 
-from rlhf_trainer.config.base import RewardConfig, SFTConfig
+from rlhf_trainer.offline.config import RewardConfig, SFTConfig
 from rlhf_trainer.offline.reward_model import train_reward
 from rlhf_trainer.offline.sft import train_sft
 from rlhf_trainer.training import loop as training
@@ -16,7 +16,7 @@ from rlhf_trainer.training.processes import leave_processes
 
 model, data, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 COMMON = {
-    "model_name_or_path": model, "dataset": data, "eval_dataset": data, "batch_size": 6, "micro_batch_size": 2,
+    "model_name_or_path": model, "dataset_name": data, "eval_dataset": data, "batch_size": 6, "micro_batch_size": 2,
     "learning_rate": 1e-3, "num_train_epochs": 3, "max_length": 96, "save_steps": 2,
 }  # fmt: skip
 SFT = COMMON | {"packing": True}
@@ -68,7 +68,7 @@ def interrupted(run):
 
 train_sft(SFTConfig(**SFT, output_dir=str(folder / "sft")))
 interrupted(lambda: train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"))))
-train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"), resume=True))
+train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"), resume_from_checkpoint=True))
 tracking.LOGGER_TYPE_TO_CLASS["prints"] = Prints
 train_reward(RewardConfig(**COMMON, max_prompt_length=48, output_dir=str(folder / "reward"), report_to=["prints"]))
 leave_processes()

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlhf_kernels as rk
-from rlhf_trainer.data.examples import pad_sequences
-from rlhf_trainer.models.loading import FusedLM
+from rlhf_trainer.data.batches import pad_sequences
+from rlhf_trainer.models.fused_lm import FusedLM
 from tests.support.leaving import leave
 
 

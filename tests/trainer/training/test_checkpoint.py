@@ -25,7 +25,7 @@ def test_nothing_is_in_place_before_the_end(tmp_path):
 
 def test_an_existing_output_is_kept(tmp_path):
     folder = finished_run(tmp_path / "out")
-    with pytest.raises(UsageError, match=r"out exists; .*--overwrite"):
+    with pytest.raises(UsageError, match=r"out exists; .*--overwrite_output_dir"):
         open_output(folder, False, "")
     assert (folder / "model.txt").read_text() == "first"
 
@@ -46,10 +46,10 @@ def test_overwrite_replaces_at_the_end_only(tmp_path):
 
 
 def test_overwrite_does_not_delete_what_no_run_wrote(tmp_path):
-    """A slip like --output_dir ~ --overwrite must not cost a home directory."""
+    """A slip like --output_dir ~ --overwrite_output_dir must not cost a home directory."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
-    with pytest.raises(UsageError, match=r"home is not the output of a run .*--overwrite leaves it alone"):
+    with pytest.raises(UsageError, match=r"home is not the output of a run .*--overwrite_output_dir leaves it alone"):
         open_output(tmp_path / "home", True, "")
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file is not the output of a run"):
@@ -78,7 +78,7 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
 
 
 def test_a_trained_folder_loads_and_resists_a_second_run(model_folder, rows, write_jsonl, train, tmp_path):
-    options = {"model_name_or_path": model_folder("gpt2"), "dataset": write_jsonl(rows(4)), "max_steps": 1}
+    options = {"model_name_or_path": model_folder("gpt2"), "dataset_name": write_jsonl(rows(4)), "max_steps": 1}
     folder, _ = train(**options, output_dir=str(tmp_path / "run"))
     model = AutoModelForCausalLM.from_pretrained(folder)
     start = AutoModelForCausalLM.from_pretrained(options["model_name_or_path"])
@@ -86,10 +86,10 @@ def test_a_trained_folder_loads_and_resists_a_second_run(model_folder, rows, wri
     assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", CONFIG_FILE} <= set(kept)
-    with pytest.raises(UsageError, match=r"run exists; .*--overwrite"):
+    with pytest.raises(UsageError, match=r"run exists; .*--overwrite_output_dir"):
         train(**options, output_dir=str(folder))
     assert kept == {path.name: path.read_bytes() for path in folder.iterdir()}
-    train(**options, output_dir=str(folder), overwrite=True, seed=3)
+    train(**options, output_dir=str(folder), overwrite_output_dir=True, seed=3)
     assert (folder / CONFIG_FILE).read_bytes() != kept[CONFIG_FILE]
 
 
@@ -97,6 +97,6 @@ def test_bad_data_leaves_no_trace(model_folder, write_jsonl, train, tmp_path):
     with pytest.raises(UsageError, match="field 'chosen': the response is empty"):
         train(
             model_name_or_path=model_folder("gpt2"), output_dir=str(tmp_path / "run"),
-            dataset=write_jsonl([{"prompt": "a", "chosen": "", "rejected": "b"}]),
+            dataset_name=write_jsonl([{"prompt": "a", "chosen": "", "rejected": "b"}]),
         )  # fmt: skip
     assert not (tmp_path / "run").exists() and not partial_folder(tmp_path / "run").exists()

@@ -65,4 +65,4 @@ def test_sharded_training_is_refused_in_words(train, monkeypatch):
     """The loss can run under FSDP, but saving what it shards is not written yet."""
     monkeypatch.setattr("accelerate.Accelerator.distributed_type", "FSDP")
     with pytest.raises(UsageError, match="FSDP: one process, or several by DDP"):
-        train(model_name_or_path="m", dataset="d")
+        train(model_name_or_path="m", dataset_name="d")

@@ -39,8 +39,8 @@ def tracker(monkeypatch):
 
 def test_metrics_reach_the_tracker(tracker, model_folder, rows, write_jsonl, train):
     _, records = train(
-        model_name_or_path=model_folder("gpt2"), dataset=write_jsonl(rows(4)), max_steps=2, report_to=["remembers"],
-        run_name="mine",
+        model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), max_steps=2, report_to=["remembers"],
+        project="mine",
     )  # fmt: skip
     start, config, *steps, end = tracker.told
     assert start == ("start", "mine") and end == ("end", None)
@@ -52,11 +52,11 @@ def test_metrics_reach_the_tracker(tracker, model_folder, rows, write_jsonl, tra
 
 def test_an_unknown_tracker(train):
     with pytest.raises(UsageError, match=r"report_to: unknown tracker 'wandbb'; accelerate knows: .*wandb"):
-        train(model_name_or_path="m", dataset="d", report_to=["wandbb"])
+        train(model_name_or_path="m", dataset_name="d", report_to=["wandbb"])
 
 
 def test_a_tracker_that_is_not_installed(train, monkeypatch):
     """accelerate itself would leave it out without a word."""
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(UsageError, match=r"report_to: wandb is not installed here; installed: none"):
-        train(model_name_or_path="m", dataset="d", report_to=["wandb"])
+        train(model_name_or_path="m", dataset_name="d", report_to=["wandb"])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_trainer.config.base import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline import sft
+from rlhf_trainer.offline.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.offline.dpo import train_dpo
 from rlhf_trainer.offline.reward_model import train_reward
 from rlhf_trainer.offline.sft import train_sft
@@ -33,7 +33,7 @@ def stage(model_folder, rows, write_jsonl, tmp_path):
     def of(name):
         config, train = STAGES[name]
         options = {
-            "model_name_or_path": model_folder("llama"), "dataset": data, "eval_dataset": data, "eval_steps": 3,
+            "model_name_or_path": model_folder("llama"), "dataset_name": data, "eval_dataset": data, "eval_steps": 3,
             "batch_size": 4, "micro_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2,
             "save_steps": 2, "max_length": 96,
         }  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(point, stage, tmp_path):
     whole = run("whole")
     killed(lambda: run("broken"), point)
     assert not (tmp_path / "broken").exists()
-    assert_same(run("broken", resume=True), whole)
+    assert_same(run("broken", resume_from_checkpoint=True), whole)
     assert not partial_folder(tmp_path / "broken").exists()
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {path.name for path in whole.iterdir()}
 
@@ -126,19 +126,19 @@ def test_a_killed_run_goes_on(point, stage, tmp_path):
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 def test_every_stage_goes_on(name, optimizer, stage):
     run = stage(name)
-    whole = run("whole", optimizer=optimizer)
-    killed(lambda: run("broken", optimizer=optimizer), (training, "learning_rate_at", at_call(6)))
-    assert_same(run("broken", optimizer=optimizer, resume=True), whole)
+    whole = run("whole", optim=optimizer)
+    killed(lambda: run("broken", optim=optimizer), (training, "learning_rate_at", at_call(6)))
+    assert_same(run("broken", optim=optimizer, resume_from_checkpoint=True), whole)
 
 
 def test_a_run_may_be_killed_again_and_again(stage, tmp_path):
     run = stage("sft")
     whole = run("whole")
     killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
-    killed(lambda: run("broken", resume=True), (training, "learning_rate_at", at_call(3)))
+    killed(lambda: run("broken", resume_from_checkpoint=True), (training, "learning_rate_at", at_call(3)))
     states = sorted(path.name for path in (partial_folder(tmp_path / "broken") / state.FOLDER).iterdir())
     assert states == ["step-000000002", "step-000000004"]
-    assert_same(run("broken", resume=True), whole)
+    assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
 def damage(folder):
@@ -164,27 +164,27 @@ def test_a_damaged_state_is_told_and_the_one_before_is_taken(harm, stage, tmp_pa
     states = partial_folder(tmp_path / "broken") / state.FOLDER
     harm(states / "step-000000004")
     with pytest.warns(UserWarning, match="step-000000004 is damaged; an earlier state is taken"):
-        assert_same(run("broken", resume=True), whole)
+        assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
 def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stage, capsys, tmp_path):
     run = stage("sft")
-    folder = run("out", resume=True)
+    folder = run("out", resume_from_checkpoint=True)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert run("out", resume=True) == folder
-    assert "is finished; nothing is left to do" in capsys.readouterr().out
+    assert run("out", resume_from_checkpoint=True) == folder
+    assert "already finished" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_a_run_that_replaces_another_goes_on_too(stage, tmp_path):
-    """Told the same again, with --resume: the old output, of other settings, is in place until the end."""
+    """Told the same again, with --resume_from_checkpoint: the old output, of other settings, is in place until the end."""
     run = stage("sft")
     run("out", seed=3)
     whole = run("whole")
-    killed(lambda: run("out", overwrite=True), (training, "learning_rate_at", at_call(4)))
-    with pytest.raises(UsageError, match=r"is of another run.*pass --overwrite to replace it"):
-        run("out", resume=True)
-    assert_same(run("out", overwrite=True, resume=True), whole)
+    killed(lambda: run("out", overwrite_output_dir=True), (training, "learning_rate_at", at_call(4)))
+    with pytest.raises(UsageError, match=r"is of another run.*pass --overwrite_output_dir to replace it"):
+        run("out", resume_from_checkpoint=True)
+    assert_same(run("out", overwrite_output_dir=True, resume_from_checkpoint=True), whole)
 
 
 def test_two_damaged_states_do_not_cost_the_new_ones(stage, tmp_path):
@@ -193,7 +193,7 @@ def test_two_damaged_states_do_not_cost_the_new_ones(stage, tmp_path):
     states = partial_folder(tmp_path / "broken") / state.FOLDER
     for folder in states.iterdir():
         damage(folder)
-    killed(lambda: run("broken", resume=True), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken", resume_from_checkpoint=True), (training, "learning_rate_at", at_call(4)))
     assert [path.name for path in states.iterdir()] == ["step-000000002"]
 
 
@@ -217,7 +217,7 @@ def test_two_processes_do_not_work_in_one_folder(stage):
     process = context.Process(target=child)
     process.start()
     assert working.wait(60)
-    for options in ({"resume": True}, {"overwrite": True}):
+    for options in ({"resume_from_checkpoint": True}, {"overwrite_output_dir": True}):
         with pytest.raises(UsageError, match="another process is working in"):
             run("out", **options)
     go_on.set()
@@ -230,7 +230,7 @@ def test_metrics_that_were_lost_are_told(stage, tmp_path):
     killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
     (partial_folder(tmp_path / "broken") / "metrics.jsonl").unlink()
     with pytest.warns(UserWarning, match="metrics.jsonl has lost lines"):
-        _, records = result_of(run("broken", resume=True))
+        _, records = result_of(run("broken", resume_from_checkpoint=True))
     assert [record["step"] for record in records] == [3, 4, 5, 6]
 
 
@@ -247,17 +247,17 @@ def test_another_model_behind_the_same_name_is_told(stage, model_folder, make_mo
     killed(lambda: run("broken", **options), (training, "learning_rate_at", at_call(4)))
     make_model("llama", seed=5).save_pretrained(start)
     with pytest.raises(UsageError, match="a reference model"):
-        run("broken", resume=True, **options)
+        run("broken", resume_from_checkpoint=True, **options)
     make_model("gpt2").save_pretrained(start)
     with pytest.raises(UsageError, match=r"a reference model|of another model"):
-        run("broken", resume=True, **options)
+        run("broken", resume_from_checkpoint=True, **options)
 
 
 def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
     run = stage("sft")
     killed(lambda: run("out"), (training, "remove_state", at_call(1)))
     assert (tmp_path / "out" / state.FOLDER).is_dir()
-    run("out", resume=True)
+    run("out", resume_from_checkpoint=True)
     assert not (tmp_path / "out" / state.FOLDER).exists()
 
 
@@ -265,7 +265,7 @@ def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(
     run = stage("sft")
     killed(lambda: run("out"), (checkpoint.Path, "write_text", at_call(1)))
     assert not partial_folder(tmp_path / "out").exists()
-    run("out", resume=True)
+    run("out", resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
 
 
@@ -273,13 +273,13 @@ def test_resume_takes_the_run_it_was(stage, tmp_path, rows):
     run = stage("sft")
     killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
     with pytest.raises(UsageError, match=r"is of another run, .*learning_rate: 0.001 then, 0.01 now"):
-        run("broken", learning_rate=1e-2, resume=True)
-    with pytest.raises(UsageError, match=r"Pass --resume to go on with it"):
+        run("broken", learning_rate=1e-2, resume_from_checkpoint=True)
+    with pytest.raises(UsageError, match=r"Pass --resume_from_checkpoint to go on with it"):
         run("broken")
     data = Path(tmp_path / "train.jsonl")
     shutil.copy(data, tmp_path / "kept.jsonl")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(12, seed=1)))
     with pytest.raises(UsageError, match="the data set, the tokenizer, a reference model or the number"):
-        run("broken", resume=True)
+        run("broken", resume_from_checkpoint=True)
     shutil.copy(tmp_path / "kept.jsonl", data)
-    run("broken", resume=True, save_steps=1)
+    run("broken", resume_from_checkpoint=True, save_steps=1)

@@ -15,7 +15,7 @@ from rlhf_trainer.training.output_folder import partial_folder
 
 
 def config(**options):
-    return TrainConfig(model_name_or_path="m", dataset="d", output_dir="o", learning_rate=1.0, **options)
+    return TrainConfig(model_name_or_path="m", dataset_name="d", output_dir="o", learning_rate=1.0, **options)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def config(**options):
     ],
 )
 def test_learning_rates_by_hand(schedule, expected):
-    rates = [learning_rate_at(config(lr_schedule=schedule, warmup_steps=2), step, 6) for step in range(1, 7)]
+    rates = [learning_rate_at(config(lr_scheduler_type=schedule, warmup_steps=2), step, 6) for step in range(1, 7)]
     assert rates == pytest.approx(expected)
 
 
@@ -38,7 +38,9 @@ def test_learning_rates_are_transformers_without_a_warm_up():
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         theirs = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=5)
         for step in range(1, 6):
-            assert learning_rate_at(config(lr_schedule=schedule), step, 5) == pytest.approx(theirs.get_last_lr()[0])
+            assert learning_rate_at(config(lr_scheduler_type=schedule), step, 5) == pytest.approx(
+                theirs.get_last_lr()[0]
+            )
             optimizer.step()
             theirs.step()
 
@@ -67,7 +69,7 @@ def test_a_plan_by_sizes():
 def test_weights_that_the_last_update_broke_are_not_saved(model_folder, rows, write_jsonl, train, tmp_path):
     with pytest.raises(UsageError, match="step 1: the last update left weights that are not finite"):
         train(
-            model_name_or_path=model_folder("gpt2"), dataset=write_jsonl(rows(4)), max_steps=1, warmup_steps=0,
+            model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), max_steps=1, warmup_steps=0,
             learning_rate=1e38, output_dir=str(tmp_path / "out"),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
@@ -77,7 +79,7 @@ def test_a_batch_that_breaks_the_run_is_saved(model_folder, rows, write_jsonl, t
     data = rows(4)
     with pytest.raises(UsageError, match=r"rows \[1, 2, 3, 4\], saved with their tokens in .*bad_batch.json"):
         train(
-            model_name_or_path=model_folder("gpt2"), dataset=write_jsonl(data), num_train_epochs=20,
+            model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(data), num_train_epochs=20,
             learning_rate=1e30, warmup_steps=0, output_dir=str(tmp_path / "diverges"),
         )  # fmt: skip
     saved = json.loads((partial_folder(tmp_path / "diverges") / "bad_batch.json").read_text())

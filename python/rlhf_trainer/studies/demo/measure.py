@@ -1,4 +1,4 @@
-"""What the demo measures of a model on prompts that no stage has seen, and how it tells it."""
+"""The demo's measurements of a model on prompts that no stage has seen, and their table."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data.examples import Pair, encode_prompt, encode_response
+from ...data.encoding import encode_prompt, encode_response
+from ...data.examples import Group
+from ...models.checks import pad_id_of
+from ...models.fused_lm import FusedLM
 from ...models.kl import kl_of_sequences
-from ...models.loading import FusedLM, pad_id_of
 from ...models.scoring import score_sequences
-from ...offline.pair_batches import collate_groups, group_pairs
+from ...offline.pair_batches import collate_groups
 from ...offline.reference_logprobs import sequence_logprobs
 from ...rollouts.generation import Sampling, completion_text, generate
 from .language import hidden_reward, is_grammatical
@@ -23,7 +25,7 @@ MAX_NEW_TOKENS = 32
 
 
 class Score(NamedTuple):
-    """What one model does on held-out prompts."""
+    """One model's results on held-out prompts."""
 
     reviews: list[list[str]]  # by prompt
     rewards: list[int]  # hidden ones, of all reviews
@@ -48,39 +50,40 @@ def score(
     reward_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
-    pairs: list[Pair],
+    groups: list[Group],
     reviews_per_prompt: int,
     seed: int,
 ) -> Score:
-    asked = prompts * reviews_per_prompt
-    reviews = sample_reviews(model, tokenizer, asked, seed)
-    # A review that says nothing has no tokens to measure; it earns no reward, and is not of the language.
-    said = [(prompt, review) for prompt, review in zip(asked, reviews, strict=True) if review]
-    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, p, r, "review")) for p, r in said]
+    repeated = prompts * reviews_per_prompt
+    reviews = sample_reviews(model, tokenizer, repeated, seed)
+    # An empty review has no tokens to measure; it earns no reward, and is not of the language.
+    answered = [(prompt, review) for prompt, review in zip(repeated, reviews, strict=True) if review]
+    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, p, r, "review")) for p, r in answered]
     pad_id, device = pad_id_of(tokenizer), torch.device("cpu")
     kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
     scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()
-    right = [is_grammatical(*pair) for pair in zip(asked, reviews, strict=True)]
+    right = [is_grammatical(*pair) for pair in zip(repeated, reviews, strict=True)]
     return Score(
         [reviews[i :: len(prompts)] for i in range(len(prompts))],
         [hidden_reward(review) for review in reviews],
         scores,
         sum(kl) / len(kl),
         sum(right) / len(right),
-        ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, pairs),
+        ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, groups),
     )
 
 
 def ranking_accuracy(
-    policy: FusedLM, reference: FusedLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
+    policy: FusedLM, reference: FusedLM, tokenizer: PreTrainedTokenizerBase, groups: list[Group]
 ) -> float:
     """How often the review with the higher hidden reward has the larger log pi - log pi_ref; a tie counts half."""
-    batch = collate_groups(group_pairs(pairs), pad_id_of(tokenizer))
+    batch = collate_groups(groups, pad_id_of(tokenizer))
     gains = sequence_logprobs(policy, batch) - sequence_logprobs(reference, batch)
     gain = gains[batch.chosen_idxs] - gains[batch.rejected_idxs]
-    better = torch.tensor([
-        hidden_reward(tokenizer.decode(pair.chosen)) - hidden_reward(tokenizer.decode(pair.rejected)) for pair in pairs
+    rewards = torch.tensor([
+        hidden_reward(tokenizer.decode(response)) for group in groups for response in group.responses
     ])  # fmt: skip
+    better = rewards[batch.chosen_idxs] - rewards[batch.rejected_idxs]
     return ((gain.sign() * better.sign() + 1) / 2)[better != 0].mean().item()
 
 
@@ -101,15 +104,15 @@ def mean(values: list[int] | list[float]) -> float:
 
 def table(scores: dict[str, Score], beta: float) -> str:
     """A column a model, the first one the reference, and one for the optimum of DPO's objective."""
-    found = list(scores.values())
-    best_reward, best_kl = optimum(found[0].rewards, beta)
+    results = list(scores.values())
+    best_reward, best_kl = optimum(results[0].rewards, beta)
     rows = [
         ("", *scores, "optimum"),
-        ("hidden reward of a review, mean", *(f"{mean(s.rewards):+.2f}" for s in found), f"{best_reward:+.2f}"),
-        ("what the reward model says, mean", *(f"{mean(s.scores):+.2f}" for s in found), ""),
-        ("KL to the SFT model, nats a review", *(f"{s.kl_nats:.2f}" for s in found), f"{best_kl:.2f}"),
-        ("better review of a pair recognised", *(f"{s.accuracy:.0%}" for s in found), "100%"),
-        ("reviews that keep to the language", *(f"{s.grammatical:.0%}" for s in found), ""),
+        ("hidden reward of a review, mean", *(f"{mean(s.rewards):+.2f}" for s in results), f"{best_reward:+.2f}"),
+        ("what the reward model says, mean", *(f"{mean(s.scores):+.2f}" for s in results), ""),
+        ("KL to the SFT model, nats a review", *(f"{s.kl_nats:.2f}" for s in results), f"{best_kl:.2f}"),
+        ("better review of a pair recognised", *(f"{s.accuracy:.0%}" for s in results), "100%"),
+        ("reviews that keep to the language", *(f"{s.grammatical:.0%}" for s in results), ""),
     ]  # fmt: skip
     lines = [f"  {name:<36}" + "".join(f"{value:>11}" for value in values) for name, *values in rows]
     note = f"  optimum: the SFT model reweighted by exp(reward / beta), beta {beta:g}, which is what DPO aims at"

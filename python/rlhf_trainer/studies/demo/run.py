@@ -21,17 +21,22 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 import rlhf_kernels as rk
 
-from ...config.base import DemoConfig, DPOConfig, RejectConfig, RewardConfig, SampleConfig, SFTConfig
 from ...config.parse import dump_yaml
-from ...data.examples import Batch, load_pairs, pad_sequences
-from ...models.loading import FusedLM, LMHead
+from ...data.batches import Batch, pad_sequences
+from ...data.examples import load_groups
+from ...models.fused_lm import FusedLM, LMHead
+from ...models.loading import save_model
 from ...models.scoring import load_reward_model
+from ...offline.config import DPOConfig, RewardConfig, SFTConfig
 from ...offline.dpo import train_dpo
 from ...offline.reward_model import train_reward
 from ...offline.sft import train_sft
-from ...rewards.rejection import reject
+from ...rewards.config import RejectionConfig
+from ...rewards.rejection import rejection
+from ...rollouts.config import SampleConfig
 from ...rollouts.sample import sample
-from ...training.output_folder import CONFIG_FILE, check_free, is_taken, save_model
+from ...training.output_folder import CONFIG_FILE, check_replaceable, is_taken
+from ..config import DemoConfig
 from .curves import draw_curves
 from .language import all_prompts, hidden_reward, make_tokenizer, prefers_first, write_review
 from .measure import MAX_NEW_TOKENS, examples, is_grammatical, sample_reviews, score, table
@@ -86,13 +91,13 @@ def run(config: DemoConfig) -> Path:
     print(f"     Of its answers, {ends_in_time(sft, tokenizer, held_out, config.seed):.0%} are one review and stop.\n")
 
     print("3/5  A judge who knows the hidden reward, but errs, compares its reviews; a reward model learns from that.")
-    asked = [seen[i % len(seen)] for i in range(config.pairs)]
-    right = write_preferences(folder / "preferences.jsonl", sft, tokenizer, asked, rng)
+    repeated = [seen[i % len(seen)] for i in range(config.pairs)]
+    right = write_preferences(folder / "preferences.jsonl", sft, tokenizer, repeated, rng)
     write_preferences(folder / "held_out.jsonl", sft, tokenizer, held_out * HELD_OUT_PAIRS_PER_PROMPT, rng)
     print(f"     {config.pairs} pairs; where rewards differ, the judge chose the higher one in {right:.0%} of them.")
     train_reward(
         RewardConfig(
-            **pair_options(folder, config), output_dir=str(folder / "reward_model"), run_name="reward",
+            **pair_options(folder, config), output_dir=str(folder / "reward_model"), project="reward",
             learning_rate=REWARD_LEARNING_RATE,
         )
     )  # fmt: skip
@@ -101,15 +106,16 @@ def run(config: DemoConfig) -> Path:
     write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in seen])
     sample(
         SampleConfig(
-            models=[str(folder / "sft_model")], dataset=str(folder / "prompts.jsonl"), batch_size=512,
+            models=[str(folder / "sft_model")], dataset_name=str(folder / "prompts.jsonl"),
             output_dir=str(folder / "completions"), num_completions=config.completions, seed=config.seed,
-            max_prompt_length=16, max_new_tokens=MAX_NEW_TOKENS,
+            per_device_generation_batch_size=512, max_prompt_length=16, max_new_tokens=MAX_NEW_TOKENS,
         )
     )  # fmt: skip
-    reject(
-        RejectConfig(
-            completions=[str(folder / "completions")], reward_model=str(folder / "reward_model"), k=4, batch_size=512,
-            output_dir=str(folder / "selected"), max_length=POSITIONS, seed=config.seed,
+    rejection(
+        RejectionConfig(
+            completions=[str(folder / "completions")], reward_model_name_or_path=str(folder / "reward_model"), k=4,
+            output_dir=str(folder / "selected"), max_length=POSITIONS, per_device_eval_batch_size=512,
+            seed=config.seed,
         )
     )  # fmt: skip
     train_sft(sft_config(folder, "sft_model", "selected/selected.jsonl", "rejection_model", config))
@@ -117,25 +123,25 @@ def run(config: DemoConfig) -> Path:
     print(f"\n5/5  DPO on the same pairs, without the reward model, with beta {DPO_BETA}.")
     train_dpo(
         DPOConfig(
-            **pair_options(folder, config), output_dir=str(folder / "dpo_model"), run_name="dpo",
+            **pair_options(folder, config), output_dir=str(folder / "dpo_model"), project="dpo",
             ref_cache_dir=str(folder / "reference_logps"), num_train_epochs=config.dpo_epochs, beta=DPO_BETA,
             learning_rate=DPO_LEARNING_RATE, warmup_steps=40,
         )
     )  # fmt: skip
 
     print("\nOn prompts that no stage after pretraining has seen:\n")
-    pairs = load_pairs(
+    groups = load_groups(
         str(folder / "held_out.jsonl"), tokenizer, split="train", max_prompt_length=16, max_length=POSITIONS
     ).examples
-    judge = load_reward_model(str(folder / "reward_model"), key="reward_model")
+    judge = load_reward_model(str(folder / "reward_model"), key="reward_model_name_or_path")
     scores = {}
     for name, stage in (("SFT", "sft_model"), ("rejection", "rejection_model"), ("DPO", "dpo_model")):
         model = load(folder / stage)
-        scores[name] = score(model, sft, judge, tokenizer, held_out, pairs, REVIEWS_PER_PROMPT, config.seed)
+        scores[name] = score(model, sft, judge, tokenizer, held_out, groups, REVIEWS_PER_PROMPT, config.seed)
     report = table(scores, DPO_BETA) + "\n\n" + examples(held_out, scores)
     print(report)
     (folder / "report.txt").write_text(f"{INTRODUCTION}\n{report}\n", encoding="utf-8")
-    rewards = {name: found.rewards for name, found in scores.items()}
+    rewards = {name: result.rewards for name, result in scores.items()}
     draw_curves(folder / "dpo_model" / "metrics.jsonl", rewards, folder / "curves.png")
     print(f"\nCurves: {folder / 'curves.png'}. Models, data and the metrics of each step lie beside it.")
     print(f"All this took {time.perf_counter() - started:.0f} s. For models and data of your own: rlhf --help")
@@ -143,10 +149,10 @@ def run(config: DemoConfig) -> Path:
 
 
 def make_folder(config: DemoConfig) -> Path:
-    """output_dir, or without --overwrite the first free of output_dir, output_dir-2, output_dir-3, ..."""
+    """output_dir, or without --overwrite_output_dir the first free of output_dir, output_dir-2, output_dir-3, ..."""
     folder, number = Path(config.output_dir), 2
-    if config.overwrite:
-        check_free(folder, overwrite=True)
+    if config.overwrite_output_dir:
+        check_replaceable(folder)
         shutil.rmtree(folder, ignore_errors=True)
     while is_taken(folder):
         folder, number = Path(f"{config.output_dir}-{number}"), number + 1
@@ -157,16 +163,16 @@ def make_folder(config: DemoConfig) -> Path:
 
 def sft_config(folder: Path, model: str, dataset: str, output: str, config: DemoConfig) -> SFTConfig:
     return SFTConfig(
-        model_name_or_path=str(folder / model), dataset=str(folder / dataset), output_dir=str(folder / output),
+        model_name_or_path=str(folder / model), dataset_name=str(folder / dataset), output_dir=str(folder / output),
         packing=True, max_length=POSITIONS, batch_size=64, micro_batch_size=64, num_train_epochs=3,
-        learning_rate=SFT_LEARNING_RATE, seed=config.seed, run_name="sft",
+        learning_rate=SFT_LEARNING_RATE, seed=config.seed, project="sft",
     )  # fmt: skip
 
 
 def pair_options(folder: Path, config: DemoConfig) -> dict:
-    """What training on the judge's pairs has in common."""
+    """The options that both trainings on the judge's pairs share."""
     return {
-        "model_name_or_path": str(folder / "sft_model"), "dataset": str(folder / "preferences.jsonl"),
+        "model_name_or_path": str(folder / "sft_model"), "dataset_name": str(folder / "preferences.jsonl"),
         "eval_dataset": str(folder / "held_out.jsonl"), "eval_steps": 8, "micro_batch_size": 64,
         "max_prompt_length": 16, "max_length": POSITIONS, "seed": config.seed,
     }  # fmt: skip

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from ...data.examples import Batch, encode_prompt, pad_sequences
+from ...data.batches import Batch, pad_sequences
+from ...data.encoding import encode_prompt
 from ...data.rows import read_rows
-from ...models.loading import load_tokenizer
+from ...models.loading import load_tokenizer, save_model
 from ...rewards.verifiable import exact_answer, think_answer
 from ...rollouts.generation import Sampling, completion_text, generate
 from ...training.journal import write_jsonl
-from ...training.output_folder import save_model
 from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, prefers_first, write_review
 from .run import load, make_model, train_lm
 

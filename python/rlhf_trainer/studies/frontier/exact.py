@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import rlhf_kernels as rk
 
-from ...models.loading import LMHead, lm_head_of
+from ...models.fused_lm import LMHead, lm_head_of
 from .language import MAX_WORDS, WORDS
 
 W = len(WORDS)

@@ -18,17 +18,20 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ...config.base import DPOConfig, RejectConfig, RewardConfig, SampleConfig, SFTConfig
+from ...data.completions import COMPLETIONS_FILE
+from ...models.loading import save_model
+from ...offline.config import DPOConfig, RewardConfig, SFTConfig
 from ...offline.dpo import train_dpo
 from ...offline.reward_model import train_reward
 from ...offline.sft import train_sft
 from ...online.config import GRPOConfig, PPOConfig
 from ...online.grpo import train_grpo
 from ...online.ppo import train_ppo
-from ...rewards.rejection import reject
-from ...rollouts.sample import COMPLETIONS_FILE, sample
+from ...rewards.config import RejectionConfig
+from ...rewards.rejection import rejection as keep_best
+from ...rollouts.config import SampleConfig
+from ...rollouts.sample import sample
 from ...training.journal import write_jsonl
-from ...training.output_folder import save_model
 from .language import (
     MAX_WORDS,
     PROMPT_WORDS,
@@ -95,15 +98,15 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     held_out, seen = prompts[: sizes.held_out], prompts[sizes.held_out :]
     start, texts, questions = folder / "start", folder / "demonstrations.jsonl", folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    asked = rng.choices(seen, k=sizes.demonstrations)
-    write_jsonl(texts, [{"prompt": prompt, "completion": write_completion(prompt, rng)} for prompt in asked])
+    repeated = rng.choices(seen, k=sizes.demonstrations)
+    write_jsonl(texts, [{"prompt": prompt, "completion": write_completion(prompt, rng)} for prompt in repeated])
     write_jsonl(questions, [{"prompt": prompt} for prompt in seen])
     torch.manual_seed(seed)
     save_model(make_model(), make_tokenizer(), start)
     reference = train_sft(
         SFTConfig(
-            **common(folder / "reference", start, seed) | AND_END, dataset=str(texts),
-            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_steps=20, resume=True,
+            **common(folder / "reference", start, seed) | AND_END, dataset_name=str(texts),
+            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_steps=20, resume_from_checkpoint=True,
         )
     )  # fmt: skip
     return World(str(reference), str(questions), seen, held_out, sizes)
@@ -119,10 +122,10 @@ def make_model() -> GPT2LMHeadModel:
 
 
 def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
-    """What all stages that train are told."""
+    """What all stages that train are options."""
     return {
         "output_dir": str(output), "model_name_or_path": str(model), "seed": seed, "max_length": MAX_LENGTH,
-        "batch_size": 256, "micro_batch_size": 256, "save_steps": 100_000, "run_name": output.name,
+        "batch_size": 256, "micro_batch_size": 256, "save_steps": 100_000, "project": output.name,
     }  # fmt: skip
 
 
@@ -133,8 +136,9 @@ def completions_of(
     writers = writers or (world.reference,)
     sample(
         SampleConfig(
-            models=list(writers), dataset=world.prompts_file, output_dir=str(folder), seed=seed, batch_size=1024,
-            num_completions=count // len(writers), max_prompt_length=PROMPT_WORDS, max_new_tokens=steps,
+            models=list(writers), dataset_name=world.prompts_file, output_dir=str(folder), seed=seed,
+            per_device_generation_batch_size=1024, num_completions=count // len(writers),
+            max_prompt_length=PROMPT_WORDS, max_new_tokens=steps,
         )
     )  # fmt: skip
     lines = (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
@@ -147,7 +151,7 @@ def completions_of(
 def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
     """`count` pairs of completions, of the reference or `writers`, spread over the training prompts, each judged once.
 
-    Left out are completions that say nothing, and pairs of equals.
+    Empty completions are left out, and pairs of equals.
     """
     rng = random.Random(seed)
     per_prompt = -(-count // len(world.seen))
@@ -155,16 +159,16 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
     each = min(world.sizes.completions, 2 * per_prompt)
     for group in completions_of(world, each, seed, folder / "completions", writers=writers):
         prompt = group[0]["prompt"]
-        said = sorted({row["completion"] for row in group if row["completion"]})
-        rewards = [hidden_reward(prompt, text) for text in said]
-        couples = list(itertools.combinations(range(len(said)), 2))
+        texts = sorted({row["completion"] for row in group if row["completion"]})
+        rewards = [hidden_reward(prompt, text) for text in texts]
+        couples = list(itertools.combinations(range(len(texts)), 2))
         pairs = [
             (a, b) if prefers_first(rewards[a], rewards[b], rng) else (b, a)
             for a, b in rng.sample(couples, min(per_prompt, left, len(couples)))
         ]
         left -= len(pairs)
         if pairs:
-            rows.append({"prompt": prompt, "responses": said, "pairs": pairs})
+            rows.append({"prompt": prompt, "responses": texts, "pairs": pairs})
     path = folder / "pairs.jsonl"
     write_jsonl(path, rows)
     return path
@@ -173,12 +177,12 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
 def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
     """As many pairs of each prompt's completions, each judged once; about five prompts a step."""
     pairs = write_pairs(world, world.sizes.pairs, seed, folder, writers)
-    told = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
+    options = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
     return train_dpo(
         DPOConfig(
-            **told, dataset=str(pairs), max_prompt_length=PROMPT_WORDS, ref_cache_dir=str(folder / "reference_logps"),
-            beta=beta, num_train_epochs=world.sizes.dpo_epochs, optimizer="adamw", learning_rate=1e-3,
-            lr_schedule="cosine", warmup_steps=20,
+            **options, dataset_name=str(pairs), max_prompt_length=PROMPT_WORDS,
+            ref_cache_dir=str(folder / "reference_logps"), beta=beta, num_train_epochs=world.sizes.dpo_epochs,
+            optim="adamw_torch_fused", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20,
         )
     )  # fmt: skip
 
@@ -192,40 +196,40 @@ def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
 
 def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
     """The best of `count` completions of each prompt, learned by SFT."""
-    # A step more than completions need: `reject` leaves out what has not been seen to end.
+    # A step more than completions need: `rlhf rejection` leaves out a completion without an end.
     completions_of(world, int(count), seed, folder / "completions", MAX_WORDS + 1)
-    selected = reject(
-        RejectConfig(
-            completions=[str(folder / "completions")], rewards=[GOLD], k=1, output_dir=str(folder / "selected"),
-            max_length=MAX_LENGTH + 1, batch_size=1024, seed=seed,
+    selected = keep_best(
+        RejectionConfig(
+            completions=[str(folder / "completions")], reward_funcs=[GOLD], k=1, output_dir=str(folder / "selected"),
+            max_length=MAX_LENGTH + 1, per_device_eval_batch_size=1024, seed=seed,
         )
     )  # fmt: skip
-    told = common(folder / "model", world.reference, seed) | AND_END | {"batch_size": 64, "micro_batch_size": 64}
+    options = common(folder / "model", world.reference, seed) | AND_END | {"batch_size": 64, "micro_batch_size": 64}
     return train_sft(
         SFTConfig(
-            **told, dataset=str(selected / "selected.jsonl"), num_train_epochs=world.sizes.sft_epochs,
+            **options, dataset_name=str(selected / "selected.jsonl"), num_train_epochs=world.sizes.sft_epochs,
             learning_rate=1e-3,
         )
     )  # fmt: skip
 
 
 def online(world: World, beta: float, seed: int, output: Path) -> dict[str, Any]:
-    """What PPO and GRPO are told alike."""
-    told = common(output, world.reference, seed) | {"batch_size": 512, "micro_batch_size": 512}
-    del told["max_length"]
-    return told | {
-        "dataset": world.prompts_file, "rewards": [GOLD], "beta": beta, "max_prompt_length": PROMPT_WORDS,
-        "max_new_tokens": MAX_WORDS, "generation_batch_size": 512, "lr_schedule": "linear",
+    """What PPO and GRPO are options alike."""
+    options = common(output, world.reference, seed) | {"batch_size": 512, "micro_batch_size": 512}
+    del options["max_length"]
+    return options | {
+        "dataset_name": world.prompts_file, "reward_funcs": [GOLD], "beta": beta, "max_prompt_length": PROMPT_WORDS,
+        "max_completion_length": MAX_WORDS, "per_device_generation_batch_size": 512, "lr_scheduler_type": "linear",
     }  # fmt: skip
 
 
 def ppo(world: World, beta: float, seed: int, folder: Path) -> Path:
     """KL in the reward, as drawn: its expected gradient is that of the KL. (The exact KL at a token is the same
     whichever token is drawn: as a reward it would hold back only the tokens before.)"""
-    told = online(world, beta, seed, folder / "model")
+    options = online(world, beta, seed, folder / "model")
     return train_ppo(
         PPOConfig(
-            **told, max_steps=world.sizes.ppo_iterations, kl_estimator="k1", kl_in="reward", learning_rate=1e-3,
+            **options, max_steps=world.sizes.ppo_iterations, kl_estimator="k1", kl_in="reward", learning_rate=1e-3,
             num_ppo_epochs=2, num_mini_batches=2,
         )
     )  # fmt: skip
@@ -233,10 +237,10 @@ def ppo(world: World, beta: float, seed: int, folder: Path) -> Path:
 
 def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
     """KL in the reward, as drawn: what groups compare is then the objective."""
-    told = online(world, beta, seed, folder / "model")
+    options = online(world, beta, seed, folder / "model")
     return train_grpo(
         GRPOConfig(
-            **told, max_steps=world.sizes.grpo_iterations, variant="dr_grpo", kl_estimator="k1", kl_in="reward",
+            **options, max_steps=world.sizes.grpo_iterations, loss_type="dr_grpo", kl_estimator="k1", kl_in="reward",
             num_generations=8, learning_rate=2e-3,
         )
     )  # fmt: skip
@@ -245,18 +249,18 @@ def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
 def reward_model(world: World, pairs: float, seed: int, folder: Path) -> Path:
     """From so many pairs: four passes over them, or more where those would be fewer than reward_steps."""
     path = write_pairs(world, int(pairs), seed, folder)
-    told = common(folder / "model", world.reference, seed) | {"batch_size": 64, "micro_batch_size": 64}
+    options = common(folder / "model", world.reference, seed) | {"batch_size": 64, "micro_batch_size": 64}
     steps = -(-int(pairs) // 64)
     return train_reward(
         RewardConfig(
-            **told, dataset=str(path), max_prompt_length=PROMPT_WORDS, learning_rate=3e-3, lr_schedule="cosine",
-            warmup_steps=5, num_train_epochs=max(4, -(-world.sizes.reward_steps // steps)),
+            **options, dataset_name=str(path), max_prompt_length=PROMPT_WORDS, learning_rate=3e-3,
+            lr_scheduler_type="cosine", warmup_steps=5, num_train_epochs=max(4, -(-world.sizes.reward_steps // steps)),
         )
     )  # fmt: skip
 
 
 class Method(NamedTuple):
-    """`name` as pictures call it; what its `strength` is; how it trains."""
+    """A method under its `name` in pictures; `strength` is the option that varies, `train` its training."""
 
     name: str
     strength: str

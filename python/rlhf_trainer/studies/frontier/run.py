@@ -18,23 +18,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...config.base import FrontierConfig
-from ...config.parse import dump_yaml
-from ...data.examples import encode_prompt
-from ...errors import UsageError
+from ...data.encoding import encode_prompt
+from ...errors import TrainingError, UsageError
 from ...models.loading import load_causal_lm, load_tokenizer
 from ...models.scoring import load_reward_model
-from ...training.output_folder import commit_output, is_finished, open_output
+from ...training.files import write_whole
+from ...training.output_folder import begin, commit_output, open_output
+from ..config import FrontierConfig
 from .exact import best_of, bound_on_best_of, draw, effective_sample_size, leaf_logprobs, optimum, reward_at, value_of
 from .language import leaf_rewards
 from .methods import METHODS, QUICK, REWARD_MODEL, WHOLE, Method, World, make_world
@@ -71,12 +70,10 @@ class Truth(NamedTuple):
 
 def run(config: FrontierConfig) -> Path:
     """Writes frontier.json, report.txt and the pictures into output_dir, which it returns."""
-    text = dump_yaml(replace(config, workers=None))  # results do not depend on how many work
-    if config.resume and is_finished(config.output_dir, text, config.overwrite):
-        print(f"{config.output_dir} is finished; nothing is left to do")
+    if not begin(config):
         return Path(config.output_dir)
     torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
-    work = open_output(config.output_dir, config.overwrite, text, config.resume)
+    work = open_output(config)
     started = time.perf_counter()
     sizes = QUICK if config.quick else WHOLE
     with quiet(work / "reference.log"):
@@ -110,7 +107,7 @@ def run(config: FrontierConfig) -> Path:
         for kind in ("png", "svg"):
             draw_picture(found, work / f"{name}.{kind}")
     print(report)
-    folder = commit_output(config.output_dir, config.overwrite)
+    folder = commit_output(config)
     print(f"saved to {folder}: frontier.json, report.txt, frontier.png, overoptimisation.png")
     return folder
 
@@ -121,9 +118,7 @@ def truth_of(world: World, path: Path) -> Truth:
     prompts = [encode_prompt(tokenizer, prompt) for prompt in world.held_out]
     if not path.exists():
         logprobs = leaf_logprobs(load_causal_lm(world.reference, key="reference"), prompts)
-        beside = path.with_suffix(".part")
-        save_file({"ref_logprobs": logprobs}, beside)
-        beside.replace(path)
+        write_whole(path, save({"ref_logprobs": logprobs}))
     return Truth(prompts, load_file(path)["ref_logprobs"], torch.stack([leaf_rewards(p) for p in world.held_out]))
 
 
@@ -209,18 +204,17 @@ def do(job: Job, world: World, work: Path) -> None:
             model = job.method.train(world, job.strength, job.seed, folder)
             trained, trained_cpu = time.perf_counter(), time.process_time()
             measured = measure(job, model, truth_of(world, work / LEAVES_FILE))
-    except UsageError as error:
-        raise UsageError(f"{job.name}: {error}\nwhat it said is in {log}; --resume goes on from there") from error
-    found = {"method": job.method.name, job.method.strength: job.strength, "seed": job.seed} | measured
-    found |= {
+    except (UsageError, TrainingError) as error:
+        raise type(error)(
+            f"{job.name}: {error}\nits output is in {log}; --resume_from_checkpoint goes on from there"
+        ) from error
+    point = {"method": job.method.name, job.method.strength: job.strength, "seed": job.seed} | measured
+    point |= {
         "commit": commit(), "train_seconds": round(trained - started, 2),
         "train_cpu_seconds": round(trained_cpu - started_cpu, 2),
         "measure_seconds": round(time.perf_counter() - trained, 2),
     }  # fmt: skip
-    path = point_file(work, job)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(found), encoding="utf-8")
-    beside.replace(path)
+    write_whole(point_file(work, job), json.dumps(point))
 
 
 def measure(job: Job, model: Path, truth: Truth) -> dict[str, Any]:

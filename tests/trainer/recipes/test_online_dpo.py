@@ -1,4 +1,4 @@
-"""`rlhf rounds`: which pairs a round makes, rewards that rise from round to round, and runs that are killed."""
+"""`rlhf online-dpo`: which pairs a round makes, rewards that rise from round to round, and runs that are killed."""
 
 import copy
 import json
@@ -11,16 +11,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rlhf_trainer.cli import main
-from rlhf_trainer.config.base import DPOConfig, RoundsConfig
-from rlhf_trainer.data.examples import load_pairs
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.data.rows import read_rows
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models import scoring
+from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.offline.dpo import train_dpo
-from rlhf_trainer.offline.pair_batches import group_pairs
+from rlhf_trainer.offline.pair_batches import GROUP_PAIRS
 from rlhf_trainer.preferences.pairs import pair_up
-from rlhf_trainer.recipes import rounds
-from rlhf_trainer.recipes.rounds import train_rounds
+from rlhf_trainer.recipes import online_dpo
+from rlhf_trainer.recipes.config import OnlineDPOConfig
+from rlhf_trainer.recipes.online_dpo import train_online_dpo
 from rlhf_trainer.rollouts import sample as sampling
 from rlhf_trainer.training import loop as training
 from rlhf_trainer.training.journal import write_jsonl as write_rows
@@ -63,9 +64,9 @@ def options(writer, word_judge, tmp_path_factory):
     prompts = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     write_rows(prompts, [{"prompt": prompt} for prompt in ("the", "on a", "see me the", "green hills")])
     return {
-        "model_name_or_path": writer, "reward_model": word_judge, "dataset": str(prompts),
-        "rounds": 2, "num_completions": 6, "generation_batch_size": 4, "max_new_tokens": 12, "max_prompt_length": 16,
-        "max_length": 40, "optimizer": "adamw", "learning_rate": 0.03, "warmup_steps": 0, "batch_size": 2,
+        "model_name_or_path": writer, "reward_model_name_or_path": word_judge, "dataset_name": str(prompts),
+        "rounds": 2, "num_completions": 6, "per_device_generation_batch_size": 4, "max_new_tokens": 12, "max_prompt_length": 16,
+        "max_length": 40, "optim": "adamw", "learning_rate": 0.03, "warmup_steps": 0, "batch_size": 2,
         "micro_batch_size": 2, "num_train_epochs": 2, "save_steps": 1,
     }  # fmt: skip
 
@@ -73,7 +74,7 @@ def options(writer, word_judge, tmp_path_factory):
 def run_in(folder, options):
     """Log-probs of references are kept beside the output."""
     places = {"output_dir": str(folder), "ref_cache_dir": str(folder.parent / "cache")}
-    return train_rounds(RoundsConfig(**options | places))
+    return train_online_dpo(OnlineDPOConfig(**options | places))
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def chance_of(folder, word):
 
 
 def test_rewards_rise_from_round_to_round(run, writer, capsys):
-    folder = run(rounds=3, num_completions=16, generation_batch_size=64, max_new_tokens=20)
+    folder = run(rounds=3, num_completions=16, per_device_generation_batch_size=64, max_new_tokens=20)
     reports = json.loads((folder / "report.json").read_text())["rounds"]
     first, second, third = (report["mean_reward"] for report in reports)
     assert second > first + 0.2 and third > first + 0.3
@@ -146,7 +147,7 @@ def test_each_round_goes_on_with_the_model_of_the_last_and_draws_anew(run):
 def test_a_round_is_what_its_stages_are(whole, tmp_path):
     """`rlhf dpo` with the configuration that lies in round-2/model makes that model."""
     text = (whole / "round-2" / "model" / "rlhf_config.yaml").read_text().replace("whole.partial", "whole")
-    told = yaml.safe_load(text) | {"output_dir": str(tmp_path / "alone"), "resume": False}
+    told = yaml.safe_load(text) | {"output_dir": str(tmp_path / "alone"), "resume_from_checkpoint": False}
     assert told["model_name_or_path"] == str(whole / "round-1" / "model") and told["ref_model_name_or_path"] is None
     assert same_weights(train_dpo(DPOConfig(**told)), whole)
 
@@ -167,20 +168,20 @@ def test_all_pairs_of_chats(run, write_jsonl, tokenizer):
     chats = [[{"role": "user", "content": text}] for text in ("the", "on a")]
     data = write_jsonl([{"messages": [*chat, {"role": "assistant", "content": "no"}]} for chat in chats])
     lengths = {"max_prompt_length": 32, "max_length": 64}
-    folder = run(dataset=data, pairing="all", rounds=1, num_completions=12, **lengths)
+    folder = run(dataset_name=data, pairing="all", rounds=1, num_completions=12, **lengths)
     pairs = folder / "round-1" / "pairs.jsonl"
     rows = rows_of(pairs)
     assert [row["prompt"] for row in rows] == chats
     assert all(len(row["pairs"]) > len(row["responses"]) > 3 for row in rows)
     (report,) = json.loads((folder / "report.json").read_text())["rounds"]
-    loaded = load_pairs(str(pairs), tokenizer, split="train", **lengths)
+    loaded = load_groups(str(pairs), tokenizer, split="train", **lengths)
     assert report["pairs"] == len(loaded.examples) == sum(len(row["pairs"]) for row in rows) and loaded.cut == 0
-    groups = group_pairs(loaded.examples)
+    groups = GROUP_PAIRS(loaded.examples)
     assert [len(group.responses) for group in groups] == [len(row["responses"]) for row in rows]
 
 
 def test_a_file_system_without_hard_links_gets_a_copy(run, monkeypatch):
-    monkeypatch.setattr(rounds.Path, "hardlink_to", lambda self, target: os.link(target, "/no/such/folder/file"))
+    monkeypatch.setattr(online_dpo.Path, "hardlink_to", lambda self, target: os.link(target, "/no/such/folder/file"))
     folder = run(rounds=1)
     assert not (folder / "model.safetensors").samefile(folder / "round-1" / "model" / "model.safetensors")
     assert same_weights(folder, folder / "round-1" / "model")
@@ -189,10 +190,10 @@ def test_a_file_system_without_hard_links_gets_a_copy(run, monkeypatch):
 def test_from_the_command_line(options, tmp_path, capsys):
     config = {**options, "output_dir": str(tmp_path / "out"), "ref_cache_dir": str(tmp_path), "rounds": 1}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    assert main(["rounds", "--config", str(tmp_path / "run.yaml"), "--pairing", "all"]) == 0
+    assert main(["online-dpo", "--config", str(tmp_path / "run.yaml"), "--pairing", "all"]) == 0
     assert yaml.safe_load((tmp_path / "out" / "rlhf_config.yaml").read_text())["pairing"] == "all"
-    assert main(["rounds", "--config", str(tmp_path / "run.yaml")]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert main(["online-dpo", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
 
 
 # --- killed and resumed
@@ -225,14 +226,14 @@ def half_a_file(original):
 KILLS = {
     "sampling": (sampling, "generate_batch", at_call(3)),
     "scoring": (scoring, "last_values", at_call(3 + 2)),
-    "half the pairs": (rounds, "write_jsonl", half_a_file),
+    "half the pairs": (online_dpo, "write_jsonl", half_a_file),
     "training": (training, "learning_rate_at", at_call(3)),
     "a model not moved": (training, "commit_output", at_call(1)),
-    "a round done": (rounds, "train_dpo", at_call(1, after=True)),
+    "a round done": (online_dpo, "train_dpo", at_call(1, after=True)),
     "sampling again": (sampling, "generate_batch", at_call(6 + 3)),
     "training again": (training, "learning_rate_at", at_call(4 + 3)),
-    "half the links": (rounds, "link_file", at_call(3)),
-    "a run not moved": (rounds, "commit_output", at_call(1)),
+    "half the links": (online_dpo, "link_file", at_call(3)),
+    "a run not moved": (online_dpo, "commit_output", at_call(1)),
 }
 
 
@@ -240,7 +241,7 @@ KILLS = {
 def test_a_killed_run_goes_on(point, run, whole, tmp_path):
     killed(lambda: run("broken"), point)
     assert not (tmp_path / "broken").exists()
-    assert_same(run("broken", resume=True), whole)
+    assert_same(run("broken", resume_from_checkpoint=True), whole)
     assert not partial_folder(tmp_path / "broken").exists()
 
 
@@ -250,11 +251,11 @@ def test_a_run_may_be_killed_again_and_again(run, whole):
         (sampling, "generate_batch", at_call(2)),
         (training, "learning_rate_at", at_call(3)),
         (training, "learning_rate_at", at_call(2)),
-        (rounds, "reject", at_call(2)),
-        (rounds, "link_file", at_call(2)),
+        (online_dpo, "rejection", at_call(2)),
+        (online_dpo, "link_file", at_call(2)),
     ):
-        killed(lambda: run("broken", resume=True), point)
-    assert_same(run("broken", resume=True), whole)
+        killed(lambda: run("broken", resume_from_checkpoint=True), point)
+    assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
 def test_what_is_done_is_not_done_again(run, monkeypatch, capsys):
@@ -266,19 +267,19 @@ def test_what_is_done_is_not_done_again(run, monkeypatch, capsys):
 
     for module, name in ((sampling, "generate_batch"), (training, "learning_rate_at")):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    folder = run("broken", resume=True)
+    folder = run("broken", resume_from_checkpoint=True)
     assert calls == ["generate_batch"] * 4 + ["learning_rate_at"] * 4
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert run("broken", resume=True) == folder
-    assert "is finished; nothing is left to do" in capsys.readouterr().out.splitlines()[-1]
+    assert run("broken", resume_from_checkpoint=True) == folder
+    assert "already finished" in capsys.readouterr().out.splitlines()[-1]
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
 def test_resume_takes_the_run_it_was(run):
     killed(lambda: run(), (training, "learning_rate_at", at_call(3)))
     with pytest.raises(UsageError, match=r"is of another run, .*num_completions: 6 then, 5 now"):
-        run(num_completions=5, resume=True)
-    run(resume=True, save_steps=3)
+        run(num_completions=5, resume_from_checkpoint=True)
+    run(resume_from_checkpoint=True, save_steps=3)
 
 
 # --- what cannot be
@@ -301,7 +302,7 @@ def test_a_round_without_pairs_stops_and_says_why(words, end, message, run, save
 def test_a_later_round_without_pairs_names_the_model_so_far(run, monkeypatch, tmp_path):
     found = iter([pair_up])
     none = ([], {"equal rewards": 3, "fewer than two usable completions": 1})
-    monkeypatch.setattr(rounds, "pair_up", lambda *args: next(found, lambda *_: none)(*args))
+    monkeypatch.setattr(online_dpo, "pair_up", lambda *args: next(found, lambda *_: none)(*args))
     model = partial_folder(tmp_path / "out") / "round-1" / "model"
     with pytest.raises(UsageError, match=rf"round 2: .*3 equal rewards, 1 fewer than .* made is in {model}: a new run"):
         run()
@@ -321,9 +322,9 @@ def test_a_later_round_without_pairs_names_the_model_so_far(run, monkeypatch, tm
         ({"loss_type": "robust", "label_smoothing": 0.6}, "label_smoothing"),
         ({"model_name_or_path": "/no/such"}, "model_name_or_path: no such folder: /no/such"),
         ({"reference": "first", "ref_model_name_or_path": "/no/such"}, "ref_model_name_or_path: no such folder"),
-        ({"reward_model": "/no/such"}, "reward_model: no such folder: /no/such"),
+        ({"reward_model_name_or_path": "/no/such"}, "reward_model: no such folder: /no/such"),
         ({"max_new_tokens": 95}, r"prompts.jsonl, row \d: .* but the model has 96 positions"),
-        ({"dataset": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
+        ({"dataset_name": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
         ({"eval_dataset": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
         ({"report_to": ["nobody"]}, "report_to: unknown tracker 'nobody'"),
     ],
@@ -336,7 +337,7 @@ def test_bad_input_is_told_at_once(wrong, message, run, tmp_path):
 
 def test_models_that_cannot_serve_are_told_at_once(run, writer, model_folder, make_model, tokenizer, tmp_path):
     with pytest.raises(UsageError, match=r"reward_model: .* lacks weights, which would start at random"):
-        run(reward_model=writer)
+        run(reward_model_name_or_path=writer)
     with pytest.raises(UsageError, match="share_prefix: the attention of model_name_or_path"):
         run(model_name_or_path=model_folder("gemma2"), share_prefix=True)
     make_model("llama", vocab_size=400).save_pretrained(tmp_path / "large")
@@ -375,5 +376,5 @@ def test_held_out_pairs_are_evaluated_in_every_round(run, rows, write_jsonl):
 
 def test_several_processes_are_refused(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="rlhf rounds works in one process and was launched in 2"):
+    with pytest.raises(UsageError, match="rlhf online-dpo works in one process and was launched in 2"):
         run()

@@ -1,9 +1,9 @@
-"""`rlhf rounds`: DPO on the model's own completions, again and again (online, or iterative, DPO).
+"""`rlhf online-dpo`: DPO on the model's own completions, again and again (online, or iterative, DPO).
 
 A round samples completions of the prompts from the current model, lets a reward model score them, makes pairs of them,
 and trains on these with DPO; the next round goes on with the trained model. Each step is a stage that can be run alone
-(`rlhf sample`, `reject`, `dpo`), with a folder of its own in output_dir/round-N, and goes on where it stopped; so a run
-of rounds does, too. The prompts are the same in all rounds, the draws are not.
+(`rlhf sample`, `rejection`, `dpo`), with a folder of its own in output_dir/round-N, and resumes where it stopped; so
+a run of rounds does, too. The prompts are the same in all rounds, the draws are not.
 """
 
 from __future__ import annotations
@@ -17,43 +17,55 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ..config.base import DPOConfig, OutputConfig, RejectConfig, RoundsConfig, SampleConfig
-from ..config.parse import dump_yaml
+from ..config.base import OutputConfig
+from ..data.completions import COMPLETIONS_FILE, in_numbers, left_out, read_completions
 from ..data.rows import read_rows
 from ..errors import UsageError
-from ..models.loading import check_fit, check_same_vocabulary, load_fused, load_tokenizer, load_tokenizer_for
+from ..models.checks import check_fit
+from ..models.fused_lm import check_same_vocabulary, load_fused
+from ..models.loading import load_tokenizer, load_tokenizer_for
 from ..models.scoring import load_reward_model
+from ..offline.config import DPOConfig
 from ..offline.dpo import check_loss_options, check_sharing, load_task, train_dpo
 from ..preferences.pairs import pair_up
-from ..rewards.rejection import in_numbers, left_out, read_completions, reject
-from ..rollouts.sample import COMPLETIONS_FILE, prompts_of, sample
-from ..training.checkpoint import FOLDER as STATE_FOLDER
-from ..training.journal import begin, write_jsonl
+from ..rewards.config import RejectionConfig
+from ..rewards.rejection import rejection
+from ..rollouts.config import SampleConfig
+from ..rollouts.loading import prompts_of
+from ..rollouts.sample import sample
+from ..training.checkpoint import FOLDER as CHECKPOINTS
+from ..training.journal import write_jsonl
 from ..training.metrics import make_accelerator
-from ..training.output_folder import CONFIG_FILE, commit_output, open_output, partial_folder
+from ..training.output_folder import CONFIG_FILE, begin, commit_output, open_output, partial_folder
+from ..training.processes import single_process
+from .config import OnlineDPOConfig
 
 Config = TypeVar("Config", bound=OutputConfig)
 
 
-def train_rounds(config: RoundsConfig) -> Path:
+def train_online_dpo(config: OnlineDPOConfig) -> Path:
     """Trains; returns the folder that holds the last round's model, report.json, and a folder of each round."""
-    _, finished = begin(config, "rlhf rounds")
-    if finished:
+    single_process("rlhf online-dpo")
+    if not begin(config):
         return Path(config.output_dir)
     judge_tokenizer = check_input(config)
-    work = open_output(config.output_dir, config.overwrite, dump_yaml(config), config.resume)
+    work = open_output(config)
     model = config.model_name_or_path
     reports: list[dict[str, Any]] = []
     for number in range(1, config.rounds + 1):
         print(f"round {number} of {config.rounds} starts from {model}")
         folder = work / f"round-{number}"
         seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
-        drawn = {"seed": seed, "batch_size": config.generation_batch_size}
-        completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], **drawn))
+        completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], seed=seed))
         written = read_completions(str(completions / COMPLETIONS_FILE), [judge_tokenizer], config.max_length)
         if all(row.left_out is not None for row in written):
             raise no_pair(number, model, left_out(written), noun="completions")
-        scored = reject(stage(RejectConfig, config, folder / "scored", completions=[str(completions)], **drawn))
+        scored = rejection(
+            stage(
+                RejectionConfig, config, folder / "scored", completions=[str(completions)], seed=seed,
+                per_device_eval_batch_size=config.per_device_generation_batch_size,
+            )
+        )  # fmt: skip
 
         lines = [line for _, line in read_rows(str(scored / "scored.jsonl"), split="train")]
         rows, without = pair_up(lines, config.pairing)
@@ -70,37 +82,38 @@ def train_rounds(config: RoundsConfig) -> Path:
             stage(
                 DPOConfig, config, folder / "model", model_name_or_path=model, seed=seed,
                 ref_model_name_or_path=first if config.reference == "first" else None,
-                dataset=str(folder / "pairs.jsonl"), dataset_format="auto",
+                dataset_name=str(folder / "pairs.jsonl"), dataset_format="auto",
             )
         )  # fmt: skip
         model = str(trained)
 
     link_model(Path(model), work)
-    folder = commit_output(config.output_dir, config.overwrite)
+    folder = commit_output(config)
     print(f"saved to {folder}; `rlhf evaluate` measures this model, report.json those that the rounds started from")
     return folder
 
 
-def stage(cls: type[Config], config: RoundsConfig, folder: Path, **changes: Any) -> Config:
-    """What a stage in `folder` is told: what the rounds were told under the same names, but for `changes`."""
+def stage(cls: type[Config], config: OnlineDPOConfig, folder: Path, **changes: Any) -> Config:
+    """The configuration of a stage in `folder`: the rounds' options of the same names, but for `changes`."""
     same = {field.name: getattr(config, field.name) for field in fields(cls) if hasattr(config, field.name)}
-    return cls(**same | {"output_dir": str(folder), "overwrite": False, "resume": True} | changes)
+    places = {"output_dir": str(folder), "overwrite_output_dir": False, "resume_from_checkpoint": True}
+    return cls(**same | places | changes)
 
 
-def check_input(config: RoundsConfig) -> PreTrainedTokenizerBase:
-    """Tells at once what a round would tell after hours of sampling only; returns the reward model's tokenizer."""
+def check_input(config: OnlineDPOConfig) -> PreTrainedTokenizerBase:
+    """UsageError for mistakes that would show only after hours of sampling; returns the reward model's tokenizer."""
     check_loss_options(config)
     tokenizer, work = load_tokenizer_for(config), partial_folder(config.output_dir)
-    prompts = prompts_of(config, tokenizer).examples
+    prompts = prompts_of(config, tokenizer, config.dataset_train_split).examples
     rows, written = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
     judge = load_reward_model(
-        config.reward_model, key="reward_model", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
+        config.reward_model_name_or_path, key="reward_model_name_or_path",
+        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
     judge_tokenizer = load_tokenizer(
-        config.reward_model, key="reward_model", trust_remote_code=config.trust_remote_code
+        config.reward_model_name_or_path, key="reward_model_name_or_path", trust_remote_code=config.trust_remote_code
     )
-    check_fit(judge, judge_tokenizer, rows, [min(length, config.max_length) for length in written], config.dataset)
+    check_fit(judge, judge_tokenizer, rows, [min(length, config.max_length) for length in written], config.dataset_name)
     del judge  # before the others take memory
 
     keys = [key for key in ("model_name_or_path", "ref_model_name_or_path") if getattr(config, key) is not None]
@@ -109,11 +122,11 @@ def check_input(config: RoundsConfig) -> PreTrainedTokenizerBase:
         check_same_vocabulary(models[0], model, key)
         if config.share_prefix:
             check_sharing(model, key)
-    check_fit(models[0].model, tokenizer, rows, written, config.dataset)
+    check_fit(models[0].model, tokenizer, rows, written, config.dataset_name)
     accelerator = make_accelerator(config.report_to, work)  # looks at report_to, too
     if config.eval_dataset is not None:
-        told = stage(DPOConfig, config, work, dataset_format="auto")
-        load_task(told, tokenizer, config.eval_dataset, config.eval_split, accelerator, shuffled=False)
+        dpo_config = stage(DPOConfig, config, work, dataset_format="auto")
+        load_task(dpo_config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False)
     return judge_tokenizer
 
 
@@ -149,7 +162,7 @@ def in_words(report: dict[str, Any]) -> str:
 
 def link_model(source: Path, target: Path) -> None:
     """Puts a model into `target`, too, as hard links: no copy of the weights, and either folder may go."""
-    not_its = shutil.ignore_patterns(CONFIG_FILE, "metrics.jsonl", STATE_FOLDER)
+    not_its = shutil.ignore_patterns(CONFIG_FILE, "metrics.jsonl", CHECKPOINTS)
     shutil.copytree(source, target, copy_function=link_file, ignore=not_its, dirs_exist_ok=True)
 
 

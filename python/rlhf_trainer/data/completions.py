@@ -1,0 +1,151 @@
+"""The JSONL layouts that commands hand on: completions, scored completions, pairs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RowError, UsageError, kind
+from .chat import check_prompt, check_response
+from .columns import need, number
+from .encoding import encode_prompt, encode_response, is_empty, like_prompt
+from .examples import Prompt, json_columns
+from .rows import read_checked
+
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict[str, Any]:
+    """A line of completions.jsonl, or of failures.jsonl."""
+    answer = {} if prompt.answer is None else {"answer": prompt.answer}
+    columns = json_columns(prompt)
+    if finished is None:
+        row = {"prompt": prompt.prompt, "model": model, "prompt_row": prompt.row, "reason": text}
+        return answer | columns | row
+    row = {
+        "prompt": prompt.prompt,
+        "completion": like_prompt(prompt.prompt, text),
+        "model": model,
+        "prompt_row": prompt.row,
+        "finished": finished,
+    }
+    return row | answer | ({"columns": columns} if columns else {})
+
+
+SCORED_FILE = "scored.jsonl"
+
+
+UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"
+
+
+class Row(NamedTuple):
+    """A completion as it was read; `ids`: prompt and completion as each of the reward models' tokenizers makes them."""
+
+    source: str
+    number: int
+    prompt: Any
+    completion: Any
+    model: str
+    finished: bool
+    columns: dict[str, Any]  # of the prompt's row
+    ids: list[list[int]]
+    left_out: str | None  # why it cannot be selected
+
+    @property
+    def prompt_key(self) -> str:
+        """Equal for equal prompts, whatever file or model they come from."""
+        return json.dumps(self.prompt, sort_keys=True)
+
+
+def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
+    """Files as they are, of folders the one of that name; UsageError where one is there twice."""
+    files = [str(Path(name) / file_name) if Path(name).is_dir() else name for name in names]
+    places = Counter(Path(file).resolve() for file in files)
+    twice = [str(place) for place, times in places.items() if times > 1]
+    if twice:
+        raise UsageError(f"{key}: {twice[0]} is there twice")
+    return files
+
+
+def read_completions(file: str, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> list[Row]:
+    """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
+    `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
+    return read_checked(
+        file, lambda number, row: checked_row(file, number, row, tokenizers, max_length), "completions",
+        "rows with prompt and completion, as `rlhf sample` writes them",
+    )  # fmt: skip
+
+
+def checked_row(
+    file: str, number: int, row: dict[str, Any], tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
+) -> Row:
+    for field in ("prompt", "completion"):
+        if row.get(field) is None:
+            raise RowError(field, f"missing; the row has: {', '.join(row)}")
+    model, finished = row.get("model", file), row.get("finished", True)
+    columns = {} if row.get("columns") is None else row["columns"]
+    if not isinstance(model, str):
+        raise RowError("model", f"expected text, got {kind(model)}")
+    if not isinstance(finished, bool):
+        raise RowError("finished", f"expected true or false, got {kind(finished)}")
+    if not isinstance(columns, dict):
+        raise RowError("columns", f"expected a mapping, got {kind(columns)}")
+    prompt, completion = row["prompt"], row["completion"]
+    check_prompt(prompt)
+    ids = [encode_prompt(tokenizer, prompt) for tokenizer in tokenizers]
+    if is_empty(completion):
+        return Row(file, number, prompt, completion, model, finished, columns, ids, EMPTY)
+    check_response(prompt, completion, "completion")
+    for tokenizer, sequence in zip(tokenizers, ids, strict=True):
+        sequence += encode_response(tokenizer, prompt, completion, "completion")
+    is_long = any(len(sequence) > max_length for sequence in ids)
+    problem = UNFINISHED if not finished else TOO_LONG if is_long else None
+    return Row(file, number, prompt, completion, model, finished, columns, ids, problem)
+
+
+def text_of(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def as_scored(row: Row, reward: float | None, parts: dict[str, float]) -> dict[str, Any]:
+    """A line of scored.jsonl: `reward` is null where `left_out` says why; of several functions, `rewards` has each."""
+    return {
+        "prompt": row.prompt, "completion": row.completion, "model": row.model, "finished": row.finished,
+        "reward": reward, "left_out": row.left_out,
+    } | ({"rewards": parts} if len(parts) > 1 else {})  # fmt: skip
+
+
+def as_selected(row: Row, reward: float) -> dict[str, Any]:
+    return {"prompt": row.prompt, "completion": row.completion, "reward": reward, "model": row.model}
+
+
+def left_out(rows: Sequence[Row]) -> dict[str, int]:
+    counts = Counter(row.left_out for row in rows)
+    return {reason: counts[reason] for reason in (UNFINISHED, EMPTY, TOO_LONG)}
+
+
+def in_numbers(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
+PAIRS_FILE = "pairs.jsonl"
+
+
+def read_scored(file: str) -> list[dict[str, Any]]:
+    """All lines; UsageError naming those that are not scored completions."""
+    expected = "rows with prompt, completion and reward, as `rlhf rejection` writes them"
+    return read_checked(file, checked_line, "scored completions", expected)
+
+
+def checked_line(_number: int, line: dict[str, Any]) -> dict[str, Any]:
+    for field in ("prompt", "completion"):
+        if not isinstance(need(line, field), str | list):
+            raise RowError(field, f"expected text or a list of messages, got {kind(line[field])}")
+    if need(line, "reward") is not None:  # which stands for: left out
+        number("reward", line["reward"])
+    return line

@@ -1,0 +1,51 @@
+"""A policy and the values of its states, in one module: the model that PPO trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.batches import Batch
+from .fused_lm import FusedLM, LMHead, inputs_of
+from .scoring import value_head_of
+
+
+class ActorCritic(nn.Module):
+    """`forward(batch, use)` -> use(hidden [S, T, D], LM head, values [S, T] fp32).
+
+    values[:, t] is of the state before token t + 1. With a shared trunk it is a linear layer on the policy's hidden
+    states, whose gradient shapes them, too; else a model of its own, of the make of a reward model.
+    """
+
+    def __init__(self, policy: FusedLM, critic: PreTrainedModel | nn.Linear) -> None:
+        super().__init__()
+        self.policy, self.critic = policy, critic
+        self.shared = isinstance(critic, nn.Linear)
+        self.head_name = None if self.shared else name_of_head(critic)
+
+    def forward(self, batch: Batch, use: Callable[[Tensor, LMHead, Tensor], Any]) -> Any:
+        if self.shared:
+            return self.policy(batch, lambda hidden, head: use(hidden, head, values_of(self.critic, hidden)))
+        values = self.values(batch)
+        return self.policy(batch, lambda hidden, head: use(hidden, head, values))
+
+    def values(self, batch: Batch) -> Tensor:
+        """Of the separate model, [S, T]."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.policy.bf16):
+            hidden = self.critic.base_model(**inputs_of(batch), use_cache=False).last_hidden_state
+        return values_of(getattr(self.critic, self.head_name), hidden)
+
+
+def values_of(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[..., D] -> [...] fp32, computed in fp32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def name_of_head(critic: PreTrainedModel) -> str:
+    head = value_head_of(critic)
+    return next(name for name, child in critic.named_children() if child is head)

@@ -1,0 +1,54 @@
+"""Checks that a model, a tokenizer and the data fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UsageError
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any valid id serves: padding is masked in attention and in labels."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values())
+
+
+def have_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both mean the same by an id, where both know the token: one may have more, such as a padding token."""
+    vocabulary = other.get_vocab()
+    return all(vocabulary.get(token, i) == i for token, i in tokenizer.get_vocab().items())
+
+
+def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
+    """`largest`: the largest id that the tokenizer makes."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise UsageError(
+            f"the tokenizer does not belong to the model: its ids go up to {largest}, the model embeds {vocabulary} "
+            f"tokens (ids up to {vocabulary - 1}). Pass the model's own tokenizer (tokenizer_name_or_path) or resize "
+            "the model's embeddings and save it."
+        )
+
+
+def check_fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    source: str,
+    advice: str = "set max_length to at most {positions}",
+) -> None:
+    """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
+    check_vocabulary(model, largest_id(tokenizer))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(lengths)), key=lambda i: lengths[i])
+    if positions is not None and lengths[longest] > positions:
+        raise UsageError(
+            f"{source}, row {rows[longest]}: {lengths[longest]} tokens, but the model has {positions} positions; "
+            + advice.format(positions=positions)
+        )

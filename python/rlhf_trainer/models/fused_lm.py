@@ -1,0 +1,78 @@
+"""A causal language model that runs a loss in the place of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_kernels.integrations.lm_head import LMHead, LogitOptions, logit_options_of, run_in_head
+from rlhf_kernels.integrations.lm_head import lm_head_of as read_head
+
+from ..config.base import OutputConfig
+from ..data.batches import Batch
+from ..errors import UsageError
+from .loading import load_causal_lm
+
+Result = TypeVar("Result")
+
+
+def lm_head_of(model: PreTrainedModel) -> LMHead:
+    """The LM head, with scale and soft cap; UsageError where it is not one matrix of a known form."""
+    with _for_users():
+        return read_head(model)
+
+
+class FusedLM(nn.Module):
+    """A causal LM whose forward runs a function of (hidden states, head) where the head's matmul would have been.
+
+    See `run_in_head`: the loss belongs in `use`, inside the model's call, not behind the wrapped module. So wrap this
+    module (DDP, FSDP, ZeRO), and call the wrapper.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.bf16 = bf16
+        with _for_users():
+            self.logit_scale, self.logit_softcap = logit_options_of(model)
+
+    def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
+        """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
+        options = LogitOptions(self.logit_scale, self.logit_softcap)
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            result, _ = run_in_head(self.model, use, options, inputs_of(batch) | {"use_cache": False})
+        return result
+
+
+@contextmanager
+def _for_users() -> Iterator[None]:
+    """A model that cannot be used is for its user to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
+    """The model `name`, as the configuration wants models run."""
+    model = load_causal_lm(
+        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
+    )
+    return FusedLM(model, bf16=config.bf16)
+
+
+def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:
+    sizes = [fused.model.get_output_embeddings().weight.shape[0] for fused in (policy, reference)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"{key}: a vocabulary of {sizes[1]} tokens, the model has {sizes[0]}")
+
+
+def inputs_of(batch: Batch) -> dict[str, Tensor]:
+    """What a model is called with."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}

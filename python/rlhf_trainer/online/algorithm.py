@@ -1,0 +1,126 @@
+"""What tells PPO from GRPO, and the task that both train on: the loss of an iteration's episodes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import rlhf_kernels as rk
+
+from ..models.kl import states_of
+from ..rollouts.sampler import mismatch
+from ..training.batch_plan import MicroBatch
+from ..training.task import LossOutput, Metrics, Task
+from .config import OnlineConfig
+from .episodes import Episode, PolicyOutput, batch_of, forward, pad, unpad
+from .setup import Setup
+
+
+class Advantages(NamedTuple):
+    """Episodes with their advantages (and returns), and the metrics of these."""
+
+    episodes: list[Episode]
+    metrics: Metrics
+
+
+class EpisodeBatch(NamedTuple):
+    """S episodes and the policy's output for them; tensors [S, T - 1], 0 where not `output.mask`."""
+
+    episodes: list[Episode]
+    output: PolicyOutput
+    old_logprobs: Tensor  # of the policy that drew the completions
+    kl: Tensor | None  # with a gradient, where the KL is in the loss
+    beta: float
+
+    def padded(self, name: str) -> Tensor | None:
+        """A field of the episodes, [T_i] each, as [S, T - 1]; None where it is unknown."""
+        return pad([getattr(episode, name) for episode in self.episodes], self.output.mask)
+
+
+class Algorithm(ABC):
+    """Advantages and loss of `rlhf ppo` or `rlhf grpo`; all else is the loop's.
+
+    `passes`: over an iteration's completions. `needs_values`: whether advantages are made from values.
+    """
+
+    passes: int
+    needs_values = False
+
+    def __init__(self, config: OnlineConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def compute_advantages(self, episodes: list[Episode], beta: float) -> Advantages:
+        """`beta`: the strength of the KL penalty in this iteration."""
+
+    @abstractmethod
+    def weights(self, episodes: Sequence[Episode]) -> list[float]:
+        """Each episode's weight in the means of loss and metrics: 1, or its tokens."""
+
+    @abstractmethod
+    def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's mean loss, with gradient, and its metrics."""
+
+    def needs_scores(self, beta: float) -> bool:
+        """Whether the completions' log-probs, values or KL must be known before the first update."""
+        several_updates = self.config.num_mini_batches * self.passes > 1
+        return several_updates or self.needs_values or beta != 0
+
+
+class EpisodeTask(Task):
+    """The episodes of one iteration, each with its advantages, and the loss of an algorithm."""
+
+    noun = "completions"
+
+    def __init__(
+        self, setup: Setup, algorithm: Algorithm, episodes: list[Episode], plan: list[list[MicroBatch]], beta: float
+    ) -> None:
+        super().__init__(plan, algorithm.weights(episodes), setup.accelerator.device)
+        self.setup, self.config, self.algorithm = setup, setup.config, algorithm
+        self.episodes, self.beta = episodes, beta
+
+    def examples(self, indices: MicroBatch) -> list[Any]:
+        return [self.episodes[i].record() for i in indices]
+
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
+        episodes = [self.episodes[i] for i in indices]
+        inputs = batch_of(episodes, self.setup.pad_id).to(self.device)
+        has_kl, exact = self.beta != 0 and self.config.kl_in == "loss", self.config.kl_estimator == "exact"
+        reference = None
+        if has_kl and exact:
+            with torch.no_grad():
+                reference = states_of(self.setup.reference, inputs)
+        output = forward(model, inputs, self.config.temperature, reference)
+        kl = output.kl
+        if has_kl and not exact:
+            ref_logprobs = pad([episode.ref_logprobs for episode in episodes], output.mask)
+            kl = rk.kl_penalty(output.logprobs, ref_logprobs, self.config.kl_estimator)
+        old_logprobs = self.old_logprobs(indices, output)
+        loss, metrics = self.algorithm.loss(EpisodeBatch(episodes, output, old_logprobs, kl, self.beta))
+        tokens = torch.tensor(sum(episode.length for episode in episodes), device=self.device)
+        return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens)
+
+    def old_logprobs(self, indices: MicroBatch, output: PolicyOutput) -> Tensor:
+        """The log-probs of the policy that drew the episodes; where it learns from them once, its own, which are
+        kept."""
+        episodes = [self.episodes[i] for i in indices]
+        old = pad([episode.logprobs for episode in episodes], output.mask)
+        if old is None:
+            old = output.logprobs.detach()
+            rows = unpad(old, output.mask, [len(episode.ids) for episode in episodes])
+            for i, episode, logprobs in zip(indices, episodes, rows, strict=True):
+                self.episodes[i] = episode._replace(logprobs=logprobs)
+        return old
+
+    def mismatch(self) -> Metrics:
+        """How far the sampler's log-probs are from the policy's, over this process' episodes."""
+        pairs = [
+            (episode.sampler_logprobs, episode.logprobs)
+            for episode in self.episodes
+            if episode.sampler_logprobs is not None and episode.logprobs is not None
+        ]
+        return mismatch(*(torch.cat(side) for side in zip(*pairs, strict=True))) if pairs else {}

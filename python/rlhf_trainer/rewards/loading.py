@@ -1,0 +1,60 @@
+"""Reward functions by name, from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..config.functions import import_function
+from ..errors import UsageError
+from .config import RewardsConfig
+from .model_rewards import ClassifierReward, ModelReward
+from .rewards import CLASSIFIER, MODEL, Reward, Rewards, RowReward, UserReward
+from .verifiable import VERIFIABLE
+
+
+def load_rewards(config: RewardsConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
+    """The functions that a configuration names, the reward_model first. Models, which cost most, are loaded last, and
+    score `batch_size` completions at once."""
+    makers = (
+        []
+        if config.reward_model_name_or_path is None
+        else [model_maker(config.reward_model_name_or_path, "reward_model_name_or_path")]
+    )
+    makers += [maker_of(spec) for spec in config.reward_funcs]
+    functions = [make(config, device, batch_size) for make in makers]
+    return Rewards(functions, config.reward_weights or [1.0] * len(functions))
+
+
+Maker = Callable[[RewardsConfig, torch.device, int], Reward]
+
+
+def model_maker(name: str, key: str) -> Maker:
+    return lambda config, device, batch_size: ModelReward(name, config, device, batch_size, key=key)
+
+
+def maker_of(spec: str) -> Maker:
+    """What makes the reward that `spec` names; UsageError where there is none such."""
+    name, _, argument = spec.partition(":")
+    if name == MODEL:
+        return model_maker(argument, "reward_funcs")
+    if name == CLASSIFIER:
+        folder, _, label = argument.rpartition(":")
+        if not folder or not label:
+            raise UsageError(f"reward_funcs: expected classifier:NAME:LABEL, got {spec!r}")
+        return lambda config, device, batch_size: ClassifierReward(folder, label, config, device, batch_size)
+    if name in VERIFIABLE:
+        try:
+            verifiable = VERIFIABLE[name](argument)
+        except ValueError as error:
+            raise UsageError(f"reward_funcs: {spec!r}: {error}") from error
+        row_reward = RowReward(name, verifiable)
+        return lambda *_: row_reward
+    if not argument:
+        known = ", ".join([*VERIFIABLE, f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
+        raise UsageError(
+            f"reward_funcs: {spec!r} is unknown; known are {known}, and module:function for one of your own"
+        )
+    user_reward = UserReward(spec, import_function(spec, "reward_funcs:"))
+    return lambda *_: user_reward

@@ -1,0 +1,82 @@
+"""Configurations of commands that generate completions, and of `rlhf sample`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config.base import DATA, GENERATION, MODEL, SERVER, DataConfig, OutputConfig, at_least
+from ..errors import UsageError
+
+
+@dataclass(kw_only=True)
+class ServerConfig(OutputConfig):
+    """Options of commands whose completions may come from an HTTP server."""
+
+    server_url: str | None = SERVER.option(
+        None, "An OpenAI-compatible server that generates, as http://host:8000.", may_change=True
+    )
+    server_model: str | None = SERVER.option(None, "The model's name on the server; default: its name here.")
+    server_prompts: Literal["ids", "text"] = SERVER.option("ids", "How prompts travel: vLLM and SGLang take token ids.")
+    server_sync: Literal["none", "folder", "reload"] = SERVER.option(
+        "none", "The policy goes to the server: never; as a folder that is asked for by name; by reloading (SGLang)."
+    )
+    server_timeout: float = SERVER.option(600.0, "Seconds to wait for an answer.", may_change=True)
+    server_retries: int = SERVER.option(
+        4, "How often a request that failed is sent again, after 1, 2, 4, ... seconds.", may_change=True
+    )
+    server_concurrency: int = SERVER.option(64, "Requests under way at the same time.", may_change=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "server_retries")
+        at_least(self, 1, "server_concurrency")
+        if not 0 < self.server_timeout < math.inf:
+            raise UsageError(f"server_timeout must be a positive number of seconds, got {self.server_timeout}")
+        if self.server_url is not None and not self.server_url.startswith(("http://", "https://")):
+            raise UsageError(f"server_url must start with http:// or https://, got {self.server_url!r}")
+        if self.server_url is None and (self.server_model is not None or self.server_sync != "none"):
+            raise UsageError("server_model and server_sync are for a server: pass server_url")
+
+
+@dataclass(kw_only=True)
+class GenerationConfig(OutputConfig, DataConfig):
+    """Options of commands that generate completions of a data set's prompts."""
+
+    dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
+    max_prompts: int | None = DATA.option(None, "Take only so many prompts, from the start.")
+    max_prompt_length: int = DATA.option(512, "A prompt with more tokens is invalid: it is never cut silently.")
+    max_new_tokens: int = GENERATION.option(512, "A completion ends here at the latest.")
+    temperature: float = GENERATION.option(1.0, "Divides the logits; 0 takes the likeliest token.")
+    top_k: int = GENERATION.option(0, "Sample from the k likeliest tokens; 0: from all.")
+    top_p: float = GENERATION.option(1.0, "Sample from the likeliest tokens that together have this probability.")
+    per_device_generation_batch_size: int = GENERATION.option(32, "Completions generated, or scored, at once.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "temperature", "top_k")
+        at_least(self, 1, "max_prompts", "max_prompt_length", "max_new_tokens", "per_device_generation_batch_size")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+@dataclass(kw_only=True)
+class SampleConfig(GenerationConfig, ServerConfig):
+    """Options of `rlhf sample`."""
+
+    models: list[str] = MODEL.several(
+        "The models that write: local folders or hub ids. Each writes num_completions a prompt.", names_input=True
+    )
+    dataset_train_split: str = DATA.option("train", "The split of a hub data set.")
+    num_completions: int = GENERATION.option(10, "Completions a prompt, of each model; 10 to 30 is usual.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "num_completions")
+        if not self.models:
+            raise UsageError("models: name at least one model that writes")
+        if self.server_sync != "none":
+            raise UsageError("server_sync: nothing changes the models, so there is nothing to send to the server")
+        if self.server_model is not None and len(self.models) > 1:
+            raise UsageError("server_model is the name of one model on the server, and models has several")

@@ -1,0 +1,39 @@
+"""The sampler, the prompts and the sampling options of a configuration."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.examples import Loaded, Prompt, load_prompts, reading_of
+from .config import GenerationConfig, ServerConfig
+from .generation import Sampling, end_ids
+from .sampler import LocalSampler, Sampler
+from .server import ServerSampler
+
+
+def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The server, if there is one and it answers, else the model itself."""
+    if config.server_url is None:
+        return LocalSampler(model, tokenizer, config.bf16)
+    sampler = ServerSampler(
+        config.server_url, config.server_model or model.name_or_path, tokenizer, ends=end_ids(model, tokenizer),
+        vocabulary=model.get_input_embeddings().weight.shape[0], prompts=config.server_prompts,
+        sync_mode=config.server_sync, timeout_s=config.server_timeout, retries=config.server_retries,
+        concurrency=config.server_concurrency,
+    )  # fmt: skip
+    sampler.check()
+    return sampler
+
+
+def prompts_of(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> Loaded[Prompt]:
+    """The prompts of a command that generates; prints how many there are."""
+    prompts = load_prompts(
+        config.dataset_name, tokenizer, max_prompt_length=config.max_prompt_length, max_examples=config.max_prompts,
+        **reading_of(config, split),
+    )  # fmt: skip
+    print(prompts.report(config.dataset_name))
+    return prompts
+
+
+def sampling_of(config: GenerationConfig) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p)

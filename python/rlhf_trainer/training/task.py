@@ -1,0 +1,94 @@
+"""One command's examples, their plan, and their loss; and the metrics of a batch that is split into micro-batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .batch_plan import MicroBatch, Share, share_of_process
+
+Metrics = dict[str, float]
+
+
+class LossOutput(NamedTuple):
+    """A micro-batch's mean loss, and its share of the batch's metrics: scalars without gradient."""
+
+    loss: Tensor  # scalar, with gradient
+    metrics: dict[str, Tensor]  # means over what the task counts
+    tokens: Tensor  # how many went through the model
+    minima: Mapping[str, Tensor] = MappingProxyType({})  # metrics that are the smallest over the batch
+    maxima: Mapping[str, Tensor] = MappingProxyType({})
+
+
+class Task(ABC):
+    """Examples, and their loss. `plan`: batches of micro-batches; `counts` [N]: each example's weight in the means of
+    loss and metrics, such as its pairs or its tokens."""
+
+    noun = "prompts with pairs"  # the examples, for messages
+
+    def __init__(self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device) -> None:
+        self.plan, self.counts, self.device = plan, counts, device
+
+    @abstractmethod
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
+        """The loss of these examples under `model`, which may be wrapped."""
+
+    @abstractmethod
+    def examples(self, indices: MicroBatch) -> list[Any]:
+        """NamedTuples with `row`, for a person who looks for a mistake in them."""
+
+    def depends_on(self) -> bytes:
+        """What determines the loss beside the examples and the model."""
+        return b""
+
+    def shares(self, batch: list[MicroBatch], accelerator: Accelerator) -> list[Share]:
+        """The micro-batches of a batch that this process runs, and their weights in the batch's means."""
+        return share_of_process(batch, accelerator.process_index, accelerator.num_processes, self.counts)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Metrics:
+        """The metrics over all examples."""
+        totals, count = Totals(), sum(self.counts)
+        for batch in self.plan:
+            part = sum(self.counts[i] for micro in batch for i in micro) / count
+            for share in self.shares(batch, accelerator):
+                totals.add(self.compute_loss(model, share.indices), part * share.weight)
+        return totals.reduce(accelerator)[0]
+
+
+class Totals:
+    """The metrics of micro-batches, folded over a batch and all processes."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, Tensor] = {}
+        self.minima: dict[str, Tensor] = {}
+        self.maxima: dict[str, Tensor] = {}
+        self.tokens: Tensor | float = 0.0
+
+    def add(self, output: LossOutput, weight: float) -> None:
+        """`weight` 0 is a micro-batch that another process has too, and that keeps the processes in step."""
+        self.tokens = self.tokens + output.tokens.float() * (weight > 0)
+        for name, value in output.metrics.items():
+            self.means[name] = self.means.get(name, 0.0) + value.float() * weight
+        for folded, fold, values in (
+            (self.minima, torch.minimum, output.minima),
+            (self.maxima, torch.maximum, output.maxima),
+        ):
+            for name, value in values.items():
+                folded[name] = fold(folded[name], value.float()) if name in folded else value.float()
+
+    def reduce(self, accelerator: Accelerator) -> tuple[Metrics, float]:
+        """The metrics, and the number of tokens."""
+        *means, tokens = accelerator.reduce(torch.stack([*self.means.values(), self.tokens]), "sum").tolist()
+        metrics = dict(zip(self.means, means, strict=True))
+        for folded, fold in ((self.minima, torch.amin), (self.maxima, torch.amax)):
+            if folded:
+                everywhere = accelerator.gather(torch.stack(list(folded.values()))[None])
+                metrics |= zip(folded, fold(everywhere, 0).tolist(), strict=True)
+        return metrics, tokens
