@@ -1,4 +1,4 @@
-"""The floors of the house: csrc < rlhf_kernels < rlhf_trainer. None may know of one above it."""
+"""The floors of the house: csrc < rlhf_kernels < rlhf_trainer, and the rooms of each. None may know of one above it."""
 
 import ast
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import rlhf_kernels
+from rlhf_trainer.commands import COMMANDS
+from tests.support.imports import circles, modules_below
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "rlhf_kernels").rglob("*.py"))
@@ -14,6 +16,27 @@ TRAINER = sorted((ROOT / "python" / "rlhf_trainer").rglob("*.py"))
 CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 PUBLIC_INTEGRATIONS = ("rlhf_kernels.integrations.lm_head", "rlhf_kernels.integrations.transformers")
 MAX_LINES = 450
+LEAN = {"rlhf_kernels": 10_000, "python": 13_000, "benchmarks": 3_500}  # lines of Python: features come by libraries
+
+# The trainer's rooms from the ground up; those of one row do not know each other.
+ROOMS = (
+    {"errors", "commands"},
+    {"config"},
+    {"data"},
+    {"training"},
+    {"models"},
+    {"offline", "rollouts", "rewards"},
+    {"preferences"},
+    {"online"},
+    {"evaluation"},
+    {"recipes"},
+    {"studies"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+COMPOSERS = ("recipes", "studies", "cli")  # rooms that may import commands: they are made of them
+TREE = modules_below(ROOT / "python" / "rlhf_trainer")
 
 
 def name_of(path):
@@ -102,6 +125,48 @@ def test_trainer_sees_only_public_names(path):
             assert node.attr in public, f"line {node.lineno}: rlhf_kernels.{node.attr} is not public"
 
 
+def room_of(module):
+    return module.split(".")[1]
+
+
+def test_arrows_between_rooms_run_down():
+    """Also those of imports inside functions."""
+    inside = {module: others for module, others in TREE.items() if "." in module}
+    assert {room_of(module) for module in inside} <= FLOOR.keys(), "a new room has a floor in ROOMS"
+    arrows = [(module, other) for module, others in inside.items() for other in others if "." in other]
+    between = [(module, other) for module, other in arrows if room_of(module) != room_of(other)]
+    assert [arrow for arrow in between if FLOOR[room_of(arrow[0])] <= FLOOR[room_of(arrow[1])]] == []
+
+
+def test_no_library_code_imports_a_command():
+    commands = {f"rlhf_trainer.{command.function.partition(':')[0]}" for command in COMMANDS.values()}
+    assert commands <= TREE.keys()
+    library = [module for module in TREE if "." in module and room_of(module) not in COMPOSERS]
+    assert [(module, other) for module in library for other in TREE[module] & commands] == []
+
+
+def test_the_command_table_imports_nothing():
+    """So that anything may import it; what its texts name is there."""
+    assert TREE["rlhf_trainer.commands"] == set()
+    for command in COMMANDS.values():
+        assert isinstance(command.load_config(), type) and callable(command.load_function())
+
+
+@pytest.mark.parametrize("package", ["rlhf_kernels", "python/rlhf_trainer", "benchmarks"])
+def test_no_circles(package):
+    assert circles(modules_below(ROOT / package)) == []
+
+
+def test_rooms_of_csrc():
+    """CUDA code includes no kernel of the CPU; and isa/, which compiles every op once more, stands above them all."""
+    for path in CSRC:
+        text = path.read_text()
+        if "cuda" in path.parts or "_cuda" in path.name:
+            assert not re.findall(r"#include \"common/(?:cpu|simd)/.*", text), path
+        if "isa" not in path.parts:
+            assert not re.findall(r"#include \"isa/.*", text), path
+
+
 def test_public_names_exist():
     assert sorted(rlhf_kernels.__all__) == list(rlhf_kernels.__all__)
     assert all(hasattr(rlhf_kernels, name) for name in rlhf_kernels.__all__)
@@ -112,3 +177,9 @@ def test_files_stay_short():
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in rooms}
     assert {name: n for name, n in lengths.items() if n > MAX_LINES} == {}
     assert len((ROOT / "setup.py").read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("folder", LEAN)
+def test_lean_is_a_promise(folder):
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py"))
+    assert lines < LEAN[folder]
