@@ -20,29 +20,52 @@ using at::ScalarType;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The schemas' flat arguments, gathered into the two sides of the divergence.
+// The schemas' flat arguments, gathered into what they belong to.
+template <decltype(linear_logprobs_cpu) op>
+auto linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
+                     double scale, double softcap, double temperature, int64_t ignore_index, ScalarType gemm,
+                     bool entropy, bool is_top1, bool mean_logit, bool log_sum_sq_probs, int64_t kept_logits) {
+  return op({hidden, weight, bias, transform_of(scale, softcap, temperature), gemm}, {targets, ignore_index},
+            {entropy, is_top1, mean_logit, log_sum_sq_probs}, kept_logits);
+}
+
+template <decltype(linear_logprobs_backward_cpu) op>
+auto linear_logprobs_backward(const OptionalTensor& grad_logprobs, const OptionalTensor& grad_log_sum,
+                              const OptionalTensor& grad_entropy, const Tensor& hidden, const Tensor& weight,
+                              const Tensor& targets, const OptionalTensor& bias, const Tensor& max_logit,
+                              const Tensor& log_sum, const Tensor& entropy, const Tensor& logit_cache, double scale,
+                              double softcap, double temperature, int64_t ignore_index, ScalarType gemm,
+                              bool need_hidden, bool need_weight, bool need_bias) {
+  return op({grad_logprobs, grad_log_sum, grad_entropy}, {max_logit, log_sum, entropy, logit_cache},
+            {hidden, weight, bias, transform_of(scale, softcap, temperature), gemm}, {targets, ignore_index},
+            {need_hidden, need_weight, need_bias});
+}
+
 template <decltype(linear_kl_cpu) op>
-std::tuple<Tensor, Tensor, Tensor> linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
-                                             double scale, double softcap, double temperature, ScalarType gemm,
-                                             const Tensor& ref_hidden, const Tensor& ref_weight,
-                                             const OptionalTensor& ref_bias, double ref_scale, double ref_softcap,
-                                             double ref_temperature, ScalarType ref_gemm, const Tensor& mask,
-                                             bool policy_ref, int64_t kept_logits) {
-  return op({hidden, weight, bias, scale, softcap, temperature, gemm},
-            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref,
+auto linear_kl(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, double scale, double softcap,
+               double temperature, ScalarType gemm, const Tensor& ref_hidden, const Tensor& ref_weight,
+               const OptionalTensor& ref_bias, double ref_scale, double ref_softcap, double ref_temperature,
+               ScalarType ref_gemm, const Tensor& mask, bool policy_ref, int64_t kept_logits) {
+  return op({{hidden, weight, bias, transform_of(scale, softcap, temperature), gemm},
+             {ref_hidden, ref_weight, ref_bias, transform_of(ref_scale, ref_softcap, ref_temperature), ref_gemm},
+             mask,
+             policy_ref},
             kept_logits);
 }
 
 template <decltype(linear_kl_backward_cpu) op>
-std::tuple<Tensor, Tensor, Tensor> linear_kl_backward(
-    const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& logit_cache, const Tensor& hidden,
-    const Tensor& weight, const OptionalTensor& bias, double scale, double softcap, double temperature, ScalarType gemm,
-    const Tensor& ref_hidden, const Tensor& ref_weight, const OptionalTensor& ref_bias, double ref_scale,
-    double ref_softcap, double ref_temperature, ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
-    bool need_hidden, bool need_weight, bool need_bias) {
-  return op(grad_kl, kl, stats, logit_cache, {hidden, weight, bias, scale, softcap, temperature, gemm},
-            {ref_hidden, ref_weight, ref_bias, ref_scale, ref_softcap, ref_temperature, ref_gemm}, mask, policy_ref,
-            need_hidden, need_weight, need_bias);
+auto linear_kl_backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& logit_cache,
+                        const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, double scale,
+                        double softcap, double temperature, ScalarType gemm, const Tensor& ref_hidden,
+                        const Tensor& ref_weight, const OptionalTensor& ref_bias, double ref_scale, double ref_softcap,
+                        double ref_temperature, ScalarType ref_gemm, const Tensor& mask, bool policy_ref,
+                        bool need_hidden, bool need_weight, bool need_bias) {
+  return op(grad_kl, {kl, stats, logit_cache},
+            {{hidden, weight, bias, transform_of(scale, softcap, temperature), gemm},
+             {ref_hidden, ref_weight, ref_bias, transform_of(ref_scale, ref_softcap, ref_temperature), ref_gemm},
+             mask,
+             policy_ref},
+            {need_hidden, need_weight, need_bias});
 }
 
 }  // namespace
@@ -88,19 +111,19 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "float label_smoothing, float center_coefficient) -> (Tensor, Tensor)");
 }
 
-#define RK_IMPLEMENT(m, device)                                                          \
-  m.impl("linear_logprobs", rk::linear_logprobs_##device);                               \
-  m.impl("linear_logprobs_backward", rk::linear_logprobs_backward_##device);             \
-  m.impl("linear_kl", rk::linear_kl<rk::linear_kl_##device>);                            \
-  m.impl("linear_kl_backward", rk::linear_kl_backward<rk::linear_kl_backward_##device>); \
-  m.impl("kl_penalty", rk::kl_penalty_##device);                                         \
-  m.impl("kl_penalty_backward", rk::kl_penalty_backward_##device);                       \
-  m.impl("dpo_loss", rk::dpo_loss_##device);                                             \
-  m.impl("dpo_loss_backward", rk::dpo_loss_backward_##device);                           \
-  m.impl("bradley_terry_loss", rk::bradley_terry_loss_##device);                         \
+#define RK_IMPLEMENT(m, device)                                                                            \
+  m.impl("linear_logprobs", rk::linear_logprobs<rk::linear_logprobs_##device>);                            \
+  m.impl("linear_logprobs_backward", rk::linear_logprobs_backward<rk::linear_logprobs_backward_##device>); \
+  m.impl("linear_kl", rk::linear_kl<rk::linear_kl_##device>);                                              \
+  m.impl("linear_kl_backward", rk::linear_kl_backward<rk::linear_kl_backward_##device>);                   \
+  m.impl("kl_penalty", rk::kl_penalty_##device);                                                           \
+  m.impl("kl_penalty_backward", rk::kl_penalty_backward_##device);                                         \
+  m.impl("dpo_loss", rk::dpo_loss_##device);                                                               \
+  m.impl("dpo_loss_backward", rk::dpo_loss_backward_##device);                                             \
+  m.impl("bradley_terry_loss", rk::bradley_terry_loss_##device);                                           \
   m.impl("bradley_terry_loss_backward", rk::bradley_terry_loss_backward_##device)
 
-// Those on a number a response or token; the others' autograd is Python's, rlhf_kernels/*/ops.py.
+// Autograd of the ops on a number a response or token; the others' is Python's, rlhf_kernels/*/autograd.py.
 TORCH_LIBRARY_IMPL(rlhf_kernels, Autograd, m) {
   m.impl("kl_penalty", rk::kl_penalty_autograd);
   m.impl("dpo_loss", rk::dpo_loss_autograd);

@@ -5,24 +5,10 @@
 
 #include <optional>
 
-#include "common/simd/tile_kernels.h"
+#include "common/format.h"
+#include "common/side.h"
 
 namespace rk {
-
-inline void check_head(const at::Tensor& hidden, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [N, D], got ", hidden.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1,
-                    "weight must be [V, D] with V, D >= 1, got ", weight.sizes());
-  TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1), "hidden and weight must share D, got ", hidden.sizes(), " and ",
-                    weight.sizes());
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must be [", weight.size(0),
-                    "], got ", bias ? bias->sizes() : at::IntArrayRef{});
-}
-
-inline void check_rows(const char* name, const at::Tensor& tensor, int64_t rows, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == rows, name, " must be [", rows, "], got ", tensor.sizes());
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
-}
 
 inline Format format_of(at::ScalarType dtype) {
   switch (dtype) {
@@ -31,6 +17,23 @@ inline Format format_of(at::ScalarType dtype) {
     case at::kHalf: return Format::f16;
     default: TORCH_CHECK_TYPE(false, "native computes in float32, bfloat16 or float16, got ", dtype);
   }
+}
+
+inline void check_side(const Side& side) {
+  const auto& [hidden, weight, bias, transform, gemm_dtype] = side;
+  TORCH_CHECK_VALUE(hidden.dim() == 2, "hidden must be [N, D], got ", hidden.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1,
+                    "weight must be [V, D] with V, D >= 1, got ", weight.sizes());
+  TORCH_CHECK_VALUE(hidden.size(1) == weight.size(1), "hidden and weight must share D, got ", hidden.sizes(), " and ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must be [", weight.size(0),
+                    "], got ", bias ? bias->sizes() : at::IntArrayRef{});
+  format_of(gemm_dtype);
+}
+
+inline void check_rows(const char* name, const at::Tensor& tensor, int64_t rows, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.size(0) == rows, name, " must be [", rows, "], got ", tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
 }
 
 // Contiguous and in fp32, to be read: values that are so already are not copied, nor cut off from their graph.

@@ -7,16 +7,15 @@
 
 namespace rk {
 
-inline void check_kl(const KlSide& policy, const KlSide& ref, const at::Tensor& mask) {
-  check_head(policy.hidden, policy.weight, policy.bias);
-  check_head(ref.hidden, ref.weight, ref.bias);
-  format_of(policy.gemm_dtype);
-  format_of(ref.gemm_dtype);
-  TORCH_CHECK_VALUE(policy.weight.size(0) == ref.weight.size(0), "policy and reference must share a vocabulary, got ",
-                    policy.weight.size(0), " and ", ref.weight.size(0));
-  TORCH_CHECK_VALUE(policy.hidden.size(0) == ref.hidden.size(0), "policy and reference must have the same rows, got ",
-                    policy.hidden.size(0), " and ", ref.hidden.size(0));
-  check_rows("mask", mask, policy.hidden.size(0), at::kBool);
+inline void check_kl(const KlInputs& inputs) {
+  const Side &policy = inputs.policy, &ref = inputs.ref;
+  check_side(policy);
+  check_side(ref);
+  TORCH_CHECK_VALUE(policy.vocab() == ref.vocab(), "policy and reference must share a vocabulary, got ", policy.vocab(),
+                    " and ", ref.vocab());
+  TORCH_CHECK_VALUE(policy.rows() == ref.rows(), "policy and reference must have the same rows, got ", policy.rows(),
+                    " and ", ref.rows());
+  check_rows("mask", inputs.mask, policy.rows(), at::kBool);
 }
 
 inline void check_penalty(const at::Tensor& logprobs, const at::Tensor& ref_logprobs, int64_t estimator) {

@@ -96,13 +96,10 @@ void finish_kl(const KlRowState* rows, int64_t count, const int64_t* index, floa
 }
 
 void differentiate_kl(const Tile& weighing, const Tile& other, bool policy_weighs, int64_t row, int64_t count,
-                      const KlUpstream& upstream, void* dz, int64_t dz_stride, Format format, float* unrounded,
-                      int64_t unrounded_stride, cudaStream_t stream) {
+                      const KlUpstream& upstream, const DlogitsSink& sink, cudaStream_t stream) {
   const Tile& policy = policy_weighs ? weighing : other;
   const Tile& reference = policy_weighs ? other : weighing;
-  const auto run = [&](auto gradient) {
-    differentiate(policy, row, count, gradient, dz, dz_stride, format, unrounded, unrounded_stride, stream);
-  };
+  const auto run = [&](auto gradient) { differentiate(policy, row, count, gradient, sink, stream); };
   with_kind(reference.kind(), [&](auto kind) {
     constexpr Transform k = decltype(kind)::value;
     const LogitMap<M, k> map(reference.transform);

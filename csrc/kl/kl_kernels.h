@@ -30,7 +30,6 @@ struct KlUpstream {
 
 // The policy's dlogits; see differentiate_logprobs.
 void differentiate_kl(const Tile& weighing, const Tile& other, bool policy_weighs, int64_t row, int64_t count,
-                      const KlUpstream& upstream, void* dz, int64_t dz_stride, Format format, float* unrounded,
-                      int64_t unrounded_stride, cudaStream_t stream);
+                      const KlUpstream& upstream, const DlogitsSink& sink, cudaStream_t stream);
 
 }  // namespace rk::cuda

@@ -3,31 +3,32 @@
 
 #include <ATen/ATen.h>
 
-#include <optional>
 #include <tuple>
+
+#include "common/gradients.h"
+#include "common/side.h"
 
 namespace rk {
 
-// One model's side of the divergence.
-struct KlSide {
-  const at::Tensor& hidden;
-  const at::Tensor& weight;
-  const std::optional<at::Tensor>& bias;
-  double logit_scale, logit_softcap, temperature;
-  at::ScalarType gemm_dtype;
+// Both models, the rows that count [N] bool, and whether it is KL(policy || ref) or the other direction.
+struct KlInputs {
+  Side policy, ref;
+  const at::Tensor& mask;
+  bool policy_ref;
+};
+
+// The forward's outputs that backward takes.
+struct SavedKl {
+  const at::Tensor &kl, &stats, &logit_cache;
 };
 
 // kept_logits: how many of both models' logits are kept for backward.
 // -> kl [N], stats [6, N]: max and log-sum of the weighing distribution, of the other one, centre, shift; logit_cache
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref,
-                                                             const at::Tensor& mask, bool policy_ref,
-                                                             int64_t kept_logits);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_kl_cpu(const KlInputs& inputs, int64_t kept_logits);
 
 // -> gradients of the policy's hidden, weight, bias (empty where not needed)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_kl_backward_cpu(
-    const at::Tensor& grad_kl, const at::Tensor& kl, const at::Tensor& stats, const at::Tensor& logit_cache,
-    const KlSide& policy, const KlSide& ref, const at::Tensor& mask, bool policy_ref, bool need_hidden,
-    bool need_weight, bool need_bias);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_kl_backward_cpu(const at::Tensor& grad_kl, const SavedKl& saved,
+                                                                      const KlInputs& inputs, GradientNeeds needs);
 
 // Sampled-token estimators, elementwise; estimator 0, 1, 2 is k1, k2, k3.
 at::Tensor kl_penalty_cpu(const at::Tensor& logprobs, const at::Tensor& ref_logprobs, int64_t estimator);

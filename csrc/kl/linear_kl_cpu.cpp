@@ -9,8 +9,8 @@
 #include "common/cpu/head.h"
 #include "common/cpu/head_gradient.h"
 #include "common/cpu/kept_logits.h"
-#include "common/online_softmax.h"
 #include "common/cpu/parallel.h"
+#include "common/online_softmax.h"
 #include "common/workspace.h"
 #include "kl/kl_checks.h"
 
@@ -21,12 +21,6 @@ using at::Tensor;
 
 constexpr int64_t kFields = 7;  // of KlState, in its order
 
-template <class T>
-Head<T> head_of(const KlSide& side) {
-  return Head<T>(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
-                 side.gemm_dtype);
-}
-
 // Both models' hidden states, packed for a chunk of rows, a worker's tiles of both heads, and where those that are kept
 // lie: the policy's in the first half of the memory for `kept_logits`, the reference's behind.
 template <class T>
@@ -36,11 +30,11 @@ struct Pair {
   Buffer<T> policy_packed, ref_packed;
   KeptLogits policy_kept, ref_kept;
 
-  Pair(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, int64_t kept_logits)
-      : policy(head_of<T>(policy_side)),
-        ref(head_of<T>(ref_side)),
-        policy_operands(policy.operands(policy_side.hidden, rows.index)),
-        ref_operands(ref.operands(ref_side.hidden, rows.index)),
+  Pair(const KlInputs& inputs, const CountedRows& rows, int64_t kept_logits)
+      : policy(inputs.policy),
+        ref(inputs.ref),
+        policy_operands(policy.operands(inputs.policy.hidden, rows.index)),
+        ref_operands(ref.operands(inputs.ref.hidden, rows.index)),
         policy_kept(KeptLogits::plan(kept_logits / 2, rows.count(), policy.vocab(), vocab_tile(widest(), sizeof(T)))),
         ref_kept(policy_kept) {}
 
@@ -101,9 +95,9 @@ struct Pair {
 
 // Returns the logits that are kept.
 template <class T>
-Tensor forward(const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref,
-               int64_t kept_logits, Tensor& kl, Tensor& stats) {
-  Pair<T> pair(policy_side, ref_side, rows, kept_logits);
+Tensor forward(const KlInputs& inputs, const CountedRows& rows, int64_t kept_logits, Tensor& kl, Tensor& stats) {
+  Pair<T> pair(inputs, rows, kept_logits);
+  const bool policy_ref = inputs.policy_ref;
   const int64_t vocab = pair.policy.vocab();
   const ForwardPlan plan =
       plan_forward(rows.count(), vocab, pair.policy.depth() + pair.ref.depth(), pair.widest(), sizeof(T), kFields,
@@ -163,21 +157,21 @@ Tensor forward(const KlSide& policy_side, const KlSide& ref_side, const CountedR
 }
 
 template <class T>
-HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats, const Tensor& logit_cache,
-                       const KlSide& policy_side, const KlSide& ref_side, const CountedRows& rows, bool policy_ref,
+HeadGradients backward(const Tensor& grad_kl, const SavedKl& saved, const KlInputs& inputs, const CountedRows& rows,
                        GradientNeeds needs) {
-  const int64_t n = kl.size(0);
-  Pair<T> pair(policy_side, ref_side, rows, logit_cache.numel());
-  pair.keep_in(logit_cache.data_ptr<float>());
+  const int64_t n = saved.kl.size(0);
+  const bool policy_ref = inputs.policy_ref;
+  Pair<T> pair(inputs, rows, saved.logit_cache.numel());
+  pair.keep_in(saved.logit_cache.data_ptr<float>());
   const int64_t kept_bytes = pair.kept_size() * static_cast<int64_t>(sizeof(float));
-  HeadGradient<T> gradient(pair.policy, policy_side.hidden, pair.policy_operands, policy_side.weight, policy_side.bias,
-                           rows.index, needs, pair.policy.depth() + pair.ref.depth(), pair.widest(), kept_bytes);
+  HeadGradient<T> gradient(pair.policy, inputs.policy, pair.policy_operands, rows.index, needs,
+                           {pair.policy.depth() + pair.ref.depth(), pair.widest(), kept_bytes});
   if (pair.recomputes()) pair.make_room(gradient.plan().row_chunk);
   // Rows that pad the last block get maxima that make every p and q 0.
   const float fills[] = {3e38f, 0, 3e38f, 0, 0, 0};
   std::array<Tensor, 6> row_stats;
-  for (int f = 0; f < 6; ++f) row_stats[f] = rows.gather(stats[f], n, fills[f]);
-  const Tensor row_kl = rows.gather(kl, n, 0), row_grad = rows.gather(grad_kl, n, 0);
+  for (int f = 0; f < 6; ++f) row_stats[f] = rows.gather(saved.stats[f], n, fills[f]);
+  const Tensor row_kl = rows.gather(saved.kl, n, 0), row_grad = rows.gather(grad_kl, n, 0);
   int64_t first_packed = 0;
   const auto prepare_chunk = [&](int64_t first, int64_t blocks) {
     first_packed = first;
@@ -202,34 +196,30 @@ HeadGradients backward(const Tensor& grad_kl, const Tensor& kl, const Tensor& st
   });
 }
 
-bool both_run_on_bf16(const KlSide& a, const KlSide& b) {
-  return runs_on_bf16(a.gemm_dtype) && runs_on_bf16(b.gemm_dtype);
+bool both_run_on_bf16(const KlInputs& inputs) {
+  return runs_on_bf16(inputs.policy.gemm_dtype) && runs_on_bf16(inputs.ref.gemm_dtype);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> linear_kl_cpu(const KlSide& policy, const KlSide& ref, const Tensor& mask,
-                                                 bool policy_ref, int64_t kept_logits) {
-  check_kl(policy, ref, mask);
+std::tuple<Tensor, Tensor, Tensor> linear_kl_cpu(const KlInputs& inputs, int64_t kept_logits) {
+  check_kl(inputs);
   TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
-  const int64_t n = mask.size(0);
-  const auto rows = CountedRows::of_mask(mask);
+  const int64_t n = inputs.mask.size(0);
+  const auto rows = CountedRows::of_mask(inputs.mask);
   Tensor kl = at::zeros({n}, at::kFloat), stats = at::zeros({6, n}, at::kFloat);
-  const auto run = both_run_on_bf16(policy, ref) ? forward<at::BFloat16> : forward<float>;
-  const Tensor logit_cache = run(policy, ref, rows, policy_ref, kept_logits, kl, stats);
+  const auto run = both_run_on_bf16(inputs) ? forward<at::BFloat16> : forward<float>;
+  const Tensor logit_cache = run(inputs, rows, kept_logits, kl, stats);
   return {kl, stats, logit_cache};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
-                                                          const Tensor& logit_cache, const KlSide& policy,
-                                                          const KlSide& ref, const Tensor& mask, bool policy_ref,
-                                                          bool need_hidden, bool need_weight, bool need_bias) {
-  check_kl(policy, ref, mask);
-  const auto rows = CountedRows::of_mask(mask);
-  const GradientNeeds needs{need_hidden, need_weight, need_bias};
-  check_logit_cache(logit_cache);
-  const auto run = both_run_on_bf16(policy, ref) ? backward<at::BFloat16> : backward<float>;
-  return run(grad_kl, kl, stats, logit_cache, policy, ref, rows, policy_ref, needs).tensors(policy.hidden);
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cpu(const Tensor& grad_kl, const SavedKl& saved,
+                                                          const KlInputs& inputs, GradientNeeds needs) {
+  check_kl(inputs);
+  const auto rows = CountedRows::of_mask(inputs.mask);
+  check_logit_cache(saved.logit_cache);
+  const auto run = both_run_on_bf16(inputs) ? backward<at::BFloat16> : backward<float>;
+  return run(grad_kl, saved, inputs, rows, needs).tensors(inputs.policy.hidden);
 }
 
 }  // namespace rk

@@ -11,26 +11,23 @@ using at::Tensor;
 using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::Tile;
 
 // A side's head and room for its operands, its slice and its tile. Each side multiplies in its own format.
-struct Side {
-  const KlSide& from;
+struct DeviceSide {
+  const Tensor& hidden;
   DeviceHead head;
   Tensor room, cast, tile;
 
-  Side(const KlSide& side, const DeviceScope& device)
-      : from(side),
-        head(side.weight, side.bias, transform_of(side.logit_scale, side.logit_softcap, side.temperature),
-             side.gemm_dtype, device.stream()) {}
+  DeviceSide(const Side& side, const DeviceScope& device) : hidden(side.hidden), head(side, device.stream()) {}
 
-  bool copies(const DeviceRows& rows) const { return !head.reads_in_place(from.hidden, rows); }
+  bool copies(const DeviceRows& rows) const { return !head.reads_in_place(hidden, rows); }
 
   void make_room(const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch, bool for_operands) {
-    room = head.room(from.hidden, rows, for_operands ? plan.rows_at_once : 0, scratch);
+    room = head.room(hidden, rows, for_operands ? plan.rows_at_once : 0, scratch);
     cast = scratch.of(head.format(), {head.casts() && for_operands ? plan.tile : 0, head.width()});
     tile = scratch.floats({std::min(plan.row_chunk, rows.count), plan.tile});
   }
 
   Operand operands(const DeviceRows& rows, int64_t first, int64_t count) const {
-    return head.operands(from.hidden, rows, first, count, room);
+    return head.operands(hidden, rows, first, count, room);
   }
 
   Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t rows, Operand slice,
@@ -41,13 +38,12 @@ struct Side {
 };
 
 struct Pair {
-  Side policy, ref;
+  DeviceSide policy, ref;
   DevicePlan plan;
 
-  Pair(const KlSide& policy_side, const KlSide& ref_side, const DeviceRows& rows, const Scratch& scratch,
-       const DeviceScope& device, bool backward)
-      : policy(policy_side, device), ref(ref_side, device) {
-    const int64_t size = std::max(cuda::size_of(policy.head.format()), cuda::size_of(ref.head.format()));
+  Pair(const KlInputs& inputs, const DeviceRows& rows, const Scratch& scratch, const DeviceScope& device, bool backward)
+      : policy(inputs.policy, device), ref(inputs.ref, device) {
+    const int64_t size = std::max(size_of(policy.head.format()), size_of(ref.head.format()));
     const DeviceHeads heads{
         std::max(policy.head.width(), ref.head.width()), policy.head.width() + ref.head.width(), 2, size,
         policy.head.casts() || ref.head.casts(),         policy.copies(rows) || ref.copies(rows)};
@@ -58,21 +54,23 @@ struct Pair {
   }
 };
 
-void check_devices(const KlSide& policy, const KlSide& ref, const Tensor& mask) {
-  cuda::check_same_device(mask, {policy.hidden, policy.weight, policy.bias, ref.hidden, ref.weight, ref.bias});
+void check_devices(const KlInputs& inputs) {
+  const Side &policy = inputs.policy, &ref = inputs.ref;
+  cuda::check_same_device(inputs.mask, {policy.hidden, policy.weight, policy.bias, ref.hidden, ref.weight, ref.bias});
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, const KlSide& ref_side, const Tensor& mask,
-                                                  bool policy_ref, int64_t kept_logits) {
+std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_t kept_logits) {
   TORCH_CHECK_VALUE(kept_logits == 0, "linear_kl keeps no logits on CUDA, got kept_logits = ", kept_logits);
-  check_kl(policy_side, ref_side, mask);
-  check_devices(policy_side, ref_side, mask);
+  check_kl(inputs);
+  check_devices(inputs);
+  const Tensor& mask = inputs.mask;
+  const bool policy_ref = inputs.policy_ref;
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
-  const Pair pair(policy_side, ref_side, rows, scratch, device, false);
+  const Pair pair(inputs, rows, scratch, device, false);
   const int64_t vocab = pair.policy.head.vocab(), n = mask.size(0);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::KlRowState)));
   auto* state = static_cast<cuda::KlRowState*>(states.data_ptr());
@@ -101,24 +99,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlSide& policy_side, con
   return {kl, stats, scratch.floats({0})};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl, const Tensor& kl, const Tensor& stats,
-                                                           const Tensor& logit_cache, const KlSide& policy_side,
-                                                           const KlSide& ref_side, const Tensor& mask, bool policy_ref,
-                                                           bool need_hidden, bool need_weight, bool need_bias) {
-  TORCH_CHECK_VALUE(logit_cache.numel() == 0, "linear_kl keeps no logits on CUDA, got ", logit_cache.sizes());
-  check_kl(policy_side, ref_side, mask);
-  check_devices(policy_side, ref_side, mask);
+std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl, const SavedKl& saved,
+                                                           const KlInputs& inputs, GradientNeeds needs) {
+  TORCH_CHECK_VALUE(saved.logit_cache.numel() == 0, "linear_kl keeps no logits on CUDA, got ",
+                    saved.logit_cache.sizes());
+  check_kl(inputs);
+  check_devices(inputs);
+  const Tensor& mask = inputs.mask;
+  const bool policy_ref = inputs.policy_ref;
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
-  const Pair pair(policy_side, ref_side, rows, scratch, device, true);
+  const Pair pair(inputs, rows, scratch, device, true);
   const int64_t n = mask.size(0);
-  cuda::check_same_device(mask, {grad_kl, kl, stats});
-  const Tensor grad_values = float_rows(grad_kl, n), kl_values = float_rows(kl, n), all_stats = stats.contiguous();
+  cuda::check_same_device(mask, {grad_kl, saved.kl, saved.stats});
+  const Tensor grad_values = float_rows(grad_kl, n), kl_values = float_rows(saved.kl, n),
+               all_stats = saved.stats.contiguous();
   const cuda::KlUpstream upstream{grad_values.const_data_ptr<float>(), kl_values.const_data_ptr<float>(),
                                   all_stats.const_data_ptr<float>(), n, rows.index_data()};
-  cuda::DeviceGradient gradient(pair.policy.head, policy_side.hidden, policy_side.bias, rows,
-                                {need_hidden, need_weight, need_bias}, pair.plan, scratch);
+  cuda::DeviceGradient gradient(pair.policy.head, inputs.policy, rows, needs, pair.plan, scratch);
   int64_t chunk = 0, sliced = -1;
   Operand ref_operands{}, ref_slice{};
   const auto prepare = [&](int64_t first, int64_t count) {
@@ -132,11 +131,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl
     const Tile policy = pair.policy.logits(scratch, pair.plan, operands, here, slice, begin, columns);
     const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), here, ref_slice,
                                      begin, columns);
-    cuda::differentiate_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, policy_ref, row, here, upstream,
-                           sink.dz, sink.dz_stride, sink.format, sink.unrounded, sink.unrounded_stride,
+    cuda::differentiate_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, policy_ref, row, here, upstream, sink,
                            device.stream());
   };
-  return gradient.run(prepare, differentiate).tensors(policy_side.hidden);
+  return gradient.run(prepare, differentiate).tensors(inputs.policy.hidden);
 }
 
 }  // namespace rk

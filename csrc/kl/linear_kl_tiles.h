@@ -1,6 +1,6 @@
 // Tile kernels of linear_kl: fold a pair of logit tiles into KL statistics, or turn the policy's into dlogits.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

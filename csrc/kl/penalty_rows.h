@@ -1,6 +1,6 @@
 // kl_penalty and its gradient, a vector of tokens at a time.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

@@ -6,23 +6,47 @@
 #include <optional>
 #include <tuple>
 
+#include "common/gradients.h"
+#include "common/logprob_outputs.h"
+#include "common/side.h"
+
 namespace rk {
+
+// Which optional outputs the caller wants.
+struct WantedOutputs {
+  bool entropy, is_top1, mean_logit, log_sum_sq_probs;
+
+  // What the row kernels accumulate for them: a set of LogprobOutputs.
+  int32_t accumulated() const {
+    return (entropy ? kEntropy : kPlain) | (is_top1 || mean_logit || log_sum_sq_probs ? kExtras : kPlain);
+  }
+};
+
+// Targets [N] int64, of which those that are `ignore_index` do not count.
+struct Targets {
+  const at::Tensor& ids;
+  int64_t ignore_index;
+};
+
+// Gradients into the outputs, each [N] or none.
+struct LogprobUpstreams {
+  const std::optional<at::Tensor>&logprobs, &log_sum, &entropy;
+};
+
+// The forward's outputs that backward takes.
+struct SavedLogprobs {
+  const at::Tensor &max_logit, &log_sum, &entropy, &logit_cache;
+};
 
 // -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs (each [N] or empty), logit_cache
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
-linear_logprobs_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
-                    const std::optional<at::Tensor>& bias, double logit_scale, double logit_softcap, double temperature,
-                    int64_t ignore_index, at::ScalarType gemm_dtype, bool want_entropy, bool want_is_top1,
-                    bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits);
+linear_logprobs_cpu(const Side& side, const Targets& targets, const WantedOutputs& wanted, int64_t kept_logits);
 
 // -> gradients of hidden, weight, bias (empty where not needed)
-std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(
-    const std::optional<at::Tensor>& grad_logprobs, const std::optional<at::Tensor>& grad_log_sum,
-    const std::optional<at::Tensor>& grad_entropy, const at::Tensor& hidden, const at::Tensor& weight,
-    const at::Tensor& targets, const std::optional<at::Tensor>& bias, const at::Tensor& max_logit,
-    const at::Tensor& log_sum, const at::Tensor& entropy, const at::Tensor& logit_cache, double logit_scale,
-    double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype, bool need_hidden,
-    bool need_weight, bool need_bias);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(const LogprobUpstreams& upstream,
+                                                                            const SavedLogprobs& saved,
+                                                                            const Side& side, const Targets& targets,
+                                                                            GradientNeeds needs);
 
 // The same on CUDA.
 decltype(linear_logprobs_cpu) linear_logprobs_cuda;

@@ -9,8 +9,8 @@
 #include "common/cpu/head.h"
 #include "common/cpu/head_gradient.h"
 #include "common/cpu/kept_logits.h"
-#include "common/online_softmax.h"
 #include "common/cpu/parallel.h"
+#include "common/online_softmax.h"
 #include "common/workspace.h"
 
 namespace rk {
@@ -97,8 +97,8 @@ KeptLogits plan_kept_logits(int64_t count, const CountedRows& rows, const Head<T
 }
 
 template <class T>
-RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows& rows, int32_t outputs,
-                   int64_t kept_logits) {
+RowResults forward(const Side& side, const CountedRows& rows, int32_t outputs, int64_t kept_logits) {
+  const Head<T> head(side);
   const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
   const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
                                         workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
@@ -106,7 +106,7 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
   KeptLogits kept = plan_kept_logits(kept_logits, rows, head);
   results.kept_logits = kept_logits_memory(kept_logits, kept.size);
   kept.data = results.kept_logits.data_ptr<float>();
-  const Tensor operands = head.operands(hidden, rows.index);
+  const Tensor operands = head.operands(side.hidden, rows.index);
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
   Buffer<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
 
@@ -145,22 +145,32 @@ RowResults forward(const Head<T>& head, const Tensor& hidden, const CountedRows&
   return results;
 }
 
-struct Upstream {
-  Tensor logprob, log_sum, entropy;
-  bool has_entropy;
+// Backward's inputs of the rows that count, padded to whole blocks.
+struct GradientRows {
+  Tensor grad_logprob, grad_log_sum, grad_entropy, max, log_sum, entropy;
+  bool with_entropy;
+
+  GradientRows(const LogprobUpstreams& upstream, const SavedLogprobs& saved, const CountedRows& rows, int64_t n)
+      : grad_logprob(rows.gather(upstream.logprobs, n, 0)),
+        grad_log_sum(rows.gather(upstream.log_sum, n, 0)),
+        grad_entropy(rows.gather(upstream.entropy, n, 0)),
+        // Rows that pad the last block have p = exp(z - 3e38) = 0 whatever their logits, so their dlogits are 0.
+        max(rows.gather(saved.max_logit, n, 3e38f)),
+        log_sum(rows.gather(saved.log_sum, n, 0)),
+        with_entropy(upstream.entropy.has_value() && upstream.entropy->defined()) {
+    entropy = rows.gather(with_entropy ? std::optional(saved.entropy) : std::nullopt, n, 0);
+  }
 };
 
 template <class T>
-HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& weight,
-                       const std::optional<Tensor>& bias, const CountedRows& rows, const Upstream& upstream,
-                       const Tensor& max, const Tensor& log_sum, const Tensor& entropy, const Tensor& kept_logits,
+HeadGradients backward(const Side& side, const CountedRows& rows, const GradientRows& values, const Tensor& kept_logits,
                        GradientNeeds needs) {
+  const Head<T> head(side);
   KeptLogits kept = plan_kept_logits(kept_logits.numel(), rows, head);
   kept.data = kept_logits.data_ptr<float>();
   const int64_t kept_bytes = kept.size * static_cast<int64_t>(sizeof(float));
-  const Tensor operands = head.operands(hidden, rows.index);
-  HeadGradient<T> gradient(head, hidden, operands, weight, bias, rows.index, needs, head.depth(), head.depth(),
-                           kept_bytes);
+  const Tensor operands = head.operands(side.hidden, rows.index);
+  HeadGradient<T> gradient(head, side, operands, rows.index, needs, {head.depth(), head.depth(), kept_bytes});
   const bool recomputes = kept.vocab < head.vocab();
   Buffer<T> packed(recomputes ? gradient.plan().row_chunk * head.depth() : 0);
   int64_t first_packed = 0;
@@ -182,10 +192,10 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
         const T* columns = &packed[(block - first_packed) * kRowBlock * head.depth()];
         tile = head.tile(head_rows, v, count, columns, rows.live(row), logits.data());
       }
-      tile_kernels().logprob_backward({tile, final_logits, &rows.targets[row], upstream.has_entropy, at_row(max, row),
-                                       at_row(log_sum, row), at_row(upstream.logprob, row),
-                                       at_row(upstream.log_sum, row), at_row(upstream.entropy, row),
-                                       at_row(entropy, row), sink});
+      tile_kernels().logprob_backward({tile, final_logits, &rows.targets[row], values.with_entropy,
+                                       at_row(values.max, row), at_row(values.log_sum, row),
+                                       at_row(values.grad_logprob, row), at_row(values.grad_log_sum, row),
+                                       at_row(values.grad_entropy, row), at_row(values.entropy, row), sink});
     };
   });
 }
@@ -193,67 +203,39 @@ HeadGradients backward(const Head<T>& head, const Tensor& hidden, const Tensor& 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cpu(
-    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
-    double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
-    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits) {
-  check_head(hidden, weight, bias);
-  format_of(gemm_dtype);
-  const int64_t n = hidden.size(0);
-  check_rows("targets", targets, n, at::kLong);
-  const auto rows = CountedRows::of_targets(targets, ignore_index, weight.size(0));
-  const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
-  const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
-  const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
+    const Side& side, const Targets& targets, const WantedOutputs& wanted, int64_t kept_logits) {
+  check_side(side);
+  const int64_t n = side.rows();
+  check_rows("targets", targets.ids, n, at::kLong);
+  const auto rows = CountedRows::of_targets(targets.ids, targets.ignore_index, side.vocab());
   TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
 
-  const auto results = [&] {
-    if (runs_on_bf16(gemm_dtype)) {
-      return forward(Head<at::BFloat16>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept_logits);
-    }
-    return forward(Head<float>(weight, bias, transform, gemm_dtype), hidden, rows, outputs, kept_logits);
-  }();
-  const auto give = [&](bool wanted, const std::vector<float>& values) {
-    return wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
+  const auto run = runs_on_bf16(side.gemm_dtype) ? forward<at::BFloat16> : forward<float>;
+  const RowResults results = run(side, rows, wanted.accumulated(), kept_logits);
+  const auto give = [&](bool is_wanted, const std::vector<float>& values) {
+    return is_wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
   };
   return {give(true, results.logprob),
           give(true, results.max),
           give(true, results.log_sum),
-          give(want_entropy, results.entropy),
-          give(want_is_top1, results.is_top1),
-          give(want_mean_logit, results.mean_logit),
-          give(want_log_sum_sq_probs, results.log_sum_sq_probs),
+          give(wanted.entropy, results.entropy),
+          give(wanted.is_top1, results.is_top1),
+          give(wanted.mean_logit, results.mean_logit),
+          give(wanted.log_sum_sq_probs, results.log_sum_sq_probs),
           results.kept_logits};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(
-    const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_log_sum,
-    const std::optional<Tensor>& grad_entropy, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-    const std::optional<Tensor>& bias, const Tensor& max_logit, const Tensor& log_sum, const Tensor& entropy,
-    const Tensor& logit_cache, double logit_scale, double logit_softcap, double temperature, int64_t ignore_index,
-    at::ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) {
-  check_head(hidden, weight, bias);
-  const int64_t n = hidden.size(0);
-  check_rows("targets", targets, n, at::kLong);
-  const auto rows = CountedRows::of_targets(targets, ignore_index, weight.size(0));
-  const bool has_entropy = grad_entropy.has_value() && grad_entropy->defined();
-  const Upstream upstream{rows.gather(grad_logprobs, n, 0), rows.gather(grad_log_sum, n, 0),
-                          rows.gather(grad_entropy, n, 0), has_entropy};
-  // Rows that pad the last block have p = exp(z - 3e38) = 0 whatever their logits, so their dlogits are 0.
-  const Tensor max = rows.gather(max_logit, n, 3e38f), sums = rows.gather(log_sum, n, 0);
-  const Tensor entropies = rows.gather(has_entropy ? std::optional(entropy) : std::nullopt, n, 0);
-  const LogitTransform transform = transform_of(logit_scale, logit_softcap, temperature);
-  check_logit_cache(logit_cache);
-  const GradientNeeds needs{need_hidden, need_weight, need_bias};
-
-  const HeadGradients grads = [&] {
-    if (runs_on_bf16(gemm_dtype)) {
-      const Head<at::BFloat16> head(weight, bias, transform, gemm_dtype);
-      return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, logit_cache, needs);
-    }
-    const Head<float> head(weight, bias, transform, gemm_dtype);
-    return backward(head, hidden, weight, bias, rows, upstream, max, sums, entropies, logit_cache, needs);
-  }();
-  return grads.tensors(hidden);
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(const LogprobUpstreams& upstream,
+                                                                const SavedLogprobs& saved, const Side& side,
+                                                                const Targets& targets, GradientNeeds needs) {
+  check_side(side);
+  const int64_t n = side.rows();
+  check_rows("targets", targets.ids, n, at::kLong);
+  const auto rows = CountedRows::of_targets(targets.ids, targets.ignore_index, side.vocab());
+  const GradientRows values(upstream, saved, rows, n);
+  check_logit_cache(saved.logit_cache);
+  const auto run = runs_on_bf16(side.gemm_dtype) ? backward<at::BFloat16> : backward<float>;
+  return run(side, rows, values, saved.logit_cache, needs).tensors(side.hidden);
 }
 
 }  // namespace rk

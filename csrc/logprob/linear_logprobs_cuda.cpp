@@ -13,8 +13,8 @@ using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda
 // `kept_bytes`: of the budget, what a logit cache takes.
 DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
                     const DeviceScope& device, bool backward, int64_t kept_bytes) {
-  const DeviceHeads heads{
-      head.width(), head.width(), 1, cuda::size_of(head.format()), head.casts(), !head.reads_in_place(hidden, rows)};
+  const DeviceHeads heads{head.width(),           head.width(), 1,
+                          size_of(head.format()), head.casts(), !head.reads_in_place(hidden, rows)};
   const int64_t budget = std::max(scratch.budget_left() - kept_bytes, scratch.budget_left() / 8);
   return plan_device(heads, rows.count, head.vocab(), head.width(), backward, device.l2_bytes(), budget);
 }
@@ -29,26 +29,23 @@ const float* data_of(const std::optional<Tensor>& values) { return values ? valu
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_cuda(
-    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const std::optional<Tensor>& bias,
-    double logit_scale, double logit_softcap, double temperature, int64_t ignore_index, at::ScalarType gemm_dtype,
-    bool want_entropy, bool want_is_top1, bool want_mean_logit, bool want_log_sum_sq_probs, int64_t kept_logits) {
-  check_head(hidden, weight, bias);
-  const int64_t n = hidden.size(0), vocab = weight.size(0);
-  check_rows("targets", targets, n, at::kLong);
-  cuda::check_same_device(hidden, {weight, targets, bias});
+    const Side& side, const Targets& targets, const WantedOutputs& wanted, int64_t kept_logits) {
+  check_side(side);
+  const Tensor& hidden = side.hidden;
+  const int64_t n = side.rows(), vocab = side.vocab();
+  check_rows("targets", targets.ids, n, at::kLong);
+  cuda::check_same_device(hidden, {side.weight, targets.ids, side.bias});
   const DeviceScope device(hidden);
   const Scratch scratch(hidden, device);
-  const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
-  const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
-                        device.stream());
+  const auto rows = DeviceRows::of_targets(targets.ids, targets.ignore_index, vocab, device);
+  const DeviceHead head(side, device.stream());
   const int64_t cache_stride = cached_vocab(vocab);
   TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= n * cache_stride,
                     "on CUDA all logits are kept or none: expected ", n * cache_stride, " or 0, got ", kept_logits);
   const Tensor cache = scratch.floats({kept_logits});
   cache.zero_();  // what pads it and rows that do not count, nothing writes
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
-  const bool extras = want_is_top1 || want_mean_logit || want_log_sum_sq_probs;
-  const int32_t outputs = (want_entropy ? kEntropy : kPlain) | (extras ? kExtras : kPlain);
+  const int32_t outputs = wanted.accumulated();
 
   const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
   const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.width()});
@@ -72,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   }
 
   // Rows that do not count are exactly 0.
-  const auto results = [&](bool wanted) { return scratch.floats({wanted ? n : 0}).zero_(); };
+  const auto results = [&](bool is_wanted) { return scratch.floats({is_wanted ? n : 0}).zero_(); };
   const Tensor logprobs = results(true), max_logit = results(true), log_sum = results(true),
-               entropy = results(want_entropy), is_top1 = results(want_is_top1), mean_logit = results(want_mean_logit),
-               log_sum_sq_probs = results(want_log_sum_sq_probs);
+               entropy = results(wanted.entropy), is_top1 = results(wanted.is_top1),
+               mean_logit = results(wanted.mean_logit), log_sum_sq_probs = results(wanted.log_sum_sq_probs);
   const auto to = [](const Tensor& values) { return values.numel() ? values.data_ptr<float>() : nullptr; };
   cuda::finish_logprobs(
       state, rows.count, rows.index_data(), rows.target_data(), vocab,
@@ -84,51 +81,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   return {logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, cache};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(
-    const std::optional<Tensor>& grad_logprobs, const std::optional<Tensor>& grad_log_sum,
-    const std::optional<Tensor>& grad_entropy, const Tensor& hidden, const Tensor& weight, const Tensor& targets,
-    const std::optional<Tensor>& bias, const Tensor& max_logit, const Tensor& log_sum, const Tensor& entropy,
-    const Tensor& logit_cache, double logit_scale, double logit_softcap, double temperature, int64_t ignore_index,
-    at::ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) {
-  check_head(hidden, weight, bias);
-  const int64_t n = hidden.size(0), vocab = weight.size(0);
-  check_rows("targets", targets, n, at::kLong);
-  cuda::check_same_device(
-      hidden, {weight, targets, bias, max_logit, log_sum, logit_cache, grad_logprobs, grad_log_sum, grad_entropy});
+std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(const LogprobUpstreams& upstream,
+                                                                 const SavedLogprobs& saved, const Side& side,
+                                                                 const Targets& targets, GradientNeeds needs) {
+  check_side(side);
+  const Tensor &hidden = side.hidden, &logit_cache = saved.logit_cache;
+  const int64_t n = side.rows(), vocab = side.vocab();
+  check_rows("targets", targets.ids, n, at::kLong);
+  cuda::check_same_device(hidden, {side.weight, targets.ids, side.bias, saved.max_logit, saved.log_sum, logit_cache,
+                                   upstream.logprobs, upstream.log_sum, upstream.entropy});
   TORCH_CHECK_VALUE((logit_cache.numel() == 0 || logit_cache.numel() >= n * cached_vocab(vocab)) &&
                         logit_cache.dim() == 1 && logit_cache.is_contiguous(),
                     "logit_cache does not belong to these inputs: got ", logit_cache.sizes());
   const DeviceScope device(hidden);
   const Scratch scratch(hidden, device);
-  const auto rows = DeviceRows::of_targets(targets, ignore_index, vocab, device);
-  const DeviceHead head(weight, bias, transform_of(logit_scale, logit_softcap, temperature), gemm_dtype,
-                        device.stream());
+  const auto rows = DeviceRows::of_targets(targets.ids, targets.ignore_index, vocab, device);
+  const DeviceHead head(side, device.stream());
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, true, logit_cache.nbytes());
 
-  const auto max_values = float_rows(max_logit, n), sums = float_rows(log_sum, n);
-  const auto of_logprobs = float_vector(grad_logprobs, n), of_log_sum = float_vector(grad_log_sum, n);
-  const auto of_entropy = float_vector(grad_entropy, n);
-  const auto entropies = of_entropy ? float_vector(entropy, n) : std::nullopt;
-  const cuda::LogprobUpstream upstream{max_values.const_data_ptr<float>(),
-                                       sums.const_data_ptr<float>(),
-                                       data_of(entropies),
-                                       data_of(of_logprobs),
-                                       data_of(of_log_sum),
-                                       data_of(of_entropy),
-                                       rows.index_data(),
-                                       rows.target_data()};
+  const auto max_values = float_rows(saved.max_logit, n), sums = float_rows(saved.log_sum, n);
+  const auto of_logprobs = float_vector(upstream.logprobs, n), of_log_sum = float_vector(upstream.log_sum, n);
+  const auto of_entropy = float_vector(upstream.entropy, n);
+  const auto entropies = of_entropy ? float_vector(saved.entropy, n) : std::nullopt;
+  const cuda::LogprobUpstream gradients{max_values.const_data_ptr<float>(),
+                                        sums.const_data_ptr<float>(),
+                                        data_of(entropies),
+                                        data_of(of_logprobs),
+                                        data_of(of_log_sum),
+                                        data_of(of_entropy),
+                                        rows.index_data(),
+                                        rows.target_data()};
 
   const float* cache = logit_cache.numel() ? logit_cache.const_data_ptr<float>() : nullptr;
   const Tensor tile = scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
-  cuda::DeviceGradient gradient(head, hidden, bias, rows, {need_hidden, need_weight, need_bias}, plan, scratch);
+  cuda::DeviceGradient gradient(head, side, rows, needs, plan, scratch);
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
     const auto logits =
         cache ? head.tile_of(cache + row * cached_vocab(vocab) + begin, cached_vocab(vocab), begin, columns)
               : head.tile(scratch.gemm_context(), operands, here, slice, begin, columns, tile.data_ptr<float>(),
                           plan.tile, plan.nominal_rows);
-    cuda::differentiate_logprobs(logits, row, here, upstream, sink.dz, sink.dz_stride, sink.format, sink.unrounded,
-                                 sink.unrounded_stride, device.stream());
+    cuda::differentiate_logprobs(logits, row, here, gradients, sink, device.stream());
   };
   return gradient.run([](int64_t, int64_t) {}, differentiate).tensors(hidden);
 }

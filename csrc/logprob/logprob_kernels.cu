@@ -1,6 +1,7 @@
 #include "logprob/logprob_kernels.h"
 
 #include "common/cuda/dlogits.h"
+#include "common/logprob_outputs.h"
 
 namespace rk::cuda {
 namespace {
@@ -141,12 +142,9 @@ void finish_logprobs(const LogprobRow* rows, int64_t count, const int64_t* index
   RK_LAUNCH(finish, (count + kThreads - 1) / kThreads, kThreads, stream, rows, count, index, targets, vocab, results);
 }
 
-void differentiate_logprobs(const Tile& tile, int64_t row, int64_t count, const LogprobUpstream& upstream, void* dz,
-                            int64_t dz_stride, Format format, float* unrounded, int64_t unrounded_stride,
-                            cudaStream_t stream) {
-  const auto run = [&](auto gradient) {
-    differentiate(tile, row, count, gradient, dz, dz_stride, format, unrounded, unrounded_stride, stream);
-  };
+void differentiate_logprobs(const Tile& tile, int64_t row, int64_t count, const LogprobUpstream& upstream,
+                            const DlogitsSink& sink, cudaStream_t stream) {
+  const auto run = [&](auto gradient) { differentiate(tile, row, count, gradient, sink, stream); };
   upstream.grad_entropy ? run(LogprobGradient<true>{upstream, {}, 0}) : run(LogprobGradient<false>{upstream, {}, 0});
 }
 

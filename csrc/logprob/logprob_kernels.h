@@ -36,10 +36,8 @@ struct LogprobUpstream {
   const int64_t* targets;  // [count]
 };
 
-// dlogits of `count` rows from `row` on to dz [count][dz_stride], rounded once to `format`, and unrounded to
-// unrounded [count][unrounded_stride] where that is not null (it may be the tile itself).
-void differentiate_logprobs(const Tile& tile, int64_t row, int64_t count, const LogprobUpstream& upstream, void* dz,
-                            int64_t dz_stride, Format format, float* unrounded, int64_t unrounded_stride,
-                            cudaStream_t stream);
+// The dlogits of `count` rows from `row` on.
+void differentiate_logprobs(const Tile& tile, int64_t row, int64_t count, const LogprobUpstream& upstream,
+                            const DlogitsSink& sink, cudaStream_t stream);
 
 }  // namespace rk::cuda

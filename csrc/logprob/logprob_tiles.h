@@ -1,6 +1,6 @@
 // Tile kernels of linear_logprobs: fold a logit tile into running statistics, or turn it into dlogits.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

@@ -1,6 +1,6 @@
 // The pairwise losses, a vector of pairs at a time.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

@@ -11,9 +11,10 @@
 #include <optional>
 #include <type_traits>
 
-#include "common/cpu/buffer.h"
 #include "common/checks.h"
+#include "common/cpu/buffer.h"
 #include "common/cpu/gemm_tile.h"
+#include "common/side.h"
 #include "common/simd/tile_kernels.h"
 #include "common/tile_plan.h"
 
@@ -25,17 +26,16 @@ constexpr Format kFormat = std::is_same_v<T, float> ? Format::f32 : Format::bf16
 template <class T>
 class Head {
  public:
-  // `gemm`: the dtype to which operands are rounded first (autocast's, or the promoted type).
-  Head(const at::Tensor& weight, const std::optional<at::Tensor>& bias, LogitTransform transform, at::ScalarType gemm)
-      : weight_(weight.detach()),
-        bias_(bias ? bias->detach().to(at::kFloat).contiguous() : at::Tensor()),
-        transform_(transform),
-        gemm_(gemm),
-        vocab_(weight.size(0)),
-        width_(weight.size(1)),
+  explicit Head(const Side& side)
+      : weight_(side.weight.detach()),
+        bias_(side.bias ? side.bias->detach().to(at::kFloat).contiguous() : at::Tensor()),
+        transform_(side.transform),
+        gemm_(side.gemm_dtype),
+        vocab_(weight_.size(0)),
+        width_(weight_.size(1)),
         depth_(round_up(width_, kGemmDepthStep<T>)),
-        direct_(weight.scalar_type() == c10::CppTypeToScalarType<T>::value && gemm == weight.scalar_type() &&
-                weight.stride(1) == 1 && depth_ == width_ && weight.stride(0) >= width_) {}
+        direct_(weight_.scalar_type() == c10::CppTypeToScalarType<T>::value && gemm_ == weight_.scalar_type() &&
+                weight_.stride(1) == 1 && depth_ == width_ && weight_.stride(0) >= width_) {}
 
   int64_t vocab() const { return vocab_; }
   int64_t width() const { return width_; }

@@ -7,39 +7,43 @@
 
 #include <vector>
 
-#include "common/gradients.h"
 #include "common/cpu/head.h"
 #include "common/cpu/parallel.h"
+#include "common/gradients.h"
 #include "common/workspace.h"
 
 namespace rk {
 
+// What is recomputed beside the two products: tiles of heads whose depths sum to `depths`, the widest of which is
+// `widest`; and how much of the budget kept logits hold.
+struct Recomputed {
+  int64_t depths, widest, kept_bytes;
+};
+
 template <class T>
 class HeadGradient {
  public:
-  // `rows` [n]: which rows of `hidden` count; `operands`: those, as head.operands gives them; `recomputed_sizes_sum`,
-  // `widest`: of all heads whose tiles are recomputed; `kept_bytes`: of the budget, held by others.
-  HeadGradient(const Head<T>& head, const at::Tensor& hidden, const at::Tensor& operands, const at::Tensor& weight,
-               const std::optional<at::Tensor>& bias, const at::Tensor& rows, GradientNeeds needs,
-               int64_t recomputed_sizes_sum, int64_t widest, int64_t kept_bytes = 0)
+  // `head` is that of `side`. `rows` [n]: which of the side's rows count; `operands`: those, as head.operands gives
+  // them.
+  HeadGradient(const Head<T>& head, const Side& side, const at::Tensor& operands, const at::Tensor& rows,
+               GradientNeeds needs, Recomputed recomputed)
       : head_(head),
-        hidden_(hidden),
+        hidden_(side.hidden),
         operands_(operands),
-        weight_(weight),
         rows_(rows),
         needs_(needs),
         count_(rows.size(0)),
         width_(head.width()),
         padded_width_(round_up(width_, kRowBlock)),
-        plan_(plan_backward(count_, head.vocab(), width_, recomputed_sizes_sum, widest, sizeof(T),
-                            workspace_budget_bytes(kCpuBudgetMib) - kept_bytes)),
+        plan_(plan_backward(count_, head.vocab(), width_, recomputed.depths, recomputed.widest, sizeof(T),
+                            workspace_budget_bytes(kCpuBudgetMib) - recomputed.kept_bytes)),
         by_vocab_stride_(plan_.row_chunk + kPad),
         by_row_stride_(plan_.vocab_group + kPad) {
-    needs_.bias = needs.bias && bias && bias->defined();
-    if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
+    needs_.bias = needs.bias && side.bias && side.bias->defined();
+    if (needs_.weight) gradients_.weight = at::empty_like(side.weight, at::MemoryFormat::Contiguous);
     if (needs_.hidden) sums_ = at::zeros({round_up(count_, kRowBlock), padded_width_ + kPad}, at::kFloat);
     if (needs_.bias) bias_sums_ = at::zeros({head.vocab()}, at::kFloat);
-    if (needs_.bias) bias_dtype_ = bias->scalar_type();
+    if (needs_.bias) bias_dtype_ = side.bias->scalar_type();
   }
 
   const BackwardPlan& plan() const { return plan_; }
@@ -185,7 +189,7 @@ class HeadGradient {
   }
 
   const Head<T>& head_;
-  at::Tensor hidden_, operands_, weight_, rows_;
+  at::Tensor hidden_, operands_, rows_;
   GradientNeeds needs_;
   int64_t count_, width_, padded_width_;
   BackwardPlan plan_;

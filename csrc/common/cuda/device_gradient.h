@@ -12,27 +12,19 @@
 
 namespace rk::cuda {
 
-// Where a tile's dlogits go: rounded for the GEMMs behind, and unrounded where a bias wants their sums.
-struct DlogitsSink {
-  void* dz;
-  int64_t dz_stride;
-  Format format;
-  float* unrounded;  // or null
-  int64_t unrounded_stride;
-};
-
 class DeviceGradient {
  public:
-  DeviceGradient(const DeviceHead& head, const at::Tensor& hidden, const std::optional<at::Tensor>& bias,
-                 const DeviceRows& rows, GradientNeeds needs, const DevicePlan& plan, const Scratch& scratch)
-      : head_(head), hidden_(hidden), rows_(rows), needs_(needs), plan_(plan), scratch_(scratch) {
-    needs_.bias = needs.bias && bias && bias->defined();
+  // `head` is that of `side`.
+  DeviceGradient(const DeviceHead& head, const Side& side, const DeviceRows& rows, GradientNeeds needs,
+                 const DevicePlan& plan, const Scratch& scratch)
+      : head_(head), hidden_(side.hidden), rows_(rows), needs_(needs), plan_(plan), scratch_(scratch) {
+    needs_.bias = needs.bias && side.bias && side.bias->defined();
     const at::Tensor& weight = head.weight();
     if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
     if (needs_.hidden) sums_ = scratch.floats({rows.count, head.width()});
     if (needs_.bias) {
       bias_sums_ = scratch.floats({head.vocab()}).zero_();
-      bias_dtype_ = bias->scalar_type();
+      bias_dtype_ = side.bias->scalar_type();
     }
     // Rounded once: sums over several chunks of rows, or of a format that the GEMM does not write, are fp32 until then.
     const Format stored = format_of(weight.scalar_type());

@@ -12,6 +12,7 @@
 #include "common/cuda/device_rows.h"
 #include "common/cuda/gemm.h"
 #include "common/cuda/tile.h"
+#include "common/side.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
 
@@ -60,15 +61,14 @@ struct Operand {
 
 class DeviceHead {
  public:
-  // `gemm`: the dtype to which operands are rounded (autocast's, or the promoted type).
-  DeviceHead(const at::Tensor& weight, const std::optional<at::Tensor>& bias, LogitTransform transform,
-             at::ScalarType gemm, cudaStream_t stream)
-      : weight_(weight.detach()),
-        bias_(bias ? bias->detach().to(at::kFloat).contiguous() : at::Tensor()),
-        transform_(transform),
-        format_(format_of(gemm)),
+  DeviceHead(const Side& side, cudaStream_t stream)
+      : weight_(side.weight.detach()),
+        bias_(side.bias ? side.bias->detach().to(at::kFloat).contiguous() : at::Tensor()),
+        transform_(side.transform),
+        format_(format_of(side.gemm_dtype)),
         stream_(stream),
-        direct_(weight.scalar_type() == gemm && weight.stride(1) == 1 && weight.stride(0) >= weight.size(1)) {}
+        direct_(weight_.scalar_type() == side.gemm_dtype && weight_.stride(1) == 1 &&
+                weight_.stride(0) >= weight_.size(1)) {}
 
   int64_t vocab() const { return weight_.size(0); }
   int64_t width() const { return weight_.size(1); }

@@ -54,19 +54,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Gradient>
-void differentiate(const Tile& tile, int64_t row, int64_t count, const Gradient& gradient, void* dz, int64_t dz_stride,
-                   Format format, float* unrounded, int64_t unrounded_stride, cudaStream_t stream) {
+void differentiate(const Tile& tile, int64_t row, int64_t count, const Gradient& gradient, const DlogitsSink& sink,
+                   cudaStream_t stream) {
   if (count == 0) return;
   const bool aligned = tile.aligned();
   const bool dz_aligned =
-      reinterpret_cast<uintptr_t>(dz) % (kVector * size_of(format)) == 0 && dz_stride % kVector == 0;
+      reinterpret_cast<uintptr_t>(sink.dz) % (kVector * size_of(sink.format)) == 0 && sink.dz_stride % kVector == 0;
   with_kind(tile.kind(), [&](auto kind) {
     constexpr Transform k = decltype(kind)::value;
     const LogitMap<DeviceMath, k> map(tile.transform);
-    with_type(format, [&](auto out) {
+    with_type(sink.format, [&](auto out) {
       using Out = typename decltype(out)::type;
       RK_LAUNCH((differentiate_row<k, Out, Gradient>), count, kThreads, stream, tile, map, aligned, row, gradient,
-                static_cast<Out*>(dz), dz_stride, dz_aligned, unrounded, unrounded_stride);
+                static_cast<Out*>(sink.dz), sink.dz_stride, dz_aligned, sink.unrounded, sink.unrounded_stride);
     });
   });
 }

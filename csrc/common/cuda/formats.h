@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/cuda/tile.h"
+#include "common/format.h"
 
 namespace rk::cuda {
 

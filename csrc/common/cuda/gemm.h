@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/simd/tile_kernels.h"
+#include "common/format.h"
 
 namespace rk::cuda {
 

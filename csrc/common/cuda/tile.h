@@ -3,13 +3,12 @@
 
 #include <cstdint>
 
-#include "common/simd/tile_kernels.h"
+#include "common/format.h"
+#include "common/logit_transform.h"
 
 namespace rk::cuda {
 
 constexpr int kVector = 4;  // floats of a 16-byte load
-
-inline int64_t size_of(Format format) { return format == Format::f32 ? 4 : 2; }
 
 // Raw logits [rows][stride] of vocabulary entries [vocab_begin, vocab_begin + columns).
 struct Tile {
@@ -22,6 +21,16 @@ struct Tile {
 
   bool aligned() const { return reinterpret_cast<uintptr_t>(logits) % 16 == 0 && stride % kVector == 0; }
   Transform kind() const { return kind_of(transform, bias != nullptr); }
+};
+
+// Where a tile's dlogits go: to dz [rows][dz_stride], rounded once to `format` for the GEMMs behind, and where a bias
+// wants their sums also to unrounded [rows][unrounded_stride], which may be the tile itself.
+struct DlogitsSink {
+  void* dz;
+  int64_t dz_stride;
+  Format format;
+  float* unrounded;  // or null
+  int64_t unrounded_stride;
 };
 
 }  // namespace rk::cuda

@@ -1,6 +1,6 @@
 // Vector code shared by the tile kernels: final logits from a GEMM's tile, and dlogits handed to the GEMMs behind.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

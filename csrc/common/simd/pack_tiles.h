@@ -1,6 +1,6 @@
 // Moving data between formats: packing a GEMM's right operand, and rounding fp32 results to the tensor they go to.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

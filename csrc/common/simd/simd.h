@@ -4,7 +4,7 @@
 // Written in the compiler's vector extensions: one source gives AVX-512, AVX2 and portable code, and arm64 builds too.
 // Each function is branch-free and lane-wise, so a token's bits do not depend on its lane or its neighbours.
 #ifndef RK_ISA
-#error "include this through common/isa/*.cpp"
+#error "include this through isa/*.cpp"
 #endif
 #pragma once
 

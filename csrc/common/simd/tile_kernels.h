@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
+#include "common/format.h"
 #include "common/logit_transform.h"
+#include "common/logprob_outputs.h"
 
 namespace rk {
-
-enum class Format : int32_t { f32, bf16, f16 };
 
 struct LogitTile {
   float* logits;  // [count][kRowBlock]
@@ -19,8 +19,6 @@ struct LogitTile {
   const float* bias;  // [vocab] or null
   LogitTransform transform;
 };
-
-enum LogprobOutputs : int32_t { kPlain = 0, kEntropy = 1, kExtras = 2 };
 
 // Running statistics of kRowBlock rows over one vocabulary split.
 struct LogprobStats {
@@ -32,7 +30,7 @@ struct LogprobStats {
 struct LogprobForwardTile {
   LogitTile tile;
   const int64_t* targets;  // [kRowBlock], -1 where there is none
-  int32_t outputs;
+  int32_t outputs;         // LogprobOutputs
   LogprobStats stats;
   float* target_logit;
 };
