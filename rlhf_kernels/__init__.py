@@ -1,7 +1,8 @@
 """Losses of RLHF from hidden states, without the `[tokens, vocab]` matrix. Every public name is listed here."""
 
+from ._build_info import __version__ as __version__
+from ._build_info import build_info
 from ._dispatch import available_backends
-from ._extension import build_info
 from ._workspace import set_workspace_budget
 from .bradley_terry import bradley_terry_loss
 from .dpo import (
@@ -22,8 +23,8 @@ from .policy_gradient import (
     ClipFraction,
     clip_fraction,
     grpo_clip_fraction,
-    grpo_counts,
     grpo_loss,
+    grpo_loss_weights,
     ppo_loss,
     value_loss,
 )
@@ -44,8 +45,8 @@ __all__ = [
     "clip_fraction",
     "dpo_loss",
     "grpo_clip_fraction",
-    "grpo_counts",
     "grpo_loss",
+    "grpo_loss_weights",
     "kl_penalty",
     "kto_loss",
     "linear_dpo_loss",
@@ -57,4 +58,3 @@ __all__ = [
     "set_workspace_budget",
     "value_loss",
 ]
-__version__ = "0.1.0"

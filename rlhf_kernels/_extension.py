@@ -1,7 +1,7 @@
-"""Loads the compiled part, `rlhf_kernels._C`, and says plainly what was built and why something was not.
+"""Loads the compiled part, `rlhf_kernels._C`, or states why it cannot be used.
 
 The build leaves `_build_report.json` beside this file. It is read before `_C` is, because an extension compiled against
-another torch would at best end in an undefined symbol: what does not fit is not loaded, and told in words.
+another torch would at best end in an undefined symbol: one that does not fit is not loaded, and the reason is kept.
 """
 
 import importlib
@@ -9,7 +9,6 @@ import json
 import re
 import sys
 import warnings
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +30,7 @@ def _read_report() -> dict[str, Any]:
 
 
 def _abi(version: str | None) -> str | None:
-    """What of a version decides whether compiled code fits: 2.13 of 2.13.1+cpu, but all of a nightly."""
+    """The part of a version that decides whether compiled code fits: 2.13 of 2.13.1+cpu, but all of a nightly."""
     if version is None or "dev" in version or "git" in version:
         return version
     return ".".join(version.split(".")[:2])
@@ -88,61 +87,27 @@ def why_not_on(device: torch.device) -> str | None:
         return None
     arches = re.findall(r"(\d+)\.(\d+)", _report.get("cuda_arches") or "")
     oldest = min(((int(major), int(minor)) for major, minor in arches), default=(0, 0))
-    found = torch.cuda.get_device_capability(device)
-    if found >= oldest:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= oldest:
         return None
     return (
         f"its CUDA kernels were compiled for compute capability {oldest[0]}.{oldest[1]} and newer, and this GPU has "
-        f"{found[0]}.{found[1]} (TORCH_CUDA_ARCH_LIST chooses when it is compiled)"
+        f"{capability[0]}.{capability[1]} (TORCH_CUDA_ARCH_LIST chooses when it is compiled)"
     )
 
 
 def why_not_native() -> str | None:
-    """Why the compiled part is not there, in words; None when it is."""
+    """The reason why the compiled part is not there; None when it is."""
     return _native_reason
 
 
+def build_report() -> dict[str, Any]:
+    """What the build wrote about itself."""
+    return _report
+
+
 def module() -> ModuleType:
-    """`rlhf_kernels._C`; to be asked for only where `native_available()`."""
+    """`rlhf_kernels._C`; only to be called where `native_available()`."""
     if _native is None:
         raise RuntimeError(f"the compiled part of rlhf_kernels is not there: {_native_reason}")
     return _native
-
-
-def _triton() -> str:
-    try:
-        return metadata.version("triton")  # from its metadata: importing it takes seconds
-    except metadata.PackageNotFoundError:
-        return "not installed (pip install triton)"
-
-
-def _cpu_bf16() -> str | None:
-    return f"multiplied as {'bf16' if _native.cpu_multiplies_bf16() else 'float32'}" if _native else None
-
-
-def build_info() -> dict[str, Any]:
-    """What this installation consists of and, where something is missing, the reason. Made to be printed.
-
-    `native`: the compiled C++ is loaded; `cuda`: it holds the CUDA kernels; `cpu_isa`: the instruction set it chose on
-    this machine; `cpu_bf16`: whether that multiplies bf16 as it is (AMX, AVX512_BF16; several times faster) or as
-    float32; `compiler_output`: the last lines of a failed compilation; `triton`: its version or why not.
-    """
-    from . import __version__
-    from ._workspace import workspace_budget_mib
-
-    cuda_reason = None if native_has_cuda() else _report.get("cuda_reason") or "the compiled part is not loaded"
-    return {
-        "version": __version__,
-        "torch_running": str(torch.__version__),
-        "torch_compiled": _report.get("torch"),
-        "compiler": _report.get("compiler"),
-        "compiler_output": _report.get("compiler_output"),
-        "native": native_available(),
-        "native_reason": _native_reason,
-        "cuda": native_has_cuda(),
-        "cuda_reason": cuda_reason,
-        "cpu_isa": _native.cpu_isa() if _native else None,
-        "cpu_bf16": _cpu_bf16(),
-        "workspace_budget_mib": {device: workspace_budget_mib(device) for device in ("cpu", "cuda")},
-        "triton": _triton(),
-    }

@@ -13,11 +13,11 @@ _DEFAULT_MIB = {"cpu": 64, "cuda": 256}
 _budget_mib: int | None = None
 
 
-def set_workspace_budget(mebibytes: int | None) -> None:
+def set_workspace_budget(mib: int | None) -> None:
     """Bounds the scratch memory of one call, kept logits included.
 
     Args:
-        mebibytes: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
+        mib: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four, or of `linear_kl`'s two of six: on CPU as many as fit half of the budget beside what backward
             needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it, and none of the
@@ -28,13 +28,13 @@ def set_workspace_budget(mebibytes: int | None) -> None:
         TypeError, ValueError: not a whole number, or below 8.
     """
     global _budget_mib
-    if isinstance(mebibytes, bool) or not isinstance(mebibytes, int | None):
-        raise TypeError(f"mebibytes must be an int or None, got {type(mebibytes).__name__}")
-    if mebibytes is not None and mebibytes < LEAST_MIB:
-        raise ValueError(f"mebibytes must be >= {LEAST_MIB}, got {mebibytes}")
-    _budget_mib = mebibytes
+    if isinstance(mib, bool) or not isinstance(mib, int | None):
+        raise TypeError(f"mib must be an int or None, got {type(mib).__name__}")
+    if mib is not None and mib < LEAST_MIB:
+        raise ValueError(f"mib must be >= {LEAST_MIB}, got {mib}")
+    _budget_mib = mib
     if _extension.native_available():
-        _extension.module().set_workspace_budget_mib(mebibytes or 0)
+        _extension.module().set_workspace_budget_mib(mib or 0)
 
 
 def workspace_budget_mib(device_type: str) -> int:

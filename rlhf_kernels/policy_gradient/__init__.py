@@ -1,7 +1,15 @@
 """Policy gradients of reinforcement learning, from log-probabilities of sampled tokens: PPO, its values, and GRPO."""
 
-from .grpo import grpo_clip_fraction, grpo_counts, grpo_loss
+from .grpo import grpo_clip_fraction, grpo_loss, grpo_loss_weights
 from .ppo import ClipFraction, clip_fraction, ppo_loss
 from .value import value_loss
 
-__all__ = ["ClipFraction", "clip_fraction", "grpo_clip_fraction", "grpo_counts", "grpo_loss", "ppo_loss", "value_loss"]
+__all__ = [
+    "ClipFraction",
+    "clip_fraction",
+    "grpo_clip_fraction",
+    "grpo_loss",
+    "grpo_loss_weights",
+    "ppo_loss",
+    "value_loss",
+]

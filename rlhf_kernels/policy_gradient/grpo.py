@@ -95,8 +95,8 @@ def grpo_loss(
     Returns:
         A scalar, fp32 (fp64 for fp64 log-probabilities), in the units of the advantages; its value means little for
         cispo and reinforce, its gradient is what counts. 0 if nothing counts. A call of many sequences may be made of
-        several: see `grpo_counts`. A negative advantage leaves the ratio unbounded from above: beyond log r = 88 loss
-        and gradient are infinite (in fp32), and never NaN.
+        several: see `grpo_loss_weights`. A negative advantage leaves the ratio unbounded from above: beyond log r = 88
+        loss and gradient are infinite (in fp32), and never NaN.
 
     Raises:
         ValueError: shapes or devices that do not fit, unknown variant, constants missing or out of range.
@@ -148,13 +148,13 @@ def grpo_loss(
     return loss
 
 
-def grpo_counts(mask: Tensor, variant: str) -> Tensor:
-    r"""What each sequence counts for in the mean of `grpo_loss`, so that a batch can be computed in parts.
+def grpo_loss_weights(mask: Tensor, variant: str) -> Tensor:
+    r"""The weight of each sequence in the mean of `grpo_loss`, so that a batch can be computed in parts.
 
-        counts = grpo_counts(mask, variant)
-        loss(batch) = sum over parts of loss(part) counts[part].sum() / counts.sum()
+        weights = grpo_loss_weights(mask, variant)
+        loss(batch) = sum over parts of loss(part) weights[part].sum() / weights.sum()
 
-    with the same gradient. Divide by the counts of all ranks together, and by no less than 1.
+    with the same gradient. Divide by the weights of all ranks together, and by no less than 1.
 
     Args:
         mask: [B, T] bool.

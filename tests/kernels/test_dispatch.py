@@ -176,13 +176,13 @@ def test_every_public_name_is_there_and_documented():
 
 @pytest.mark.parametrize("wrong", [64.0, "64", [], True])
 def test_a_workspace_budget_is_a_whole_number(wrong):
-    with pytest.raises(TypeError, match="mebibytes must be an int or None"):
+    with pytest.raises(TypeError, match="mib must be an int or None"):
         rk.set_workspace_budget(wrong)
 
 
 @pytest.mark.parametrize("wrong", [7, 0, -1])
 def test_a_workspace_budget_has_a_lower_bound(wrong):
-    with pytest.raises(ValueError, match=rf"mebibytes must be >= 8, got {wrong}"):
+    with pytest.raises(ValueError, match=rf"mib must be >= 8, got {wrong}"):
         rk.set_workspace_budget(wrong)
 
 

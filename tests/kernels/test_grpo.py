@@ -206,7 +206,7 @@ def test_a_batch_in_parts_is_the_whole_batch(device, variant):
             max_length=MAX_LENGTH,
         )  # fmt: skip
 
-    counts = rk.grpo_counts(mask, variant)
+    counts = rk.grpo_loss_weights(mask, variant)
     assert counts.dtype == torch.float32
     assert counts.tolist() == (mask.sum(-1).tolist() if variant in OF_TOKENS else [1.0] * 11)
     parts = [slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 11)]
@@ -356,7 +356,7 @@ def test_nothing_that_counts_is_0_with_zero_gradient(device, variant, shape):
         sampler_logprobs=leaf, is_cap=2.0, max_length=MAX_LENGTH,
     )  # fmt: skip
     assert loss.item() == 0 and (gradient(loss, leaf) == 0).all()
-    assert rk.grpo_counts(mask, variant).shape == shape[:1]
+    assert rk.grpo_loss_weights(mask, variant).shape == shape[:1]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -398,7 +398,7 @@ def test_no_value_is_read(variant):
         max_length=MAX_LENGTH,
     )  # fmt: skip
     per_token = rk.ppo_loss(leaf, old, ref, mask, dual_clip=2.0) + rk.value_loss(leaf, old, ref, mask)
-    share = rk.clip_fraction(leaf, old, advantages, mask).low * rk.grpo_counts(mask, variant).sum()
+    share = rk.clip_fraction(leaf, old, advantages, mask).low * rk.grpo_loss_weights(mask, variant).sum()
     assert gradient(loss + per_token.sum() * share, leaf).shape == mask.shape
 
 

@@ -1,4 +1,4 @@
-"""grpo_loss and grpo_counts: wrong use says what was expected and what came."""
+"""grpo_loss and grpo_loss_weights: wrong use says what was expected and what came."""
 
 import math
 
@@ -58,6 +58,6 @@ def test_grpo_loss(changes, error, message):
         (TRUE[0], "grpo", ValueError, r"mask must be \[B, T\], got \(3,\)"),
     ],
 )
-def test_grpo_counts(mask, variant, error, message):
+def test_grpo_loss_weights(mask, variant, error, message):
     with pytest.raises(error, match=message):
-        rk.grpo_counts(mask, variant)
+        rk.grpo_loss_weights(mask, variant)
