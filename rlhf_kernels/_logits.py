@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +16,85 @@ class LogitTransform(NamedTuple):
     softcap: float  # 0 means no soft cap
     temperature: float
 
-    @classmethod
-    def checked(cls, temperature: float, logit_scale: float, logit_softcap: float | None) -> LogitTransform:
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-        if not -math.inf < logit_scale < math.inf:
-            raise ValueError(f"logit_scale must be finite, got {logit_scale}")
-        if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-            raise ValueError(f"logit_softcap must be None or a finite number > 0, got {logit_softcap}")
-        return cls(float(logit_scale), float(logit_softcap or 0.0), float(temperature))
-
     def apply(self, x: Tensor) -> Tensor:
         x = x * self.scale
         if self.softcap:
             x = self.softcap * torch.tanh(x / self.softcap)
         return x / self.temperature
+
+
+class LMHead(NamedTuple):
+    """Logits are `hidden @ weight.T + bias`, times logit_scale, soft-capped `cap * tanh(x / cap)`."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_scale: float
+    logit_softcap: float | None
+
+    def options(self) -> dict[str, Any]:
+        """What the functions of rlhf_kernels take beside `hidden` and `weight`."""
+        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
+
+    def check_options(self, temperature: float) -> None:
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+        if not -math.inf < self.logit_scale < math.inf:
+            raise ValueError(f"logit_scale must be finite, got {self.logit_scale}")
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap must be None or a finite number > 0, got {self.logit_softcap}")
+
+    def detach(self) -> LMHead:
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+
+class Side(NamedTuple):
+    """One model's hidden states [N, D], the head that they go through, and how its logits are computed."""
+
+    hidden: Tensor
+    head: LMHead
+    temperature: float
+    gemm: torch.dtype  # to which the GEMM's operands are rounded
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: LMHead, temperature: float) -> Side:
+        """hidden [..., D]"""
+        return cls(hidden.reshape(-1, hidden.shape[-1]), head, temperature, gemm_dtype(hidden, head.weight))
+
+    @classmethod
+    def made_of(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, gemm: torch.dtype
+    ) -> Side:
+        return cls(hidden, LMHead(weight, bias, transform.scale, transform.softcap), transform.temperature, gemm)
+
+    @property
+    def transform(self) -> LogitTransform:
+        head = self.head
+        return LogitTransform(float(head.logit_scale), float(head.logit_softcap or 0.0), float(self.temperature))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.hidden, self.head.weight, self.head.bias
+
+    def with_tensors(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Side:
+        return self._replace(hidden=hidden, head=self.head._replace(weight=weight, bias=bias))
+
+    def detach(self) -> Side:
+        return self._replace(hidden=self.hidden.detach(), head=self.head.detach())
+
+
+class Needs(NamedTuple):
+    """Which gradients of a side are needed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a side; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

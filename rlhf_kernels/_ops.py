@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ._logits import Needs
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -21,6 +23,40 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{op} has no forward-mode derivative (jvp); differentiate in reverse mode")
+
+
+def save(ctx: Any, arguments: Any, *outputs: Tensor) -> None:
+    """Keeps an op's arguments, a NamedTuple, and some outputs for backward: tensors where autograd looks after them."""
+    tensors = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
+    ctx.save_for_backward(*outputs, *tensors.values())
+    ctx.arguments, ctx.names = arguments._replace(**dict.fromkeys(tensors)), tuple(tensors)
+
+
+def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
+    """The arguments and the outputs that `save` kept."""
+    tensors = ctx.saved_tensors  # read once: inside torch's checkpoint a second reading is an error
+    count = len(tensors) - len(ctx.names)
+    return ctx.arguments._replace(**dict(zip(ctx.names, tensors[count:], strict=True))), tensors[:count]
+
+
+def needs_of(ctx: Any, names: Sequence[str]) -> Needs:
+    """Which gradients of a head are needed; `names`: the arguments of the op."""
+    needed = dict(zip(names, ctx.needs_input_grad, strict=False))  # a native op has fewer than the Triton op
+    return Needs(needed["hidden"], needed["weight"], needed["bias"])
+
+
+def gradients_of(ctx: Any, names: Sequence[str], **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What backward returns: a place for each argument, `names`, with its gradient where that is needed."""
+    needed = zip(names, ctx.needs_input_grad, strict=False)
+    return tuple(gradients.get(name) if need else None for name, need in needed)
+
+
+def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool], like: Tensor) -> tuple[Tensor, ...]:
+    """Shapes of a head's gradients: each its tensor's, empty where not needed."""
+    return tuple(
+        like.new_empty(0, dtype=torch.float32) if tensor is None or not needed else tensor.new_empty(tensor.shape)
+        for tensor, needed in zip(tensors, needs, strict=True)
+    )
 
 
 def register_shapes(forward: str, backward: str, fake: Callable[..., Any], fake_backward: Callable[..., Any]) -> None:

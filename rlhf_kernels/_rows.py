@@ -52,23 +52,26 @@ def is_traced_or_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-class Visit(NamedTuple):
+class VisitedRows(NamedTuple):
     """Which rows kernels go over: `rows` [n] int64, or None for all; `masked`: some of those do not count."""
 
     rows: Tensor | None
     masked: bool
 
 
-def rows_to_visit(counted: Tensor, wrong: Tensor | None = None, refuse: Callable[[], None] | None = None) -> Visit:
+def rows_to_visit(
+    counted: Tensor, wrong: Tensor | None = None, refuse: Callable[[], None] | None = None
+) -> VisitedRows:
     """The rows that count [N] bool. While a graph is traced or captured, nothing can be read back from the device, and
     all are gone over. Otherwise their number is read back, and in the same reading whether any row is `wrong`: then
     `refuse` is to raise."""
     if is_traced_or_captured(counted):
-        return Visit(None, True)
+        return VisitedRows(None, True)
     tallies = [counted.sum()] if wrong is None else [counted.sum(), wrong.sum()]
     count, *bad = torch.stack(tallies).tolist()
     if any(bad) and refuse is not None:
         refuse()
     if count == counted.shape[0]:
-        return Visit(None, False)
-    return Visit(counted.to(torch.uint8).argsort(descending=True, stable=True)[:count], False)  # as nonzero, unread
+        return VisitedRows(None, False)
+    rows = counted.to(torch.uint8).argsort(descending=True, stable=True)[:count]  # as nonzero, which would read back
+    return VisitedRows(rows, False)

@@ -1,7 +1,7 @@
 """From dlogits to the gradients of hidden states, head and bias, by slices of the vocabulary:
 
 recompute a slice's dlogits (a Triton kernel) -> dW[slice] = dz^T H, written once -> dH += dz W[slice], in fp32.
-The two products are the vendor library's. What a tile of dlogits is, the caller says.
+The two products are the vendor library's. The caller computes the tiles of dlogits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._logits import Needs, Side
+from .._rows import VisitedRows
 from .._workspace import workspace_budget_bytes
 from . import INTERPRETED
 from .plan import ROW_STEP, cdiv, plan_backward
@@ -19,22 +21,20 @@ from .plan import ROW_STEP, cdiv, plan_backward
 Differentiate = Callable[[Tensor, int, int, int, int, Tensor, Tensor | None], None]
 
 
-def counted_rows(index: Tensor | None, counted: Tensor) -> int:
-    """How many rows take part: those of `index`, or all."""
-    return counted.shape[0] if index is None else index.shape[0]
-
-
-def operands_of(
-    hidden: Tensor, index: Tensor | None, counted: Tensor, masked: bool, gemm: torch.dtype, first: int, rows: int
-) -> Tensor:
-    """Hidden states [rows, D] of the rows that take part, from the `first` on, as the GEMM reads them. `masked`: rows
-    that do not count are among them, and are read as 0: a product with NaN would not be."""
-    if index is not None:
-        return hidden[index[first : first + rows]].to(gemm)
-    part = hidden[first : first + rows]
-    if masked:
+def operands_of(side: Side, visited: VisitedRows, counted: Tensor, first: int, rows: int) -> Tensor:
+    """Hidden states [rows, D] of the rows visited, from the `first` on, as the GEMM reads them. Those that do not count
+    (counted [N] bool) are read as 0: a product with NaN would not be."""
+    if visited.rows is not None:
+        return side.hidden[visited.rows[first : first + rows]].to(side.gemm)
+    part = side.hidden[first : first + rows]
+    if visited.masked:
         part = part.masked_fill(~counted[first : first + rows, None], 0.0)
-    return part.to(gemm)
+    return part.to(side.gemm)
+
+
+def reads_in_place(side: Side, visited: VisitedRows) -> bool:
+    """Whether `operands_of` copies nothing."""
+    return visited.rows is None and not visited.masked and side.hidden.dtype == side.gemm
 
 
 # In these two autocast is off: their callers have chosen the dtypes.
@@ -65,24 +65,20 @@ def write_product(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def head_gradient(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
+    side: Side,
+    visited: VisitedRows,
     counted: Tensor,
-    masked: bool,
-    gemm: torch.dtype,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     block_rows: int,
     differentiate: Differentiate,
     beside: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, empty where not needed. `block_rows`: of a row block's sums for the bias;
-    `beside`: bytes a row that the caller holds."""
-    count, (vocab, width) = counted_rows(index, counted), weight.shape
-    need_hidden, need_weight, need_bias = needs
-    copies = index is not None or masked or hidden.dtype != gemm
-    casts = weight.dtype != gemm
+    """Gradients of hidden, weight and bias, empty where not needed. counted [N] bool: the rows that count;
+    `block_rows`: rows of a block, whose sums the bias takes; `beside`: bytes a row that the caller holds."""
+    hidden, weight, bias = side.tensors()
+    index, gemm, (vocab, width) = visited.rows, side.gemm, weight.shape
+    count = counted.shape[0] if index is None else index.shape[0]
+    copies, casts = not reads_in_place(side, visited), weight.dtype != gemm
     plan = plan_backward(count, width, gemm, copies, casts, beside, workspace_budget_bytes(hidden.device))
     # ROW_STEP: there is a row to hold even where none counts
     at_once = max(count, 1) if plan.rows_at_once is None else plan.rows_at_once
@@ -91,20 +87,24 @@ def head_gradient(
     # The interpreter truncates to bf16 where a GPU rounds: there torch rounds.
     dlogits = hidden.new_empty((at_once, group), dtype=torch.float32 if INTERPRETED else gemm)
 
-    grad_weight = weight.new_empty(weight.shape if need_weight else 0)
-    sums = hidden.new_zeros((count if need_hidden else 0, width), dtype=torch.float32)
-    bias_sums = hidden.new_zeros(vocab if need_bias else 0, dtype=torch.float32)
+    grad_weight = weight.new_empty(weight.shape if needs.weight else 0)
+    sums = hidden.new_zeros((count if needs.hidden else 0, width), dtype=torch.float32)
+    bias_sums = hidden.new_zeros(vocab if needs.bias else 0, dtype=torch.float32)
     weight_sums = (
-        hidden.new_empty((group, width), dtype=torch.float32) if need_weight and plan.rows_at_once is not None else None
+        hidden.new_empty((group, width), dtype=torch.float32)
+        if needs.weight and plan.rows_at_once is not None
+        else None
     )
-    operands = operands_of(hidden, index, counted, masked, gemm, *chunks[0])
+    operands = operands_of(side, visited, counted, *chunks[0])
     for begin in range(0, vocab, group):
         end = min(begin + group, vocab)
-        head_slice = weight[begin:end].to(gemm) if need_hidden else None
+        head_slice = weight[begin:end].to(gemm) if needs.hidden else None
         for first, rows in chunks:
             if len(chunks) > 1:
-                operands = operands_of(hidden, index, counted, masked, gemm, first, rows)
-            blocks = hidden.new_empty((cdiv(rows, block_rows), end - begin), dtype=torch.float32) if need_bias else None
+                operands = operands_of(side, visited, counted, first, rows)
+            blocks = (
+                hidden.new_empty((cdiv(rows, block_rows), end - begin), dtype=torch.float32) if needs.bias else None
+            )
             differentiate(operands, first, rows, begin, end, dlogits, blocks)
             dz = dlogits[:rows, : end - begin].to(gemm)
             if blocks is not None:
@@ -114,13 +114,13 @@ def head_gradient(
             if weight_sums is not None:
                 part = weight_sums[: end - begin]
                 add_product(part if first else part.zero_(), dz.T, operands)
-            elif need_weight:
+            elif needs.weight:
                 write_product(grad_weight[begin:end], dz.T, operands)
         if weight_sums is not None:
             grad_weight[begin:end] = weight_sums[: end - begin]
 
     del dlogits, dz, operands, weight_sums  # before the sums are rounded into memory of their own
-    if index is None or not need_hidden:
+    if index is None or not needs.hidden:
         grad_hidden = sums.to(hidden.dtype)
     else:
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._logits import LogitTransform
+from .._logits import Side
 from . import INTERPRETED
 from .maths import AFFINE, IDENTITY, SOFTCAP
 
@@ -109,11 +109,16 @@ def uses_tma(tensor: Tensor) -> bool:
     return True
 
 
-def transform_arguments(transform: LogitTransform, bias: Tensor | None) -> dict[str, Any]:
+def readable_side(side: Side) -> Side:
+    bias = contiguous(side.head.bias)
+    return side.with_tensors(readable(side.hidden, side.gemm), readable(side.head.weight, side.gemm), bias)
+
+
+def transform_arguments(side: Side) -> dict[str, Any]:
     """The kernels' gain, cap and slope, as csrc/common/online_softmax.h's LogitMap has them."""
-    scale, softcap, temperature = transform
+    scale, softcap, temperature = side.transform
     slope = scale / temperature
     if softcap:
         return {"gain": scale / softcap, "cap": softcap / temperature, "slope": slope, "KIND": SOFTCAP}
-    plain = bias is None and slope == 1.0
+    plain = side.head.bias is None and slope == 1.0
     return {"gain": slope, "cap": 0.0, "slope": slope, "KIND": IDENTITY if plain else AFFINE}

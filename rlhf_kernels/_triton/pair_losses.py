@@ -10,7 +10,7 @@ SIGMOID, HINGE, IPO, ROBUST = (
     tl.constexpr(1),
     tl.constexpr(2),
     tl.constexpr(3),
-)  # dpo.ops.COMPILED_TYPES
+)  # csrc/preference/pair_losses.h
 
 
 @triton.jit

@@ -51,12 +51,16 @@ def bradley_terry_loss(
         raise ValueError(f"center_coefficient must be finite and >= 0, got {center_coefficient}")
     options = (float(label_smoothing), float(center_coefficient))
     if ready_for_native(backend, chosen_rewards, rejected_rewards, margin) and chosen_rewards.dim() == 1:
-        return ops.native(chosen_rewards, rejected_rewards, margin, *options)
+        return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options)
     check_vectors(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards, margin=margin)
     dtype = common_dtype(chosen_rewards.dtype, rejected_rewards.dtype)
     chosen_backend = resolve_backend(backend, chosen_rewards.device, dtype)
-    if chosen_backend != "reference":
-        return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options, chosen_backend)
+    if chosen_backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options)
+    if chosen_backend == "native":
+        return ops.bradley_terry_loss(chosen_rewards, rejected_rewards, margin, *options)
     dtype = torch.promote_types(dtype, torch.float32)
     margin = None if margin is None else margin.to(dtype)
     return reference.bradley_terry_loss(chosen_rewards.to(dtype), rejected_rewards.to(dtype), margin, *options)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_same_device, check_vectors
-from .._logits import LogitTransform
+from .._logits import LMHead
 from .._packing import packing_of
-from ..logprob import SequenceLogprobs, _sequence_logprobs
+from ..logprob import SequenceLogprobs, logprobs_under, next_token_targets, totals_of
 from .pairwise import check_loss_options, dpo_loss
-from .reference import LOSS_TYPES
+from .reference import LOSS_TYPES, LossOptions
 
 
 class LinearDPOLoss(NamedTuple):
@@ -76,47 +76,76 @@ def linear_dpo_loss(
     Source: Rafailov et al. (2023), arXiv:2305.18290; the other types are listed in `dpo_loss`.
     """
     packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[S, T, D]")
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
+    head.check_options(temperature)
+    targets = next_token_targets(labels, -100, packing)
 
-    def sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SequenceLogprobs:
-        return _sequence_logprobs(hidden, weight, labels, bias, transform, True, False, -100, backend, packing)
+    def sequences(hidden: Tensor, head: LMHead) -> SequenceLogprobs:
+        per_token = logprobs_under(head, hidden, targets, temperature, -100, (), backend).logprobs
+        return totals_of(per_token, targets, False, -100, packing)
 
-    return _loss_of_sequences(
-        sequences, hidden.shape[0] if packing is None else packing.size, (hidden, weight, bias), ref_logps,
-        (ref_hidden, ref_weight, ref_bias), chosen_idxs, rejected_idxs, beta, loss_type, label_smoothing, gamma,
-        backend,
+    return loss_of_sequences(
+        sequences, hidden.shape[0] if packing is None else packing.size, hidden, head,
+        Reference(ref_logps, ref_hidden, ref_weight, ref_bias), (chosen_idxs, rejected_idxs),
+        LossOptions(loss_type, beta, label_smoothing, gamma), backend,
     )  # fmt: skip
 
 
-def _loss_of_sequences(
-    sequences: Callable[[Tensor, Tensor, Tensor | None], SequenceLogprobs],
+class Reference(NamedTuple):
+    """The reference's log-probabilities [S], or its hidden states [S, T, D'] and head to compute them from, or none."""
+
+    logps: Tensor | None
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def check(self, hidden: Tensor, options: LossOptions, size: int) -> None:
+        """`hidden`: the policy's; `size`: the number of sequences."""
+        if (self.hidden is None) != (self.weight is None):
+            raise ValueError("pass both ref_hidden and ref_weight, or neither")
+        if self.bias is not None and self.hidden is None:
+            raise ValueError("ref_bias belongs to ref_hidden and ref_weight, which were not given")
+        count = (self.logps is not None) + (self.hidden is not None)
+        reference_free = LOSS_TYPES[options.loss_type].reference_free
+        if reference_free and count:
+            raise ValueError(f"loss_type={options.loss_type!r} takes no reference")
+        if not reference_free and count != 1:
+            raise ValueError(
+                f"loss_type={options.loss_type!r} needs one reference, ref_logps or else ref_hidden with ref_weight; "
+                f"got {'both' if count else 'none'}"
+            )
+        if self.logps is not None:
+            check_vectors(size, ref_logps=self.logps)
+            check_same_device(hidden=hidden, ref_logps=self.logps)
+        if self.hidden is not None and self.hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')}, got {tuple(self.hidden.shape)}")
+
+
+def loss_of_sequences(
+    sequences: Callable[[Tensor, LMHead], SequenceLogprobs],
     size: int,
-    policy: tuple[Tensor, Tensor, Tensor | None],
-    ref_logps: Tensor | None,
-    reference: tuple[Tensor | None, Tensor | None, Tensor | None],
-    chosen_idxs: Tensor | None,
-    rejected_idxs: Tensor | None,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
-    gamma: float,
+    hidden: Tensor,
+    head: LMHead,
+    reference: Reference,
+    idxs: tuple[Tensor | None, Tensor | None],
+    options: LossOptions,
     backend: str,
 ) -> LinearDPOLoss:
-    """`sequences(hidden, weight, bias)`: the log-probs of the `size` sequences, of policy and reference alike."""
-    check_loss_options(beta, loss_type, label_smoothing, gamma)
-    hidden = policy[0]
-    _check_reference(hidden, ref_logps, *reference, LOSS_TYPES[loss_type].reference_free, loss_type, size)
-    chosen, rejected = _pairs(hidden, chosen_idxs, rejected_idxs, size)
-    logps, counts = sequences(*policy)
-    ref_hidden, ref_weight, ref_bias = reference
-    if ref_hidden is not None and ref_weight is not None:
+    """`sequences(hidden, head)`: the log-probs of the `size` sequences, of policy and reference alike; `idxs`: those of
+    chosen and rejected responses."""
+    check_loss_options(*options)
+    reference.check(hidden, options, size)
+    chosen, rejected = _pairs(hidden, *idxs, size)
+    logps, counts = sequences(hidden, head)
+    ref_logps = reference.logps
+    if reference.hidden is not None and reference.weight is not None:
         with torch.no_grad():
-            ref_logps, _ = sequences(ref_hidden, ref_weight, ref_bias)
+            ref_logps, _ = sequences(reference.hidden, head._replace(weight=reference.weight, bias=reference.bias))
     if ref_logps is not None:
         ref_logps = ref_logps.detach()
     losses, rewards = dpo_loss(
-        logps, ref_logps, chosen, rejected, beta, loss_type=loss_type, label_smoothing=label_smoothing,
-        token_counts=counts, gamma=gamma, backend=backend,
+        logps, ref_logps, chosen, rejected, options.beta, loss_type=options.loss_type,
+        label_smoothing=options.label_smoothing, token_counts=counts, gamma=options.gamma, backend=backend,
     )  # fmt: skip
     return LinearDPOLoss(losses.mean(), _picked(rewards, chosen), _picked(rewards, rejected), logps.detach(), ref_logps)
 
@@ -142,32 +171,3 @@ def _pairs(hidden: Tensor, chosen: Tensor | None, rejected: Tensor | None, size:
     if chosen.numel() == 0:
         raise ValueError("no pairs: the mean loss of an empty batch is undefined")
     return chosen, rejected
-
-
-def _check_reference(
-    hidden: Tensor,
-    ref_logps: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    reference_free: bool,
-    loss_type: str,
-    size: int,
-) -> None:
-    if (ref_hidden is None) != (ref_weight is None):
-        raise ValueError("pass both ref_hidden and ref_weight, or neither")
-    if ref_bias is not None and ref_hidden is None:
-        raise ValueError("ref_bias belongs to ref_hidden and ref_weight, which were not given")
-    given = (ref_logps is not None) + (ref_hidden is not None)
-    if reference_free and given:
-        raise ValueError(f"loss_type={loss_type!r} takes no reference")
-    if not reference_free and given != 1:
-        raise ValueError(
-            f"loss_type={loss_type!r} needs one reference, ref_logps or else ref_hidden with ref_weight; "
-            f"got {'both' if given else 'none'}"
-        )
-    if ref_logps is not None:
-        check_vectors(size, ref_logps=ref_logps)
-        check_same_device(hidden=hidden, ref_logps=ref_logps)
-    if ref_hidden is not None and ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        raise ValueError(f"ref_hidden must be {(*hidden.shape[:-1], 'D')}, got {tuple(ref_hidden.shape)}")

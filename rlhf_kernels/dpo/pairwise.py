@@ -88,16 +88,13 @@ def dpo_loss(
     Chen et al. (2024), arXiv:2402.05369, for pairs; exo: Ji et al. (2024), arXiv:2402.00856, eq. 16; aot: Melnyk et al.
     (2024), arXiv:2406.05882, for paired data; discopop: Lu et al. (2024), arXiv:2406.08414, eq. 5.
     """
-    check_loss_options(beta, loss_type, label_smoothing, gamma)
+    check_loss_options(loss_type, beta, label_smoothing, gamma)
     check_pairs(chosen_idxs, rejected_idxs)
     kind = reference.LOSS_TYPES[loss_type]
-    plain = kind.compiled and ref_logps is not None and token_counts is None and policy_logps.dim() == 1
+    plain = kind.kernel is not None and ref_logps is not None and token_counts is None and policy_logps.dim() == 1
+    pairs = (policy_logps, ref_logps, chosen_idxs, rejected_idxs)
     if plain and chosen_idxs.is_cpu and rejected_idxs.is_cpu and ready_for_native(backend, policy_logps, ref_logps):
-        return DPOLoss(
-            *ops.dpo_loss(
-                policy_logps, ref_logps, chosen_idxs, rejected_idxs, float(beta), loss_type, float(label_smoothing)
-            )
-        )
+        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), kind.kernel, float(label_smoothing)))
     size = check_vectors(policy_logps=policy_logps, ref_logps=ref_logps)
     if kind.reference_free != (ref_logps is None):
         need = "takes no reference: pass ref_logps=None" if kind.reference_free else "needs ref_logps [S]"
@@ -112,30 +109,21 @@ def dpo_loss(
 
     dtype = policy_logps.dtype if ref_logps is None else common_dtype(policy_logps.dtype, ref_logps.dtype)
     chosen_backend = resolve_backend(backend, policy_logps.device, dtype)
-    compiled = chosen_backend != "reference" and kind.compiled
-    if not compiled or chosen_backend != "native":  # which looks at the indices itself
+    if chosen_backend != "native" or kind.kernel is None:  # the compiled op checks the indices itself
         check_range(chosen_idxs, rejected_idxs, size)
-    if compiled:
-        pairs = (policy_logps, ref_logps, chosen_idxs, rejected_idxs)
-        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), loss_type, float(label_smoothing), chosen_backend))
+    if kind.kernel is not None and chosen_backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return DPOLoss(*triton_ops.dpo_loss(*pairs, float(beta), kind.kernel, float(label_smoothing)))
+    if kind.kernel is not None and chosen_backend == "native":
+        return DPOLoss(*ops.dpo_loss(*pairs, float(beta), kind.kernel, float(label_smoothing)))
     dtype = torch.promote_types(dtype, torch.float32)
     ref = None if ref_logps is None else ref_logps.to(dtype)
-    return DPOLoss(
-        *reference.dpo_loss(
-            policy_logps.to(dtype),
-            ref,
-            chosen_idxs,
-            rejected_idxs,
-            beta,
-            loss_type,
-            label_smoothing,
-            token_counts,
-            gamma,
-        )
-    )
+    options = reference.LossOptions(loss_type, beta, label_smoothing, gamma)
+    return DPOLoss(*reference.dpo_loss(policy_logps.to(dtype), ref, chosen_idxs, rejected_idxs, token_counts, options))
 
 
-def check_loss_options(beta: float, loss_type: str, label_smoothing: float, gamma: float) -> None:
+def check_loss_options(loss_type: str, beta: float, label_smoothing: float, gamma: float) -> None:
     check_choice("loss_type", loss_type, reference.LOSS_TYPES)
     kind = reference.LOSS_TYPES[loss_type]
     if not 0 <= beta < math.inf:
@@ -162,7 +150,7 @@ def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
 
 
 def check_range(chosen: Tensor, rejected: Tensor, size: int) -> None:
-    """On a GPU, and under torch.compile, this is left to whoever reads there."""
+    """On a GPU, and under torch.compile, this is left to the kernel that reads there."""
     for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
         if idxs.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = (idxs < 0) | (idxs >= size)

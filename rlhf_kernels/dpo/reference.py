@@ -29,15 +29,15 @@ class LossType(NamedTuple):
     needs_smoothing: bool = False  # and must be
     positive_beta: bool = False  # undefined at beta = 0
     couples_pairs: bool = False  # a pair's loss depends on the other pairs
-    compiled: bool = False  # has a one-launch kernel
+    kernel: int | None = None  # its number in csrc/preference/pair_losses.h; None: it has no one-launch kernel
 
 
 LOSS_TYPES = {
-    "sigmoid": LossType(smoothing=True, compiled=True),
-    "hinge": LossType(compiled=True),
-    "ipo": LossType(positive_beta=True, compiled=True),
+    "sigmoid": LossType(smoothing=True, kernel=0),
+    "hinge": LossType(kernel=1),
+    "ipo": LossType(positive_beta=True, kernel=2),
     "ipo_mean": LossType(positive_beta=True, per_token=True),
-    "robust": LossType(smoothing=True, compiled=True),
+    "robust": LossType(smoothing=True, kernel=3),
     "simpo": LossType(reference_free=True, per_token=True, smoothing=True),
     "apo_zero": LossType(),
     "apo_down": LossType(),
@@ -47,6 +47,15 @@ LOSS_TYPES = {
     "aot": LossType(smoothing=True, couples_pairs=True),
     "discopop": LossType(),
 }
+
+
+class LossOptions(NamedTuple):
+    """Which loss, and its constants, as `dpo_loss` takes them."""
+
+    loss_type: str
+    beta: float
+    label_smoothing: float
+    gamma: float
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -67,9 +76,10 @@ def of_equal_rank(margins: Tensor, others: Tensor) -> Tensor:
     return others.sort(stable=True).values.index_select(0, rank)
 
 
-def pair_losses(won: Tensor, lost: Tensor, beta: float, loss_type: str, label_smoothing: float, gamma: float) -> Tensor:
+def pair_losses(won: Tensor, lost: Tensor, options: LossOptions) -> Tensor:
     """won [P], lost [P]: the log-ratios w and l -> losses [P]."""
-    eps, h = label_smoothing, won - lost
+    loss_type, beta, eps, gamma = options
+    h = won - lost
     if loss_type == "simpo":  # Meng et al. (2024), eq. 6: the target margin is gamma in units of beta
         h = h - gamma
     if loss_type in ("sigmoid", "simpo", "aot"):  # Rafailov et al. (2023), eq. 7; eps: Mitchell (2023), cDPO, eq. 3
@@ -102,14 +112,11 @@ def dpo_loss(
     ref: Tensor | None,
     chosen: Tensor,
     rejected: Tensor,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
     token_counts: Tensor | None,
-    gamma: float,
+    options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
     """policy [S], ref [S], chosen [P], rejected [P] -> (losses [P], rewards [S] detached)."""
-    kind = LOSS_TYPES[loss_type]
+    kind = LOSS_TYPES[options.loss_type]
     ratios = log_ratios(policy, ref, token_counts, kind)
     if kind.couples_pairs and ref is not None:
         # Melnyk et al. (2024), AOT for pairs: h is the policy's margin less the reference's margin of the same rank.
@@ -117,4 +124,4 @@ def dpo_loss(
         lost = of_equal_rank(won, lost)
     else:
         won, lost = ratios.index_select(0, chosen), ratios.index_select(0, rejected)
-    return pair_losses(won, lost, beta, loss_type, label_smoothing, gamma), beta * ratios.detach()
+    return pair_losses(won, lost, options), options.beta * ratios.detach()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._logits import LMHead
 from .lora import check_lora, head_with_lora, is_lora, wrapped_head
 
 __all__ = ["LMHead", "LogitOptions", "lm_head_of", "logit_options_of", "run_in_head"]
@@ -34,19 +35,6 @@ class LogitOptions(NamedTuple):
 
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-
-
-class LMHead(NamedTuple):
-    """Logits are `hidden @ weight.T + bias`, times logit_scale, soft-capped `cap * tanh(x / cap)`."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    logit_scale: float
-    logit_softcap: float | None
-
-    def options(self) -> dict[str, Any]:
-        """What the functions of rlhf_kernels take beside `hidden` and `weight`."""
-        return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
 
 def lm_head_of(model: CausalLM) -> LMHead:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_floating, check_head, check_same_device, common_dtype
 from .._dispatch import ready_for_native, resolve_backend
-from .._logits import LogitTransform, gemm_dtype
+from .._logits import LMHead, Side
 from . import ops, reference
 
 __all__ = ["kl_penalty", "linear_kl"]
@@ -56,29 +58,45 @@ def linear_kl(
 
     Source: Kullback & Leibler (1951); the cancellation-free form is derived in `kl/reference.py`.
     """
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
+    ref_head = ref_head_of(head, ref_weight, ref_bias, ref_logit_scale, ref_logit_softcap)
     check_head(hidden, weight, bias)
     check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
-    check_choice("direction", direction, ops.DIRECTIONS)
-    _check_sides(hidden, weight, ref_hidden, ref_weight, mask)
+    check_choice("direction", direction, reference.DIRECTIONS)
+    check_sides(hidden, weight, ref_hidden, ref_weight, mask)
+    head.check_options(temperature)
+    ref_head.check_options(temperature)
     shape = hidden.shape[:-1]
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+    policy, ref = Side.of(hidden, head, temperature), Side.of(ref_hidden, ref_head, temperature)
+    chosen = resolve_backend(backend, hidden.device, torch.promote_types(policy.gemm, ref.gemm))
+    implementation = reference if chosen == "reference" else ops_of(chosen)
+    return implementation.linear_kl(policy, ref, mask.reshape(-1), direction).view(shape)
 
-    transform, ref_transform = _both_transforms(
-        temperature, logit_scale, logit_softcap, ref_logit_scale, ref_logit_softcap
+
+def ops_of(backend: str) -> ModuleType:
+    """The module that serves "native" or "triton"."""
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops
+    return ops
+
+
+def ref_head_of(
+    head: LMHead, weight: Tensor, bias: Tensor | None, logit_scale: float | None, logit_softcap: float | None
+) -> LMHead:
+    """The reference's head, whose scale and soft cap are the policy's where they are None."""
+    return LMHead(
+        weight,
+        bias,
+        head.logit_scale if logit_scale is None else logit_scale,
+        head.logit_softcap if logit_softcap is None else logit_softcap,
     )
-    gemm, ref_gemm = gemm_dtype(hidden, weight), gemm_dtype(ref_hidden, ref_weight)
-    chosen = resolve_backend(backend, hidden.device, torch.promote_types(gemm, ref_gemm))
-    arguments = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, transform, gemm,
-        ref_hidden.reshape(-1, ref_hidden.shape[-1]), ref_weight, ref_bias, ref_transform, ref_gemm,
-        mask.reshape(-1), direction,
-    )  # fmt: skip
-    kl = reference.linear_kl(*arguments) if chosen == "reference" else ops.linear_kl(*arguments, chosen)
-    return kl.view(shape)
 
 
-def _check_sides(
+def check_sides(
     hidden: Tensor,
     weight: Tensor,
     ref_hidden: Tensor,
@@ -100,21 +118,6 @@ def _check_sides(
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if mask is not None and mask.shape != shape:
         raise ValueError(f"mask must be {tuple(shape)} like hidden without D, got {tuple(mask.shape)}")
-
-
-def _both_transforms(
-    temperature: float,
-    logit_scale: float,
-    logit_softcap: float | None,
-    ref_logit_scale: float | None,
-    ref_logit_softcap: float | None,
-) -> tuple[LogitTransform, LogitTransform]:
-    """Of policy and reference, whose own scale and soft cap are the policy's where they are None."""
-    return LogitTransform.checked(temperature, logit_scale, logit_softcap), LogitTransform.checked(
-        temperature,
-        logit_scale if ref_logit_scale is None else ref_logit_scale,
-        logit_softcap if ref_logit_softcap is None else ref_logit_softcap,
-    )
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *, backend: str = "auto") -> Tensor:
@@ -140,9 +143,9 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
 
     Source: Schulman (2020), "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
     """
-    check_choice("estimator", estimator, ops.ESTIMATORS)
+    check_choice("estimator", estimator, reference.ESTIMATORS)
     if ready_for_native(backend, logprobs, ref_logprobs):
-        return ops.native_penalty(logprobs, ref_logprobs, ops.ESTIMATORS.index(estimator))
+        return ops.kl_penalty(logprobs, ref_logprobs, reference.ESTIMATORS.index(estimator))
     check_floating(logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_same_device(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if logprobs.shape != ref_logprobs.shape:
@@ -152,6 +155,6 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1", *,
     dtype = common_dtype(logprobs.dtype, ref_logprobs.dtype)
     chosen = resolve_backend(backend, logprobs.device, dtype)
     if chosen != "reference":
-        return ops.kl_penalty(logprobs, ref_logprobs, estimator, chosen)
+        return ops_of(chosen).kl_penalty(logprobs, ref_logprobs, reference.ESTIMATORS.index(estimator))
     dtype = torch.promote_types(dtype, torch.float32)
     return reference.kl_penalty(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)

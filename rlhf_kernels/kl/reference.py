@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._logits import LogitTransform, logit_dtype, raw_logits, rounded_upcast
+from .._logits import Side, logit_dtype, raw_logits, rounded_upcast
 from .._rows import map_counted_rows
+
+ESTIMATORS = ("k1", "k2", "k3")
+DIRECTIONS = ("policy_ref", "ref_policy")
 
 
 class _Expm1MinusIdentity(torch.autograd.Function):
@@ -49,21 +52,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     return expm1_minus_identity(log_ratio)
 
 
-def linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    gemm: torch.dtype,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    ref_transform: LogitTransform,
-    ref_gemm: torch.dtype,
-    mask: Tensor,
-    direction: str,
-) -> Tensor:
-    """hidden [N, D], weight [V, D], ref_hidden [N, D'], ref_weight [V, D'], mask [N] bool -> KL [N] in nats.
+def linear_kl(policy: Side, ref: Side, mask: Tensor, direction: str) -> Tensor:
+    """mask [N] bool -> KL [N] in nats; the reference's hidden states may have another width.
 
     With d = log p - log q of the distribution p that weighs and the other one q:
 
@@ -73,14 +63,15 @@ def linear_kl(
     order in d, so a small KL is not the difference of large numbers; the third serves terms with |d| >= 1, where the
     second could overflow.
     """
-    dtype = logit_dtype(torch.promote_types(gemm, ref_gemm))
-    weight, bias = rounded_upcast(weight, gemm), None if bias is None else bias.to(dtype)
-    ref_weight = rounded_upcast(ref_weight.detach(), ref_gemm)
-    ref_bias = None if ref_bias is None else ref_bias.detach().to(dtype)
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy.tensors(), ref.detach().tensors()
+    dtype = logit_dtype(torch.promote_types(policy.gemm, ref.gemm))
+    weight, bias = rounded_upcast(weight, policy.gemm), None if bias is None else bias.to(dtype)
+    ref_weight, ref_bias = rounded_upcast(ref_weight, ref.gemm), None if ref_bias is None else ref_bias.to(dtype)
+    transform, ref_transform = policy.transform, ref.transform
 
     def per_row(hidden, ref_hidden, weight, bias, ref_weight, ref_bias):  # type: ignore[no-untyped-def]
-        x = raw_logits(hidden, weight, gemm).to(dtype)
-        y = raw_logits(ref_hidden, ref_weight, ref_gemm).to(dtype)
+        x = raw_logits(hidden, weight, policy.gemm).to(dtype)
+        y = raw_logits(ref_hidden, ref_weight, ref.gemm).to(dtype)
         log_p = transform.apply(x if bias is None else x + bias).log_softmax(-1)
         log_q = ref_transform.apply(y if ref_bias is None else y + ref_bias).log_softmax(-1)
         if direction == "ref_policy":
@@ -92,7 +83,7 @@ def linear_kl(
         return (terms.sum(-1),)
 
     (kl,) = map_counted_rows(
-        per_row, mask, (hidden, ref_hidden.detach()), (weight, bias, ref_weight, ref_bias), weight.shape[0], dtype,
+        per_row, mask, (hidden, ref_hidden), (weight, bias, ref_weight, ref_bias), weight.shape[0], dtype,
         copies_of_logits=16,  # of two models, with their masks, and the gradients of most
     )  # fmt: skip
     return kl

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._logits import LogitTransform
+from .._logits import Needs, Side
+from .._rows import VisitedRows
 from .._triton import INTERPRETED, plan
-from .._triton.gradient import head_gradient, operands_of
+from .._triton.gradient import head_gradient, operands_of, reads_in_place
 from .._triton.launch import (
     HEAVY,
     MEDIUM,
     TL_DTYPE,
     Tile,
-    contiguous,
     launch,
-    readable,
+    readable_side,
     tile_for,
     transform_arguments,
     tuned,
@@ -27,6 +25,7 @@ from .._triton.launch import (
 )
 from .._triton.maths import empty_kl, expm1, expm1_minus_identity, final_logits, kl_of_tile, logit_slope, merge_kl
 from .._triton.tiles import described, in_groups, multiply, visited_rows
+from .autograd import Statistics
 
 FIELDS = 7  # of a split's statistics: max, sum, other max, other sum, centre, second, first
 STATS = 6  # kept for backward: max, log sum, other max, other log sum, centre, shift
@@ -189,7 +188,7 @@ def differentiate_kl(
 
 @triton.jit(do_not_specialize=["count"])
 def estimate(logprobs, ref_logprobs, out, count, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
-    """ESTIMATOR: 0 is k1, 1 k2, 2 k3, as in ops.ESTIMATORS."""
+    """ESTIMATOR: 0 is k1, 1 k2, 2 k3, as in reference.ESTIMATORS."""
     i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     policy = tl.load(logprobs + i, mask=inside, other=0.0).to(tl.float32)
@@ -222,26 +221,6 @@ def differentiate_estimate(
     tl.store(out + i, upstream * slope, mask=inside)
 
 
-class Side(NamedTuple):
-    """One model: hidden [N, D], weight [V, D], bias [V] or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    transform: LogitTransform
-    gemm: torch.dtype
-
-    def uses_tma(self) -> bool:
-        return uses_tma(self.hidden) and uses_tma(self.weight)
-
-    def readable(self) -> Side:
-        hidden, weight = readable(self.hidden, self.gemm), readable(self.weight, self.gemm)
-        return self._replace(hidden=hidden, weight=weight, bias=contiguous(self.bias))
-
-    def reads_in_place(self, index: Tensor | None, masked: bool) -> bool:
-        return index is None and not masked and self.hidden.dtype == self.gemm
-
-
 def _tile(policy: Side, ref: Side) -> Tile:
     """That of fp32 where one side is multiplied in it. Two tiles of logits, and the divergence's many terms."""
     gemm = torch.float32 if torch.float32 in (policy.gemm, ref.gemm) else policy.gemm
@@ -251,27 +230,28 @@ def _tile(policy: Side, ref: Side) -> Tile:
 
 def forward(policy: Side, ref: Side, mask: Tensor, index: Tensor | None, policy_weighs: bool) -> tuple[Tensor, Tensor]:
     """mask [N] bool; index [n]: the rows where it is true, or None to go over all. -> kl [N], stats [6, N]"""
-    policy, ref, mask = policy.readable(), ref.readable(), mask.contiguous()
-    vocab, count = policy.weight.shape[0], mask.shape[0] if index is None else index.shape[0]
-    tile = _tile(policy, ref)
+    tile, count = _tile(policy, ref), mask.shape[0] if index is None else index.shape[0]
+    policy, ref, mask = readable_side(policy), readable_side(ref), mask.contiguous()
+    (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias) = policy.tensors(), ref.tensors()
+    (vocab, width), ref_width = weight.shape, ref_weight.shape[1]
     splits = plan.splits_of(vocab, tile.columns)
-    kl = policy.hidden.new_zeros(mask.shape[0], dtype=torch.float32)
-    stats = policy.hidden.new_zeros((STATS, mask.shape[0]), dtype=torch.float32)
+    kl = hidden.new_zeros(mask.shape[0], dtype=torch.float32)
+    stats = hidden.new_zeros((STATS, mask.shape[0]), dtype=torch.float32)
     if count == 0:
         return kl, stats
-    partials = policy.hidden.new_empty((FIELDS, splits.parts, count), dtype=torch.float32)
-    own, other = (transform_arguments(side.transform, side.bias) for side in (policy, ref))
+    partials = hidden.new_empty((FIELDS, splits.parts, count), dtype=torch.float32)
+    own, other = transform_arguments(policy), transform_arguments(ref)
     launch(
         fold_kl, (plan.cdiv(count, tile.rows) * splits.parts,),
-        policy.hidden, *policy.hidden.stride(), policy.weight, *policy.weight.stride(), policy.bias, own["gain"],
-        own["cap"], policy.weight.shape[1],
-        ref.hidden, *ref.hidden.stride(), ref.weight, *ref.weight.stride(), ref.bias, other["gain"], other["cap"],
-        ref.weight.shape[1],
+        hidden, *hidden.stride(), weight, *weight.stride(), bias, own["gain"], own["cap"], width,
+        ref_hidden, *ref_hidden.stride(), ref_weight, *ref_weight.stride(), ref_bias, other["gain"], other["cap"],
+        ref_width,
         index, mask, partials, count, mask.shape[0], vocab, splits.parts,
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=policy.weight.shape[1] % tile.depth == 0,
-        REF_WHOLE=ref.weight.shape[1] % tile.depth == 0, TILES=splits.tiles, DTYPE=TL_DTYPE[policy.gemm],
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
+        REF_WHOLE=ref_width % tile.depth == 0, TILES=splits.tiles, DTYPE=TL_DTYPE[policy.gemm],
         REF_DTYPE=TL_DTYPE[ref.gemm], KIND=own["KIND"], REF_KIND=other["KIND"], POLICY_WEIGHS=policy_weighs,
-        INTERPRETED=INTERPRETED, TMA=index is None and policy.uses_tma() and ref.uses_tma(),
+        INTERPRETED=INTERPRETED,
+        TMA=index is None and all(uses_tma(t) for t in (hidden, weight, ref_hidden, ref_weight)),
     )  # fmt: skip
     launch(
         merge_kl_splits, (plan.cdiv(count, plan.ROW_STEP),),
@@ -282,21 +262,20 @@ def forward(policy: Side, ref: Side, mask: Tensor, index: Tensor | None, policy_
 
 def backward(
     grad_kl: Tensor,
-    kl: Tensor,
-    stats: Tensor,
+    statistics: Statistics,
     policy: Side,
     ref: Side,
     mask: Tensor,
-    index: Tensor | None,
-    masked: bool,
+    visited: VisitedRows,
     policy_weighs: bool,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the policy's hidden, weight and bias; `masked`: rows that do not count are gone over too."""
-    vocab, ref_width, tile = policy.weight.shape[0], ref.weight.shape[1], _tile(policy, ref)
-    own, other = (transform_arguments(side.transform, side.bias) for side in (policy, ref))
+    """Gradients of the policy's hidden, weight and bias, empty where not needed."""
+    tile, own, other = _tile(policy, ref), transform_arguments(policy), transform_arguments(ref)
     inverse_cap = 1.0 / own["cap"] if own["cap"] else 0.0
-    leaves, policy, ref, mask = policy, policy.readable(), ref.readable(), mask.contiguous()
+    leaves, policy, ref, mask = policy, readable_side(policy), readable_side(ref), mask.contiguous()
+    head, ref_head = policy.head, ref.head
+    (vocab, width), ref_width = head.weight.shape, ref_head.weight.shape[1]
     upstream = grad_kl.float().contiguous()
     at, ref_operands = -1, ref.hidden
 
@@ -307,26 +286,23 @@ def backward(
         if rows == 0:
             return
         if at != first:
-            at, ref_operands = first, operands_of(ref.hidden, index, mask, masked, ref.gemm, first, rows)
+            at, ref_operands = first, operands_of(ref, visited, mask, first, rows)
         launch(
             differentiate_kl, (plan.cdiv(rows, tile.rows) * plan.cdiv(end - begin, tile.columns),),
-            operands, *operands.stride(), policy.weight, *policy.weight.stride(), policy.bias, own["gain"], own["cap"],
-            inverse_cap, own["slope"], policy.weight.shape[1],
-            ref_operands, *ref_operands.stride(), ref.weight, *ref.weight.stride(), ref.bias, other["gain"],
-            other["cap"], ref_width,
-            index, mask, upstream, kl, stats, dlogits, dlogits.stride(0), bias_sums, first, rows, mask.shape[0], begin,
-            end, vocab,
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=policy.weight.shape[1] % tile.depth == 0,
+            operands, *operands.stride(), head.weight, *head.weight.stride(), head.bias, own["gain"], own["cap"],
+            inverse_cap, own["slope"], width,
+            ref_operands, *ref_operands.stride(), ref_head.weight, *ref_head.weight.stride(), ref_head.bias,
+            other["gain"], other["cap"], ref_width,
+            visited.rows, mask, upstream, statistics.kl, statistics.stats, dlogits, dlogits.stride(0), bias_sums,
+            first, rows, mask.shape[0], begin, end, vocab,
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
             REF_WHOLE=ref_width % tile.depth == 0, DTYPE=TL_DTYPE[policy.gemm], REF_DTYPE=TL_DTYPE[ref.gemm],
             KIND=own["KIND"], REF_KIND=other["KIND"], POLICY_WEIGHS=policy_weighs, INTERPRETED=INTERPRETED,
-            TMA=all(uses_tma(t) for t in (operands, policy.weight, ref_operands, ref.weight)),
+            TMA=all(uses_tma(t) for t in (operands, head.weight, ref_operands, ref_head.weight)),
         )  # fmt: skip
 
-    beside = 0 if ref.reads_in_place(index, masked) else ref_width * ref.gemm.itemsize
-    return head_gradient(
-        leaves.hidden, leaves.weight, leaves.bias, index, mask, masked, leaves.gemm, needs, tile.rows, dlogits_of,
-        beside,
-    )  # fmt: skip
+    beside = 0 if reads_in_place(ref, visited) else ref_width * ref.gemm.itemsize
+    return head_gradient(leaves, visited, mask, needs, tile.rows, dlogits_of, beside)
 
 
 def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_head, check_target_range, check_targets
+from .._checks import check_choice, check_head, check_targets
 from .._dispatch import resolve_backend
-from .._logits import LogitTransform, gemm_dtype
+from .._logits import LMHead, Side
 from .._packing import Packing, counts_of_sequences, packing_of, sums_of_sequences
-from .._rows import is_traced_or_captured
 from . import ops, reference
 
 __all__ = ["LinearLogprobs", "SequenceLogprobs", "linear_logprobs", "sequence_logprobs"]
@@ -84,39 +84,41 @@ def linear_logprobs(
     Source: online softmax after Milakov & Gimelshein (2018), arXiv:1805.02867; recompute in backward after
     Wijmans et al. (2024), "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """
-    return _linear_logprobs(
-        hidden, weight, targets, bias, LogitTransform.checked(temperature, logit_scale, logit_softcap), ignore_index,
-        outputs, backend,
-    )  # fmt: skip
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
+    return logprobs_under(head, hidden, targets, temperature, ignore_index, outputs, backend)
 
 
-def _linear_logprobs(
+def logprobs_under(
+    head: LMHead,
     hidden: Tensor,
-    weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
+    temperature: float,
     ignore_index: int,
     outputs: Sequence[str],
     backend: str,
 ) -> LinearLogprobs:
-    check_head(hidden, weight, bias)
+    """`linear_logprobs` of a head as a value."""
+    head.check_options(temperature)
+    check_head(hidden, head.weight, head.bias)
     check_targets(targets, hidden)
     for name in outputs:
         check_choice("outputs", name, reference.OPTIONAL_OUTPUTS)
-    gemm = gemm_dtype(hidden, weight)
-    flat = (hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias)
-    options = (transform, ignore_index, tuple(outputs), gemm)
-    chosen = resolve_backend(backend, hidden.device, gemm)
-    if chosen == "reference":
-        if not is_traced_or_captured(hidden):
-            check_target_range(targets, weight.shape[0], ignore_index)
-        results = reference.linear_logprobs(*flat, *options)
-    else:
-        results = ops.linear_logprobs(*flat, *options, chosen)
+    side = Side.of(hidden, head, temperature)
+    chosen = resolve_backend(backend, hidden.device, side.gemm)
+    implementation = reference if chosen == "reference" else ops_of(chosen)
+    results = implementation.linear_logprobs(side, targets.reshape(-1), ignore_index, tuple(outputs))
     logprobs, logsumexp, *optional = (None if r is None else r.view(targets.shape) for r in results)
     assert logprobs is not None and logsumexp is not None  # only the others are optional
     return LinearLogprobs(logprobs, logsumexp, *optional)
+
+
+def ops_of(backend: str) -> ModuleType:
+    """The module that serves "native" or "triton"."""
+    if backend == "triton":
+        from . import triton_ops  # takes triton
+
+        return triton_ops
+    return ops
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = -100, packing: Packing | None = None) -> Tensor:
@@ -178,24 +180,9 @@ def sequence_logprobs(
         TypeError: cu_seqlens or position_ids that are not int32 or int64.
     """
     packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[B, T, D]")
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    return _sequence_logprobs(hidden, weight, labels, bias, transform, shift, average, ignore_index, backend, packing)
-
-
-def _sequence_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    shift: bool,
-    average: bool,
-    ignore_index: int,
-    backend: str,
-    packing: Packing | None = None,
-) -> SequenceLogprobs:
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
     targets = next_token_targets(labels, ignore_index, packing) if shift else labels
-    per_token = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend).logprobs
+    per_token = logprobs_under(head, hidden, targets, temperature, ignore_index, (), backend).logprobs
     return totals_of(per_token, targets, average, ignore_index, packing)
 
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._logits import LogitTransform, logit_dtype, raw_logits, rounded_upcast
-from .._rows import map_counted_rows
+from .._checks import check_target_range
+from .._logits import Side, logit_dtype, raw_logits, rounded_upcast
+from .._rows import is_traced_or_captured, map_counted_rows
 
 # The optional outputs, in the order in which they are returned after (logprobs, logsumexp).
 OPTIONAL_OUTPUTS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 
 
 def linear_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    ignore_index: int,
-    outputs: tuple[str, ...],
-    gemm: torch.dtype,
+    side: Side, targets: Tensor, ignore_index: int, outputs: tuple[str, ...]
 ) -> tuple[Tensor | None, ...]:
-    """hidden [N, D], weight [V, D], targets [N], bias [V] -> (logprobs, logsumexp, *optional outputs), each [N].
+    """targets [N] -> (logprobs, logsumexp, *optional outputs), each [N], None where not wanted.
 
     With logits z [V] of a row, m = max z, and p = softmax(z):
 
@@ -33,7 +27,10 @@ def linear_logprobs(
         mean_logit       = (1 / V) sum_v z_v
         log_sum_sq_probs = log sum_v p_v^2
     """
-    dtype = logit_dtype(gemm)
+    (hidden, weight, bias), transform, gemm = side.tensors(), side.transform, side.gemm
+    dtype, vocab = logit_dtype(gemm), weight.shape[0]
+    if not is_traced_or_captured(hidden):
+        check_target_range(targets, vocab, ignore_index)
     # Upcast once and outside the chunks: autograd then sums the chunks' gradients in fp32 and rounds once.
     weight, bias = rounded_upcast(weight, gemm), None if bias is None else bias.to(dtype)
 
@@ -59,6 +56,6 @@ def linear_logprobs(
 
     counted = targets != ignore_index
     safe_targets = torch.where(counted, targets, 0)
-    found = iter(map_counted_rows(per_row, counted, (hidden, safe_targets), (weight, bias), weight.shape[0], dtype))
-    logprobs, logsumexp = next(found), next(found)
-    return logprobs, logsumexp, *(next(found) if name in outputs else None for name in OPTIONAL_OUTPUTS)
+    results = iter(map_counted_rows(per_row, counted, (hidden, safe_targets), (weight, bias), vocab, dtype))
+    logprobs, logsumexp = next(results), next(results)
+    return logprobs, logsumexp, *(next(results) if name in outputs else None for name in OPTIONAL_OUTPUTS)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._logits import LogitTransform
+from .._logits import Needs, Side
+from .._rows import VisitedRows
 from .._triton import INTERPRETED, plan
 from .._triton.gradient import head_gradient
 from .._triton.launch import (
@@ -18,6 +19,7 @@ from .._triton.launch import (
     contiguous,
     launch,
     readable,
+    readable_side,
     tile_for,
     transform_arguments,
     tuned,
@@ -34,6 +36,7 @@ from .._triton.maths import (
     rescale_softmax,
 )
 from .._triton.tiles import described, in_groups, multiply, visited_rows
+from .autograd import Statistics, Upstream
 
 FIELDS = 5  # of a split's statistics: max, sum, shifted, squares, logit sum
 
@@ -196,32 +199,21 @@ def differentiate(
         tl.store(sums, tl.sum(d, 0), mask=columns < end)
 
 
-def _tile(hidden: Tensor, gemm: torch.dtype, transform: LogitTransform, more: bool) -> Tile:
-    return tile_for(hidden.device, gemm, MEDIUM if more or transform.softcap else LIGHT)
+def _tile(side: Side, with_more: bool) -> Tile:
+    return tile_for(side.hidden.device, side.gemm, MEDIUM if with_more or side.transform.softcap else LIGHT)
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor | None,
-    transform: LogitTransform,
-    gemm: torch.dtype,
-    with_entropy: bool,
-    with_extras: bool,
+    side: Side, targets: Tensor, index: Tensor | None, with_entropy: bool, with_extras: bool
 ) -> tuple[Tensor, ...]:
     """targets [N]: -1 where a row does not count. index [n]: the rows that do, or None to go over all.
 
-    -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, each [N], or [0] if not asked for.
+    -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, each [N], or [0] if not wanted.
     """
-    (vocab, width), count = weight.shape, targets.shape[0] if index is None else index.shape[0]
-    hidden, weight, bias, tile = (
-        readable(hidden, gemm),
-        readable(weight, gemm),
-        contiguous(bias),
-        _tile(hidden, gemm, transform, with_entropy or with_extras),
-    )
+    tile, count = _tile(side, with_entropy or with_extras), targets.shape[0] if index is None else index.shape[0]
+    side = readable_side(side)
+    hidden, weight, bias = side.tensors()
+    vocab, width = weight.shape
     splits = plan.splits_of(vocab, tile.columns)
     fields = FIELDS if with_extras else 3 if with_entropy else 2
     partials = hidden.new_empty((fields, splits.parts, count), dtype=torch.float32)
@@ -231,13 +223,13 @@ def forward(
                for wanted in (True, True, True, with_entropy, *[with_extras] * 3)]  # fmt: skip
     if count == 0:
         return tuple(results)
-    arguments = transform_arguments(transform, bias)
+    arguments = transform_arguments(side)
     launch(
         fold, (plan.cdiv(count, tile.rows) * splits.parts,),
         hidden, index, *hidden.stride(), weight, *weight.stride(), bias, targets, partials, best, target_logit,
         count, hidden.shape[0], vocab, width, splits.parts, arguments["gain"], arguments["cap"],
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0, TILES=splits.tiles,
-        DTYPE=TL_DTYPE[gemm], KIND=arguments["KIND"], ENTROPY=with_entropy, EXTRAS=with_extras,
+        DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], ENTROPY=with_entropy, EXTRAS=with_extras,
         INTERPRETED=INTERPRETED, TMA=index is None and uses_tma(hidden) and uses_tma(weight),
     )  # fmt: skip
     launch(
@@ -249,31 +241,14 @@ def forward(
 
 
 def backward(
-    grad_logprobs: Tensor | None,
-    grad_log_sum: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    index: Tensor | None,
-    masked: bool,
-    max_logit: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    transform: LogitTransform,
-    gemm: torch.dtype,
-    needs: tuple[bool, bool, bool],
+    upstream: Upstream, side: Side, targets: Tensor, visited: VisitedRows, statistics: Statistics, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; `masked`: rows that do not count are gone over too."""
-    (vocab, width), tile, arguments = (
-        weight.shape,
-        _tile(hidden, gemm, transform, False),
-        transform_arguments(transform, bias),
-    )
+    """Gradients of hidden, weight and bias, empty where not needed."""
+    tile, arguments = _tile(side, False), transform_arguments(side)
     inverse_cap = 1.0 / arguments["cap"] if arguments["cap"] else 0.0
-    head, flat_bias = readable(weight, gemm), contiguous(bias)
-    upstream = [None if g is None else g.float().contiguous() for g in (grad_logprobs, grad_log_sum, grad_entropy)]
+    width = side.head.weight.shape[1]
+    head, bias = readable(side.head.weight, side.gemm), contiguous(side.head.bias)
+    into = [None if g is None else g.float().contiguous() for g in upstream]
 
     def dlogits_of(
         operands: Tensor, first: int, rows: int, begin: int, end: int, dlogits: Tensor, bias_sums: Tensor | None
@@ -282,12 +257,13 @@ def backward(
             return
         launch(
             differentiate, (plan.cdiv(rows, tile.rows) * plan.cdiv(end - begin, tile.columns),),
-            operands, *operands.stride(), head, *head.stride(), flat_bias, targets, index, dlogits, dlogits.stride(0),
-            bias_sums, max_logit, log_sum, *upstream, entropy,
-            first, rows, begin, end, vocab, width, arguments["gain"], arguments["cap"], inverse_cap, arguments["slope"],
+            operands, *operands.stride(), head, *head.stride(), bias, targets, visited.rows, dlogits,
+            dlogits.stride(0), bias_sums, statistics.max_logit, statistics.log_sum, *into, statistics.entropy,
+            first, rows, begin, end, head.shape[0], width, arguments["gain"], arguments["cap"], inverse_cap,
+            arguments["slope"],
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
-            DTYPE=TL_DTYPE[gemm], KIND=arguments["KIND"], INTERPRETED=INTERPRETED,
+            DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], INTERPRETED=INTERPRETED,
             TMA=uses_tma(operands) and uses_tma(head),
         )  # fmt: skip
 
-    return head_gradient(hidden, weight, bias, index, targets >= 0, masked, gemm, needs, tile.rows, dlogits_of)
+    return head_gradient(side, visited, targets >= 0, needs, tile.rows, dlogits_of)

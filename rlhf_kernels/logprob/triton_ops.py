@@ -1,13 +1,31 @@
-"""`torch.ops.rlhf_kernels.triton_linear_logprobs`: the op of csrc/bindings.cpp in Triton, and which rows to visit."""
+"""linear_logprobs through Triton: the ops of csrc/bindings.cpp with two arguments more, which rows to visit."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from .._logits import LogitTransform
+from .. import _ops
+from .._checks import check_target_range, wrong_targets
+from .._logits import LogitTransform, Needs, Side
+from .._rows import VisitedRows, rows_to_visit
 from .._triton.launch import define_op
-from . import ops, triton_kernels
+from . import triton_kernels
+from .autograd import Arguments, Statistics, Upstream, register, results_of
+
+
+def linear_logprobs(
+    side: Side, targets: Tensor, ignore_index: int, outputs: tuple[str, ...]
+) -> tuple[Tensor | None, ...]:
+    """Same contract as `reference.linear_logprobs`. Logits are never kept: backward recomputes all."""
+    _ops.refuse_forward_mode("linear_logprobs", *side.tensors())
+    limits = (targets, side.head.weight.shape[0], ignore_index)
+    refuse = functools.partial(check_target_range, *limits)
+    visited = rows_to_visit(targets != ignore_index, wrong_targets(*limits), refuse)
+    arguments = Arguments.of(side, targets, ignore_index, outputs, visited=visited)
+    return results_of(forward_op(*arguments.flat()), outputs)
 
 
 def _plain_targets(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
@@ -17,34 +35,38 @@ def _plain_targets(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
 
 
 @define_op("triton_linear_logprobs")
-def linear_logprobs(
+def forward_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, logit_scale: float, logit_softcap: float,
     temperature: float, ignore_index: int, gemm_dtype: torch.dtype, entropy: bool, is_top1: bool, mean_logit: bool,
     log_sum_sq_probs: bool, kept_logits: int, index: Tensor | None, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`kept_logits` is for the native op; here backward always recomputes."""
     extras = is_top1 or mean_logit or log_sum_sq_probs
-    results = triton_kernels.forward(
-        hidden, weight, bias, _plain_targets(targets, ignore_index, weight.shape[0]), index,
-        LogitTransform(logit_scale, logit_softcap, temperature), gemm_dtype, entropy, extras,
-    )  # fmt: skip
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
+    side = Side.made_of(hidden, weight, bias, transform, gemm_dtype)
+    plain = _plain_targets(targets, ignore_index, weight.shape[0])
+    results = triton_kernels.forward(side, plain, index, entropy, extras)
     wanted = (True, True, True, entropy, is_top1, mean_logit, log_sum_sq_probs)
     kept = [r if want else r.new_empty(0) for r, want in zip(results, wanted, strict=True)]
     return (*kept, hidden.new_empty(0, dtype=torch.float32))  # type: ignore[return-value]
 
 
 @define_op("triton_linear_logprobs_backward")
-def linear_logprobs_backward(
+def backward_op(
     grad_logprobs: Tensor | None, grad_log_sum: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor,
     weight: Tensor, targets: Tensor, bias: Tensor | None, max_logit: Tensor, log_sum: Tensor, entropy: Tensor,
     logit_cache: Tensor, logit_scale: float, logit_softcap: float, temperature: float, ignore_index: int,
     gemm_dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool, index: Tensor | None, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    transform = LogitTransform(logit_scale, logit_softcap, temperature)
     return triton_kernels.backward(
-        grad_logprobs, grad_log_sum, grad_entropy, hidden, weight, bias,
-        _plain_targets(targets, ignore_index, weight.shape[0]), index, masked, max_logit, log_sum, entropy,
-        LogitTransform(logit_scale, logit_softcap, temperature), gemm_dtype, (need_hidden, need_weight, need_bias),
-    )  # fmt: skip
+        Upstream(grad_logprobs, grad_log_sum, grad_entropy),
+        Side.made_of(hidden, weight, bias, transform, gemm_dtype),
+        _plain_targets(targets, ignore_index, weight.shape[0]),
+        VisitedRows(index, masked),
+        Statistics(max_logit, log_sum, entropy, logit_cache),
+        Needs(need_hidden, need_weight, need_bias),
+    )
 
 
-ops.register("triton_linear_logprobs", "triton_linear_logprobs_backward")
+register("triton_linear_logprobs", "triton_linear_logprobs_backward")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from .._logits import LogitTransform
+from .._logits import LMHead
 from .._packing import packing_of
-from ..dpo.linear import LinearDPOLoss, _loss_of_sequences
-from ..logprob import SequenceLogprobs
-from .sequences import check_sequence_group, sharded_sequence_logprobs
+from ..dpo.linear import LinearDPOLoss, Reference, loss_of_sequences
+from ..dpo.reference import LossOptions
+from .sequences import ShardedSequences
 
 
 def linear_dpo_loss(
@@ -54,16 +54,15 @@ def linear_dpo_loss(
 
     Raises: as `rlhf_kernels.linear_dpo_loss` and `sequence_logprobs` of this module.
     """
-    check_sequence_group(sequence_group, shift, position_ids)
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
+    sequences = ShardedSequences(
+        labels, group, sequence_group, shift, False, temperature, -100, backend, cu_seqlens, position_ids
+    )
+    sequences.check()
     packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[S, T, D]")
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    options = (transform, group, sequence_group, shift, False, -100, backend, cu_seqlens, position_ids)
-
-    def sequences(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SequenceLogprobs:
-        return sharded_sequence_logprobs(hidden, weight, labels, bias, *options)
-
-    return _loss_of_sequences(
-        sequences, hidden.shape[0] if packing is None else packing.size, (hidden, weight, bias), ref_logps,
-        (ref_hidden, ref_weight, ref_bias), chosen_idxs, rejected_idxs, beta, loss_type, label_smoothing, gamma,
-        backend,
+    head.check_options(temperature)
+    return loss_of_sequences(
+        sequences.logprobs, hidden.shape[0] if packing is None else packing.size, hidden, head,
+        Reference(ref_logps, ref_hidden, ref_weight, ref_bias), (chosen_idxs, rejected_idxs),
+        LossOptions(loss_type, beta, label_smoothing, gamma), backend,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,13 @@ from torch import Tensor
 from .. import _workspace
 from .._checks import FLOATS, check_choice, check_target_range, check_targets
 from .._dispatch import BACKENDS, resolve_backend
-from .._logits import LogitTransform, gemm_dtype, logit_dtype
+from .._logits import Gradients, LMHead, LogitTransform, Needs, Side, logit_dtype
 from .._ops import needs_gradient
 from .._rows import is_traced_or_captured
 from ..logprob import LinearLogprobs
+from ..logprob.autograd import Statistics, Upstream
 from ..logprob.reference import OPTIONAL_OUTPUTS
-from .backends import Side, Upstream, differentiable_once, logprob_gradients, logprob_statistics, statistics_dtype
+from .backends import differentiable_once, logprob_gradients, logprob_statistics, statistics_dtype
 from .merge import merge_logprobs
 from .rows import CountedRows
 from .shards import LocalHead, Shards, agreed, fingerprint, gather, local_head
@@ -55,68 +56,81 @@ def linear_logprobs(
             sharded on dim 0 over a 1-D mesh.
         RuntimeError: backward with create_graph=True, with every backend.
     """
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    head = local_head(weight, bias, group)
-    return sharded_logprobs(hidden, head, lambda: targets, transform, ignore_index, outputs, backend)[0]
+    whole = LMHead(weight, bias, logit_scale, logit_softcap)
+    whole.check_options(temperature)
+    head = local_head(whole, group)
+    return sharded_logprobs(hidden, head, lambda: targets, temperature, ignore_index, outputs, backend)[0]
 
 
 def sharded_logprobs(
     hidden: Tensor,
     head: LocalHead,
     make_targets: Callable[[], Tensor],
-    transform: LogitTransform,
+    temperature: float,
     ignore_index: int,
     outputs: Sequence[str],
     backend: str,
 ) -> tuple[LinearLogprobs, Tensor]:
     """Also returns the targets; what they are made of is checked together with the other arguments."""
 
-    def prepare() -> tuple[tuple[Tensor, torch.dtype, str], dict[str, Any]]:
+    weight = head.head.weight
+
+    def prepare() -> tuple[tuple[Side, Tensor, str], dict[str, Any]]:
         head.check(hidden)
         targets = make_targets()
         check_targets(targets, hidden)
         for name in outputs:
             check_choice("outputs", name, OPTIONAL_OUTPUTS)
-        gemm = gemm_dtype(hidden, head.weight)
-        chosen = resolve_backend(backend, hidden.device, gemm)
-        return (targets, gemm, chosen), {
+        side = Side.of(hidden, head.head, temperature)
+        chosen = resolve_backend(backend, hidden.device, side.gemm)
+        return (side, targets, chosen), {
             "the number of rows": targets.numel(),
             "hidden's last dimension": hidden.shape[-1],
             "the number of targets that count": (targets != ignore_index).sum(),
-            "the GEMM's dtype (its place in rlhf_kernels' list)": FLOATS.index(gemm),
-            "whether there is a bias": int(head.bias is not None),
+            "the GEMM's dtype (its place in rlhf_kernels' list)": FLOATS.index(side.gemm),
+            "whether there is a bias": int(head.head.bias is not None),
             "the backend (its place in rlhf_kernels' list)": BACKENDS.index(chosen),
             "outputs (a bit for each)": sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in outputs),
             "whether hidden requires a gradient": int(needs_gradient(hidden)),
-            "temperature, scale, soft cap and ignore_index (a hash)": (transform, ignore_index),
+            "temperature, scale, soft cap and ignore_index (a hash)": (side.transform, ignore_index),
             "targets (a fingerprint)": fingerprint(targets),
         }
 
-    (targets, gemm, chosen), shards = agreed(prepare, head, hidden.device)
+    (side, targets, chosen), shards = agreed(prepare, head, hidden.device)
     flat = targets.reshape(-1)
     if not is_traced_or_captured(hidden):
         check_target_range(flat, shards.vocab_size, ignore_index)
     rows = CountedRows(flat != ignore_index)
     wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
-    side = Side(rows.take(hidden.reshape(-1, hidden.shape[-1])), head.weight, head.bias, transform, gemm)
-    kept = 0
-    if chosen == "native" and needs_gradient(hidden, head.weight, head.bias) and head.weight.shape[0]:
-        vocab, width = head.weight.shape
+    side = side._replace(hidden=rows.take(side.hidden))
+    kept, (vocab, width) = 0, weight.shape
+    if chosen == "native" and needs_gradient(*side.tensors()) and vocab:
         kept = _workspace.logits_to_keep(side.hidden.shape[0], vocab, width, hidden.device)
-    results = _ShardedLogprobs.apply(
-        *side[:3], rows.take(flat), rows.take_mask(), side[3:], shards, wanted, kept, chosen
-    )  # type: ignore[no-untyped-call]
+    attributes = _Attributes(side.transform, side.gemm, shards, wanted, kept, chosen)
+    results = _ShardedLogprobs.apply(*side.tensors(), rows.take(flat), rows.take_mask(), attributes)  # type: ignore[no-untyped-call]
     logprobs, logsumexp, *optional = (rows.put(r).view(targets.shape) for r in results)
     named = dict(zip(wanted, optional, strict=True))
     return LinearLogprobs(logprobs, logsumexp, *(named.get(name) for name in OPTIONAL_OUTPUTS)), targets
 
 
+class _Attributes(NamedTuple):
+    """What is no tensor among the arguments of `_ShardedLogprobs`."""
+
+    transform: LogitTransform
+    gemm: torch.dtype
+    shards: Shards
+    wanted: tuple[str, ...]
+    kept_logits: int
+    backend: str
+
+
 class _ShardedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden, weight, bias, targets, counted, logits, shards: Shards, wanted, kept_logits, backend
+        ctx, hidden, weight, bias, targets, counted, attributes: _Attributes
     ) -> tuple[Tensor, ...]:
-        side = Side(hidden, weight, bias, *logits)
+        transform, gemm, shards, wanted, kept_logits, backend = attributes
+        side = Side.made_of(hidden, weight, bias, transform, gemm)
         # In a traced graph alone; outside it they have raised.
         wrong = counted & ((targets < 0) | (targets >= shards.vocab_size))
         owners = shards.owners(torch.where(counted & ~wrong, targets, 0))
@@ -127,11 +141,11 @@ class _ShardedLogprobs(torch.autograd.Function):
         merged.setdefault("entropy", hidden.new_empty(0))
         whole = (merged[name].to(statistics_dtype(backend)) for name in ("max_logit", "log_sum", "entropy"))
         ctx.save_for_backward(hidden, weight, bias, local, mine, *whole, kept)
-        ctx.logits, ctx.shards, ctx.wanted, ctx.backend = logits, shards, wanted, backend
+        ctx.attributes = attributes
         merged["logprobs"] = torch.where(wrong, torch.nan, merged["logprobs"])
         merged["logsumexp"] = merged["max_logit"] + merged["log_sum"]
         names = ("logprobs", "logsumexp", *wanted)
-        results = tuple(merged[name].to(logit_dtype(side.gemm)) for name in names)
+        results = tuple(merged[name].to(logit_dtype(gemm)) for name in names)
         ctx.mark_non_differentiable(*(r for r, name in zip(results[2:], wanted, strict=True) if name != "entropy"))
         ctx.set_materialize_grads(False)
         return results
@@ -139,30 +153,29 @@ class _ShardedLogprobs(torch.autograd.Function):
     @staticmethod
     @differentiable_once("linear_logprobs")
     def backward(ctx, grad_logprobs, grad_logsumexp, *rest):  # type: ignore[no-untyped-def]
-        hidden, weight, bias, local, mine, max_logit, log_sum, entropy, kept = ctx.saved_tensors
-        zero = torch.zeros_like(log_sum)
+        hidden, weight, bias, local, mine, *statistics = ctx.saved_tensors
+        attributes: _Attributes = ctx.attributes
+        whole = Statistics(*statistics)
+        zero = torch.zeros_like(whole.log_sum)
         grad_logprobs = zero if grad_logprobs is None else grad_logprobs
         grad_logsumexp = zero if grad_logsumexp is None else grad_logsumexp
         upstream = Upstream(  # d logprob / dz is [v = y] - p: elsewhere only the second part
             torch.where(mine, grad_logprobs, 0),
             torch.where(mine, grad_logsumexp, grad_logsumexp - grad_logprobs),
-            rest[0] if "entropy" in ctx.wanted else None,
+            rest[0] if "entropy" in attributes.wanted else None,
         )
-        side = Side(hidden, weight, bias, *ctx.logits)
-        found = logprob_gradients(
-            side, local, upstream, max_logit, log_sum, entropy, kept, ctx.needs_input_grad[:3], ctx.backend
-        )
-        return *summed(found, hidden.dtype, ctx.shards.group), *[None] * 7
+        side = Side.made_of(hidden, weight, bias, attributes.transform, attributes.gemm)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        gradients = logprob_gradients(side, local, upstream, whole, needs, attributes.backend)
+        return *summed(gradients, hidden.dtype, attributes.shards.group), None, None, None
 
 
-def summed(
-    found: tuple[Tensor | None, Tensor | None, Tensor | None], dtype: torch.dtype, group: dist.ProcessGroup
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def summed(gradients: Gradients, dtype: torch.dtype, group: dist.ProcessGroup) -> Gradients:
     """The gradient of hidden over all shards, rounded once to its dtype; those of weight and bias as they are."""
-    grad_hidden, grad_weight, grad_bias = found
+    grad_hidden = gradients.hidden
     if grad_hidden is not None:
         grad_hidden = grad_hidden.contiguous()
         if grad_hidden.numel():
             dist.all_reduce(grad_hidden, group=group)
         grad_hidden = grad_hidden.to(dtype)
-    return grad_hidden, grad_weight, grad_bias
+    return gradients._replace(hidden=grad_hidden)

@@ -9,7 +9,7 @@ from .._rows import rows_to_visit
 
 
 class CountedRows:
-    """Of N rows those where `counted` [N] is true: all of them, with a mask, while a graph is traced or captured."""
+    """Those of N rows where `counted` [N] is true: all of them, with a mask, while a graph is traced or captured."""
 
     def __init__(self, counted: Tensor) -> None:
         self.counted = counted

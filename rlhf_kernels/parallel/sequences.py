@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .._logits import LogitTransform
+from .._logits import LMHead
 from .._packing import Packing, packing_of
 from .._rows import is_traced_or_captured
-from ..logprob import SequenceLogprobs, _linear_logprobs, next_token_targets, totals_of
+from ..logprob import SequenceLogprobs, logprobs_under, next_token_targets, totals_of
 from .logprobs import sharded_logprobs
 from .shards import exchanged, gather, local_head
 
@@ -54,74 +54,75 @@ def sequence_logprobs(
     Raises: as `rlhf_kernels.sequence_logprobs` and as `linear_logprobs` of this module, on every rank alike, and
         ValueError: `sequence_group` with shift, or with position_ids; numbers of sequences that differ.
     """
-    transform = LogitTransform.checked(temperature, logit_scale, logit_softcap)
-    return sharded_sequence_logprobs(
-        hidden, weight, labels, bias, transform, group, sequence_group, shift, average, ignore_index, backend,
-        cu_seqlens, position_ids,
-    )  # fmt: skip
+    head = LMHead(weight, bias, logit_scale, logit_softcap)
+    head.check_options(temperature)
+    sequences = ShardedSequences(
+        labels, group, sequence_group, shift, average, temperature, ignore_index, backend, cu_seqlens, position_ids
+    )
+    return sequences.logprobs(hidden, head)
 
 
-def sharded_sequence_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    group: dist.ProcessGroup | None,
-    sequence_group: dist.ProcessGroup | None,
-    shift: bool,
-    average: bool,
-    ignore_index: int,
-    backend: str,
-    cu_seqlens: Tensor | None,
-    position_ids: Tensor | None,
-) -> SequenceLogprobs:
-    check_sequence_group(sequence_group, shift, position_ids)
-    packing: Packing | None = None
+class ShardedSequences(NamedTuple):
+    """Sequences whose head, or positions, or both are split over ranks, and how their log-probs are wanted."""
 
-    def make_targets() -> Tensor:
-        nonlocal packing
-        packing = packing_of(hidden, labels, cu_seqlens, position_ids, "[B, T, D]")
-        return next_token_targets(labels, ignore_index, packing) if shift else labels
+    labels: Tensor
+    group: dist.ProcessGroup | None
+    sequence_group: dist.ProcessGroup | None
+    shift: bool
+    average: bool
+    temperature: float
+    ignore_index: int
+    backend: str
+    cu_seqlens: Tensor | None
+    position_ids: Tensor | None
 
-    def of_own_positions() -> SequenceLogprobs:
-        if sequence_group is not None and group is None and not isinstance(weight, DTensor):
+    def check(self) -> None:
+        if self.sequence_group is None:
+            return
+        if self.shift:
+            raise ValueError(
+                "with sequence_group the token after a rank's last position is on another rank: shift the labels "
+                "before they are split, and pass shift=False"
+            )
+        if self.position_ids is not None:
+            raise ValueError(
+                "with sequence_group a sequence need not begin on this rank, so position_ids cannot tell sequences "
+                "apart: pass cu_seqlens of this rank's tokens"
+            )
+
+    def logprobs(self, hidden: Tensor, head: LMHead) -> SequenceLogprobs:
+        self.check()
+        group = self.sequence_group
+        if group is None:
+            return self._of_own_positions(hidden, head)
+
+        def prepare() -> tuple[SequenceLogprobs, dict[str, Any]]:
+            own = self._of_own_positions(hidden, head)
+            return own, {"the number of sequences": own.token_counts.shape[0]}
+
+        own = prepare()[0] if is_traced_or_captured(hidden) else exchanged(prepare, group, hidden.device, 0)[0]
+        # One collective for both; fp64 holds counts exactly.
+        both = torch.stack((own.logprobs.double(), own.token_counts.double()))
+        totals, tokens = _TotalOverRanks.apply(both, group)  # type: ignore[no-untyped-call]
+        counts, totals = tokens.detach().to(torch.int64), totals.to(own.logprobs.dtype)
+        return SequenceLogprobs(totals / counts.clamp(min=1) if self.average else totals, counts)
+
+    def _of_own_positions(self, hidden: Tensor, head: LMHead) -> SequenceLogprobs:
+        packing: Packing | None = None
+
+        def make_targets() -> Tensor:
+            nonlocal packing
+            packing = packing_of(hidden, self.labels, self.cu_seqlens, self.position_ids, "[B, T, D]")
+            return next_token_targets(self.labels, self.ignore_index, packing) if self.shift else self.labels
+
+        options = (self.temperature, self.ignore_index, (), self.backend)
+        if self.sequence_group is not None and self.group is None and not isinstance(head.weight, DTensor):
             targets = make_targets()
-            found = _linear_logprobs(hidden, weight, targets, bias, transform, ignore_index, (), backend)
+            per_token = logprobs_under(head, hidden, targets, *options)
         else:
-            head = local_head(weight, bias, group)
-            found, targets = sharded_logprobs(hidden, head, make_targets, transform, ignore_index, (), backend)
-        whole = average and sequence_group is None
-        return totals_of(found.logprobs, targets, whole, ignore_index, packing)
-
-    if sequence_group is None:
-        return of_own_positions()
-
-    def prepare() -> tuple[SequenceLogprobs, dict[str, Any]]:
-        own = of_own_positions()
-        return own, {"the number of sequences": own.token_counts.shape[0]}
-
-    own = prepare()[0] if is_traced_or_captured(hidden) else exchanged(prepare, sequence_group, hidden.device, 0)[0]
-    # One collective for both; fp64 holds counts exactly.
-    both = torch.stack((own.logprobs.double(), own.token_counts.double()))
-    totals, tokens = _TotalOverRanks.apply(both, sequence_group)  # type: ignore[no-untyped-call]
-    counts, totals = tokens.detach().to(torch.int64), totals.to(own.logprobs.dtype)
-    return SequenceLogprobs(totals / counts.clamp(min=1) if average else totals, counts)
-
-
-def check_sequence_group(sequence_group: dist.ProcessGroup | None, shift: bool, position_ids: Tensor | None) -> None:
-    if sequence_group is None:
-        return
-    if shift:
-        raise ValueError(
-            "with sequence_group the token after a rank's last position is on another rank: shift the labels before "
-            "they are split, and pass shift=False"
-        )
-    if position_ids is not None:
-        raise ValueError(
-            "with sequence_group a sequence need not begin on this rank, so position_ids cannot tell sequences apart: "
-            "pass cu_seqlens of this rank's tokens"
-        )
+            per_token, targets = sharded_logprobs(hidden, local_head(head, self.group), make_targets, *options)
+        average = self.average and self.sequence_group is None
+        return totals_of(per_token.logprobs, targets, average, self.ignore_index, packing)
 
 
 class _TotalOverRanks(torch.autograd.Function):

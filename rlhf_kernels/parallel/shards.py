@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from .._checks import check_head
+from .._logits import LMHead
 
 Prepared = TypeVar("Prepared")
 
@@ -32,22 +33,21 @@ class Shards(NamedTuple):
         return sum(self.sizes[: self.rank])
 
     def owners(self, targets: Tensor) -> Tensor:
-        """Of each target, which must be in range, the rank that holds its row."""
+        """The rank that holds the row of each target, which must be in range."""
         ends = torch.tensor(tuple(itertools.accumulate(self.sizes)), device=targets.device)
         return torch.bucketize(targets, ends, right=True)
 
 
 class LocalHead(NamedTuple):
-    """This rank's rows: weight [V_local, D], bias [V_local]. `sizes`: every rank's; None: they do not know them yet."""
+    """This rank's rows of the head. `sizes`: the numbers of rows of all ranks; None: they do not know them yet."""
 
-    weight: Tensor
-    bias: Tensor | None
+    head: LMHead  # weight [V_local, D], bias [V_local]
     group: dist.ProcessGroup
     sizes: tuple[int, ...] | None
 
     def check(self, hidden: Tensor, prefix: str = "") -> None:
         """As `check_head`, but that a shard may have no rows."""
-        weight, bias = self.weight, self.bias
+        weight, bias, *_ = self.head
         if isinstance(hidden, DTensor):
             raise ValueError(
                 f"{prefix}hidden must be a plain tensor, the same on every rank, got a DTensor: redistribute it to "
@@ -60,8 +60,9 @@ class LocalHead(NamedTuple):
         check_head(hidden, weight, bias, prefix=prefix)
 
 
-def local_head(weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None, *, prefix: str = "") -> LocalHead:
-    """What this rank holds of a head that is given as its own rows and a group, or as a DTensor."""
+def local_head(head: LMHead, group: dist.ProcessGroup | None, *, prefix: str = "") -> LocalHead:
+    """What this rank holds of a head that came as its own rows and a group, or as a DTensor."""
+    weight, bias, *_ = head
     if not isinstance(weight, DTensor):
         if group is None:
             raise ValueError(
@@ -70,7 +71,7 @@ def local_head(weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | N
             )
         if isinstance(bias, DTensor):
             raise ValueError(f"{prefix}bias is a DTensor and {prefix}weight is not: pass bias.to_local()")
-        return LocalHead(weight, bias, group, None)
+        return LocalHead(head, group, None)
     mesh = weight.device_mesh
     _check_placement(f"{prefix}weight", weight)
     if group is not None and group != mesh.get_group():
@@ -92,7 +93,7 @@ def local_head(weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup | N
             f"{prefix}weight has {local.shape[0]} rows on rank {mesh.get_local_rank()}, and an even sharding of "
             f"{vocab} has {sizes[mesh.get_local_rank()]}: pass weight.to_local() and the group instead"
         )
-    return LocalHead(local, bias, mesh.get_group(), sizes)
+    return LocalHead(head._replace(weight=local, bias=bias), mesh.get_group(), sizes)
 
 
 def _check_placement(name: str, tensor: DTensor) -> None:
@@ -116,10 +117,10 @@ def agreed(
 ) -> tuple[Prepared, Shards]:
     """`prepare()` checks this rank's arguments and returns (what is made of them, facts that all ranks must share:
     integers, or tuples, which are compared by their hashes)."""
-    rank = dist.get_rank(head.group)
+    rank, weight = dist.get_rank(head.group), head.head.weight
     if head.sizes is not None:
         return prepare()[0], Shards(head.group, rank, head.sizes)
-    prepared, own = exchanged(prepare, head.group, device, head.weight.shape[0] if head.weight.dim() else 0)
+    prepared, own = exchanged(prepare, head.group, device, weight.shape[0] if weight.dim() else 0)
     shards = Shards(head.group, rank, tuple(own))
     if shards.vocab_size == 0:
         raise ValueError("the head has no rows: weight is [0, D] on every rank of the group")
@@ -151,9 +152,11 @@ def exchanged(
     if refusing:
         raise ValueError(f"rank {refusing[0]} of the group failed: its own error says why")
     for i, name in enumerate(names):
-        found = [row[2 + i] for row in rows]
-        if len(set(found)) > 1:
-            raise ValueError(f"{name} must be the same on every rank of the group, got {found} in the ranks' order")
+        values_of_ranks = [row[2 + i] for row in rows]
+        if len(set(values_of_ranks)) > 1:
+            raise ValueError(
+                f"{name} must be the same on every rank of the group, got {values_of_ranks} in the ranks' order"
+            )
     return prepared, [row[0] for row in rows]
 
 
@@ -161,7 +164,7 @@ _MOST_FACTS = 12
 
 
 def fingerprint(x: Tensor) -> Tensor:
-    """Of integers or bools: a number that differs where replicated tensors are not replicas, in all likelihood. Each
+    """A number made of integers or bools that in all likelihood differs where replicated tensors are not replicas. Each
     element is mixed with its place, and not linearly: sums of products collide for [5, 7, 2] and [7, 6, 2]."""
     x = x.reshape(-1).to(torch.int64)
     mixed = x * _ODD[0] + torch.arange(x.numel(), device=x.device) * _ODD[1]

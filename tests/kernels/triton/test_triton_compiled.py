@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rlhf_kernels import testing as T
-from rlhf_kernels._logits import LogitTransform
+from rlhf_kernels._logits import LogitTransform, Needs, Side
+from rlhf_kernels._rows import VisitedRows
 
 triton = pytest.importorskip("triton")
 
@@ -126,18 +127,19 @@ CASES = {  # dtype, bias, transform, compacted, all outputs
 @pytest.mark.parametrize("case", CASES)
 def test_linear_logprobs(gpu, case):
     from rlhf_kernels.logprob import triton_kernels as kernels
+    from rlhf_kernels.logprob.autograd import Statistics, Upstream
 
     name, compiled = gpu
     dtype, bias, transform, compacted, everything = CASES[case]
     hidden, weight, targets, bias = T.make_head(N, D, V, dtype=dtype, bias=bias)
     index = torch.arange(0, N, 2) if compacted else None
-    results = kernels.forward(hidden, weight, bias, targets, index, transform, dtype, everything, everything)
+    side = Side.made_of(hidden, weight, bias, transform, dtype)
+    _, max_logit, log_sum, entropy, *_ = kernels.forward(side, targets, index, everything, everything)
     grad = torch.ones(N)
-    upstream = (grad, grad, grad) if everything else (grad, None, None)
-    needs = (True, True, bias is not None)
-    kernels.backward(
-        *upstream, hidden, weight, bias, targets, index, False, *results[1:4], transform, dtype, needs
-    )  # fmt: skip
+    upstream = Upstream(grad, grad, grad) if everything else Upstream(grad, None, None)
+    statistics = Statistics(max_logit, log_sum, entropy, torch.empty(0))
+    needs = Needs(True, True, bias is not None)
+    kernels.backward(upstream, side, targets, VisitedRows(index, False), statistics, needs)
     check(name, compiled, multiplying=("fold", "differentiate"), exact=dtype == torch.float32)
     assert {kernel for kernel, _ in compiled} == {"fold", "merge", "differentiate"}
 
@@ -146,36 +148,37 @@ def test_linear_logprobs(gpu, case):
 @pytest.mark.parametrize("case", CASES)
 def test_linear_kl(gpu, case, policy_weighs):
     from rlhf_kernels.kl import triton_kernels as kernels
+    from rlhf_kernels.kl.autograd import Statistics
 
     name, compiled = gpu
     dtype, bias, transform, compacted, _ = CASES[case]
     inputs = T.make_kl_inputs(N, D, V, ref_d=2 * D, dtype=dtype, bias=bias)
-    policy = kernels.Side(inputs.hidden, inputs.weight, inputs.bias, transform, dtype)
-    ref = kernels.Side(inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias, transform, dtype)
+    policy = Side.made_of(inputs.hidden, inputs.weight, inputs.bias, transform, dtype)
+    ref = Side.made_of(inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias, transform, dtype)
     mask, index = torch.ones(N, dtype=torch.bool), torch.arange(0, N, 2) if compacted else None
     kl, stats = kernels.forward(policy, ref, mask, index, policy_weighs)
-    needs = (True, True, inputs.bias is not None)
-    kernels.backward(torch.ones(N), kl, stats, policy, ref, mask, index, False, policy_weighs, needs)
+    statistics, needs = Statistics(kl, stats, torch.empty(0)), Needs(True, True, inputs.bias is not None)
+    kernels.backward(torch.ones(N), statistics, policy, ref, mask, VisitedRows(index, False), policy_weighs, needs)
     check(name, compiled, multiplying=("fold_kl", "differentiate_kl"), exact=dtype == torch.float32)
     assert {kernel for kernel, _ in compiled} == {"fold_kl", "merge_kl_splits", "differentiate_kl"}
 
 
 def test_small_vectors(gpu):
     from rlhf_kernels.bradley_terry import triton_kernels as rewards
-    from rlhf_kernels.dpo import ops as dpo_ops
     from rlhf_kernels.dpo import triton_kernels as pairs
-    from rlhf_kernels.kl import ops as kl_ops
+    from rlhf_kernels.dpo.reference import LOSS_TYPES
     from rlhf_kernels.kl import triton_kernels as kl
+    from rlhf_kernels.kl.reference import ESTIMATORS
 
     name, compiled = gpu
     values, index = torch.randn(64), torch.arange(32)
-    for loss in range(len(dpo_ops.COMPILED_TYPES)):
+    for loss in [kind.kernel for kind in LOSS_TYPES.values() if kind.kernel is not None]:
         pairs.forward(values, values, index, index + 32, 0.1, loss, 0.1)
         pairs.backward(values[:32], values, None, index, index + 32, 0.1, loss, 0.1)
     for margin, centring in ((values, 0.01), (None, 0.0)):
         rewards.forward(values, values, margin, 0.1, centring)
         rewards.backward(values, values, values, margin, 0.1, centring)
-    for estimator in range(len(kl_ops.ESTIMATORS)):
+    for estimator in range(len(ESTIMATORS)):
         kl.estimate_kl(values, values, estimator)
         kl.estimate_kl_backward(values, values, values, estimator)
     check(name, compiled, multiplying=())

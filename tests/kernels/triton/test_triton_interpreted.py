@@ -31,10 +31,8 @@ def test_masked_logprobs(transform):
     up = torch.where(counts, T.randn(N, seed=3), float("nan"))
     found = []
     for way in ways(counts):
-        out = ops.linear_logprobs(
-            hidden, weight, targets, bias, *transform, -100, F32, True, True, True, True, False, *way
-        )
-        grads = ops.linear_logprobs_backward(
+        out = ops.forward_op(hidden, weight, targets, bias, *transform, -100, F32, True, True, True, True, False, *way)
+        grads = ops.backward_op(
             up, up, up, hidden, weight, targets, bias, *out[1:4], out[7], *transform, -100, F32, True, True, True, *way
         )
         found.append((*out[:7], *grads))
@@ -55,8 +53,8 @@ def test_masked_kl(policy_ref):
     inputs = (hidden, weight, bias, *PLAIN, F32, ref.hidden, ref.weight, None, *GEMMA, F32, mask, policy_ref)
     found = []
     for way in ways(mask):
-        kl, stats, cache = ops.linear_kl(*inputs, 0, *way)
-        grads = ops.linear_kl_backward(up, kl, stats, cache, *inputs, True, True, True, *way)
+        kl, stats, cache = ops.forward_op(*inputs, 0, *way)
+        grads = ops.backward_op(up, kl, stats, cache, *inputs, True, True, True, *way)
         found.append((kl, stats, *grads))
     agree(found[1], found[0])
     assert not found[1][0][~mask].any() and not found[1][2][~mask].any()
@@ -68,19 +66,17 @@ def test_strange_rows_and_targets():
 
     hidden, weight, _, bias = T.make_head(4, D, V, bias=True)
     targets = torch.tensor([V, -5, 2**40, 7])
-    out = ops.linear_logprobs(
-        hidden, weight, targets, bias, *PLAIN, -100, F32, True, True, True, True, False, None, True
-    )
+    out = ops.forward_op(hidden, weight, targets, bias, *PLAIN, -100, F32, True, True, True, True, False, None, True)
     assert out[0][:3].isnan().all() and not out[4][:3].any() and out[0][3].isfinite()
     assert out[2].isfinite().all()
     impossible = torch.full_like(bias, -float("inf"))
     for b in (impossible, torch.where(torch.arange(V) == V - 1, float("nan"), bias)):
-        out = ops.linear_logprobs(
+        out = ops.forward_op(
             hidden, weight, targets, b, *PLAIN, -100, F32, False, False, False, False, False, None, True
         )
         assert out[0].isnan().all()
     impossible[7] = 0.0  # one token is possible
-    out = ops.linear_logprobs(
+    out = ops.forward_op(
         hidden, weight, torch.tensor([7, 8, 7, 7]), impossible, *PLAIN, -100, F32, True, False, False, True, False,
         None, True,
     )  # fmt: skip

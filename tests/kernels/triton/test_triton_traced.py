@@ -188,7 +188,7 @@ def test_products_of_a_gpu_are_traced(product, to):
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_what_is_tuned_is_kept_on_disk_and_nothing_is_tuned_in_a_captured_graph(captured, monkeypatch, tmp_path):
-    from rlhf_kernels._logits import LogitTransform
+    from rlhf_kernels._logits import LMHead, Side
     from rlhf_kernels.logprob import triton_kernels as kernels
 
     timed, ran = [], []
@@ -204,9 +204,10 @@ def test_what_is_tuned_is_kept_on_disk_and_nothing_is_tuned_in_a_captured_graph(
     for jit in (kernels.fold.fn, kernels.merge):
         monkeypatch.setattr(jit, "run", lambda *args, **options: ran.append(options))
     hidden, weight, targets = head(70)
+    side = Side(hidden, LMHead(weight, None, 1.0, None), 1.0, torch.bfloat16)
     kernels.fold.cache.clear()
     for _ in range(2):
-        kernels.forward(hidden, weight, None, targets, None, LogitTransform(1.0, 0.0, 1.0), torch.bfloat16, True, False)
+        kernels.forward(side, targets, None, True, False)
     kernels.fold.cache.clear()
     assert len(ran) == 4 and ran[0]["GROUP"] and ran[0]["num_warps"]
     assert len(timed) == (0 if captured else len(kernels.fold.configs))

@@ -1,0 +1,53 @@
+"""What the compiled and the Triton op share: shapes for tracing. What is saved and the gradient: Triton's; the compiled
+op has its own in csrc/preference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+
+
+class Arguments(NamedTuple):
+    """The op's arguments, in the order of the schema in csrc/bindings.cpp."""
+
+    policy_logps: Tensor
+    ref_logps: Tensor | None
+    chosen_idxs: Tensor
+    rejected_idxs: Tensor
+    beta: float
+    loss_type: int
+    label_smoothing: float
+
+
+def fake(policy, ref, chosen, *_):  # type: ignore[no-untyped-def]
+    return policy.new_empty(chosen.shape, dtype=torch.float32), policy.new_empty(policy.shape, dtype=torch.float32)
+
+
+def fake_backward(grad, policy, *_):  # type: ignore[no-untyped-def]
+    return policy.new_empty(policy.shape, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _ops.save(ctx, Arguments(*inputs))
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(op, ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-def]
+    if grad_losses is None:
+        return (None,) * len(ctx.needs_input_grad)
+    arguments, _ = _ops.saved(ctx)
+    policy, ref = arguments.policy_logps, arguments.ref_logps
+    grad = op(grad_losses, *arguments)
+    # The losses see policy - ref only.
+    of_ref = None if ref is None else -grad.to(ref.dtype)
+    return _ops.gradients_of(ctx, Arguments._fields, policy_logps=grad.to(policy.dtype), ref_logps=of_ref)
+
+
+def register(forward: str, backward: str) -> None:
+    _ops.register(
+        forward, backward, fake=fake, fake_backward=fake_backward, setup_context=_setup_context, gradient=_gradient
+    )

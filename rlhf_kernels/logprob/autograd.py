@@ -1,0 +1,135 @@
+"""What the compiled and the Triton ops share: arguments by name, shapes for tracing, what is saved, the gradient."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _ops
+from .._logits import Needs, Side
+from .._rows import VisitedRows
+from .reference import OPTIONAL_OUTPUTS
+
+
+class Arguments(NamedTuple):
+    """The forward ops' arguments, in the order of the schema in csrc/bindings.cpp. The last two are Triton's alone."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float
+    temperature: float
+    ignore_index: int
+    gemm_dtype: torch.dtype
+    entropy: bool
+    is_top1: bool
+    mean_logit: bool
+    log_sum_sq_probs: bool
+    kept_logits: int
+    rows: Tensor | None = None
+    masked: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        side: Side,
+        targets: Tensor,
+        ignore_index: int,
+        outputs: tuple[str, ...],
+        kept_logits: int = 0,
+        visited: VisitedRows | None = None,
+    ) -> Arguments:
+        entropy, is_top1, mean_logit, log_sum_sq_probs = (name in outputs for name in OPTIONAL_OUTPUTS)
+        hidden, weight, bias = side.tensors()
+        return cls(
+            hidden, weight, targets, bias, *side.transform, ignore_index, side.gemm, entropy, is_top1, mean_logit,
+            log_sum_sq_probs, kept_logits, *(visited or (None, None)),
+        )  # fmt: skip
+
+    def flat(self) -> tuple:
+        """As the op takes them."""
+        *arguments, _rows, _masked = self
+        return (*arguments, *self.visited())
+
+    def visited(self) -> tuple:
+        """What the Triton op takes beside the others."""
+        return () if self.masked is None else (self.rows, self.masked)
+
+
+class Statistics(NamedTuple):
+    """The forward's outputs that backward takes, of N rows; `logit_cache`: what was kept of the logits."""
+
+    max_logit: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    logit_cache: Tensor
+
+
+class Upstream(NamedTuple):
+    """Gradients into the outputs of N rows. That of logsumexp is its log_sum's: see `_gradient`."""
+
+    logprobs: Tensor | None
+    log_sum: Tensor | None
+    entropy: Tensor | None
+
+
+def flat_backward(upstream: Upstream, arguments: Arguments, statistics: Statistics, needs: Needs) -> tuple:
+    """The backward ops' arguments, in the order of the schema in csrc/bindings.cpp."""
+    a = arguments
+    return (
+        *upstream, a.hidden, a.weight, a.targets, a.bias, *statistics, a.logit_scale, a.logit_softcap, a.temperature,
+        a.ignore_index, a.gemm_dtype, *needs, *a.visited(),
+    )  # fmt: skip
+
+
+def results_of(results: tuple[Tensor, ...], outputs: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+    """A forward op's results -> those of `reference.linear_logprobs`."""
+    logprobs, max_logit, log_sum, entropy, *others, _ = results
+    optional = (entropy, *(value.detach() for value in others))
+    wanted = (value if name in outputs else None for name, value in zip(OPTIONAL_OUTPUTS, optional, strict=True))
+    # The logsumexp's gradient travels through log_sum alone.
+    return logprobs, max_logit.detach() + log_sum, *wanted
+
+
+def _fake(*inputs):  # type: ignore[no-untyped-def]
+    a = Arguments(*inputs)
+    rows = a.hidden.shape[0]
+    wanted = (True, True, True, a.entropy, a.is_top1, a.mean_logit, a.log_sum_sq_probs)
+    sizes = (*(rows if want else 0 for want in wanted), a.kept_logits)
+    return tuple(a.hidden.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad_logprobs, grad_log_sum, grad_entropy, hidden, weight, targets, bias, max_logit, log_sum, entropy, cache,
+    logit_scale, logit_softcap, temperature, ignore_index, gemm_dtype, need_hidden, need_weight, need_bias, *visited,
+):  # fmt: skip
+    return _ops.fake_gradients((hidden, weight, bias), (need_hidden, need_weight, need_bias), hidden)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, max_logit, log_sum, entropy, *_, cache = output
+    _ops.save(ctx, Arguments(*inputs), *Statistics(max_logit, log_sum, entropy, cache))
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
+    if not ctx.arguments.entropy:  # an output that is not wanted is empty, and so is the gradient that tracing gives it
+        grad_entropy = None
+    upstream = Upstream(grad_logprobs, grad_log_sum, grad_entropy)
+    if all(gradient is None for gradient in upstream):
+        return (None,) * len(ctx.needs_input_grad)
+    arguments, statistics = _ops.saved(ctx)
+    needs = _ops.needs_of(ctx, Arguments._fields)
+    hidden, weight, bias = op(*flat_backward(upstream, arguments, Statistics(*statistics), needs))
+    return _ops.gradients_of(ctx, Arguments._fields, hidden=hidden, weight=weight, bias=bias)
+
+
+register = functools.partial(
+    _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
+)
