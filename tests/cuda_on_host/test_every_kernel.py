@@ -14,7 +14,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import _workspace
 from rlhf_kernels import testing as T
-from rlhf_kernels._logits import LogitTransform
+from rlhf_kernels._logits import LMHead, Side
 from rlhf_kernels.kl import ops as kl_ops
 from rlhf_kernels.logprob import ops as logprob_ops
 
@@ -89,8 +89,8 @@ def test_kl_instances(kind, ref_kind, dtype, direction):
     (bias, options), (ref_bias, ref_options) = KINDS[kind], KINDS[ref_kind]
     inputs = T.make_kl_inputs(5, 33, 301, dtype=dtype, bias=True)
     inputs = inputs._replace(bias=inputs.bias if bias else None, ref_bias=inputs.ref_bias if ref_bias else None)
-    given = {"logit_scale": 1.0, "logit_softcap": UNCAPPED}
-    options, ref_options = given | options, {f"ref_{name}": value for name, value in (given | ref_options).items()}
+    plain = {"logit_scale": 1.0, "logit_softcap": UNCAPPED}
+    options, ref_options = plain | options, {f"ref_{name}": value for name, value in (plain | ref_options).items()}
     T.check_linear_kl(kl_of_kinds, inputs, direction=direction, **options, **ref_options)
 
 
@@ -98,14 +98,13 @@ UNCAPPED = 1e9  # for the truth, by far; for the kernels none at all, which a re
 
 
 def kl_of_kinds(hidden, weight, ref_hidden, ref_weight, mask, *, bias, ref_bias, direction, **options):
-    transforms = (
-        LogitTransform(options[f"{side}logit_scale"], options[f"{side}logit_softcap"] % UNCAPPED, 1.0)
-        for side in ("", "ref_")
-    )
-    return kl_ops.linear_kl(
-        hidden, weight, bias, next(transforms), weight.dtype, ref_hidden, ref_weight, ref_bias, next(transforms),
-        ref_weight.dtype, torch.ones(len(hidden), dtype=torch.bool), direction,
-    )  # fmt: skip
+    def head_of(prefix, weight, bias):
+        softcap = options[f"{prefix}logit_softcap"] % UNCAPPED
+        return LMHead(weight, bias, options[f"{prefix}logit_scale"], softcap)
+
+    policy = Side.of(hidden, head_of("", weight, bias), 1.0)
+    ref = Side.of(ref_hidden, head_of("ref_", ref_weight, ref_bias), 1.0)
+    return kl_ops.linear_kl(policy, ref, torch.ones(len(hidden), dtype=torch.bool), direction)
 
 
 @pytest.mark.parametrize("gemm", DTYPES[1:])
@@ -131,8 +130,9 @@ def test_kept_logits(v, monkeypatch):
     def results(keep):
         monkeypatch.setattr(_workspace, "logits_to_keep", lambda rows, *_: keep and rows * -(-v // 64) * 64)
         leaves = T.leaves_of((head.hidden, head.weight, head.bias))
-        plain = LogitTransform(1.0, 0.0, 1.0)
-        out = logprob_ops.linear_logprobs(leaves[0], leaves[1], head.targets, leaves[2], plain, -100, (), torch.float32)
+        hidden, weight, bias = leaves
+        side = Side.of(hidden, LMHead(weight, bias, 1.0, None), 1.0)
+        out = logprob_ops.linear_logprobs(side, head.targets, -100, ())
         return [out[0], *torch.autograd.grad(out[0].sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True))
@@ -145,8 +145,8 @@ def test_rows_that_count_are_found(n):
     T.check_linear_logprobs(logprobs, head, outputs=())
     head.targets[n // 2], head.targets[-1] = 3, 4
     if os.environ.get("RK_CUDA_ON_HOST_CAPTURING"):  # nothing can be read back, so nothing is raised
-        found = logprobs(*head).logprobs
-        assert found[n // 2].isnan() and found[-1].isnan()
+        values = logprobs(*head).logprobs
+        assert values[n // 2].isnan() and values[-1].isnan()
         return
     with pytest.raises(IndexError, match="target 3 is outside"):
         logprobs(*head)
