@@ -95,7 +95,7 @@ class BuildExt(cpp_extension.BuildExtension if torch else build_ext):
         (log := Path(self.build_temp, "output.txt")).parent.mkdir(parents=True, exist_ok=True)
         tee = subprocess.Popen(["tee", log], stdin=subprocess.PIPE)
         screen = [(os.dup(stream), stream) for stream in (1, 2)]
-        for _, stream in screen:  # what compilers print is shown, and kept
+        for _, stream in screen:  # compilers' output goes to the screen, and is kept
             os.dup2(tee.stdin.fileno(), stream)
         try:
             super().build_extensions()

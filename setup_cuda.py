@@ -1,7 +1,7 @@
 """Where the CUDA toolkit is, and what serves in place of its missing parts; setup.py asks, torch is not needed.
 
 nvcc and little more will do: torch's CUDA wheels bring along, as Python packages, the libraries that they use and the
-headers that torch's own headers include. No GPU is asked for anything.
+headers that torch's own headers include. No GPU is needed.
 """
 
 import os
@@ -25,10 +25,11 @@ def output_of(*command):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
 
 
-def homes_told_by(nvcc):
-    """What is on PATH may be a script or a link; the real nvcc, told to compile nothing, names its own folders."""
-    told = dict(re.findall(r"^#\$ (TOP|_HERE_)=(.+)$", output_of(nvcc, "--dryrun", "unread.cu"), re.MULTILINE))
-    homes = [told.get("TOP"), "_HERE_" in told and f"{told['_HERE_']}/..", Path(nvcc).resolve().parents[1]]
+def toolkits_of(nvcc):
+    """The toolkits of what is on PATH, a script or a link perhaps: the real nvcc, run to compile nothing, names
+    them."""
+    folders = dict(re.findall(r"^#\$ (TOP|_HERE_)=(.+)$", output_of(nvcc, "--dryrun", "unread.cu"), re.MULTILINE))
+    homes = [folders.get("TOP"), "_HERE_" in folders and f"{folders['_HERE_']}/..", Path(nvcc).resolve().parents[1]]
     return [Path(home).resolve() for home in homes if home]
 
 
@@ -38,7 +39,7 @@ def toolkit():
         homes = [Path(named)]
     else:
         nvcc = shutil.which("nvcc")
-        homes = [*(homes_told_by(nvcc) if nvcc else []), USUAL]
+        homes = [*(toolkits_of(nvcc) if nvcc else []), USUAL]
     return next((home for home in homes if (home / "bin" / "nvcc").is_file()), None)
 
 
@@ -47,7 +48,7 @@ def why_no_toolkit():
         return None
     if named := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return f"CUDA_HOME is {named}, and there is no {named}/bin/nvcc"
-    return f"nvcc was found neither on PATH nor in {USUAL}: install the CUDA toolkit, or say with CUDA_HOME where it is"
+    return f"nvcc was found neither on PATH nor in {USUAL}: install the CUDA toolkit, or set CUDA_HOME to where it is"
 
 
 def nvcc_version(home):
@@ -55,7 +56,8 @@ def nvcc_version(home):
 
 
 def environment():
-    """What torch's part of the build reads: CUDA_HOME as it is imported, TORCH_CUDA_ARCH_LIST so as to ask no GPU."""
+    """The variables that torch's part of the build reads: CUDA_HOME as it is imported, TORCH_CUDA_ARCH_LIST so as to
+    ask no GPU."""
     if (home := toolkit()) is None:
         return {}
     known = output_of(home / "bin" / "nvcc", "--list-gpu-arch").split()
@@ -94,11 +96,11 @@ def why_not(wanted, torch):
         return reason
     home = toolkit()
     version = nvcc_version(home)
-    said = f"{home}/bin/nvcc is of CUDA {version[0]}.{version[1]}"
+    version_of_nvcc = f"{home}/bin/nvcc is of CUDA {version[0]}.{version[1]}"
     if version[0] != int(cuda.partition(".")[0]):
-        return f"{said} and torch of CUDA {cuda} (CUDA_HOME names another toolkit)"
+        return f"{version_of_nvcc} and torch of CUDA {cuda} (CUDA_HOME names another toolkit)"
     if version < OLDEST:
-        return f"{said}, and {OLDEST[0]}.{OLDEST[1]} is the oldest that will do"
+        return f"{version_of_nvcc}, and {OLDEST[0]}.{OLDEST[1]} is the oldest that will do"
     missing = [name for name in HEADERS if not find(name, "include", cuda)]
     missing += [name for library in LIBRARIES if not find(name := soname(library, cuda), "lib", cuda)]
     return f"{', '.join(missing)}: neither in {home} nor in Python's nvidia packages" if missing else None

@@ -1,4 +1,4 @@
-"""`build_info`: what this installation consists of."""
+"""`build_info`: the parts of this installation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation consists of and, where something is missing, the reason. Made to be printed.
+    """The parts of this installation and, where something is missing, the reason. Made to be printed.
 
     `native`: the compiled C++ is loaded; `cuda`: it holds the CUDA kernels; `cpu_isa`: the instruction set it chose on
     this machine; `cpu_bf16`: whether that multiplies bf16 as it is (AMX, AVX512_BF16; several times faster) or as

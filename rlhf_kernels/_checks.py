@@ -18,8 +18,8 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     if len({tensor.device for tensor in tensors.values() if tensor is not None}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
-        raise ValueError(f"all tensors must be on one device, got {found}")
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+        raise ValueError(f"all tensors must be on one device, got {devices}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:

@@ -102,7 +102,7 @@ def why_not_native() -> str | None:
 
 
 def build_report() -> dict[str, Any]:
-    """What the build wrote about itself."""
+    """The report that the build left."""
     return _report
 
 

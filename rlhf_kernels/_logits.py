@@ -32,7 +32,7 @@ class LMHead(NamedTuple):
     logit_softcap: float | None
 
     def options(self) -> dict[str, Any]:
-        """What the functions of rlhf_kernels take beside `hidden` and `weight`."""
+        """The arguments of rlhf_kernels' functions beside `hidden` and `weight`."""
         return {"bias": self.bias, "logit_scale": self.logit_scale, "logit_softcap": self.logit_softcap}
 
     def check_options(self, temperature: float) -> None:
@@ -82,7 +82,7 @@ class Side(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients of a side are needed."""
+    """The gradients of a side that are needed."""
 
     hidden: bool
     weight: bool

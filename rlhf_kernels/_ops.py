@@ -40,13 +40,13 @@ def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
 
 
 def needs_of(ctx: Any, names: Sequence[str]) -> Needs:
-    """Which gradients of a head are needed; `names`: the arguments of the op."""
+    """The gradients of a head that are needed; `names`: the arguments of the op."""
     needed = dict(zip(names, ctx.needs_input_grad, strict=False))  # a native op has fewer than the Triton op
     return Needs(needed["hidden"], needed["weight"], needed["bias"])
 
 
 def gradients_of(ctx: Any, names: Sequence[str], **gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What backward returns: a place for each argument, `names`, with its gradient where that is needed."""
+    """Backward's return value: a place for each argument, `names`, with its gradient where that is needed."""
     needed = zip(names, ctx.needs_input_grad, strict=False)
     return tuple(gradients.get(name) if need else None for name, need in needed)
 
@@ -60,7 +60,7 @@ def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool], like
 
 
 def register_shapes(forward: str, backward: str, fake: Callable[..., Any], fake_backward: Callable[..., Any]) -> None:
-    """For an op whose autograd is in C++."""
+    """Registers the shapes of an op whose autograd is in C++."""
     torch.library.register_fake(f"rlhf_kernels::{forward}", fake)
     torch.library.register_fake(f"rlhf_kernels::{backward}", fake_backward)
 

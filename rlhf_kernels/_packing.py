@@ -95,10 +95,10 @@ def _from_position_ids(position_ids: Tensor, labels: Tensor) -> Packing:
 
     def refuse() -> None:
         at = int(wrong.nonzero()[0])
-        found, expected = int(position_ids.flatten()[at]), int(due.flatten()[at])
+        position, expected = int(position_ids.flatten()[at]), int(due.flatten()[at])
         raise ValueError(
             "position_ids must be 0 at the first token of each row and then go on by 1 or restart at 0; "
-            f"got {found} instead of {expected} at token {at} of {wrong.numel()}"
+            f"got {position} instead of {expected} at token {at} of {wrong.numel()}"
         )
 
     firsts = rows_to_visit(starts, wrong, refuse).rows

@@ -53,7 +53,7 @@ def is_traced_or_captured(tensor: Tensor) -> bool:
 
 
 class VisitedRows(NamedTuple):
-    """Which rows kernels go over: `rows` [n] int64, or None for all; `masked`: some of those do not count."""
+    """The rows that kernels go over: `rows` [n] int64, or None for all; `masked`: some of those do not count."""
 
     rows: Tensor | None
     masked: bool

@@ -46,8 +46,9 @@ def workspace_budget_bytes(device: torch.device) -> int:
 
 
 def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device, ref_width: int = 0) -> int:
-    """How many fp32 logits a native forward keeps for backward: see `set_workspace_budget`. None in a traced graph,
-    which serves several numbers of rows. `ref_width`: of the reference of a KL, which keeps both models' logits."""
+    """The number of fp32 logits that a native forward keeps for backward: see `set_workspace_budget`. None in a traced
+    graph, which serves several numbers of rows. `ref_width`: of the reference of a KL, which keeps both models'
+    logits."""
     if torch.compiler.is_compiling():
         return 0
     budget = workspace_budget_bytes(device)

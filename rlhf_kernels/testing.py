@@ -1,4 +1,4 @@
-"""What every backend is judged by: seeded inputs, the fp64 truth, eager torch in fp32, and tolerances with reasons.
+"""The measure of every backend: seeded inputs, the fp64 truth, eager torch in fp32, and tolerances with reasons.
 
 Tests and benchmarks share this page, so that a speed is never reported for results that a test would refuse. The
 `plain_*` functions are independent statements of the maths with the full logits in memory: in float64 they are the
@@ -279,7 +279,8 @@ def kl_relative_limit(kl: Tensor) -> Tensor:
 
 
 def leaves_of(tensors: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> list[Any]:
-    """Fresh autograd leaves of the same values, in `dtype` if given; strides, expansions and Nones are kept."""
+    """Fresh autograd leaves of the same values, in `dtype` if that is not None; strides, expansions and Nones are
+    kept."""
     return [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
 
 
@@ -287,15 +288,15 @@ def gradients(outputs: Sequence[Tensor], upstreams: Sequence[Tensor], leaves: Se
     """d sum(output * upstream) / d leaf for every leaf; None where the leaf is None."""
     wanted = [leaf for leaf in leaves if leaf is not None]
     casted = [u.to(o.dtype) for o, u in zip(outputs, upstreams, strict=True)]
-    found = iter(torch.autograd.grad(list(outputs), wanted, casted))
-    return [None if leaf is None else next(found) for leaf in leaves]
+    gradients = iter(torch.autograd.grad(list(outputs), wanted, casted))
+    return [None if leaf is None else next(gradients) for leaf in leaves]
 
 
-def check_gradients(found: Sequence[Sequence[Any]], gemm: torch.dtype, slack: float = 1.0) -> None:
-    """`found`: gradients of hidden, weight and bias of the kernel, of fp32 eager, and in truth. Each of the kernel's is
-    inside `slack` times `gradient_limit`, or within twice what storing the truth in its dtype costs: that is below
-    the limit but for float16 gradients under 6e-5, which have fewer bits the smaller they are."""
-    for name, got, plain, exact in zip(("hidden", "weight", "bias"), *found, strict=True):
+def check_gradients(gradients: Sequence[Sequence[Any]], gemm: torch.dtype, slack: float = 1.0) -> None:
+    """`gradients`: gradients of hidden, weight and bias of the kernel, of fp32 eager, and in truth. Each of the
+    kernel's is inside `slack` times `gradient_limit`, or within twice what storing the truth in its dtype costs: that
+    is below the limit but for float16 gradients under 6e-5, which have fewer bits the smaller they are."""
+    for name, got, plain, exact in zip(("hidden", "weight", "bias"), *gradients, strict=True):
         if got is None:
             continue
         error, limit = relative_error(got, exact), gradient_limit(relative_error(plain, exact), gemm, got.dtype)
@@ -315,17 +316,17 @@ def check_linear_logprobs(
     seed: int = 7,
     **options: Any,
 ) -> None:
-    """Judges `op(hidden, weight, targets, bias, outputs=..., **options)`: every output, then the gradient of every
-    leaf for random per-token upstream gradients into those of `upstream` that were asked for. `is_top1` is judged where
+    """Judges `op(hidden, weight, targets, bias, outputs=..., **options)`: every output, then the gradient of every leaf
+    for random per-token upstream gradients into those of `upstream` that are in `outputs`. `is_top1` is judged where
     the best logit is ahead of the next by more than rounding.
 
     `autocast` names the dtype that the op is to read hidden and weight in (the caller turns autocast on inside `op`).
     """
     hidden, weight, targets, bias = head
     gemm = autocast or torch.promote_types(hidden.dtype, weight.dtype)
-    seen = (hidden.to(gemm), weight.to(gemm), bias)  # the inputs as the matmul reads them
+    rounded = (hidden.to(gemm), weight.to(gemm), bias)  # the inputs as the matmul reads them
     leaves, exact_leaves, plain_leaves = (
-        leaves_of((hidden, weight, bias)), leaves_of(seen, torch.float64), leaves_of(seen, torch.float32),
+        leaves_of((hidden, weight, bias)), leaves_of(rounded, torch.float64), leaves_of(rounded, torch.float32),
     )  # fmt: skip
     got = op(leaves[0], leaves[1], targets, leaves[2], outputs=outputs, **options)
     truth, eager = (
@@ -337,7 +338,7 @@ def check_linear_logprobs(
     for name in LinearLogprobs._fields:
         value, plain, exact = (getattr(result, name) for result in (got, eager, truth))
         if name in OUTPUTS and name not in outputs:
-            assert value is None, f"{name} was not asked for"
+            assert value is None, f"{name} is not in outputs"
             continue
         assert value.dtype == result_dtype, f"{name} is {value.dtype}, expected {result_dtype}"
         if name == "is_top1":
@@ -354,11 +355,11 @@ def check_linear_logprobs(
     through = [name for name in upstream if name not in OUTPUTS or name in outputs]
     ups = [randn(*targets.shape, seed=seed + i, device=hidden.device) for i, _ in enumerate(through)]
     pairs = ((got, leaves), (eager, plain_leaves), (truth, exact_leaves))
-    found = [gradients([getattr(result, name) for name in through], ups, of) for result, of in pairs]
+    of_all = [gradients([getattr(result, name) for name in through], ups, of) for result, of in pairs]
     assert all(
-        a is b is None or (a.dtype, a.shape) == (b.dtype, b.shape) for a, b in zip(found[0], leaves, strict=True)
+        a is b is None or (a.dtype, a.shape) == (b.dtype, b.shape) for a, b in zip(of_all[0], leaves, strict=True)
     )
-    check_gradients(found, gemm, slack)
+    check_gradients(of_all, gemm, slack)
 
 
 def check_linear_kl(

@@ -35,11 +35,11 @@ void save_option(AutogradContext* ctx, const char* name, T value) {
 
 template <class T>
 T saved_option(const AutogradContext* ctx, const char* name) {
-  const auto found = ctx->saved_data.find(name);
-  return found == ctx->saved_data.end() ? T(0) : found->second.to<T>();
+  const auto entry = ctx->saved_data.find(name);
+  return entry == ctx->saved_data.end() ? T(0) : entry->second.to<T>();
 }
 
-// A gradient has its argument's dtype. Asked for in vain, `to` takes as long as a small gradient.
+// A gradient has its argument's dtype. Called in vain, `to` takes as long as a small gradient.
 inline at::Tensor in_dtype_of(const at::Tensor& argument, at::Tensor gradient) {
   return gradient.scalar_type() == argument.scalar_type() ? gradient : gradient.to(argument.scalar_type());
 }

@@ -1,4 +1,4 @@
-// What a backward pass is asked for, and what it returns.
+// The gradients that a backward pass computes, and which of them are needed.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,7 +10,7 @@ namespace rk {
 struct HeadGradients {
   at::Tensor hidden, weight, bias;  // undefined where not needed
 
-  // As an op returns them, which cannot return nothing.
+  // The gradients as an op returns them, which cannot return nothing.
   std::tuple<at::Tensor, at::Tensor, at::Tensor> tensors(const at::Tensor& like) const {
     const auto or_empty = [&](const at::Tensor& tensor) {
       return tensor.defined() ? tensor : at::empty({0}, like.options().dtype(at::kFloat));

@@ -1,4 +1,4 @@
-// How a GEMM's outputs become final logits: the parameters. The maths is LogitMap's, in online_softmax.h.
+// The parameters by which a GEMM's outputs become final logits. The maths is LogitMap's, in online_softmax.h.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -9,7 +9,7 @@
 
 namespace rk {
 
-// What makes final logits of a GEMM's: z = cap tanh((x + bias) scale / cap) / temperature, without tanh where cap is 0.
+// Final logits of a GEMM's outputs x: z = cap tanh((x + bias) scale / cap) / temperature, without tanh where cap is 0.
 struct LogitTransform {
   float scale = 1, softcap = 0, temperature = 1;
 };

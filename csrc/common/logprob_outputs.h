@@ -1,4 +1,4 @@
-// Which optional outputs of linear_logprobs a row kernel accumulates, on both devices; a set of bits.
+// The optional outputs of linear_logprobs that a row kernel accumulates, on both devices; a set of bits.
 #pragma once
 
 #include <cstdint>

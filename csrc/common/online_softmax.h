@@ -76,7 +76,7 @@ struct LogitMap {
 
 // ---- softmax statistics ------------------------------------------------------------------------------------------
 
-// What a softmax needs to know of a part of the vocabulary, relative to the part's own maximum m = max z:
+// The statistics of a part of the vocabulary that a softmax needs, relative to the part's own maximum m = max z:
 //   sum = S e^(z-m),   shifted = S (z-m) e^(z-m) (for the entropy),   squares = S e^(2(z-m))
 template <class M>
 struct SoftmaxState {
@@ -150,7 +150,7 @@ struct RowGradient {
   F grad_entropy, entropy;
 };
 
-// For v other than the target: p_v [(g_lse - g_lp) - g_H (log p_v + H)]
+// d loss / d z_v of v other than the target: p_v [(g_lse - g_lp) - g_H (log p_v + H)]
 template <class M>
 RK_INLINE typename M::F logit_gradient(typename M::F z, const RowGradient<M>& row, bool with_entropy) {
   const auto log_p = (z - row.max) - row.log_sum;
@@ -162,7 +162,7 @@ RK_INLINE typename M::F logit_gradient(typename M::F z, const RowGradient<M>& ro
   return p * g;
 }
 
-// For the target: g_lp (1 - p_y) is -g_lp expm1(log p_y), exact where p_y is near 1.
+// The same of the target: g_lp (1 - p_y) is -g_lp expm1(log p_y), exact where p_y is near 1.
 template <class M>
 RK_INLINE typename M::F target_logit_gradient(typename M::F z, RowGradient<M> row, bool with_entropy) {
   const auto log_p = (z - row.max) - row.log_sum;
@@ -194,7 +194,7 @@ struct KlState {
 
 // First pass over a part: its maxima, and as its centre u where p has its mass, and u should be smallest.
 template <class M>
-RK_INLINE void see_kl_pair(KlState<M>& s, typename M::F z, typename M::F y) {
+RK_INLINE void note_kl_maxima(KlState<M>& s, typename M::F z, typename M::F y) {
   s.centre = M::select(z > s.max, z - y, s.centre);
   s.max = M::max(s.max, z);
   s.other_max = M::max(s.other_max, y);
@@ -274,7 +274,7 @@ struct KlResult {
 
 // The second-order form where it is consistent with the plain difference within the latter's own rounding error, the
 // plain difference otherwise (far from the reference q may sit where p underflows, and S no longer sees it).
-// In double: a row has few of these operations, and their terms may be large where the KL is not.
+// The KL, in double: a row has few of these operations, and their terms may be large where the KL is not.
 RK_INLINE KlResult kl_of(const KlState<ScalarMath>& s) {
   const double max_difference = static_cast<double>(s.max) - s.other_max;
   const double plain_shift = s.centre - max_difference - ::log(static_cast<double>(s.sum) / s.other_sum);

@@ -16,7 +16,7 @@ constexpr int64_t cached_vocab(int64_t vocab) { return (vocab + 63) / 64 * 64; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
-// Of so many rows, those that GEMMs go over.
+// The rows that GEMMs go over, of so many.
 constexpr int64_t live_rows(int64_t rows) { return round_up(rows, kRowStep); }
 
 // Vocabulary rows of a tile: its slice of the head stays in half a megabyte, so that it survives in a core's L2 while

@@ -35,8 +35,8 @@ struct Candidates {
 };
 
 const Candidates& candidates() {
-  static const Candidates found;
-  return found;
+  static const Candidates candidates;
+  return candidates;
 }
 
 std::atomic<const TileKernels*> chosen{nullptr};

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads)
     load_chunk(other, other_map, row, begin, other_aligned, y);
     auto part = KlState<M>::empty();
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) see_kl_pair<M>(part, z[i], y[i]);
+    for (int i = 0; i < kChunk; ++i) note_kl_maxima<M>(part, z[i], y[i]);
     settle_centre<M>(part);
     const float shift = finite_max<M>(part.max), other_shift = finite_max<M>(part.other_max);
 #pragma unroll
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int field = 0; field < 6; ++field) stats[field * stride + index[row]] = values[field];
 }
 
-// What differentiate_row (common/cuda/dlogits.h) asks of a loss. The row that is differentiated is the policy's; the
+// The loss's part of differentiate_row (common/cuda/dlogits.h). The row that is differentiated is the policy's; the
 // other model's logit is read beside it.
 template <Transform other_kind, bool policy_weighs>
 struct KlGradient {

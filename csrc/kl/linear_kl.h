@@ -41,7 +41,7 @@ decltype(linear_kl_backward_cpu) linear_kl_backward_cuda;
 decltype(kl_penalty_cpu) kl_penalty_cuda;
 decltype(kl_penalty_backward_cpu) kl_penalty_backward_cuda;
 
-// Either device's, with its gradient.
+// Either device's estimator, with its gradient.
 decltype(kl_penalty_cpu) kl_penalty_autograd;
 
 }  // namespace rk

@@ -70,7 +70,7 @@ struct Pair {
     LogitTile policy, ref;
   };
 
-  // Into which backward writes what it makes of kept ones.
+  // Tiles into which backward writes what it makes of kept ones.
   Tiles blank_tiles(Worker& w, int64_t v, int64_t count) const {
     return {{w.policy_logits.data(), v, count, policy.bias(), policy.transform()},
             {w.ref_logits.data(), v, count, ref.bias(), ref.transform()}};

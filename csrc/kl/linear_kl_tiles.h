@@ -13,7 +13,7 @@ static KlState<Simd> fold_pair(const float* weighing, const float* other, int64_
   auto part = KlState<Simd>::empty();
   for (int64_t row = 0; row < count; ++row) {
     const VecF z = Simd::load(weighing + row * kRowBlock), y = Simd::load(other + row * kRowBlock);
-    see_kl_pair<Simd>(part, z, y);
+    note_kl_maxima<Simd>(part, z, y);
   }
   settle_centre<Simd>(part);
   const VecF shift = finite_max<Simd>(part.max), other_shift = finite_max<Simd>(part.other_max);

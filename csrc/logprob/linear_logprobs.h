@@ -12,11 +12,11 @@
 
 namespace rk {
 
-// Which optional outputs the caller wants.
+// The optional outputs that the caller wants.
 struct WantedOutputs {
   bool entropy, is_top1, mean_logit, log_sum_sq_probs;
 
-  // What the row kernels accumulate for them: a set of LogprobOutputs.
+  // The statistics that row kernels accumulate for them: a set of LogprobOutputs.
   int32_t accumulated() const {
     return (entropy ? kEntropy : kPlain) | (is_top1 || mean_logit || log_sum_sq_probs ? kExtras : kPlain);
   }

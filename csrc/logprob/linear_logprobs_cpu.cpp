@@ -52,7 +52,7 @@ class Partials {
   std::vector<int32_t> argmax_;
 };
 
-// What the forward leaves of each counted row.
+// The forward's results of each counted row.
 struct RowResults {
   std::vector<float> logprob, max, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, target_logit;
   Tensor kept_logits;

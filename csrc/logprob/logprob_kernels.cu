@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) finish(const LogprobRow* rows, int64
   if (to.log_sum_sq_probs) to.log_sum_sq_probs[i] = log_sum_sq_probs_of(state);
 }
 
-// What differentiate_row (common/cuda/dlogits.h) asks of a loss.
+// The loss's part of differentiate_row (common/cuda/dlogits.h).
 template <bool with_entropy>
 struct LogprobGradient {
   LogprobUpstream upstream;

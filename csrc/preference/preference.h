@@ -44,7 +44,7 @@ decltype(dpo_loss_backward_cpu) dpo_loss_backward_cuda;
 decltype(bradley_terry_loss_cpu) bradley_terry_loss_cuda;
 decltype(bradley_terry_loss_backward_cpu) bradley_terry_loss_backward_cuda;
 
-// Either device's, with its gradient.
+// Either device's loss, with its gradient.
 decltype(dpo_loss_cpu) dpo_loss_autograd;
 decltype(bradley_terry_loss_cpu) bradley_terry_loss_autograd;
 

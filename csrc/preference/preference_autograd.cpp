@@ -1,5 +1,5 @@
 // dpo_loss and bradley_terry_loss differentiated: what is kept for backward, and which gradient is whose. The same in
-// Python for the Triton ops: rlhf_kernels/dpo/triton_ops.py, rlhf_kernels/bradley_terry/triton_ops.py.
+// Python for the Triton ops: rlhf_kernels/dpo/autograd.py, rlhf_kernels/bradley_terry/autograd.py.
 #include "common/autograd.h"
 #include "preference/preference.h"
 

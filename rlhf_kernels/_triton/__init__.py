@@ -1,4 +1,5 @@
-"""What the Triton kernels of every room share. Importing this package does not import triton; its modules do."""
+"""The parts that the Triton kernels of every room share. Importing this package does not import triton; its modules
+do."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def why_not_on(device: torch.device) -> str | None:
         return f"Triton kernels run on a GPU, not on {device.type} tensors (for tests: TRITON_INTERPRET=1)"
     if torch.compiler.is_compiling() or torch.version.hip is not None:  # a device's properties are not to be traced
         return None
-    found = torch.cuda.get_device_capability(device)
-    if found >= (8, 0):
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 0):
         return None
-    return f"Triton kernels need a GPU of compute capability 8.0 or newer, and this one has {found[0]}.{found[1]}"
+    return f"Triton kernels need a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"

@@ -1,4 +1,4 @@
-"""How the kernels are launched, and with which tiles."""
+"""The kernels' launches, tiles and arguments."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WARPS = 8
 
 
 def configs(hip: bool) -> list[triton.Config]:
-    """What the tuner may choose among: nothing that could change a bit of a result, so that ranks, runs and batches
-    agree whatever it finds. GROUP: row blocks that stay in L2 together. Stages: tiles in flight, as many as fit into
-    shared memory (64 KiB on AMD)."""
+    """The tuner's choices: none changes a bit of a result, so that ranks, runs and batches agree whatever it takes.
+    GROUP: row blocks that stay in L2 together. Stages: tiles in flight, as many as fit into shared memory (64 KiB on
+    AMD)."""
     choices = [(2, 1)] if INTERPRETED else itertools.product((8, 16), (2,) if hip else (3, 4))
     return [triton.Config({"GROUP": group}, num_warps=WARPS, num_stages=stages) for group, stages in choices]
 
@@ -36,8 +36,8 @@ def tuned(kernel: Any) -> Any:
 
 
 class Tile(NamedTuple):
-    """Of logits, and DEPTH of the multiplication's inner dimension at a time. Fixed for each dtype, because the order
-    of sums follows from it."""
+    """A tile of logits, and how much of the multiplication's inner dimension is taken at a time. Fixed for each dtype,
+    because the order of sums follows from it."""
 
     rows: int
     columns: int
@@ -83,7 +83,7 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> No
         return
     with torch.cuda.device_of(args[0]):
         if hasattr(kernel, "configs") and torch.cuda.is_current_stream_capturing():
-            # Nothing can be timed while a graph is captured: what was found last, or the first choice.
+            # Nothing can be timed while a graph is captured: the tuner's last choice, or the first choice.
             options |= getattr(kernel, "best_config", kernel.configs[0]).all_kwargs()
             runner = kernel.fn
         runner[grid](*args, **options)

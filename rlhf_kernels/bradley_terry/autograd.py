@@ -1,5 +1,5 @@
-"""What the compiled and the Triton op share: shapes for tracing. What is saved and the gradient: Triton's; the compiled
-op has its own in csrc/preference."""
+"""Shapes for tracing, shared by the compiled and the Triton op; and the Triton op's gradient and what it saves. (Those
+of the compiled one are in csrc/preference.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the losses of single responses share, each of which is desirable or not: no pairs."""
+"""The checks and log-ratios of losses of single responses, each of which is desirable or not: no pairs."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def check_pairs(chosen: Tensor, rejected: Tensor) -> None:
 
 
 def check_range(chosen: Tensor, rejected: Tensor, size: int) -> None:
-    """On a GPU, and under torch.compile, this is left to the kernel that reads there."""
+    """Checks indices on the CPU; on a GPU, and under torch.compile, the kernel that reads there does."""
     for name, idxs in (("chosen_idxs", chosen), ("rejected_idxs", rejected)):
         if idxs.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = (idxs < 0) | (idxs >= size)

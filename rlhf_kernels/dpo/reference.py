@@ -21,7 +21,7 @@ DISCOPOP_TEMPERATURE = 0.05  # the paper's
 
 
 class LossType(NamedTuple):
-    """What a loss type needs and allows; see `dpo_loss` for the table with sources."""
+    """The needs and limits of a loss type; see `dpo_loss` for the table with sources."""
 
     reference_free: bool = False
     per_token: bool = False  # log-ratios divided by the response's tokens
@@ -50,7 +50,7 @@ LOSS_TYPES = {
 
 
 class LossOptions(NamedTuple):
-    """Which loss, and its constants, as `dpo_loss` takes them."""
+    """A loss type and its constants, as `dpo_loss` takes them."""
 
     loss_type: str
     beta: float

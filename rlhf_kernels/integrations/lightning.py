@@ -155,7 +155,7 @@ class FusedDPOMixin(_Steps):
 
 @contextlib.contextmanager
 def _without_adapters(model: CausalLM) -> Iterator[None]:
-    """And without dropout; afterwards every module is in the mode that it was in."""
+    """Runs the model without adapters and dropout; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -177,7 +177,7 @@ def _logprobs_of(model: CausalLM, inputs: Mapping[str, Any]) -> CausalLMLogprobs
 
 
 def _chosen_then_rejected(batch: Batch) -> dict[str, Tensor]:
-    """What the model is called with: rows of both, [2 P, max(T, T')], the shorter ones padded on the right."""
+    """The model's arguments: rows of both, [2 P, max(T, T')], the shorter ones padded on the right."""
     inputs = {}
     for name, padding in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
         chosen, rejected = _column(batch, f"chosen_{name}"), _column(batch, f"rejected_{name}")

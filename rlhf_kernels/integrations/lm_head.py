@@ -31,7 +31,7 @@ SLOT = "_rlhf_kernels_slot"
 
 
 class LogitOptions(NamedTuple):
-    """What a model does to `hidden @ weight.T + bias`: times logit_scale, soft-capped `cap * tanh(x / cap)`."""
+    """A model's changes to `hidden @ weight.T + bias`: times logit_scale, soft-capped `cap * tanh(x / cap)`."""
 
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -65,16 +65,17 @@ def logit_options_of(model: CausalLM) -> LogitOptions:
     cap = getattr(config, SOFTCAP_NAME, None)
     scales = [1.0, *numbers, *(1.0 / number for number in numbers)]
     caps = [None] if cap is None else [None, float(cap)]
-    logits, output = what_forward_makes_of_logits(model)
-    shown = output.logits.float()
+    logits, output = forward_of_known_logits(model)
+    returned = output.logits.float()
     for scale, cap in itertools.product(scales, caps):
         expected = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
-        if shown.shape == expected.shape and torch.allclose(shown, expected, rtol=1e-4, atol=1e-4 * abs(scale)):
+        if returned.shape == expected.shape and torch.allclose(returned, expected, rtol=1e-4, atol=1e-4 * abs(scale)):
             return LogitOptions(scale, cap)
     raise ValueError(
         f"the LM head of {type(model).__name__} cannot be read: its forward turns logits from {logits.min():.3g} to "
-        f"{logits.max():.3g} into values from {shown.min():.3g} to {shown.max():.3g}, shape {tuple(shown.shape)}, "
-        f"which no scale or soft cap of its config explains (looked for {', '.join(SCALE_NAMES)}, {SOFTCAP_NAME})"
+        f"{logits.max():.3g} into values from {returned.min():.3g} to {returned.max():.3g}, shape "
+        f"{tuple(returned.shape)}, which no scale or soft cap of its config explains (looked for "
+        f"{', '.join(SCALE_NAMES)}, {SOFTCAP_NAME})"
     )
 
 
@@ -98,7 +99,7 @@ def run_in_head(
     Args:
         model: a causal LM of transformers (not wrapped), or one with adapters of peft.
         use: what to compute. Tensors in what it returns may be differentiated.
-        options: `logit_options_of(model)`, asked once.
+        options: `logit_options_of(model)`, computed once.
         inputs: what the model is called with.
         forward: what is called instead of the model itself.
 
@@ -150,7 +151,8 @@ def _no_logits(hidden: Tensor) -> Tensor:
 
 
 class _Slot:
-    """What a head computes instead of its matmul, in one thread; None, and in other threads: its matmul."""
+    """The function that a head computes instead of its matmul, in one thread; None, and in other threads: its
+    matmul."""
 
     compute: Callable[[Tensor], Any] | None = None
     thread: int = 0
@@ -234,16 +236,16 @@ def _plain_head(head: nn.Module, model: CausalLM) -> tuple[Tensor, Tensor | None
     return weight, bias
 
 
-class Shown(NamedTuple):
-    """What a model's forward makes of known logits [1, 4, V] that take the place of its head's output."""
+class KnownLogits(NamedTuple):
+    """Known logits [1, 4, V] that took the place of a head's output, and what the model's forward made of them."""
 
     logits: Tensor
     output: Any
 
 
 @torch.no_grad()
-def what_forward_makes_of_logits(model: CausalLM, **labels: Tensor) -> Shown:
-    """By a forward of four tokens. `labels`: what else the model is called with."""
+def forward_of_known_logits(model: CausalLM, **labels: Tensor) -> KnownLogits:
+    """Runs the model on four tokens, its head's output replaced. `labels`: further arguments of the model."""
     head = _head_module(model)
     weight, _ = _plain_head(head.get_base_layer() if is_lora(head) else head, model)
     vocabulary = weight.shape[0] if weight.dim() == 2 else 0
@@ -251,7 +253,7 @@ def what_forward_makes_of_logits(model: CausalLM, **labels: Tensor) -> Shown:
     if device.type == "meta" or not vocabulary:
         raise ValueError(
             f"the weights of {type(model).__name__} are not there yet (the meta device, or partitioned), so that its "
-            "forward cannot be asked what it does to logits: give LogitOptions(logit_scale, logit_softcap), which "
+            "forward cannot show what it does to logits: give LogitOptions(logit_scale, logit_softcap), which "
             "logit_options_of returns for a small model of the same class"
         )
     ids = torch.arange(4, device=device)[None] % vocabulary
@@ -276,7 +278,7 @@ def what_forward_makes_of_logits(model: CausalLM, **labels: Tensor) -> Shown:
     finally:
         slot.compute = None
     _check_called_once(calls, model)
-    return Shown(logits, output)
+    return KnownLogits(logits, output)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ MODULE = "openrlhf.models.actor"
 
 
 class _Rows(NamedTuple):
-    """What the model is called with, and how what it returns of each token becomes [B, T] again."""
+    """The model's arguments, and the function by which its results of each token become [B, T] again."""
 
     inputs: dict[str, Tensor | None]
     padded: Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ def fused(actor: type[Actor], *, logit_options: LogitOptions | None = None) -> t
     Args:
         actor: openrlhf.models.Actor, or a subclass that leaves forward to it.
         logit_options: scale and soft cap of the model's logits; None asks the model when it is made, by a forward of
-            two tokens. Must be given with ZeRO-3, whose weights are not whole then: LogitOptions() for most models.
+            two tokens. Must not be None with ZeRO-3, whose weights are not whole then: LogitOptions() for most models.
 
     Raises:
         ImportError: another version of OpenRLHF, or functions that do not take what they took in that version.

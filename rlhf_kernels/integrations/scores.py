@@ -16,10 +16,10 @@ IGNORED = -100
 
 
 class Scored(NamedTuple):
-    """`found` and `targets` [B, T], of each token; where the model was asked for its last logits alone, of those
+    """`scores` and `targets` [B, T], of each token; where the model is called for its last logits alone, of those
     positions. `output`: what the model returned, without logits."""
 
-    found: LinearLogprobs
+    scores: LinearLogprobs
     targets: Tensor
     output: Any
 
@@ -30,13 +30,13 @@ class Scored(NamedTuple):
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """The load-balancing loss of a mixture of experts, where router logits were asked for."""
+        """The load-balancing loss of a mixture of experts, where router logits are returned."""
         return self.output.get("aux_loss")
 
     def loss(self, count: Tensor | int | None, aux_coefficient: Callable[[], float]) -> Tensor:
-        """What the model's own forward would have returned: nats per token that counts, or over `count`, and the
-        load-balancing loss, if any, times its coefficient."""
-        loss = -self.found.logprobs.sum() / (self.mask.sum().clamp(min=1) if count is None else count)
+        """The loss that the model's own forward would have returned: nats per token that counts, or over `count`, and
+        the load-balancing loss, if any, times its coefficient."""
+        loss = -self.scores.logprobs.sum() / (self.mask.sum().clamp(min=1) if count is None else count)
         return loss if self.aux_loss is None else loss + aux_coefficient() * self.aux_loss.to(loss.device)
 
 
@@ -74,15 +74,15 @@ def score(
             if fp32:
                 stack.enter_context(torch.autocast(hidden.device.type, enabled=False))
                 hidden = hidden.float()
-            found = linear_logprobs(
+            scores = linear_logprobs(
                 hidden, head.weight, here, temperature=temperature, outputs=outputs, backend=backend, **head.options()
             )
         # No views: what a caller changes in place would lose the hook by which FSDP2 gathers weights before backward.
-        return LinearLogprobs._make(None if r is None else r.clone() for r in found), here
+        return LinearLogprobs._make(None if r is None else r.clone() for r in scores), here
 
-    given = {**inputs, "use_cache": False, "return_dict": True}
-    (found, here), output = run_in_head(model, use, options, given, forward)
-    return Scored(found, here, output)
+    arguments = {**inputs, "use_cache": False, "return_dict": True}
+    (scores, here), output = run_in_head(model, use, options, arguments, forward)
+    return Scored(scores, here, output)
 
 
 def refuse_prompt_learning(model: CausalLM) -> None:
@@ -108,7 +108,7 @@ def _kept(targets: Tensor, logits_to_keep: int | Tensor | None) -> Tensor:
 
 
 def aux_loss_coefficient(model: CausalLM) -> float:
-    """What mixtures of experts multiply their load-balancing loss by."""
+    """The factor of a mixture of experts' load-balancing loss."""
     config = model.config.get_text_config()
     for owner, name in ((model, "router_aux_loss_coef"), (model, "aux_loss_coef"), (config, "router_aux_loss_coef")):
         if hasattr(owner, name):

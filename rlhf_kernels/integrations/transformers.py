@@ -19,11 +19,11 @@ from .lm_head import (
     CausalLM,
     LMHead,
     LogitOptions,
+    forward_of_known_logits,
     lm_head_of,
     logit_options_of,
     replaced_forward,
     run_in_head,
-    what_forward_makes_of_logits,
 )
 from .scores import IGNORED, aux_loss_coefficient, refuse_prompt_learning, score
 
@@ -43,12 +43,12 @@ __all__ = [
 
 @dataclass
 class CausalLMLogprobs(ModelOutput):
-    """What a patched model returns. Tensors of a token are [B, T], fp32, in nats, and exactly 0 where not counted.
+    """A patched model's output. Tensors of a token are [B, T], fp32, in nats, and exactly 0 where not counted.
 
     loss: scalar; the sum of -logprobs over `num_items_in_batch`, or over the number of tokens that count; with router
         logits plus the model's load-balancing loss times its coefficient.
     logprobs: position t holds log p(label t + 1 | up to t), the last one 0; with `shift_labels` that of its own label.
-    entropy, is_top1, mean_logit, log_sum_sq_probs: as in `rlhf_kernels.linear_logprobs`, None if not asked for.
+    entropy, is_top1, mean_logit, log_sum_sq_probs: as in `rlhf_kernels.linear_logprobs`, None if not in `outputs`.
     token_mask: bool, where a label counts.
     """
 
@@ -78,9 +78,9 @@ def patch_causal_lm(
         out.logprobs, out.loss
 
     It is taken when `labels` ([B, T], Hugging Face's convention: -100 where masked, shifted inside) or `shift_labels`
-    ([B, T], targets of their own positions) are given. Everything else, generation say, is the model's own forward;
+    ([B, T], targets of their own positions) are not None. Everything else, generation say, is the model's own forward;
     `logprobs=False` takes that with labels too. The call also takes `num_items_in_batch`, and `temperature` and
-    `outputs` in place of those given here. A deep copy is patched like the model; a pickled copy is not.
+    `outputs` in place of the arguments here. A deep copy is patched like the model; a pickled copy is not.
 
     Args:
         model: a causal LM of transformers, before DDP, FSDP or DeepSpeed wrap it (patch, wrap, call the wrapper). With
@@ -119,8 +119,8 @@ def patch_causal_lm(
     ) -> Any:
         labelled = labels is not None or shift_labels is not None
         if not (labelled if logprobs is None else logprobs):
-            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return original(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+            labelling = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return original(self, *args, **{k: v for k, v in labelling.items() if v is not None}, **kwargs)
         return logprobs_of(
             self,
             options,
@@ -167,7 +167,7 @@ def logprobs_of(
     outputs: Sequence[str] = (),
     backend: str = "auto",
 ) -> CausalLMLogprobs:
-    """The log-probs that `forward(**inputs)`, the own forward of `model`, would have given logits for; see
+    """The log-probs that `forward(**inputs)`, the own forward of `model`, would have returned logits for; see
     `patch_causal_lm`. To be called inside the model's (patched) forward."""
     if shift_labels is not None:  # first, as in transformers' own loss; padding-free collators give both
         targets = shift_labels
@@ -177,14 +177,14 @@ def logprobs_of(
         raise ValueError("log-probs need labels or shift_labels")
 
     scored = score(model, options, forward, inputs, targets, temperature=temperature, outputs=outputs, backend=backend)
-    found = scored.found
+    scores = scored.scores
     return CausalLMLogprobs(
         loss=scored.loss(num_items_in_batch, lambda: aux_loss_coefficient(model)),
-        logprobs=found.logprobs,
-        entropy=found.entropy,
-        is_top1=found.is_top1,
-        mean_logit=found.mean_logit,
-        log_sum_sq_probs=found.log_sum_sq_probs,
+        logprobs=scores.logprobs,
+        entropy=scores.entropy,
+        is_top1=scores.is_top1,
+        mean_logit=scores.mean_logit,
+        log_sum_sq_probs=scores.log_sum_sq_probs,
         token_mask=scored.mask,
         aux_loss=scored.aux_loss,
         hidden_states=scored.output.get("hidden_states"),
@@ -197,7 +197,7 @@ def nll_loss(
     """Negative log-likelihood in nats of a patched model's outputs, for `Trainer(compute_loss_func=nll_loss)`.
 
     The sum over tokens that count, divided by `num_items_in_batch`, or by their number. Write your own like it:
-    `outputs.logprobs` is differentiable, as is `outputs.entropy` where it was asked for. Trainer takes `labels` away
+    `outputs.logprobs` is differentiable, as is `outputs.entropy` where it was computed. Trainer takes `labels` away
     before it calls the model, so wrap the collator in `with_shift_labels`. Without a loss function of your own neither
     is needed. (Trainer's label smoothing, which needs all logits, takes labels away too, and so gets the model's own.)
     `outputs.loss` has a mixture of experts' load-balancing loss, this has not: `outputs.aux_loss` is there to add.
@@ -226,9 +226,9 @@ def with_shift_labels(collate: Callable[..., dict[str, Any]]) -> Callable[..., d
 def _refuse_another_loss(model: CausalLM) -> None:
     """Encoder-decoders' decoders do not shift labels, say, and some models add a term of their own."""
     labels = torch.tensor([[0, 1, IGNORED, 0]], device=model.get_input_embeddings().weight.device)
-    output = what_forward_makes_of_logits(model, labels=labels).output
-    shown = output.logits.float()
-    expected = ForCausalLMLoss(shown, labels, shown.shape[-1])
+    output = forward_of_known_logits(model, labels=labels).output
+    logits = output.logits.float()
+    expected = ForCausalLMLoss(logits, labels, logits.shape[-1])
     if output.get("aux_loss") is not None:
         expected = expected + aux_loss_coefficient(model) * output.aux_loss
     if not torch.allclose(output.loss.float(), expected.to(output.loss.device), rtol=1e-3, atol=1e-3):

@@ -100,7 +100,8 @@ def refuse_loss_of_logits(trainer: Any, *own: Callable[..., Any]) -> None:
 
 
 def aux_loss_coefficient(model: CausalLM) -> float:
-    """Of a mixture of experts' load-balancing loss: what TRL's arguments say, which it writes into the config."""
+    """The factor of a mixture of experts' load-balancing loss: that of TRL's arguments, which it writes into the
+    config."""
     return getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
 
 

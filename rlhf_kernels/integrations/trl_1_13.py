@@ -41,20 +41,20 @@ check_parameters(utils.selective_log_softmax, "logits, index")
 check_parameters(utils.entropy_from_logits, "logits, chunk_size")
 
 
-class Asked(NamedTuple):
-    """What models are to score while a trainer computes something of it."""
+class ScoreRequest(NamedTuple):
+    """The scores that models return while a trainer computes log-probs or a loss."""
 
     targets_of: Callable[[Mapping[str, Any]], Tensor]  # a forward's inputs -> each position's target [B, T]
     outputs: Iterator[tuple[str, ...]]  # of each forward in turn
     temperature: float = 1.0
 
 
-ASKED: ContextVar[Asked | None] = ContextVar("asked", default=None)
+REQUEST: ContextVar[ScoreRequest | None] = ContextVar("request", default=None)
 
 
 @dataclass
 class Scores(ModelOutput):
-    """What models return then, instead of their own output: tensors, for wrappers of the model to see. [B, T] each."""
+    """A model's output in that time: tensors [B, T], as wrappers of the model look for tensors in it."""
 
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -65,14 +65,14 @@ class Scores(ModelOutput):
     is_top1: Tensor | None = None
     mean_logit: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
-    temperature: float | None = None  # always given; ModelOutput wants a default of None
+    temperature: float | None = None  # never None; ModelOutput wants a default
 
     @property
     def logits(self) -> LogitsNeverMade:
         apart = ("loss", "aux_loss", "temperature")
         return LogitsNeverMade({k: v for k, v in self.items() if k not in apart}, self["temperature"])
 
-    # What SFT's "chunked_nll" reads besides the loss.
+    # SFT's "chunked_nll" reads these besides the loss.
 
     @property
     def num_valid_tokens(self) -> Tensor:
@@ -88,7 +88,7 @@ class Scores(ModelOutput):
 
 
 class Scoring(Host):
-    """What every fused trainer has. `SEAM` is what it overrides, with the parameters TRL gives it."""
+    """The part that every fused trainer has. `SEAM`: the methods it overrides, with the parameters TRL gives them."""
 
     SEAM: ClassVar[dict[str, str]]
     _rlhf_kernels_module: types.ModuleType
@@ -108,16 +108,16 @@ class Scoring(Host):
                 add_scores(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     @contextlib.contextmanager
-    def _asking(self, asked: Asked) -> Iterator[None]:
+    def _scoring(self, request: ScoreRequest) -> Iterator[None]:
         self._refuse()
         self._add_scores()  # models that came since the last time
-        token = ASKED.set(asked)
+        token = REQUEST.set(request)
         functions = {"selective_log_softmax": selective_log_softmax, "entropy_from_logits": entropy_from_logits}
         try:
             with replaced(self._rlhf_kernels_module, **functions):
                 yield
         finally:
-            ASKED.reset(token)
+            REQUEST.reset(token)
 
 
 class DPO(Scoring):
@@ -127,7 +127,7 @@ class DPO(Scoring):
     }
 
     def compute_ref_log_probs(self, model: CausalLM, inputs: dict[str, Any]) -> Any:
-        with self._asking(Asked(_completions_of(inputs), itertools.repeat(()))):
+        with self._scoring(ScoreRequest(_completions_of(inputs), itertools.repeat(()))):
             return super().compute_ref_log_probs(model, inputs)
 
     def _compute_loss(self, model: CausalLM, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -135,7 +135,7 @@ class DPO(Scoring):
             return super()._compute_loss(model, inputs, return_outputs)
         outputs = ("entropy", "mean_logit", "is_top1", *(("log_sum_sq_probs",) if self.use_weighting else ()))
         # The policy comes first, its reference after it.
-        with self._asking(Asked(_completions_of(inputs), itertools.chain([outputs], itertools.repeat(())))):
+        with self._scoring(ScoreRequest(_completions_of(inputs), itertools.chain([outputs], itertools.repeat(())))):
             return super()._compute_loss(model, inputs, return_outputs)
 
 
@@ -158,13 +158,13 @@ class PolicyGradient(Scoring):
         **others: Any,
     ) -> Any:
         def targets_of(inputs: Mapping[str, Any]) -> Tensor:
-            """Of some of the rows: they come in chunks of batch_size."""
+            """Targets of a forward's rows, which are chunks of batch_size."""
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
             labels[:, :-logits_to_keep] = IGNORED
             return next_token_targets(labels, IGNORED)
 
         outputs = itertools.repeat(("entropy",) if compute_entropy else ())
-        with self._asking(Asked(targets_of, outputs, self.temperature)):
+        with self._scoring(ScoreRequest(targets_of, outputs, self.temperature)):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
@@ -189,7 +189,7 @@ class SFT(Scoring):
         if "shift_labels" in inputs:
             raise ValueError("context and sequence parallelism take TRL 1.15 or later here")
         targets = next_token_targets(inputs["labels"], IGNORED)
-        with self._asking(Asked(lambda _: targets, itertools.repeat(("entropy", "is_top1")))):
+        with self._scoring(ScoreRequest(lambda _: targets, itertools.repeat(("entropy", "is_top1")))):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
@@ -220,7 +220,7 @@ def fuse(trainer: Any, base: type) -> Any:
 
 
 def add_scores(model: CausalLM) -> None:
-    """While something is asked, `model(...)` returns `Scores`."""
+    """While there is a request, `model(...)` returns `Scores`."""
     if PATCHED in vars(model):
         return
     with_head_as_it_was(model)
@@ -229,21 +229,21 @@ def add_scores(model: CausalLM) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` and Trainer look at its signature
     def forward(self: CausalLM, *args: Any, **kwargs: Any) -> Any:
-        asked = ASKED.get()
-        if asked is None:
+        request = REQUEST.get()
+        if request is None:
             return original(self, *args, **kwargs)
         count = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("labels", None)
         scored = score(
-            self, options, functools.partial(original, self, *args), kwargs, asked.targets_of(kwargs),
-            temperature=asked.temperature, outputs=next(asked.outputs),
+            self, options, functools.partial(original, self, *args), kwargs, request.targets_of(kwargs),
+            temperature=request.temperature, outputs=next(request.outputs),
         )  # fmt: skip
         return Scores(
             loss=scored.loss(count, lambda: aux_loss_coefficient(self)),
             aux_loss=scored.aux_loss,
             targets=scored.targets,
-            temperature=asked.temperature,
-            **scored.found._asdict(),
+            temperature=request.temperature,
+            **scored.scores._asdict(),
         )
 
     model.forward = types.MethodType(forward, model)

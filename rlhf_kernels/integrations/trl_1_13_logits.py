@@ -19,10 +19,10 @@ class LogitsNeverMade:
     """Logits of tokens, known by what was computed of each: tensors [B, T], or of whatever tokens were picked.
 
     Slices of tokens, picked tokens, halves and the division by the temperature give another one; other questions give
-    tensors, exact wherever the token counts (its target is not -100), 0 elsewhere. Whatever else is asked raises.
+    tensors, exact wherever the token counts (its target is not -100), 0 elsewhere. Everything else raises.
 
     Args:
-        tokens: "targets" and the fields of LinearLogprobs that were asked for, of the divided logits.
+        tokens: "targets" and the fields of LinearLogprobs that were computed, of the divided logits.
         divisor: what the logits still have to be divided by, so that `tokens` is about them.
         factor: what they were multiplied by since.
     """
@@ -79,7 +79,7 @@ class LogitsNeverMade:
         return torch.where(self._get("is_top1", "argmax") > 0, self._tokens[TARGETS], -1)
 
     def logsumexp(self, dim: int) -> Tensor:
-        """Of z, and of 2 z, which is log sum_v p_v^2 + 2 logsumexp(z)."""
+        """The logsumexp of z, and of 2 z, which is log sum_v p_v^2 + 2 logsumexp(z)."""
         self._along_vocabulary(dim, "logsumexp")
         if self._factor == 2.0:
             squares = self._get("log_sum_sq_probs", "logsumexp", 2.0)
@@ -87,7 +87,7 @@ class LogitsNeverMade:
         return self._get("logsumexp", "logsumexp")
 
     def logprobs(self, targets: Tensor) -> Tensor:
-        """Of `targets`, which must be those that were scored. A tensor of its own: TRL writes into it."""
+        """The log-probs of `targets`, which must be those that were scored. A tensor of its own: TRL writes into it."""
         own, logprobs = self._tokens[TARGETS], self._get("logprobs", "log-probs")
         if targets.shape != own.shape or ((targets.to(own.device) != own) & (own != IGNORED)).any():
             raise _never_made("log-probs of other tokens than those that were scored")

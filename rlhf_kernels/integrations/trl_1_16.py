@@ -88,7 +88,7 @@ def add_logprobs(
     with_head_as_it_was(model)
     options = logit_options_of(model)
     original = forward_of(model)
-    asked = {theirs: ours for theirs, ours in OUTPUTS.items() if theirs in outputs}
+    wanted = {theirs: ours for theirs, ours in OUTPUTS.items() if theirs in outputs}
 
     @functools.wraps(type(model).forward)  # `generate` and Trainer look at its signature
     def forward(
@@ -101,8 +101,8 @@ def add_logprobs(
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
-            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return original(self, *args, **{k: v for k, v in given.items() if v is not None}, **kwargs)
+            labelling = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return original(self, *args, **{k: v for k, v in labelling.items() if v is not None}, **kwargs)
         if shift_labels is not None:
             targets, end = shift_labels, None
         elif labels is not None:
@@ -111,14 +111,14 @@ def add_logprobs(
             raise ValueError("fused_lm_head=True needs labels or shift_labels")
         scored = score(
             self, options, functools.partial(original, self, *args), kwargs, targets, temperature=temperature,
-            outputs=tuple(asked.values()), fp32=cast_lm_head_to_fp32,
+            outputs=tuple(wanted.values()), fp32=cast_lm_head_to_fp32,
         )  # fmt: skip
-        tokens = {theirs: getattr(scored.found, ours)[:, :end] for theirs, ours in asked.items()}
+        tokens = {theirs: getattr(scored.scores, ours)[:, :end] for theirs, ours in wanted.items()}
         if "is_top1" in tokens:
             tokens["is_top1"] = tokens["is_top1"] > 0
         return utils.FusedCausalLMOutput(
             loss=scored.loss(num_items_in_batch, lambda: aux_loss_coefficient(self)),
-            log_probs=scored.found.logprobs[:, :end],
+            log_probs=scored.scores.logprobs[:, :end],
             label_mask=scored.mask[:, :end],
             aux_loss=scored.aux_loss,
             **tokens,

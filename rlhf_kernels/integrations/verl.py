@@ -53,7 +53,8 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What verl's function of this name returns: log-probs (not their negatives, whatever the name says) and entropies.
+    """The results of verl's function of this name: log-probs (not their negatives, whatever the name says) and
+    entropies.
 
     Unlike verl's kernel it takes any hidden size, any dtype and device of rlhf_kernels, logits of any size (verl's
     running maximum starts at 0, so that a row whose logits are all below -88 underflows), and -100 as a label that does
@@ -82,17 +83,17 @@ def linear_cross_entropy(
         )
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     if dist_process_group is None:
-        found = linear_logprobs(hidden, weight, labels, temperature=temperature, outputs=("entropy",))
+        results = linear_logprobs(hidden, weight, labels, temperature=temperature, outputs=("entropy",))
     else:
-        found = parallel.linear_logprobs(
+        results = parallel.linear_logprobs(
             _with_shared_gradient(hidden, dist.get_world_size(dist_process_group)), weight, labels,
             group=dist_process_group, temperature=temperature, outputs=("entropy",),
         )  # fmt: skip
-    assert found.entropy is not None
-    logprobs = found.logprobs
+    assert results.entropy is not None
+    logprobs = results.logprobs
     if reduction != "none":
         logprobs = logprobs.sum() if reduction == "sum" else logprobs.mean()
-    return logprobs, found.entropy
+    return logprobs, results.entropy
 
 
 def _with_shared_gradient(hidden: Tensor, ranks: int) -> Tensor:

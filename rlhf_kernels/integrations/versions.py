@@ -10,10 +10,10 @@ from typing import Any
 
 def check_version(package: str, known: Sequence[str]) -> None:
     """Raises ImportError where the installed `package` is not one of the `known` versions."""
-    found = importlib.metadata.version(package)
-    if found not in known:
+    installed = importlib.metadata.version(package)
+    if installed not in known:
         raise ImportError(
-            f"{package} {found} is not known here: known are {', '.join(known)}. Install one of them "
+            f"{package} {installed} is not known here: known are {', '.join(known)}. Install one of them "
             f"(pip install {package}=={known[-1]}), or use {package} as it is"
         )
 
@@ -21,10 +21,10 @@ def check_version(package: str, known: Sequence[str]) -> None:
 def check_parameters(function: Callable[..., Any], expected: str) -> None:
     """Raises ImportError where a function of a host does not take `expected`, its parameters joined by ", "; "..." at
     the end is anything more."""
-    found = ", ".join(inspect.signature(function).parameters)
+    actual = ", ".join(inspect.signature(function).parameters)
     known = expected.removesuffix("...")
-    if found != expected and not (known != expected and f"{found}, ".startswith(known)):
+    if actual != expected and not (known != expected and f"{actual}, ".startswith(known)):
         raise ImportError(
-            f"{function.__module__}.{function.__qualname__} takes ({found}), expected ({expected}): another patch of "
+            f"{function.__module__}.{function.__qualname__} takes ({actual}), expected ({expected}): another patch of "
             "it, or a version that needs another rlhf_kernels"
         )

@@ -104,7 +104,7 @@ def check_sides(
     mask: Tensor | None,
     shared: str = "a vocabulary",
 ) -> None:
-    """What the two sides and the mask must share; each side by itself was checked."""
+    """Checks what the two sides and the mask must share; each side by itself was checked."""
     check_same_device(hidden=hidden, ref_hidden=ref_hidden, mask=mask)
     shape = hidden.shape[:-1]
     if ref_hidden.shape[:-1] != shape:

@@ -1,4 +1,4 @@
-"""What the compiled and the Triton ops share: arguments by name, shapes for tracing, what is saved, and the gradient.
+"""Shared by the compiled and the Triton ops: arguments by name, shapes for tracing, what is saved, and the gradient.
 (The compiled kl_penalty has its autograd in csrc/kl.)"""
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Arguments(NamedTuple):
         return cls(*own, *other, mask, policy_ref, kept_logits, *(visited or (None, None)))
 
     def flat(self) -> tuple:
-        """As the op takes them."""
+        """The arguments as the op takes them."""
         *arguments, _rows, _masked = self
         return (*arguments, *self.visited())
 
     def visited(self) -> tuple:
-        """What the Triton op takes beside the others."""
+        """The arguments that the Triton op alone takes."""
         return () if self.masked is None else (self.rows, self.masked)
 
 
 class Statistics(NamedTuple):
-    """The forward's outputs, which backward takes: kl [N], stats [6, N], and what was kept of the logits."""
+    """The forward's outputs, which backward takes: kl [N], stats [6, N], and the logits kept."""
 
     kl: Tensor
     stats: Tensor

@@ -222,7 +222,7 @@ def differentiate_estimate(
 
 
 def _tile(policy: Side, ref: Side) -> Tile:
-    """That of fp32 where one side is multiplied in it. Two tiles of logits, and the divergence's many terms."""
+    """The tile of fp32 where one side is multiplied in it. Two tiles of logits, and the divergence's many terms."""
     gemm = torch.float32 if torch.float32 in (policy.gemm, ref.gemm) else policy.gemm
     capped = policy.transform.softcap or ref.transform.softcap
     return tile_for(policy.hidden.device, gemm, HEAVY if capped or gemm == torch.float32 else MEDIUM)

@@ -19,7 +19,7 @@ __all__ = ["LinearLogprobs", "SequenceLogprobs", "linear_logprobs", "sequence_lo
 
 
 class LinearLogprobs(NamedTuple):
-    """Per-token results, each of the targets' shape, fp32 (fp64 for fp64 inputs), in nats; None if not asked for."""
+    """Per-token results, each of the targets' shape, fp32 (fp64 for fp64 inputs), in nats; None if not in `outputs`."""
 
     logprobs: Tensor
     logsumexp: Tensor

@@ -1,4 +1,4 @@
-"""What the compiled and the Triton ops share: arguments by name, shapes for tracing, what is saved, the gradient."""
+"""Shared by the compiled and the Triton ops: arguments by name, shapes for tracing, what is saved, the gradient."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class Arguments(NamedTuple):
         )  # fmt: skip
 
     def flat(self) -> tuple:
-        """As the op takes them."""
+        """The arguments as the op takes them."""
         *arguments, _rows, _masked = self
         return (*arguments, *self.visited())
 
     def visited(self) -> tuple:
-        """What the Triton op takes beside the others."""
+        """The arguments that the Triton op alone takes."""
         return () if self.masked is None else (self.rows, self.masked)
 
 
 class Statistics(NamedTuple):
-    """The forward's outputs that backward takes, of N rows; `logit_cache`: what was kept of the logits."""
+    """The forward's outputs that backward takes, of N rows; `logit_cache`: the logits kept."""
 
     max_logit: Tensor
     log_sum: Tensor

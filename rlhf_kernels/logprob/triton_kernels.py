@@ -91,8 +91,8 @@ def fold(
             if EXTRAS:
                 squares += tl.sum(e * e, 1)
             here = (own >= first) & (own < first + COLUMNS)
-            found = tl.sum(tl.where(columns[None, :] == own[:, None], z, 0.0), 1)
-            tl.store(target_logit + row, found, mask=here)
+            logit = tl.sum(tl.where(columns[None, :] == own[:, None], z, 0.0), 1)
+            tl.store(target_logit + row, logit, mask=here)
 
     _store(partials, 0, split, splits, rows, row, inside, m)
     _store(partials, 1, split, splits, rows, row, inside, s)
@@ -110,7 +110,7 @@ def merge(
     logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs,
     ROWS: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits in their order, and writes what is asked for at the row's place. Rows that do not count: 0."""
+    """Merges the splits in their order, and writes the results at the row's place. Rows that do not count: 0."""
     row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)

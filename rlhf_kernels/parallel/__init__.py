@@ -18,8 +18,8 @@ then that of these positions as well: sum it over the group (a wrapper that take
 Communicated, per row that counts: forward one all-gather of each rank's statistics, 4 bytes (the reference backend: 8)
 times 3 for log-probs and 1 for each other output, times 7 for a KL; backward one all-reduce of the gradient of hidden,
 4 D bytes. Ranks merge in one order, so that a row's bits do not depend on the other rows. With `group` some integers go
-round first, in which ranks tell the sizes of their shards and whether their arguments fit together; a DTensor knows its
-sizes, and compiles without a graph break. Sums over sequences: 16 bytes a sequence.
+round first, by which ranks exchange the sizes of their shards and whether their arguments fit together; a DTensor knows
+its sizes, and compiles without a graph break. Sums over sequences: 16 bytes a sequence.
 
 What a rank refuses (a wrong shape, a target out of range), and arguments that differ between ranks, raise on every rank
 of `group` and of `sequence_group`. Two mistakes leave ranks waiting for each other until their group's timeout: that

@@ -1,5 +1,5 @@
-"""What a rank does alone with its rows of the head, by backend: statistics of their logits, and, once those of all
-shards are merged, gradients. The ops serve as they are, since their backward takes the statistics as arguments."""
+"""One rank's work on its rows of the head, by backend: statistics of their logits, and, once those of all shards are
+merged, gradients. The ops serve as they are, since their backward takes the statistics as arguments."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from . import reference
 
 
 def differentiable_once(function: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """For the backward of an autograd.Function behind `function`. `once_differentiable` alone lets a penalty on the
-    gradient pass without its own gradient where the upstream is a constant; create_graph=True raises here."""
+    """Decorates the backward of an autograd.Function behind `function`. `once_differentiable` alone lets a penalty on
+    the gradient pass without its own gradient where the upstream is a constant; create_graph=True raises here."""
 
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         once = once_differentiable(backward)
@@ -137,7 +137,7 @@ def _unrounded(side: Side) -> Side:
 
 
 def _all_rows(side: Side, backend: str) -> VisitedRows | None:
-    """What the Triton ops take: rows that do not count were left out before, but where a graph is traced."""
+    """The Triton ops' further arguments: rows that do not count were left out before, but where a graph is traced."""
     return VisitedRows(None, is_traced_or_captured(side.hidden)) if backend == "triton" else None
 
 

@@ -111,7 +111,7 @@ def linear_kl(
 
 
 class _Attributes(NamedTuple):
-    """What is no tensor among the arguments of `_ShardedKL`."""
+    """The arguments of `_ShardedKL` that are no tensors."""
 
     transform: LogitTransform
     gemm: torch.dtype

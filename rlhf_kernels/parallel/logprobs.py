@@ -71,7 +71,7 @@ def sharded_logprobs(
     outputs: Sequence[str],
     backend: str,
 ) -> tuple[LinearLogprobs, Tensor]:
-    """Also returns the targets; what they are made of is checked together with the other arguments."""
+    """-> results, and the targets: they are made where arguments are checked, as their inputs may be wrong too."""
 
     weight = head.head.weight
 
@@ -114,7 +114,7 @@ def sharded_logprobs(
 
 
 class _Attributes(NamedTuple):
-    """What is no tensor among the arguments of `_ShardedLogprobs`."""
+    """The arguments of `_ShardedLogprobs` that are no tensors."""
 
     transform: LogitTransform
     gemm: torch.dtype

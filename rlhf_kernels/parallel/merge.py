@@ -1,4 +1,4 @@
-"""From the statistics of all shards to those of the whole vocabulary: a row's numbers are few, so in fp64.
+"""The merge of all shards' statistics into those of the whole vocabulary: a row's numbers are few, so in fp64.
 
 Every rank merges the same gathered numbers [ranks, n] in the order of the ranks, element by element: the same bits on
 every rank, whatever rows came along.
@@ -47,26 +47,26 @@ def merge_logprobs(gathered: Tensor, owners: Tensor, shards: Shards, wanted: tup
     share = masses.log_share.exp()
     of_max = max_logits.gather(0, owners[None]).squeeze(0)
     own_target = targets.gather(0, owners[None]).squeeze(0)
-    found = {
+    merged = {
         "logprobs": own_target + (of_max - masses.max_logit.clamp(min=_LOWEST)) - masses.log_sum,
         "max_logit": masses.max_logit,
         "log_sum": masses.log_sum,
     }
     if "entropy" in named:
         terms = share * (named["entropy"] - masses.log_share)
-        found["entropy"] = torch.where(share == 0, 0.0, terms).sum(0)
+        merged["entropy"] = torch.where(share == 0, 0.0, terms).sum(0)
     if "is_top1" in named:
         ranks = torch.arange(len(shards.sizes), device=owners.device)[:, None]
         earlier = (ranks < owners) & (_sizes(shards, owners) > 0) & (max_logits == of_max)
         beaten = (earlier | (max_logits > of_max)).any(0)
-        found["is_top1"] = torch.where(beaten, 0.0, named["is_top1"].gather(0, owners[None]).squeeze(0))
+        merged["is_top1"] = torch.where(beaten, 0.0, named["is_top1"].gather(0, owners[None]).squeeze(0))
     if "mean_logit" in named:
         sizes = _sizes(shards, owners)
-        found["mean_logit"] = (named["mean_logit"] * sizes).sum(0) / shards.vocab_size
+        merged["mean_logit"] = (named["mean_logit"] * sizes).sum(0) / shards.vocab_size
     if "log_sum_sq_probs" in named:
         squares = torch.where(share == 0, -torch.inf, named["log_sum_sq_probs"] + 2 * masses.log_share)
-        found["log_sum_sq_probs"] = squares.logsumexp(0)
-    return found
+        merged["log_sum_sq_probs"] = squares.logsumexp(0)
+    return merged
 
 
 _LOWEST = torch.finfo(torch.float64).min  # a maximum of -inf is not to be subtracted from another

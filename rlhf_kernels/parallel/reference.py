@@ -96,7 +96,8 @@ def kl_gradients(
     policy_ref: bool,
     needs: Needs,
 ) -> Gradients:
-    """With d_v = log p_v - log q_v: p_v (d_v - KL) for the logits of the p that weighs, q_v - p_v for the other's."""
+    """d loss / d z_v, with d_v = log p_v - log q_v: p_v (d_v - KL) for the logits of the p that weighs, q_v - p_v for
+    the other's."""
     upcast_ref, (kl, stats, _) = _upcast(ref), statistics
 
     def dlogits(z: Tensor, rows: slice) -> Tensor:
@@ -146,7 +147,7 @@ def _joined(parts: list[Tensor], fields: int, hidden: Tensor) -> Tensor:
 
 
 def _pull_back(side: Side, dlogits: Callable[[Tensor, slice], Tensor], needs: Needs) -> Gradients:
-    """Gradients of hidden (not rounded), weight and bias, given `dlogits(z, rows)` of each chunk's logits."""
+    """Gradients of hidden (not rounded), weight and bias, from `dlogits(z, rows)` of each chunk's logits."""
     upcast = _upcast(side)
     weight, bias = upcast.head.weight.requires_grad_(needs.weight), upcast.head.bias
     leaves = [weight] if bias is None else [weight, bias.requires_grad_(needs.bias)]

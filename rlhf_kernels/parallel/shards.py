@@ -1,4 +1,4 @@
-"""Which rank holds which rows of the vocabulary, and how ranks find out that their arguments fit together."""
+"""The ranks' rows of the vocabulary, and the check that the ranks' arguments fit together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LocalHead(NamedTuple):
     sizes: tuple[int, ...] | None
 
     def check(self, hidden: Tensor, prefix: str = "") -> None:
-        """As `check_head`, but that a shard may have no rows."""
+        """`check_head`, but that a shard may have no rows."""
         weight, bias, *_ = self.head
         if isinstance(hidden, DTensor):
             raise ValueError(
@@ -61,7 +61,7 @@ class LocalHead(NamedTuple):
 
 
 def local_head(head: LMHead, group: dist.ProcessGroup | None, *, prefix: str = "") -> LocalHead:
-    """What this rank holds of a head that came as its own rows and a group, or as a DTensor."""
+    """This rank's part of a head that came as its own rows and a group, or as a DTensor."""
     weight, bias, *_ = head
     if not isinstance(weight, DTensor):
         if group is None:

@@ -33,7 +33,7 @@ def ppo_loss(
     With r = exp(logprobs - old_logprobs) and A = advantages:
 
         loss = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
-        loss = min(that, -dual_clip A)    where A < 0 and dual_clip is given
+        loss = min(that, -dual_clip A)    where A < 0 and dual_clip is not None
 
     The gradient with respect to `logprobs` is -r A where the ratio is free (at r = 1 that is the policy gradient), and
     exactly 0 where the bound has been passed in the direction of A.

@@ -1,4 +1,4 @@
-"""What the losses of this room share about tokens: their checks, the mask, and the clipped objective."""
+"""Tokens of all losses of this room: their checks, the mask, and the clipped objective."""
 
 from __future__ import annotations
 

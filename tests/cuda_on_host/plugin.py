@@ -47,12 +47,12 @@ def launches():
     """{(file below csrc/, kernel, instance): times it was launched}, of all instances that were compiled."""
     library = ctypes.CDLL(module.__file__)
     library.rk_cuda_on_host_launches.restype = ctypes.c_char_p
-    found = collections.Counter()
+    counts = collections.Counter()
     for line in library.rk_cuda_on_host_launches().decode().splitlines():
         count, file, kernel, instance = line.split("\t")
         name = re.match(r"\(?(\w+)", kernel).group(1)
-        found[file.rpartition("/csrc/")[2], name, f"{kernel} in {instance}"] += int(count)
-    return found
+        counts[file.rpartition("/csrc/")[2], name, f"{kernel} in {instance}"] += int(count)
+    return counts
 
 
 def kernels_in_sources():

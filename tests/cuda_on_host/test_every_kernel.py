@@ -46,7 +46,7 @@ def on_host():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fresh memory holds NaN (or the largest integer), so an element that no kernel wrote is seen."""
+    """Fresh memory holds NaN (or the largest integer), so an element that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -173,7 +173,7 @@ def test_dpo(loss_type):
     policy, ref = (T.randn(PAIRS + 5, seed=seed) for seed in (1, 2))
     order = torch.randperm(PAIRS + 5, generator=torch.Generator().manual_seed(3))
     pairs = order[:PAIRS], order.roll(7)[:PAIRS]
-    found = []
+    results = []
     for backend, dtype in (("native", torch.float32), ("reference", torch.float64)):
         leaf = policy.to(dtype, copy=True).requires_grad_()
         out = rk.dpo_loss(
@@ -181,8 +181,8 @@ def test_dpo(loss_type):
             backend=backend,
         )  # fmt: skip
         (grad,) = torch.autograd.grad(out.losses, leaf, T.randn(PAIRS, seed=4, dtype=dtype))
-        found.append([*out, grad])
-    for got, want in zip(*found, strict=True):
+        results.append([*out, grad])
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -190,10 +190,10 @@ def test_dpo(loss_type):
 def test_elementwise(op):
     values = [T.randn(PAIRS, seed=seed) for seed in (1, 2)]
     options = {"estimator": "k3"} if op == "kl_penalty" else {"label_smoothing": 0.1, "center_coefficient": 0.01}
-    found = []
+    results = []
     for backend, dtype in (("native", None), ("reference", torch.float64)):
         leaves = T.leaves_of(values, dtype)
         out = getattr(rk, op)(*leaves, **options, backend=backend)
-        found.append([out, *torch.autograd.grad(out, leaves, T.randn(PAIRS, seed=4).to(out.dtype))])
-    for got, want in zip(*found, strict=True):
+        results.append([out, *torch.autograd.grad(out, leaves, T.randn(PAIRS, seed=4).to(out.dtype))])
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)

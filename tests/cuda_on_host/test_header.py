@@ -46,14 +46,14 @@ def test_holds(self_test, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "messages"),
     [
         ("write_past_end", ["heap-buffer-overflow"]),
         ("write_past_shared_end", ["global-buffer-overflow", "insufficient space"]),  # whichever sanitizer is first
         ("misaligned", ["requires 16 byte alignment"]),
     ],
 )
-def test_mistake_is_caught(self_test, name, told):
+def test_mistake_is_caught(self_test, name, messages):
     done = self_test(name)
     assert done.returncode != 0
-    assert any(words in done.stderr for words in told), done.stderr
+    assert any(words in done.stderr for words in messages), done.stderr

@@ -58,7 +58,7 @@ void kl(const float* z, const float* y, int64_t count, int64_t part, float* to) 
   using State = KlState<ScalarMath>;
   const auto s = fold<State>(count, part, [&](int64_t i) {
     auto one = State::empty();
-    see_kl_pair<ScalarMath>(one, z[i], y[i]);
+    note_kl_maxima<ScalarMath>(one, z[i], y[i]);
     settle_centre<ScalarMath>(one);
     add_kl_pair<ScalarMath>(one, z[i], y[i], finite_max<ScalarMath>(one.max), finite_max<ScalarMath>(one.other_max));
     return one;

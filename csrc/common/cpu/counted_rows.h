@@ -1,4 +1,4 @@
-// Compaction: which rows count, so that no other is read, multiplied or given a gradient.
+// Compaction: which rows count, so that no other is read, multiplied or differentiated.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -44,7 +44,7 @@ struct CountedRows {
   }
 
   int64_t count() const { return index.size(0); }
-  // Of the block of rows from `row` on, those that are not padding.
+  // The rows of the block from `row` on that are not padding.
   int64_t live(int64_t row) const { return std::min(kRowBlock, count() - row); }
   int64_t padded() const { return static_cast<int64_t>(targets.size()); }
 

@@ -16,7 +16,7 @@ bool cpu_has_bf16_products() {
 #endif
 }
 
-// ATen answers for AMX alone (could_pack), though its brgemm takes AVX512_BF16 too, unless oneDNN was built or told
+// ATen answers for AMX alone (could_pack), though its brgemm takes AVX512_BF16 too, unless oneDNN was built or set
 // (ONEDNN_MAX_CPU_ISA) to leave it out. So it is tried once.
 bool brgemm_takes_bf16() {
   const at::BFloat16 a[2] = {}, b[2 * kRowBlock] = {};

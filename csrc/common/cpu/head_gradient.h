@@ -1,6 +1,6 @@
-// From dlogits to the gradients of hidden states, head and bias, by vocabulary group:
+// The way from dlogits to the gradients of hidden states, head and bias, by vocabulary group:
 //   recompute a group's dlogits  ->  dW[group] = dz^T H, written once  ->  dH += dz W[group], in fp32.
-// What a dlogits tile is, the caller says; linear_logprobs and linear_kl share everything else.
+// The caller computes tiles of dlogits; linear_logprobs and linear_kl share everything else.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,8 +14,8 @@
 
 namespace rk {
 
-// What is recomputed beside the two products: tiles of heads whose depths sum to `depths`, the widest of which is
-// `widest`; and how much of the budget kept logits hold.
+// The tiles recomputed beside the two products: of heads whose depths sum to `depths` and of which the widest has
+// `widest`; and the bytes of the budget that kept logits hold.
 struct Recomputed {
   int64_t depths, widest, kept_bytes;
 };

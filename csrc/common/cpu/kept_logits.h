@@ -9,12 +9,12 @@
 
 namespace rk {
 
-// Where the logits of a block and of the vocabulary's first tiles, as many as fit, are kept.
+// The places where the logits of a block and of the vocabulary's first tiles, as many as fit, are kept.
 struct KeptLogits {
   int64_t vocab = 0, size = 0;  // rows of the vocabulary that are kept, and their logits of all blocks
   float* data = nullptr;
 
-  // Of memory for `count` logits, shared out evenly, so that it holds what it can of the `rows` that count.
+  // Shares out memory for `count` logits evenly, so that it holds what it can of the `rows` that count.
   static KeptLogits plan(int64_t count, int64_t rows, int64_t vocab, int64_t tile) {
     const int64_t padded = round_up(rows, kRowBlock);
     if (padded == 0) return {};
@@ -27,8 +27,8 @@ struct KeptLogits {
 };
 
 // `count` floats at the start of a cache line, of which the caller writes the first `written`; behind them are zeros.
-// What one call no longer needs serves the next: new pages cost about what the GEMM costs that they are to spare. One
-// such block waits, within half of the budget.
+// Memory that one call no longer needs serves the next: new pages cost about what the GEMM costs that they are to
+// spare. One such block waits, within half of the budget.
 at::Tensor kept_logits_memory(int64_t count, int64_t written);
 
 // ValueError unless it can be what a forward has kept.

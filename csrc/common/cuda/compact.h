@@ -1,4 +1,4 @@
-// Which rows count, found on the device.
+// The rows that count, listed on the device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 namespace rk::cuda {
 
-// What makes a row count: a target that is not ignore_index, or, where targets is null, its mask.
+// The choice of rows that count: a target that is not ignore_index, or, where targets is null, its mask.
 struct RowChoice {
   const int64_t* targets;
   int64_t ignore_index, vocab;

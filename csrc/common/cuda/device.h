@@ -1,4 +1,4 @@
-// What the host side of an op asks of the device that its tensors live on.
+// The device that an op's tensors live on, for the op's host side.
 #pragma once
 
 #include <ATen/ATen.h>

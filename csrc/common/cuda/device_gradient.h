@@ -1,6 +1,6 @@
-// From dlogits to the gradients of hidden states, head and bias on CUDA, by vocabulary group:
+// The way from dlogits to the gradients of hidden states, head and bias on CUDA, by vocabulary group:
 //   recompute a group's dlogits  ->  dW[group] = dz^T H, written once  ->  dH += dz W[group], in fp32.
-// What dlogits are, the caller says; linear_logprobs and linear_kl share everything else.
+// The caller computes dlogits; linear_logprobs and linear_kl share everything else.
 #pragma once
 
 #include <ATen/ATen.h>

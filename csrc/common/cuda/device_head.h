@@ -22,7 +22,7 @@ inline at::ScalarType dtype_of(Format format) {
   return format == Format::f32 ? at::kFloat : format == Format::bf16 ? at::kBFloat16 : at::kHalf;
 }
 
-// By either of torch's settings, the older allow_tf32 and fp32_precision.
+// Whether torch allows TF32, by either of its settings: the older allow_tf32 or fp32_precision.
 inline bool allows_tf32() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
          at::Float32Precision::TF32;
@@ -87,7 +87,8 @@ class DeviceHead {
     return {scratch.data_ptr(), width()};
   }
 
-  // Only what looks to a GEMM as a copy would: its algorithm, and so a row's bits, may depend on strides and alignment.
+  // Only hidden states that look to a GEMM as a copy would: its algorithm, and so a row's bits, may depend on strides
+  // and alignment.
   bool reads_in_place(const at::Tensor& hidden, const DeviceRows& rows) const {
     return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.is_contiguous() &&
            reinterpret_cast<uintptr_t>(hidden.const_data_ptr()) % 256 == 0;

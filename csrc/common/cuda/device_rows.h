@@ -8,8 +8,8 @@
 
 namespace rk::cuda {
 
-// In eager mode one count is read back, and `count` rows are left. Under graph capture nothing may be read back: every
-// row keeps its place, and those that do not count have index -1 and are worked on as rows of zeros.
+// The rows' places. In eager mode one count is read back, and `count` rows are left. Under graph capture nothing may be
+// read back: every row keeps its place, and those that do not count have index -1 and are worked on as rows of zeros.
 struct DeviceRows {
   at::Tensor index, targets;  // [all rows] int64, of which the first `count` hold
   int64_t count = 0;

@@ -1,4 +1,4 @@
-// From a logit tile to dlogits in the GEMM's format: the row kernel that every loss shares.
+// The way from a logit tile to dlogits in the GEMM's format: the row kernel that every loss shares.
 #pragma once
 
 #include "common/cuda/formats.h"

@@ -75,11 +75,11 @@ uint32_t alignment_of(const void* data, int64_t stride, Format format) {
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
 
-// Where bits may not depend on the batch they may not depend on the budget either: as much as the smallest one gives.
+// Bits that may not depend on the batch may not depend on the budget either: as much as the smallest one gives.
 constexpr int64_t kFixedWorkspaceBytes = int64_t{1} << 20;
 constexpr size_t kMostAlgorithms = 1024;  // the sizes of masked batches differ from step to step
 
-// What an algorithm is chosen for: everything but m.
+// The key that an algorithm is chosen for: everything but m.
 using Key = std::tuple<int, int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<uint32_t, 3>,
                        std::array<bool, 4>, Format, Format, int64_t>;
 
@@ -100,11 +100,11 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context
   // No splitting of k: sums then have one order, which m does not change.
   set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
   cublasLtMatmulHeuristicResult_t best{};
-  int found = 0;
+  int count = 0;
   const auto status =
       cublasLtMatmulAlgoGetHeuristic(library, problem.operation.handle, problem.first.handle, problem.second.handle,
-                                     problem.result.handle, problem.result.handle, preference.handle, 1, &best, &found);
-  if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
+                                     problem.result.handle, problem.result.handle, preference.handle, 1, &best, &count);
+  if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
     throw std::runtime_error("cuBLASLt has no algorithm for a product of [" + std::to_string(m) + ", " +
                              std::to_string(args.k) + "] and [" + std::to_string(args.k) + ", " +
                              std::to_string(args.n) + "]: " + cublasLtGetStatusString(status));
@@ -159,8 +159,8 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
     auto known = shared.algorithms.find(key);
     if (known == shared.algorithms.end()) {
       if (shared.algorithms.size() >= kMostAlgorithms) shared.algorithms.clear();
-      const auto found = choose(handle, context, args, chosen_for, workspace_bytes, alignments);
-      known = shared.algorithms.emplace(key, found).first;
+      const auto chosen = choose(handle, context, args, chosen_for, workspace_bytes, alignments);
+      known = shared.algorithms.emplace(key, chosen).first;
     }
     algorithm = known->second;
   }

@@ -1,4 +1,4 @@
-// How kernels are started: one macro, so that the same .cu files can also be compiled by a plain C++ compiler and
+// The start of kernels: one macro, so that the same .cu files can also be compiled by a plain C++ compiler and
 // executed on the host by the tests (RK_CUDA_ON_HOST; see tests/cuda_on_host/).
 #pragma once
 

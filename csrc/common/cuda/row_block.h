@@ -1,5 +1,5 @@
 // Device code shared by the row kernels: one block of threads walks one row of a logit tile, 16 bytes a load, and what
-// its threads found is merged in a fixed order.
+// its threads computed is merged in a fixed order.
 #pragma once
 
 #include <cuda_runtime.h>

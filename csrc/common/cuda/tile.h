@@ -23,8 +23,8 @@ struct Tile {
   Transform kind() const { return kind_of(transform, bias != nullptr); }
 };
 
-// Where a tile's dlogits go: to dz [rows][dz_stride], rounded once to `format` for the GEMMs behind, and where a bias
-// wants their sums also to unrounded [rows][unrounded_stride], which may be the tile itself.
+// The places where a tile's dlogits go: dz [rows][dz_stride], rounded once to `format` for the GEMMs behind, and where
+// a bias wants their sums also unrounded [rows][unrounded_stride], which may be the tile itself.
 struct DlogitsSink {
   void* dz;
   int64_t dz_stride;

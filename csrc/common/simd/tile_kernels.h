@@ -1,4 +1,4 @@
-// The vector code's interface: what a tile kernel is given, and the table of kernels of the instruction set in use.
+// The vector code's interface: the arguments of tile kernels, and the table of kernels of the instruction set in use.
 //
 // A logit tile is transposed: `count` vocabulary rows of kRowBlock tokens each, so that a softmax reduces over rows
 // with a vector of tokens, and no vector is ever summed across its lanes. Plain pointers and PODs only: the files that
@@ -35,7 +35,7 @@ struct LogprobForwardTile {
   float* target_logit;
 };
 
-// Where a gradient tile goes: to both layouts that the two GEMMs behind it read, and into the bias gradient.
+// The places where a gradient tile goes: both layouts that the two GEMMs behind it read, and into the bias gradient.
 struct GradientSink {
   Format format;   // f32 or bf16
   void* by_vocab;  // [count][by_vocab_stride], this block's kRowBlock columns
@@ -74,7 +74,7 @@ struct KlBackwardTile {
 enum class PairLoss : int64_t;     // preference/pair_losses.h
 enum class KlEstimator : int64_t;  // kl/penalty_terms.h
 
-// Arrays of `count` pairs or tokens, in fp32; results that are null are not asked for.
+// Arrays of `count` pairs or tokens, in fp32; results that are null are not wanted.
 struct PairLossRows {
   PairLoss type;
   const float* h;
