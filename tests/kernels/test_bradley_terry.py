@@ -133,21 +133,6 @@ def test_float64_in_float64_out(device):
     torch.testing.assert_close(loss, plain(chosen, rejected), rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_gradcheck_of_the_reference(device, options):
-    chosen, rejected, options = make(7, torch.float64, device, options)
-    op = lambda c, r: rk.bradley_terry_loss(c, r, **options, backend="reference")  # noqa: E731
-    assert torch.autograd.gradcheck(op, T.leaves_of((chosen, rejected)))
-    assert torch.autograd.gradgradcheck(op, T.leaves_of((chosen, rejected)))
-
-
-def test_double_backward_of_native_says_what_to_do(native, device):
-    leaves = [T.randn(7, seed=s, device=device).requires_grad_() for s in (1, 2)]
-    (grad,) = torch.autograd.grad(rk.bradley_terry_loss(*leaves, backend=native).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -256,16 +256,3 @@ def test_autocast(backend, device):
     wants = torch.autograd.grad(truth, exact)
     for grad, want in zip(torch.autograd.grad(out.loss, leaves), wants, strict=True):
         assert grad.dtype == torch.float32 and T.relative_error(grad, want) < 4e-3
-
-
-@pytest.mark.parametrize("loss_type", TYPES)
-def test_gradcheck_of_the_reference(device, loss_type):
-    batch = Batch(2, 4, 3, 5, dtype=torch.float64, device=device)
-    ref = None if loss_type == "simpo" else batch.ref_logps().double()
-
-    def op(hidden, weight, bias):
-        return rk.linear_dpo_loss(
-            hidden, weight, batch.labels, ref, bias=bias, backend="reference", **options_of(loss_type)
-        ).loss
-
-    assert torch.autograd.gradcheck(op, T.leaves_of(batch.leaves))

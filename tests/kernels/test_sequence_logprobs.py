@@ -128,15 +128,6 @@ def test_ignore_index(backend, device):
     assert torch.equal(got.logprobs, want.logprobs) and torch.equal(got.token_counts, want.token_counts)
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_gradcheck_of_the_reference(device, average):
-    hidden, weight, labels, bias = make(2, 4, 3, 5, dtype=torch.float64, bias=True, device=device)
-    leaves = T.leaves_of((hidden, weight, bias))
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: rk.sequence_logprobs(h, w, labels, b, average=average, backend="reference").logprobs, leaves
-    )
-
-
 def test_wrong_use_raises(backend, device):
     hidden, weight, labels, _ = make(2, 5, 8, 17, device=device)
     with pytest.raises(ValueError, match=r"hidden must be \[B, T, D\], got \(10, 8\)"):

