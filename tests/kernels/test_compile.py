@@ -7,6 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from rlhf_kernels.dpo.reference import LOSS_TYPES
 
 OPS = [
     "linear_logprobs",
@@ -128,10 +129,108 @@ def test_dynamic_shapes(backend, device, name):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", ["linear_logprobs", "linear_dpo_loss"])
-def test_inductor_generates_code(native, device, name):
-    op, tensors = case(name, 35, device, native)
-    compare(name, op, tensors, torch.compile(op, fullgraph=True))
+def test_inductor_generates_code(native, device):
+    """Around two ops, of a head and of pairs; tests/integrations compiles linear_logprobs with entropy so."""
+    op, tensors = case("linear_dpo_loss", 35, device, native)
+    compare("linear_dpo_loss", op, tensors, torch.compile(op, fullgraph=True))
+
+
+def responses(device):
+    policy, ref = T.randn(6, seed=1, device=device), T.randn(6, seed=2, device=device)
+    return policy, ref, torch.arange(6, device=device) % 3 == 0, torch.tensor(0.5, device=device)
+
+
+def tokens(device):
+    """new, old, sampler's and reference's log-probs [6, 9], advantages [6], mask."""
+    old = -T.randn(6, 9, seed=1, device=device).abs()
+    new, sampler, ref = (old + 0.3 * T.randn(6, 9, seed=seed, device=device) for seed in (2, 3, 4))
+    mask = torch.arange(9, device=device) < torch.tensor([9, 4, 0, 7, 1, 9], device=device)[:, None]
+    return new, old, sampler, ref, T.randn(6, seed=5, device=device), mask
+
+
+def pairwise(device):
+    """Every type that has no compiled op, in one graph."""
+    chosen, rejected = torch.arange(6, device=device), torch.arange(6, device=device).roll(1)
+    policy, ref, *_ = responses(device)
+    types = {name: kind for name, kind in LOSS_TYPES.items() if not kind.compiled}
+
+    def op(policy):
+        losses = [
+            rk.dpo_loss(
+                policy, None if kind.reference_free else ref, chosen, rejected, loss_type=name,
+                label_smoothing=0.2 if kind.smoothing else 0.0, token_counts=chosen + 1,
+            ).losses
+            for name, kind in types.items()
+        ]  # fmt: skip
+        return torch.stack(losses)
+
+    return op, policy, [()]
+
+
+def orpo(device):
+    chosen, rejected = torch.arange(6, device=device), torch.arange(6, device=device).roll(1)
+    policy = -T.randn(6, seed=1, device=device).abs() - 0.1
+    return lambda x: rk.orpo_loss(x, chosen + 1, chosen, rejected).losses, policy, [()]
+
+
+def unpaired(loss):
+    def build(device):
+        policy, ref, desirable, shift = responses(device)
+        return lambda x: loss(x, ref, desirable, shift).losses, policy, [()]
+
+    return build
+
+
+def ppo(device):
+    new, old, _, advantages, _, mask = tokens(device)
+
+    def op(x, low, high):
+        loss = rk.ppo_loss(x, old, advantages, mask, clip_low=low, clip_high=high, dual_clip=3.0)
+        return loss, rk.clip_fraction(x, old, advantages, mask, low, high)
+
+    return op, new, [(0.2, 0.2), (0.1, 0.3), (0.05, 0.4)]  # as an annealed bound
+
+
+def value(device):
+    values, old, _, returns, _, mask = tokens(device)
+    return lambda x, clip: rk.value_loss(x, old, returns, mask, clip=clip), values, [(0.2,), (0.3,), (None,)]
+
+
+def grpo(variant):
+    def build(device):
+        new, old, sampler, ref, advantages, mask = tokens(device)
+
+        def op(x, beta, low, cap):
+            return rk.grpo_loss(
+                x, old, advantages, mask, variant=variant, ref_logprobs=ref, beta=beta, clip_low=low,
+                sampler_logprobs=sampler, is_cap=cap, max_length=20,
+            )  # fmt: skip
+
+        return op, new, [(0.1, 0.2, 2.0), (0.2, 0.1, 1.5)]  # an adaptive beta changes often
+
+    return build
+
+
+PLAIN = {  # name -> builder of (function of a leaf and constants, the leaf, several constants)
+    "dpo_loss": pairwise, "bco_loss": unpaired(rk.bco_loss), "kto_loss": unpaired(rk.kto_loss), "orpo_loss": orpo,
+    "ppo_loss": ppo, "value_loss": value, "grpo_loss, dr_grpo": grpo("dr_grpo"), "grpo_loss, dapo": grpo("dapo"),
+    "grpo_loss, gspo": grpo("gspo"), "grpo_loss, cispo": grpo("cispo"),
+}  # fmt: skip  # of grpo_loss every branch
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_losses_in_plain_torch_have_no_graph_break(device, name):
+    """Nor one for other constants: one function serves several floats."""
+    op, tensor, constants = PLAIN[name](device)
+    leaf = tensor.requires_grad_()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for arguments in constants:
+        got, want = compiled(leaf, *arguments), op(leaf, *arguments)
+        torch.testing.assert_close(got, want)
+        if name == "ppo_loss":
+            (got, share), (want, expected) = got, want
+            assert share == expected
+        torch.testing.assert_close(*(torch.autograd.grad(losses.sum(), leaf)[0] for losses in (got, want)))
 
 
 def test_compiled_under_autocast(backend, device):
