@@ -6,6 +6,7 @@ import itertools
 def every_pair(*dimensions):
     """Rows with a value of each dimension, such that any two values of two dimensions meet in some row. Greedy, so few
     but not the fewest; always the same ones."""
+    dimensions = [list(values) for values in dimensions]
     rows = list(itertools.product(*(range(len(values)) for values in dimensions)))
     places = list(itertools.combinations(range(len(dimensions)), 2))
 

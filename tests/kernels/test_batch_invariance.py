@@ -10,6 +10,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = 130  # three row tiles, the last with two rows
@@ -130,9 +131,11 @@ def test_requiring_a_gradient_changes_no_bits(native, device):
     assert same_bits(fused.policy_logps, sums)
 
 
-@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kl", [None, 1e-6])  # both of its formulas
+@pytest.mark.parametrize(
+    ("threads", "dtype", "direction", "kl"),
+    every_pair([1, 2, 3], DTYPES, ["policy_ref", "ref_policy"], [None, 1e-6]),  # both formulas of a KL
+    indirect=["threads"],
+)
 def test_linear_kl(native, device, references, threads, dtype, direction, kl):
     inputs = T.make_kl_inputs(ROWS, 48, 2100, kl=kl, dtype=dtype, bias=True, device=device)
 

@@ -9,6 +9,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -65,20 +66,19 @@ def check_gradients(losses, truth, upstream, leaves, exact):
 # --- bco and kto: single responses, each desirable or not ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 7, 1000])
-@pytest.mark.parametrize(
-    ("name", "shift", "options"),
-    [
-        ("bco", 0.0, (0.1,)),
-        ("bco", 0.5, (1.0,)),
-        ("bco", -2.0, (0.5,)),
-        ("kto", 0.75, (0.1,)),
-        ("kto", 0.75, (1.0,)),
-        ("kto", 0.75, (0.5, 1.33, 0.25)),
-    ],
-)
-def test_values_and_gradients_of_single_responses(device, name, shift, options, size, dtype):
+CALLS = [  # loss, shift, and what follows it: beta, weights
+    ("bco", 0.0, (0.1,)),
+    ("bco", 0.5, (1.0,)),
+    ("bco", -2.0, (0.5,)),
+    ("kto", 0.75, (0.1,)),
+    ("kto", 0.75, (1.0,)),
+    ("kto", 0.75, (0.5, 1.33, 0.25)),
+]
+
+
+@pytest.mark.parametrize(("call", "size", "dtype"), every_pair(CALLS, [0, 1, 7, 1000], DTYPES))
+def test_values_and_gradients_of_single_responses(device, call, size, dtype):
+    name, shift, options = call
     loss, paper = UNPAIRED[name]
     policy, ref, desirable = make(size, dtype=dtype, device=device)
     upstream, shift = T.randn(size, seed=4, device=device), torch.tensor(shift, device=device)
@@ -186,10 +186,12 @@ def test_a_bad_response_stays_alone(device, name):
 # --- orpo: pairs without a reference ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-@pytest.mark.parametrize(("size", "pairs"), [(1, 0), (2, 1), (5, 7), (100, 1000)])  # none ... many per response
-def test_values_and_gradients_of_orpo(device, size, pairs, beta, dtype):
+SIZES = [(1, 0), (2, 1), (5, 7), (100, 1000)]  # responses and pairs: none ... many per response
+
+
+@pytest.mark.parametrize(("sizes", "beta", "dtype"), every_pair(SIZES, [0.1, 1.0], DTYPES))
+def test_values_and_gradients_of_orpo(device, sizes, beta, dtype):
+    size, pairs = sizes
     policy, counts, chosen, rejected = make_pairs(size, pairs, dtype=dtype, device=device)
     upstream = T.randn(pairs, seed=4, device=device)
     (leaf,), (exact,) = T.leaves_of((policy,)), T.leaves_of((policy,), torch.float64)

@@ -7,6 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -18,6 +19,9 @@ OPTIONS = [
     {"margin": True},
     {"margin": True, "label_smoothing": 0.3, "center_coefficient": 0.5},
 ]
+
+
+PAIRS = [0, 1, 7, 8, 9, 1000]  # none; around a vector; more than a block
 
 
 def plain(chosen, rejected, margin=None, label_smoothing=0.0, center_coefficient=0.0):
@@ -33,9 +37,7 @@ def make(p, dtype, device, options):
     return chosen, rejected, {**options, **({"margin": margin.abs()} if "margin" in options else {})}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pairs", [0, 1, 7, 8, 9, 1000])  # none; around a vector; more than a block
+@pytest.mark.parametrize(("pairs", "dtype", "options"), every_pair(PAIRS, DTYPES, OPTIONS))
 def test_values_and_gradients(backend, device, pairs, dtype, options):
     chosen, rejected, options = make(pairs, dtype, device, options)
     upstream = T.randn(pairs, seed=4, device=device)

@@ -8,6 +8,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -87,12 +88,12 @@ def paper_losses(loss_type, policy, ref, chosen, rejected, counts, beta, eps, ga
     return PAPERS[loss_type](*of, beta, eps, gamma)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("size", "pairs"), [(1, 0), (2, 1), (5, 7), (16, 8), (100, 1000)]
-)  # none ... many per response
-@pytest.mark.parametrize(("loss_type", "beta", "eps"), CASES)
-def test_values_and_gradients(backend, device, loss_type, beta, eps, size, pairs, dtype):
+SIZES = [(1, 0), (2, 1), (5, 7), (16, 8), (100, 1000)]  # responses and pairs: none ... many per response
+
+
+@pytest.mark.parametrize(("case", "sizes", "dtype"), every_pair(CASES, SIZES, DTYPES))
+def test_values_and_gradients(backend, device, case, sizes, dtype):
+    (loss_type, beta, eps), (size, pairs) = case, sizes
     policy, ref, chosen, rejected, counts = make(size, pairs, loss_type, dtype=dtype, device=device)
     upstream = T.randn(pairs, seed=4, device=device)
     leaves, exact = T.leaves_of((policy, ref)), T.leaves_of((policy, ref), torch.float64)

@@ -12,6 +12,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
 from rlhf_kernels.dpo.reference import LOSS_TYPES
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -122,10 +123,12 @@ def test_every_backend_computes_the_same_bits(backend, device, loss_type, eps):
     assert torch.equal(got.losses, want.losses) and torch.equal(got.rewards, want.rewards)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("size", "pairs"), [(1, 0), (2, 1), (5, 7), (100, 1000)])  # none ... many per response
-@pytest.mark.parametrize(("loss_type", "beta", "eps"), CASES)
-def test_values_and_gradients(device, loss_type, beta, eps, size, pairs, dtype):
+SIZES = [(1, 0), (2, 1), (5, 7), (100, 1000)]  # responses and pairs: none ... many per response
+
+
+@pytest.mark.parametrize(("case", "sizes", "dtype"), every_pair(CASES, SIZES, DTYPES))
+def test_values_and_gradients(device, case, sizes, dtype):
+    (loss_type, beta, eps), (size, pairs) = case, sizes
     policy, ref, chosen, rejected = make(size, pairs, dtype=dtype, device=device)
     upstream = T.randn(pairs, seed=4, device=device)
     leaves, exact = T.leaves_of((policy, ref)), T.leaves_of((policy, ref), torch.float64)

@@ -9,11 +9,13 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
+EXTRAS = ["", "k3", "kl", "weights", "k3 and weights"]
 OF_TOKENS = ["dapo", "cispo"]  # the mean is over tokens
 CAP, MAX_LENGTH = 1.25, 20
 
@@ -68,10 +70,10 @@ def gradient(loss, leaf):
     return torch.autograd.grad(loss, leaf)[0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("clips", [(0.2, 0.2), (0.1, 0.28), (0.05, 0.05)])
-@pytest.mark.parametrize("extras", ["", "k3", "kl", "weights", "k3 and weights"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "extras", "clips", "dtype"),
+    every_pair(VARIANTS, EXTRAS, [(0.2, 0.2), (0.1, 0.28), (0.05, 0.05)], DTYPES),
+)
 def test_values_and_gradients(device, variant, extras, clips, dtype):
     new, old, sampler, ref, advantages, mask = make(dtype=dtype, device=device)
     own_kl = (T.randn(*mask.shape, seed=7, device=device).abs()).to(dtype)

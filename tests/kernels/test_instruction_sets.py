@@ -8,6 +8,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -40,9 +41,14 @@ def test_an_unknown_one_raises(native):
         _C.set_cpu_isa("sse9")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(65, 33, 257), (64, 1040, 300), (70, 64, 2049)])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "logit_softcap": 3.0, "temperature": 0.7}])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    every_pair(
+        [(65, 33, 257), (64, 1040, 300), (70, 64, 2049)],
+        [torch.float32, torch.bfloat16, torch.float16],
+        [{}, {"logit_scale": 0.5, "logit_softcap": 3.0, "temperature": 0.7}],
+    ),
+)
 def test_linear_logprobs(isa, device, shape, dtype, options):
     op = functools.partial(rk.linear_logprobs, backend="native")
     T.check_linear_logprobs(op, T.make_head(*shape, dtype=dtype, bias=True, masked=0.2, device=device), **options)

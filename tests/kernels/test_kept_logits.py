@@ -10,6 +10,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import _workspace
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 CPU = torch.device("cpu")
 N, D, V = 130, 40, 1500  # three blocks of rows, the last one padded; several tiles, the last one short
@@ -27,11 +28,12 @@ def results(native, head, options):
     return [out.logprobs.detach(), *torch.autograd.grad(loss, given)]
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "share", "options"), every_pair([torch.float32, torch.bfloat16, torch.float16], SHARES, OPTIONS)
+)
 def test_what_is_kept_changes_nothing(native, device, monkeypatch, dtype, share, options):
     """No bit on CPU. On CUDA another leading dimension may mean another algorithm."""
+    share, options = SHARES[share], OPTIONS[options]
     if device.type == "cuda" and share < 1:
         pytest.skip("on CUDA all logits are kept or none")
     head = T.make_head(N, D, V, dtype=dtype, masked=0.3, bias="softcap" not in str(options), device=device)
@@ -56,14 +58,15 @@ def kl_results(native, inputs, **options):
     return [kl.detach(), *torch.autograd.grad((kl * T.randn(len(kl), device=kl.device)).sum(), given)]
 
 
-@pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "share", "options", "direction"),
+    every_pair([torch.float32, torch.bfloat16], SHARES, OPTIONS, ["policy_ref", "ref_policy"]),
+)
 def test_what_is_kept_of_both_models_changes_nothing(native, device, monkeypatch, dtype, share, options, direction):
     """Of models of different widths, whose wider one says how large a tile is."""
     if device.type == "cuda":
         pytest.skip("on CUDA a KL keeps nothing")
+    share, options = SHARES[share], OPTIONS[options]
     bias = "softcap" not in str(options)
     inputs = T.make_kl_inputs(N, D, V, ref_d=D + 9, dtype=dtype, masked=0.3, bias=bias)
     recomputed = kl_results(native, inputs, direction=direction, **options)

@@ -5,6 +5,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -18,9 +19,7 @@ SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (257,), (3, 5), (2, 0, 4)]  # scalar
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "shape", "dtype"), every_pair(ESTIMATORS, SHAPES, DTYPES))
 def test_closed_forms_and_gradients(backend, device, estimator, shape, dtype):
     policy = (-T.randn(*shape, seed=1, device=device).abs() * 3).to(dtype).requires_grad_()
     ref = (-T.randn(*shape, seed=2, device=device).abs() * 3).to(dtype).requires_grad_()

@@ -10,6 +10,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
 from rlhf_kernels.dpo.reference import LOSS_TYPES
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -102,9 +103,7 @@ def check(backend, batch, pairs, *, beta=0.3, reference="logps", head_options=No
     T.check_gradients((grads, eager_grads, true_grads), batch.hidden.dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("reference", ["logps", "hidden"])
+@pytest.mark.parametrize(("shape", "dtype", "reference"), every_pair(SHAPES, DTYPES, ["logps", "hidden"]))
 def test_values_and_gradients(backend, device, shape, dtype, reference):
     """Log-ratios of tens of nats, as in a batch of long responses, would sit on sigmoid's flat side: a small beta."""
     batch = Batch(*shape, dtype=dtype, device=device)

@@ -8,6 +8,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -37,9 +38,7 @@ def run(backend):
     return functools.partial(rk.linear_kl, backend=backend)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype", "direction"), every_pair(SHAPES, DTYPES, DIRECTIONS))
 def test_shapes(backend, device, shape, dtype, direction):
     n, d, ref_d, v = shape
     inputs = T.make_kl_inputs(n, d, v, ref_d=ref_d, dtype=dtype, bias=True, masked=0.25, device=device)

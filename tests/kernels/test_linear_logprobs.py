@@ -7,6 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -57,9 +58,10 @@ def test_logit_options(backend, device, options, dtype):
     T.check_linear_logprobs(run(backend), head, **options)
 
 
-@pytest.mark.parametrize("bias", [False, True, torch.float32])  # none; in the head's dtype; in fp32 whatever that is
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", list(T.LOGITS))
+BIASES = [False, True, torch.float32]  # none; in the head's dtype; in fp32 whatever that is
+
+
+@pytest.mark.parametrize(("kind", "dtype", "bias"), every_pair(list(T.LOGITS), DTYPES, BIASES))
 def test_kinds_of_logits(backend, device, kind, dtype, bias):
     head = T.make_head(66, 64, 2050, dtype=dtype, bias=bias, logits=kind, masked=0.1, device=device)
     T.check_linear_logprobs(run(backend), head)

@@ -8,6 +8,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 from tests.kernels.packed_batches import Packed, assert_same, both_forms
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -21,9 +22,9 @@ LENGTHS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("options", [{}, {"average": True}, {"shift": False}])
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "options"), every_pair(LENGTHS, DTYPES, [{}, {"average": True}, {"shift": False}])
+)
 def test_equals_the_padded_form(backend, device, lengths, dtype, options):
     batch = Packed(lengths, dtype=dtype, device=device)
 

@@ -7,6 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -38,10 +39,12 @@ def make(b, t, *, dtype=torch.float32, device="cpu"):
     return *(x.to(device, dtype) for x in (logprobs, old, advantages)), mask.to(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("clips", [(0.2, 0.2, None), (0.2, 0.28, None), (0.0, 0.0, None), (0.2, 0.2, 1.5)])
-@pytest.mark.parametrize(("b", "t"), [(1, 1), (3, 7), (5, 64)])
-def test_values_and_gradients(device, b, t, clips, dtype):
+CLIPS = [(0.2, 0.2, None), (0.2, 0.28, None), (0.0, 0.0, None), (0.2, 0.2, 1.5)]
+
+
+@pytest.mark.parametrize(("shape", "clips", "dtype"), every_pair([(1, 1), (3, 7), (5, 64)], CLIPS, DTYPES))
+def test_values_and_gradients(device, shape, clips, dtype):
+    b, t = shape
     logprobs, old, advantages, mask = make(b, t, dtype=dtype, device=device)
     upstream = T.randn(b, t, seed=5, device=device)
     (leaf,), (exact,) = T.leaves_of((logprobs,)), T.leaves_of((logprobs,), torch.float64)

@@ -7,6 +7,7 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+from tests.kernels.covering import every_pair
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -36,10 +37,11 @@ def make(b, t, *, dtype=torch.float32, device="cpu"):
     return *(x.to(device, dtype) for x in (values, old, returns)), mask.to(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("clip", [0.2, 0.0, 1.0, math.inf, None])
-@pytest.mark.parametrize(("b", "t"), [(1, 1), (5, 64)])
-def test_values_and_gradients(device, b, t, clip, dtype):
+@pytest.mark.parametrize(
+    ("shape", "clip", "dtype"), every_pair([(1, 1), (5, 64)], [0.2, 0.0, 1.0, math.inf, None], DTYPES)
+)
+def test_values_and_gradients(device, shape, clip, dtype):
+    b, t = shape
     values, old, returns, mask = make(b, t, dtype=dtype, device=device)
     upstream = T.randn(b, t, seed=5, device=device)
     (leaf,), (exact,) = T.leaves_of((values,)), T.leaves_of((values,), torch.float64)

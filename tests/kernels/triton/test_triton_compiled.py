@@ -53,7 +53,7 @@ class NamedGpu:
         return 0
 
 
-@pytest.fixture(params=GPUS)
+@pytest.fixture
 def gpu(request, monkeypatch):
     """(name, compiled): the launches made while this is alive are compiled for the GPU, and end in the list."""
     from rlhf_kernels._triton import launch
@@ -115,6 +115,28 @@ def check(name, compiled, *, multiplying, exact=False):
             assert re.search(MATRIX_INSTRUCTION[name], code), f"{kernel} on {name} has no matrix instruction"
 
 
+# Of the 60 products of GPUs, cases and directions `make test` takes those below, at a second or two each: on every GPU
+# the most registers in either dtype and one plain case, all cases on H200, and both directions of its usual one.
+# `make triton-check` takes all of them.
+SHORT = {
+    "sm_80": ("bf16 everything", "fp32 everything", "fp32"),  # whose two stored numbers `check` allows
+    "sm_90": ("bf16", "bf16 everything", "fp16", "fp32", "fp32 everything"),
+    "sm_100": ("bf16 everything", "fp32 everything", "fp16"),
+    "gfx942": ("bf16 everything", "fp32 everything", "bf16"),
+}
+
+
+def combinations(*directions):
+    """(GPU, case), or with directions (GPU, case, direction), those that are not in SHORT marked slow."""
+    for number, name in enumerate(GPUS):
+        for case in CASES:
+            for direction in directions or (None,):
+                usual = (number + list(CASES).index(case)) % 2 == 0  # each case in either direction on some GPU
+                short = case in SHORT[name] and (direction in (None, usual) or (name, case) == ("sm_90", "bf16"))
+                values = (name, case) if direction is None else (name, case, direction)
+                yield pytest.param(*values, marks=() if short else pytest.mark.slow)
+
+
 CASES = {  # dtype, bias, transform, compacted, all outputs
     "bf16": (torch.bfloat16, False, PLAIN, False, False),
     "bf16 everything": (torch.bfloat16, True, GEMMA, True, True),
@@ -124,7 +146,7 @@ CASES = {  # dtype, bias, transform, compacted, all outputs
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("gpu", "case"), list(combinations()), indirect=["gpu"])
 def test_linear_logprobs(gpu, case):
     from rlhf_kernels.logprob import triton_kernels as kernels
     from rlhf_kernels.logprob.autograd import Statistics, Upstream
@@ -144,8 +166,7 @@ def test_linear_logprobs(gpu, case):
     assert {kernel for kernel, _ in compiled} == {"fold", "merge", "differentiate"}
 
 
-@pytest.mark.parametrize("policy_weighs", [True, False])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("gpu", "case", "policy_weighs"), list(combinations(True, False)), indirect=["gpu"])
 def test_linear_kl(gpu, case, policy_weighs):
     from rlhf_kernels.kl import triton_kernels as kernels
     from rlhf_kernels.kl.autograd import Statistics
@@ -163,6 +184,7 @@ def test_linear_kl(gpu, case, policy_weighs):
     assert {kernel for kernel, _ in compiled} == {"fold_kl", "merge_kl_splits", "differentiate_kl"}
 
 
+@pytest.mark.parametrize("gpu", GPUS, indirect=True)
 def test_small_vectors(gpu):
     from rlhf_kernels.bradley_terry import triton_kernels as rewards
     from rlhf_kernels.dpo import triton_kernels as pairs
