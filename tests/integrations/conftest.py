@@ -1,6 +1,7 @@
 """Tests of hosts that are not installed are skipped, with the reason. Where RLHF_KERNELS_REQUIRE_HOSTS=1 says that all
 of them are there, they fail instead."""
 
+import gc
 import os
 
 import pytest
@@ -24,3 +25,13 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return fail_if_missing((yield))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_imports_in_the_garbage():
+    """Trainers collect garbage when they start and end. Looking through all that transformers, TRL and peft consist of
+    took half of these tests' time; what is there when a file begins stays out of it."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
