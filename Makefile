@@ -126,7 +126,7 @@ triton-check: $(TRITONS:%=triton-check-%)
 triton-check-%: build/triton-%/.installed $(STAMP)
 	PYTHONPATH=build/triton-$* $(BIN)/python -c 'import triton; assert triton.__version__ == "$*", triton'
 	PYTHONPATH=build/triton-$* OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
-		tests/kernels/triton/test_triton_compiled.py
+		-m 'slow or not slow' tests/kernels/triton/test_triton_compiled.py
 	PYTHONPATH=build/triton-$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
 		-k '$(TRITON_TESTS)' $(TRITON_FILES)
 
@@ -143,8 +143,9 @@ build/triton-%/.installed: | $(STAMP)
 # Left out: CPU threads, which no kernel sees, and comparisons of budgets, which are long and about the host's loops.
 ON_HOST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 ON_HOST_EACH := tests/cuda_on_host/test_every_kernel.py
-ON_HOST_TESTS := $(ON_HOST_EACH) $(foreach name,batch_invariance bradley_terry compile dpo dpo_errors kl_penalty \
-	linear_dpo linear_kl linear_kl_use linear_logprobs linear_logprobs_rows sequence_logprobs,tests/kernels/test_$(name).py)
+ON_HOST_TESTS := $(ON_HOST_EACH) $(foreach name,batch_invariance bradley_terry compile dpo errors_of_heads \
+	errors_of_losses gradcheck kl_penalty linear_dpo linear_kl linear_kl_use linear_logprobs linear_logprobs_rows \
+	sequence_logprobs,tests/kernels/test_$(name).py)
 cuda-on-host: $(STAMP)
 	$(BIN)/python tests/cuda_on_host/build.py
 	$(BIN)/python tests/cuda_on_host/build.py --asan

@@ -19,24 +19,21 @@ SLACK_MIB = 16  # threads' packing buffers of the BLAS, autograd's bookkeeping, 
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
-# High-water marks only rise: each measurement has a process of its own, and starts after one small call that loads
-# libraries and starts threads. VmHWM instead of ru_maxrss, which a child inherits from its parent.
+# High-water marks only rise: each measurement has a process of its own, forked where inputs are there already (making
+# them leaves room that scratch would hide in) and no thread was started, so that torch is imported once. It starts after
+# one small call that loads libraries and starts threads. VmHWM instead of ru_maxrss, which a child inherits.
 PROGRAM = """
-import json, sys, torch
+import json, os, sys, torch
 import rlhf_kernels as rk
 from rlhf_kernels import testing as T
+
+N, V, D = {shape}
 
 def peak_mib():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
-what, backend, budget = sys.argv[1], sys.argv[2], int(sys.argv[3])
-N, V, D = {shape}
-torch.set_num_threads(2)
-rk.set_workspace_budget(budget)
-
-def step(n, v):
-    head = T.make_head(n, D, v)
+def step(what, backend, head):
     hidden, weight = T.leaves_of(head[:2])
     ref_hidden = 0.9 * head.hidden
     def run():
@@ -53,41 +50,57 @@ def step(n, v):
             (out.logprobs.mean() + out.entropy.mean()).backward()
     return run
 
-step(64, 3000)()
-run = step(N, V)
-before = peak_mib()
-run()
-print(json.dumps(peak_mib() - before))
-"""
-
-
 def extra_mib(what, backend, budget):
+    torch.set_num_threads(2)
+    rk.set_workspace_budget(budget)
+    step(what, backend, SMALL)()
+    run = step(what, backend, LARGE)
+    before = peak_mib()
+    run()
+    return peak_mib() - before
+
+torch.set_num_threads(1)
+SMALL, LARGE = T.make_head(64, D, 3000), T.make_head(N, D, V)
+for case in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        print(json.dumps(extra_mib(*case)), flush=True)
+        os._exit(0)
+    _, status = os.wait()
+    assert status == 0, case
+"""
+BUDGETS = [  # MiB
+    ("logprobs", 16),
+    ("kl", 16),
+    ("dpo", 16),  # recomputes its logits
+    ("dpo", 128),  # keeps them: they fit
+]
+
+
+@pytest.fixture(scope="module")
+def extra_mib():
+    """MiB beyond inputs for each case of BUDGETS, and last for eager torch."""
     program = textwrap.dedent(PROGRAM).replace("{shape}", f"{N}, {V}, {D}")
-    command = [sys.executable, "-c", program, what, backend, str(budget)]
+    cases = [(what, "native", budget) for what, budget in BUDGETS] + [("logprobs", "eager", 64)]
+    command = [sys.executable, "-c", program, json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    peaks = map(json.loads, done.stdout.splitlines())
+    return dict(zip([*BUDGETS, "eager"], peaks, strict=True))
 
 
 @on_linux
-@pytest.mark.parametrize(
-    ("what", "budget"),
-    [
-        ("logprobs", 16),
-        ("kl", 16),
-        ("dpo", 16),  # recomputes its logits
-        ("dpo", 128),  # keeps them: they fit
-    ],
-)
-def test_peak_of_a_process(native, what, budget):
-    peak = extra_mib(what, native, budget)
+@pytest.mark.xdist_group("memory")  # one worker, one launch
+@pytest.mark.parametrize(("what", "budget"), BUDGETS)
+def test_peak_of_a_process(native, extra_mib, what, budget):
+    peak = extra_mib[what, budget]
     assert peak <= budget + GRADIENT_MIB + SLACK_MIB, f"{peak:.0f} MiB"
 
 
 @on_linux
-def test_eager_needs_several_copies_of_the_logits():
+@pytest.mark.xdist_group("memory")
+def test_eager_needs_several_copies_of_the_logits(native, extra_mib):
     """What the limits above are compared with; if this fails, the measurement is broken."""
-    assert extra_mib("logprobs", "eager", 64) > 2 * LOGITS_MIB
+    assert extra_mib["eager"] > 2 * LOGITS_MIB
 
 
 class LargestTensor(TorchDispatchMode):
