@@ -64,6 +64,7 @@ def test_a_compiled_model():
     assert run(input_ids=make_batch()["input_ids"]).logits.shape[-1] > 0  # and it still makes logits
 
 
+@pytest.mark.slow  # C++ is generated and compiled; tests/kernels/test_compile.py does it of an op in every run
 def test_a_compiled_step_with_entropy_by_inductor():
     """The real backend, once."""
     model = patch_causal_lm(small(), outputs=("entropy",))

@@ -130,7 +130,7 @@ def test_dynamic_shapes(backend, device, name):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_generates_code(native, device):
-    """Around two ops, of a head and of pairs; tests/integrations compiles linear_logprobs with entropy so."""
+    """Around two ops, linear_logprobs and dpo_loss. (With entropy, in a whole model: tests/integrations, slow.)"""
     op, tensors = case("linear_dpo_loss", 35, device, native)
     compare("linear_dpo_loss", op, tensors, torch.compile(op, fullgraph=True))
 

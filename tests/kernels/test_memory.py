@@ -20,8 +20,8 @@ SLACK_MIB = 16  # threads' packing buffers of the BLAS, autograd's bookkeeping, 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 
 # High-water marks only rise: each measurement has a process of its own, forked where inputs are there already (making
-# them leaves room that scratch would hide in) and no thread was started, so that torch is imported once. It starts after
-# one small call that loads libraries and starts threads. VmHWM instead of ru_maxrss, which a child inherits.
+# them leaves room that scratch would hide in) and no thread was started, so that torch is imported once. It starts
+# after one small call that loads libraries and starts threads. VmHWM instead of ru_maxrss, which a child inherits.
 PROGRAM = """
 import json, os, sys, torch
 import rlhf_kernels as rk
