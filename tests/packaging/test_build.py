@@ -1,4 +1,4 @@
-"""What a user may do with the sources - build, install, miss a compiler, change torch - and what they are told."""
+"""What a user may do with the sources - build, install, miss a compiler, change torch - and what they are output."""
 
 import json
 import os
@@ -53,17 +53,19 @@ def ask(site, code, cwd, **options):
     return run(["-c", textwrap.dedent(code)], cwd, PYTHONPATH=site, **options)
 
 
-def info(site, cwd):
-    told = ask(site, "import json, rlhf_kernels as rk; print(json.dumps(rk.build_info()))", cwd)
-    return json.loads(told.splitlines()[-1])
-
-
 REFERENCE_WORKS = """
 import torch, rlhf_kernels as rk
 out = rk.linear_logprobs(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]))
 assert torch.allclose(out.logprobs, torch.tensor(4.0).log().neg()), out
 """
 NATIVE_WORKS = REFERENCE_WORKS.replace("1]))", "1]), backend='native')")
+
+
+def use(site, cwd, code=REFERENCE_WORKS):
+    """Runs `code` there -> (what it printed, rk.build_info()). One process: most of its time is importing torch."""
+    output = ask(site, code + "\nimport json; print(json.dumps(rk.build_info()))", cwd)
+    printed, _, report = output.rstrip().rpartition("\n")
+    return printed, json.loads(report)
 
 
 @pytest.fixture(scope="session")
@@ -101,12 +103,11 @@ def packages():
 
 def test_installed_package_runs_outside_the_repository(installed, tmp_path):
     assert packages().items() <= files(installed, "**/*").items()
-    found = info(installed, tmp_path)
-    assert found["native"] and found["native_reason"] is None
-    assert found["torch_compiled"] == found["torch_running"]
-    where = ask(installed, "import rlhf_kernels, rlhf_trainer as t; print(rlhf_kernels.__file__, t.__file__)", tmp_path)
-    assert all(Path(path).is_relative_to(installed) for path in where.split())
-    ask(installed, NATIVE_WORKS, tmp_path)
+    code = NATIVE_WORKS + "import rlhf_trainer as t; print(rk.__file__, t.__file__)"
+    printed, info = use(installed, tmp_path, code)
+    assert info["native"] and info["native_reason"] is None
+    assert info["torch_compiled"] == info["torch_running"]
+    assert all(Path(path).is_relative_to(installed) for path in printed.split())
     run([installed / "bin" / "rlhf", "--help"], tmp_path, PYTHONPATH=installed)
 
 
@@ -136,24 +137,24 @@ def test_sdist_compiles(unpacked_sdist, tmp_path):
     hook("build_wheel", unpacked_sdist, tmp_path, RLHF_KERNELS_NATIVE=1)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
-    assert info(tmp_path / "site", tmp_path)["native"]
+    _, info = use(tmp_path / "site", tmp_path)
+    assert info["native"]
 
 
 def test_without_compiler_reference_works_and_says_why(tmp_path):
     hook("build_wheel", ROOT, tmp_path, CXX="false", **scratch(tmp_path, objects=True))
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "site")
-    found = info(tmp_path / "site", tmp_path)
-    assert not found["native"] and "compiling it failed" in found["native_reason"] and "false" in found["native_reason"]
-    ask(tmp_path / "site", REFERENCE_WORKS, tmp_path)
-    told = ask(tmp_path / "site", NATIVE_WORKS, tmp_path, ok=False)
-    assert "compiling it failed" in told and "reference" in told
+    _, info = use(tmp_path / "site", tmp_path)
+    assert not info["native"] and "compiling it failed" in info["native_reason"] and "false" in info["native_reason"]
+    error = ask(tmp_path / "site", NATIVE_WORKS, tmp_path, ok=False)
+    assert "compiling it failed" in error and "reference" in error
 
 
 def test_insisting_on_a_compiler_that_is_not_there_fails(tmp_path):
     options = scratch(tmp_path, objects=True)
-    told = hook("build_wheel", ROOT, tmp_path, ok=False, CXX="false", RLHF_KERNELS_NATIVE=1, **options)
-    assert "csrc/ did not compile" in told.splitlines()[-1]
+    output = hook("build_wheel", ROOT, tmp_path, ok=False, CXX="false", RLHF_KERNELS_NATIVE=1, **options)
+    assert "csrc/ did not compile" in output.splitlines()[-1]
 
 
 def test_editable_without_compiled_part(tmp_path):
@@ -166,27 +167,28 @@ def test_editable_without_compiled_part(tmp_path):
     stale.touch()
     hook("build_editable", tmp_path / "tree", tmp_path / "out", RLHF_KERNELS_NATIVE=0)
     assert not stale.exists()
-    assert "RLHF_KERNELS_NATIVE=0" in info(tmp_path / "tree", tmp_path)["native_reason"]
+    _, info = use(tmp_path / "tree", tmp_path)
+    assert "RLHF_KERNELS_NATIVE=0" in info["native_reason"]
 
 
 def test_cuda_on_request_fails_loudly_where_it_cannot_be(tmp_path):
     before = "import torch; torch.version.cuda = None"
-    told = hook("build_wheel", ROOT, tmp_path, before=before, ok=False, RLHF_KERNELS_CUDA=1, **scratch(tmp_path))
-    assert told.splitlines()[-1].startswith("RLHF_KERNELS_CUDA=1, but torch") and "has no CUDA" in told
+    output = hook("build_wheel", ROOT, tmp_path, before=before, ok=False, RLHF_KERNELS_CUDA=1, **scratch(tmp_path))
+    assert output.splitlines()[-1].startswith("RLHF_KERNELS_CUDA=1, but torch") and "has no CUDA" in output
 
 
 @pytest.mark.parametrize("name, value", [("NATIVE", "yes"), ("CUDA", "2")])
 def test_unknown_request_is_refused(tmp_path, name, value):
-    told = hook("build_wheel", ROOT, tmp_path, ok=False, **{f"RLHF_KERNELS_{name}": value}, **scratch(tmp_path))
-    assert f"RLHF_KERNELS_{name}={value}" in told.splitlines()[-1]
+    output = hook("build_wheel", ROOT, tmp_path, ok=False, **{f"RLHF_KERNELS_{name}": value}, **scratch(tmp_path))
+    assert f"RLHF_KERNELS_{name}={value}" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("product", ["prepare_metadata_for_build_wheel", "build_wheel", "build_editable"])
 def test_isolated_build_ends_in_the_command_that_works(tmp_path, product):
     """`pip install .` builds where torch is absent; it asks for the metadata before it downloads what they name."""
-    told = hook(product, ROOT, tmp_path, before=NO_TORCH, ok=False, **scratch(tmp_path))
-    assert told.strip().splitlines() == [told.strip()]
-    assert told.strip().endswith("&& pip install --no-build-isolation .")
+    output = hook(product, ROOT, tmp_path, before=NO_TORCH, ok=False, **scratch(tmp_path))
+    assert output.strip().splitlines() == [output.strip()]
+    assert output.strip().endswith("&& pip install --no-build-isolation .")
 
 
 def doctored(installed, tmp_path, **changes):
@@ -206,30 +208,30 @@ def doctored(installed, tmp_path, **changes):
         ({"python": "cpython-39"}, "compiled for cpython-39"),
     ],
 )
-def test_another_torch_is_told_in_words(installed, tmp_path, changes, words):
+def test_another_torch_is_named_in_words(installed, tmp_path, changes, words):
     site = doctored(installed, tmp_path, **changes)
-    told = ask(site, REFERENCE_WORKS, tmp_path)
-    assert words in told and "pip install --no-build-isolation" in told and "undefined symbol" not in told
-    assert told.count("RuntimeWarning") == 1, told
-    found = info(site, tmp_path)
-    assert not found["native"] and words in found["native_reason"]
+    warning, info = use(site, tmp_path)
+    assert words in warning and "pip install --no-build-isolation" in warning and "undefined symbol" not in warning
+    assert warning.count("RuntimeWarning") == 1, warning
+    assert not info["native"] and words in info["native_reason"]
 
 
 def test_patch_release_of_torch_fits(installed, tmp_path):
     import torch
 
     major, minor, *_ = torch.__version__.split(".")
-    assert info(doctored(installed, tmp_path, torch=f"{major}.{minor}.99+cu999"), tmp_path)["native"]
+    _, info = use(doctored(installed, tmp_path, torch=f"{major}.{minor}.99+cu999"), tmp_path)
+    assert info["native"]
 
 
-def test_library_that_does_not_load_is_told(installed, tmp_path):
+def test_library_that_does_not_load_is_named(installed, tmp_path):
     site = doctored(installed, tmp_path)
     next((site / "rlhf_kernels").glob("_C.*")).write_bytes(b"not a library")
-    told = ask(site, REFERENCE_WORKS, tmp_path)
-    assert "the loader refused it" in told and "rebuild it" in told
+    output = ask(site, REFERENCE_WORKS, tmp_path)
+    assert "the loader refused it" in output and "rebuild it" in output
 
 
 def test_bare_sources_work_and_say_so(tmp_path):
     shutil.copytree(ROOT / "rlhf_kernels", tmp_path / "site" / "rlhf_kernels", ignore=IGNORED)
-    assert "nothing was compiled here yet" in info(tmp_path / "site", tmp_path)["native_reason"]
-    ask(tmp_path / "site", REFERENCE_WORKS, tmp_path)
+    _, info = use(tmp_path / "site", tmp_path)
+    assert "nothing was compiled here yet" in info["native_reason"]
