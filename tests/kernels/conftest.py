@@ -49,7 +49,8 @@ def interpreted(item):
     """Whether the interpreter, which is slow, runs a test: of the Triton kernels, each instance and option once.
 
     fp16 takes the way of bf16 there (both are multiplied as fp32, and torch rounds), and bf16 that of fp32 but where a
-    test is about dtypes. Of the distances of a KL both ends stay, of its kinds of logits the extremes.
+    test is about dtypes. Of the distances of a KL both ends stay, of its kinds of logits and of banned tokens the
+    extremes.
     """
     if not ("backend" in item.fixturenames or "test_triton" in item.nodeid) or OF_SOMETHING_ELSE.search(item.nodeid):
         return False
@@ -59,6 +60,8 @@ def interpreted(item):
         return "sigmoid" in values.get("case", ())  # a pair of sizes in which one response has many pairs, once
     if dtype == torch.float16 or (dtype == torch.bfloat16 and not OF_DTYPES.search(name)):
         return False
+    if name == "test_tokens_banned_by_a_bias_of_minus_infinity":
+        return values["banned"] in ("whole tiles", "the target")
     if "linear_kl.py" in item.nodeid:
         return {
             "test_near_and_far_from_the_reference": values.get("kl") in (1e-8, 10.0),
