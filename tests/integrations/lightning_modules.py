@@ -33,7 +33,7 @@ def llama(seed=0):
 def pairs(count, seed=1):
     """Rows of unlike lengths; chosen and rejected are padded to unlike widths."""
     torch.manual_seed(seed)
-    found = []
+    results = []
     for i in range(count):
         row = {}
         for side, width in (("chosen", 9), ("rejected", 12)):
@@ -41,8 +41,8 @@ def pairs(count, seed=1):
             mask = (position < width - i % 3).long()
             labels = torch.where((mask > 0) & (position >= 3), ids, -100)
             row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": mask, f"{side}_labels": labels}
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 def side_of(batch, side):
@@ -139,7 +139,7 @@ def main(out):
         strategy="ddp", devices=2, use_distributed_sampler=False,  # Lightning's would shuffle
     )  # fmt: skip
     if trainer.is_global_zero:
-        found = {
+        results = {
             "world_size": trainer.world_size,
             "norms": module.norms,
             "losses": module.losses,
@@ -147,7 +147,7 @@ def main(out):
             "parameters": module.parameters_as_one().tolist(),
         }
         with open(out, "w") as file:
-            json.dump(found, file)
+            json.dump(results, file)
 
 
 if __name__ == "__main__":

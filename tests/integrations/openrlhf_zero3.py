@@ -51,15 +51,15 @@ def main(model, folder):
         made.model = deepspeed.initialize(model=made.model, optimizer=optimizer, config=CONFIG)[
             0
         ]  # as its strategy does
-        found = []
+        results = []
         for _ in range(3):
             log_probs, output = made(sequences, action_mask, mask, return_output=True, return_entropy=True)
             entropies = output.entropy[:, -5:] * action_mask
             made.model.backward(-(log_probs * advantages).mean() - 0.1 * entropies.mean())
             made.model.step()
-            found.append(torch.stack([log_probs, entropies]).detach())
+            results.append(torch.stack([log_probs, entropies]).detach())
         made.model.destroy()
-        return found
+        return results
 
     theirs, ours = run(actor), run(fused(actor, logit_options=LogitOptions()))
     for a, b in zip(ours, theirs, strict=True):

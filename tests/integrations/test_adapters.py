@@ -36,15 +36,15 @@ KINDS = {
 def adapted(model, adapters=("default",), seed=0, **options):
     """The model with adapters that do something: peft starts B at 0, and DoRA's magnitudes at no change."""
     first, *others = adapters
-    found = peft.get_peft_model(model, peft.LoraConfig(r=2, **options), adapter_name=first)
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(r=2, **options), adapter_name=first)
     for name in others:
-        found.add_adapter(name, peft.LoraConfig(r=3, **options))
+        adapted_model.add_adapter(name, peft.LoraConfig(r=3, **options))
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in found.named_parameters():
+        for name, parameter in adapted_model.named_parameters():
             if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    return found.eval()
+    return adapted_model.eval()
 
 
 @pytest.mark.parametrize("first", ["patched, then adapted", "adapted, then patched", "its base model patched"])
@@ -145,10 +145,10 @@ def test_a_bf16_model_with_adapters_in_fp32():
     model = adapted(make_model("llama").to(torch.bfloat16), **BOTH)
     assert model.get_output_embeddings().lora_A["default"].weight.dtype == torch.float32
     plain = copy.deepcopy(model)
-    found, expected = patched(patch_causal_lm(model), make_batch()), own(plain, make_batch())
-    torch.testing.assert_close(found.loss.float(), expected.loss.float(), rtol=2e-2, atol=0)
-    assert found.grads.keys() == expected.grads.keys()
-    assert all(grad.dtype == torch.float32 for grad in found.grads.values())
+    results, expected = patched(patch_causal_lm(model), make_batch()), own(plain, make_batch())
+    torch.testing.assert_close(results.loss.float(), expected.loss.float(), rtol=2e-2, atol=0)
+    assert results.grads.keys() == expected.grads.keys()
+    assert all(grad.dtype == torch.float32 for grad in results.grads.values())
 
 
 @pytest.mark.parametrize(

@@ -213,16 +213,16 @@ class Exported(torch.nn.Module):
 def test_export(strict, dynamic, tmp_path):
     """The exported program, saved and loaded, has our op in it, and log-probs and loss of the model."""
     module = Exported(patch_causal_lm(small()))
-    given = tuple(make_batch().values())
+    arguments = tuple(make_batch().values())
     shapes = None
     if dynamic:
         sizes = {0: torch.export.Dim("rows", max=16), 1: torch.export.Dim("length", min=2, max=64)}
         shapes = (sizes, sizes, sizes)
-    program = torch.export.export(module, given, strict=strict, dynamic_shapes=shapes)
+    program = torch.export.export(module, arguments, strict=strict, dynamic_shapes=shapes)
     assert any(node.target is torch.ops.rlhf_kernels.linear_logprobs.default for node in program.graph.nodes)
     torch.export.save(program, tmp_path / "model.pt2")
     run = torch.export.load(tmp_path / "model.pt2").module()
-    tried = [given] + [tuple(torch.cat([tensor] * 3)[:, :7] for tensor in given)] * dynamic
-    for inputs in tried:
-        for found, expected in zip(run(*inputs), module(*inputs), strict=True):
-            torch.testing.assert_close(found, expected)
+    candidates = [arguments] + [tuple(torch.cat([tensor] * 3)[:, :7] for tensor in arguments)] * dynamic
+    for inputs in candidates:
+        for results, expected in zip(run(*inputs), module(*inputs), strict=True):
+            torch.testing.assert_close(results, expected)

@@ -86,13 +86,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
 def test_validation_and_metrics(tmp_path):
     """Over an epoch of unlike batches, 4 and 2 pairs: means over pairs, not over batches."""
     held_out = pairs(PAIRS + 2, seed=5)
-    found = {}
+    results = {}
     for name, module in (("plain", plain_dpo()), ("ours", fused_dpo())):
-        found[name] = fit(module, pairs(PAIRS), tmp_path, validation=held_out).callback_metrics
-    assert found["ours"]["val/loss"].item() == pytest.approx(found["plain"]["val/loss"].item(), rel=1e-5)
+        results[name] = fit(module, pairs(PAIRS), tmp_path, validation=held_out).callback_metrics
+    assert results["ours"]["val/loss"].item() == pytest.approx(results["plain"]["val/loss"].item(), rel=1e-5)
     names = {"loss", "logps/chosen", "logps/rejected"}
     names |= {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
-    assert set(found["ours"]) == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
+    assert set(results["ours"]) == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
 
     trained = fused_dpo()
     fit(trained, pairs(PAIRS), tmp_path)
@@ -110,7 +110,7 @@ def test_validation_and_metrics(tmp_path):
         "rewards/accuracies": (rewards["chosen"] > rewards["rejected"]).float().mean(),
     }
     for name, value in expected.items():
-        assert found["ours"][f"val/{name}"].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+        assert results["ours"][f"val/{name}"].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 def test_reference_logps_of_the_batch_come_first(tmp_path):

@@ -62,9 +62,9 @@ def test_a_forgotten_bias_would_show():
         assert head.bias is not None
         return rk.sequence_logprobs(hidden, head.weight, labels).logprobs
 
-    found, _ = run_in_head(model, without_bias, logit_options_of(model), batch)
+    results, _ = run_in_head(model, without_bias, logit_options_of(model), batch)
     expected = logprobs_of_logits(model(**batch).logits, labels).sum(-1)
-    assert (found - expected).abs().min() > 0.1
+    assert (results - expected).abs().min() > 0.1
 
 
 def variants():
@@ -208,16 +208,16 @@ def test_everything_else_is_the_models_own():
     model, plain = twins(make_model("llama"))
     patch_causal_lm(model)
     batch = make_batch("left")
-    asked = model(**batch, logprobs=False)
-    torch.testing.assert_close(asked.logits, plain(**batch).logits, rtol=0, atol=0)
-    assert asked.loss == plain(**batch).loss
+    with_logits = model(**batch, logprobs=False)
+    torch.testing.assert_close(with_logits.logits, plain(**batch).logits, rtol=0, atol=0)
+    assert with_logits.loss == plain(**batch).loss
     del batch["labels"]
     assert model(**batch).logits.shape == (2, 9, VOCABULARY)
     model(**make_batch())  # the head is as it was after a fused call, too
-    told = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     for how in ({"do_sample": False}, {"num_beams": 2}):
         assert torch.equal(
-            model.generate(**told, **how, max_new_tokens=8), plain.generate(**told, **how, max_new_tokens=8)
+            model.generate(**inputs, **how, max_new_tokens=8), plain.generate(**inputs, **how, max_new_tokens=8)
         )
 
 
@@ -301,17 +301,17 @@ def test_a_model_whose_loss_is_another_is_refused():
 def test_a_head_in_use_says_so():
     """By another thread, whose calls without labels are the model's own; and by a call inside `use`."""
     model = patch_causal_lm(make_model("llama"))
-    ids, found = torch.arange(8)[None], {}
+    ids, results = torch.arange(8)[None], {}
 
     def another_call(*_):
         if threading.current_thread() is not threading.main_thread():
             return
 
         def call():
-            found["logits"] = model(input_ids=ids).logits.shape
+            results["logits"] = model(input_ids=ids).logits.shape
             with pytest.raises(ValueError, match=r"is in use, by another thread: give each thread a copy"):
                 model(input_ids=ids, labels=ids + 1)
-            found["refused"] = True
+            results["refused"] = True
 
         thread = threading.Thread(target=call)
         thread.start()
@@ -321,7 +321,7 @@ def test_a_head_in_use_says_so():
     handle = model.model.layers[0].register_forward_hook(another_call)
     assert model(input_ids=ids, labels=ids).logprobs.equal(expected)
     handle.remove()
-    assert found == {"logits": (1, 8, VOCABULARY), "refused": True}
+    assert results == {"logits": (1, 8, VOCABULARY), "refused": True}
 
     def nested(hidden, head):
         return model(input_ids=ids, labels=ids)

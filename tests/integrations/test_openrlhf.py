@@ -72,11 +72,11 @@ def folders(tmp_path_factory):
 
 def actors(folder, **options):
     """OpenRLHF's and ours, in fp32, with the same weights."""
-    found = []
+    results = []
     for kind in (Actor, ours.fused(Actor)):
         torch.manual_seed(0)  # of adapters
-        found.append(kind(folder, **{"attn_implementation": "sdpa"} | options).float().train())
-    return found
+        results.append(kind(folder, **{"attn_implementation": "sdpa"} | options).float().train())
+    return results
 
 
 def experience(left=True):
@@ -111,8 +111,8 @@ def ppo_step(actor, entropy=True):
     return loss.item(), norm(actor), log_probs.detach(), entropies.detach()
 
 
-def assert_same(found, expected, tolerance=1e-5):
-    for a, b in zip(found, expected, strict=True):
+def assert_same(results, expected, tolerance=1e-5):
+    for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
 
@@ -120,9 +120,9 @@ def assert_same(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_step_of_ppo(folders, packing, temperature):
     theirs, own = actors(folders["llama"], packing_samples=packing, temperature=temperature)
-    found, expected = ppo_step(own), ppo_step(theirs)
+    results, expected = ppo_step(own), ppo_step(theirs)
     assert expected[1] > 0.1
-    assert_same(found, expected)
+    assert_same(results, expected)
 
 
 def test_positions_after_padding_on_the_left(folders):
@@ -156,7 +156,7 @@ def test_prompts_cost_nothing_without_entropy(folders, packing, monkeypatch):
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_a_step_of_dpo(folders, packing):
     """As OpenRLHF's DPOTrainer calls its actors, with its own DPOLoss; the reference sees padding on the right."""
-    found = []
+    results = []
     for actor in actors(folders["llama"], packing_samples=packing):
         sequences, mask, _ = experience(left=False)
         log_probs, output = actor(sequences, attention_mask=mask, return_output=True, return_logprobs=True)
@@ -165,9 +165,9 @@ def test_a_step_of_dpo(folders, packing):
         reference = torch.tensor([-40.0, -30.0])
         loss, *rewards = losses.DPOLoss(beta=0.1)(logps[:1], logps[1:2], reference[:1], reference[1:])
         loss.backward()
-        found.append((loss.item(), norm(actor), log_probs.detach() * mask[:, 1:], *rewards))
-    assert found[0][1] > 0.01
-    assert_same(found[1], found[0])
+        results.append((loss.item(), norm(actor), log_probs.detach() * mask[:, 1:], *rewards))
+    assert results[0][1] > 0.01
+    assert_same(results[1], results[0])
 
 
 def test_every_entropy_is_that_of_openrlhf(folders):
@@ -191,47 +191,47 @@ def test_soft_caps_hold(folders):
 def test_a_mixture_of_experts_returns_its_load_balancing_loss(folders):
     """OpenRLHF turns router logits on and adds aux_loss itself."""
     sequences, mask, action_mask = experience()
-    found = []
+    results = []
     for actor in actors(folders["mixtral"]):
         log_probs, output = actor(sequences, action_mask, attention_mask=mask, return_output=True)
         assert "aux_loss" in output
         loss = log_probs.sum() + 0.1 * output.aux_loss
         loss.backward()
-        found.append((loss.item(), norm(actor), output.aux_loss.item()))
-    assert_same(found[1], found[0])
+        results.append((loss.item(), norm(actor), output.aux_loss.item()))
+    assert_same(results[1], results[0])
 
 
 def test_adapters(folders):
     options = {"lora_rank": 2, "target_modules": ["q_proj", "lm_head"]}
-    found = []
+    results = []
     for actor in actors(folders["llama"], **options):
         with torch.no_grad():
             for name, parameter in actor.named_parameters():
                 if "lora_B" in name:  # starts at zero, where it would show nothing
                     parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) / 4)
-        found.append(ppo_step(actor))
-    assert_same(found[1], found[0])
+        results.append(ppo_step(actor))
+    assert_same(results[1], results[0])
 
 
 def test_bf16_as_openrlhf_loads_it(folders):
     """Its logits are rounded to bf16 before they become fp32, ours are not."""
-    found = []
+    results = []
     for kind in (Actor, ours.fused(Actor)):
         actor = kind(folders["llama"], attn_implementation="sdpa", param_dtype="bf16")
         assert actor.model.dtype is torch.bfloat16
-        found.append(ppo_step(actor))
-    torch.testing.assert_close(found[1][2], found[0][2], rtol=0.02, atol=0.02)
-    assert found[1][2].dtype is torch.float32
+        results.append(ppo_step(actor))
+    torch.testing.assert_close(results[1][2], results[0][2], rtol=0.02, atol=0.02)
+    assert results[1][2].dtype is torch.float32
 
 
 def test_calls_for_logits_are_actors_own(folders):
     sequences, mask, _ = experience()
     theirs, own = actors(folders["llama"])
     expected = theirs(sequences, attention_mask=mask, return_output=True, return_entropy=True)
-    found = own(sequences, attention_mask=mask, return_output=True, return_entropy=True)
-    assert found.logits.shape == (3, 12, V)
-    torch.testing.assert_close(found.logits, expected.logits)
-    torch.testing.assert_close(found.entropy, expected.entropy)
+    results = own(sequences, attention_mask=mask, return_output=True, return_entropy=True)
+    assert results.logits.shape == (3, 12, V)
+    torch.testing.assert_close(results.logits, expected.logits)
+    torch.testing.assert_close(results.entropy, expected.entropy)
 
 
 def test_samples_cut_over_the_ranks_of_a_ring(folders):

@@ -194,20 +194,20 @@ def test_the_patch_outlives_accelerates_unwrapping(tmp_path):
 
 def test_evaluation(tmp_path):
     """Its loss is the plain model's; what compute_metrics sees are log-probs and the mask of those that count."""
-    seen = {}
+    records = {}
 
-    def compute_metrics(found):
-        logprobs, mask = found.predictions
-        seen.update(logprobs=torch.tensor(logprobs), mask=torch.tensor(mask))
+    def compute_metrics(results):
+        logprobs, mask = results.predictions
+        records.update(logprobs=torch.tensor(logprobs), mask=torch.tensor(mask))
         return {"nats": -logprobs[mask == 1].mean()}
 
     model, plain = twins(make_model("llama"))
     ours, theirs = trained(patch_causal_lm(model), tmp_path)[0], trained(plain, tmp_path)[0]
     ours.compute_metrics = compute_metrics
-    found = ours.evaluate()
-    assert found["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-4)
-    assert found["eval_nats"] == pytest.approx(found["eval_loss"], rel=1e-4)
-    assert seen["logprobs"].shape == (3, 9) and seen["mask"].eq(1).sum() == (6 + 9 + 7) - 3 * 3
+    results = ours.evaluate()
+    assert results["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-4)
+    assert results["eval_nats"] == pytest.approx(results["eval_loss"], rel=1e-4)
+    assert records["logprobs"].shape == (3, 9) and records["mask"].eq(1).sum() == (6 + 9 + 7) - 3 * 3
 
 
 def test_label_smoothing_takes_the_models_own_logits(tmp_path):

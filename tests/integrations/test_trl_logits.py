@@ -22,8 +22,8 @@ def both():
     targets = torch.randint(11, (4, 6), generator=generator)
     targets[:, :2], targets[:, -1] = -100, -100
     outputs = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
-    found = rk.linear_logprobs(hidden, weight, targets, temperature=TEMPERATURE, outputs=outputs)
-    never = LogitsNeverMade({"targets": targets} | found._asdict(), TEMPERATURE)
+    results = rk.linear_logprobs(hidden, weight, targets, temperature=TEMPERATURE, outputs=outputs)
+    never = LogitsNeverMade({"targets": targets} | results._asdict(), TEMPERATURE)
     return hidden @ weight.T, never, targets
 
 

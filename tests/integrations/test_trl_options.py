@@ -117,21 +117,21 @@ def test_the_head_in_fp32_under_autocast(tmp_path, monkeypatch, scored):
     Trained are the head and the norm before it, whose gradients stay in fp32. Further down autocast rounds them to bf16
     at every layer, and makes 1e-3 of a difference of 1e-7 wherever the two fall on different sides of a rounding.
     """
-    seen = []
+    records = []
     own = scores.linear_logprobs
 
     def watched(hidden, *others, **options):
-        seen.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
+        records.append((hidden.dtype, torch.is_autocast_enabled("cpu")))
         return own(hidden, *others, **options)
 
     monkeypatch.setattr(scores, "linear_logprobs", watched)
     options = {"bf16": True, "max_steps": 1}
     frozen = ("model.embed_tokens", "model.layers")
     compare("GRPO", tmp_path, scored, cast_lm_head_to_fp32=True, relative=1e-5, frozen=frozen, **options)
-    assert set(seen) == {(torch.float32, False)}
-    seen.clear()
+    assert set(records) == {(torch.float32, False)}
+    records.clear()
     steps_of(make_trainer(fused(trl.GRPOTrainer), "GRPO", tmp_path / "plain", make_model("llama"), **options))
-    assert {autocast for _, autocast in seen} == {True}
+    assert {autocast for _, autocast in records} == {True}
 
 
 RLOO_OPTIONS = {
@@ -193,10 +193,10 @@ def test_evaluation(kind, tmp_path, scored):
 @pytest.mark.parametrize("kind", ["DPO", "SFT"])
 def test_metrics_of_logits(kind, tmp_path):
     """`compute_metrics` gets the logits of the model's own forward, as in TRL."""
-    given = []
+    arguments = []
 
     def compute_metrics(predictions):
-        given.append(predictions.predictions)
+        arguments.append(predictions.predictions)
         return {"spread": float(np.std(predictions.predictions))}
 
     logged = []
@@ -208,8 +208,8 @@ def test_metrics_of_logits(kind, tmp_path):
         )  # fmt: skip
         logged.append([trainer.evaluate()])
     assert_same(logged[1], logged[0])
-    assert given[0].ndim == 3
-    np.testing.assert_allclose(given[1], given[0], rtol=1e-4, atol=1e-5)
+    assert arguments[0].ndim == 3
+    np.testing.assert_allclose(arguments[1], arguments[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(VERSION != (1, 13), reason="TRL 1.15 and later let Liger replace layers alone")

@@ -46,7 +46,7 @@ def problem(dtype=torch.float32, batch=(2, 7), dim=20):
 
 def gradients_of(function, *leaves, upstream):
     """(log-probs, entropies, gradients), the first two flat, with unlike upstream gradients for each token."""
-    logprobs, entropy = (found.flatten() for found in function(*leaves))
+    logprobs, entropy = (results.flatten() for results in function(*leaves))
     grads = torch.autograd.grad((torch.stack([logprobs, entropy]) * upstream).sum(), leaves[:2])
     return logprobs, entropy, *grads
 
@@ -56,11 +56,11 @@ def test_values_and_gradients_of_verls_torch_path():
     upstream = torch.randn(2, labels.numel())
     theirs = verl("utils.experimental.torch_functional").FusedLinearForPPO(chunk_size=4, impl_backend="torch")
     expected = gradients_of(lambda *leaves: theirs(*leaves, temperature=0.7), hidden, weight, labels, upstream=upstream)
-    found = gradients_of(
+    results = gradients_of(
         lambda *leaves: ours.linear_cross_entropy(*leaves, 0.7, "none"), hidden, weight, labels, upstream=upstream
     )
     assert (expected[0] < 0).all(), "log-probs, not losses"
-    for name, a, b in zip(("log-probs", "entropies", "hidden", "weight"), found, expected, strict=True):
+    for name, a, b in zip(("log-probs", "entropies", "hidden", "weight"), results, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -72,8 +72,8 @@ def test_it_takes_what_verls_function_takes(kernel):
 
 def test_results_are_flat_and_fp32():
     hidden, weight, labels = problem(torch.bfloat16)
-    for found in ours.linear_cross_entropy(hidden, weight, labels.int(), 1.0, "none"):
-        assert found.shape == (14,) and found.dtype is torch.float32
+    for results in ours.linear_cross_entropy(hidden, weight, labels.int(), 1.0, "none"):
+        assert results.shape == (14,) and results.dtype is torch.float32
 
 
 def test_bf16_logits_are_not_rounded():
@@ -144,15 +144,15 @@ def test_a_step_through_the_forward_that_verl_puts_into_models(kernel, monkeypat
     inputs = {"input_ids": ids, "position_ids": torch.cat([torch.arange(7), torch.arange(5)])[None]}
     if labels == "shift_labels":
         inputs["shift_labels"] = torch.randint(V, (1, 12), generator=torch.Generator().manual_seed(4))
-    found = {}
+    results = {}
     ours.patch()
     for backend in ("torch", "triton"):
         model = model_of(name)
         switch(model, use_fused_kernels=True, fused_kernels_backend=backend)
-        found[backend] = ppo_step(model, **inputs)
-    for a, b in zip(found["triton"], found["torch"], strict=True):
+        results[backend] = ppo_step(model, **inputs)
+    for a, b in zip(results["triton"], results["torch"], strict=True):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=1e-5, atol=1e-5)
-    assert found["torch"][1] > 0.1
+    assert results["torch"][1] > 0.1
 
 
 def test_without_the_patch_that_forward_wants_a_gpu(kernel, monkeypatch):

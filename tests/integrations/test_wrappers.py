@@ -23,7 +23,7 @@ HOSTS = ROOT / "build/peers"
 RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"wrappers-{n}")) for n in (2, 4)]
 ZERO_RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"zero-{n}")) for n in (2, 4)]
 
-Found = dict[str, dict[str, dict[str, Any]]]  # group -> case -> what it found
+Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> what it found
 
 # Beside what the unpatched model in fp32, on halves of the batches, comes to. Relative to how far three steps moved a
 # parameter, about a hundredth of its size, and to the loss.
@@ -31,15 +31,15 @@ PARAMETERS, LOSS = 5e-6, 2e-7
 TIMEOUT = 500  # seconds of a launch, which takes about 60 where the cores are free
 
 
-def launched(script: str, ranks: int, overlay: str = "") -> Found:
+def launched(script: str, ranks: int, overlay: str = "") -> Results:
     """Everything that `script` found, on so many ranks. It runs once, also where it fails."""
-    found, output = _launched(script, ranks, overlay)
-    assert found is not None, output
-    return found
+    results, output = _launched(script, ranks, overlay)
+    assert results is not None, output
+    return results
 
 
 @functools.cache
-def _launched(script: str, ranks: int, overlay: str) -> tuple[Found | None, str]:
+def _launched(script: str, ranks: int, overlay: str) -> tuple[Results | None, str]:
     """What `script` found, or None, and the end of what it printed."""
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join(filter(None, [str(ROOT), overlay, os.environ.get("PYTHONPATH", "")]))
@@ -61,14 +61,14 @@ def _launched(script: str, ranks: int, overlay: str) -> tuple[Found | None, str]
             )
         if process.returncode != 0:
             return None, output[-8000:]
-        found: Found = {}
+        outcomes: Results = {}
         for line in results.read_text().splitlines():
             values = json.loads(line)
-            found.setdefault(values.pop("group"), {})[values.pop("case")] = values
-    return found, ""
+            outcomes.setdefault(values.pop("group"), {})[values.pop("case")] = values
+    return outcomes, ""
 
 
-def with_deepspeed(ranks: int) -> Found:
+def with_deepspeed(ranks: int) -> Results:
     overlay = ""
     if importlib.util.find_spec("deepspeed") is None:
         folders = sorted(HOSTS.glob("deepspeed-*"))
@@ -80,11 +80,11 @@ def with_deepspeed(ranks: int) -> Found:
 
 def assert_equal(cases: dict[str, dict[str, Any]]) -> None:
     unlike = {
-        name: found
-        for name, found in cases.items()
+        name: results
+        for name, results in cases.items()
         if not (
-            found["difference"] <= 1.25 * found["unfused"] + PARAMETERS
-            and found["loss_difference"] <= 2 * found["unfused_loss"] + LOSS
+            results["difference"] <= 1.25 * results["unfused"] + PARAMETERS
+            and results["loss_difference"] <= 2 * results["unfused_loss"] + LOSS
         )
     }
     assert not unlike
@@ -103,18 +103,18 @@ def test_without_the_wrapper_the_difference_shows(ranks):
     """The same script, but for the inner model being called: no gradient is synchronised, and the bar sees that."""
     cases = launched("wrapped_torch", ranks)["unequal"]
     assert cases
-    for name, found in cases.items():
-        assert found["difference"] > 0.1, name
+    for name, results in cases.items():
+        assert results["difference"] > 0.1, name
         with pytest.raises(AssertionError):
-            assert_equal({name: found})
+            assert_equal({name: results})
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_in_bf16_no_further_from_fp32_than_the_unpatched_model(ranks):
     cases = launched("wrapped_torch", ranks)["bf16"]
     assert cases
-    for name, found in cases.items():
-        assert found["difference"] <= 1.2 * found["unfused"] + 0.01, (name, found)
+    for name, results in cases.items():
+        assert results["difference"] <= 1.2 * results["unfused"] + 0.01, (name, results)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -136,5 +136,5 @@ def test_zero_trains_as_one_process(ranks):
 def test_zero_3_is_refused_where_weights_are_not_gathered(ranks):
     refused = with_deepspeed(ranks)["refused"]
     assert len(refused) == 2
-    for name, found in refused.items():
-        assert "are not there yet" in found["message"] and "LogitOptions" in found["message"], name
+    for name, results in refused.items():
+        assert "are not there yet" in results["message"] and "LogitOptions" in results["message"], name

@@ -79,15 +79,15 @@ def made(model: Any, config: Any) -> Any:
 def batches() -> list[Batch]:
     """One for each step. Lengths differ, so that ranks hold different numbers of tokens."""
     generator = torch.Generator().manual_seed(2)
-    found = []
+    results = []
     for _ in range(STEPS):
         ids = torch.randint(2, VOCABULARY, (2 * PAIRS, LENGTH), generator=generator)
         lengths = torch.randint(4, LENGTH + 1, (2 * PAIRS, 1), generator=generator)
         position = torch.arange(LENGTH)
         labels = ids.masked_fill((position < 2) | (position >= lengths), -100)
         ref_logps = -20.0 + torch.randn(2 * PAIRS, generator=generator)
-        found.append(Batch(ids, (position < lengths).long(), labels, ref_logps))
-    return found
+        results.append(Batch(ids, (position < lengths).long(), labels, ref_logps))
+    return results
 
 
 def token_count(batch: Batch) -> Tensor:
@@ -169,12 +169,12 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_checkpoint_wrapped_module"))
 
 
-def difference(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+def difference(results: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
     """The largest ||found - expected|| / ||expected - start|| of a parameter, over all ranks. Relative to how far
     training moved it, not to its size, of which three steps are a small part."""
-    assert found.keys() == expected.keys() == start.keys(), sorted(found.keys() ^ expected.keys())
+    assert results.keys() == expected.keys() == start.keys(), sorted(results.keys() ^ expected.keys())
     worst = 0.0
-    for name, value in found.items():
+    for name, value in results.items():
         moved = (expected[name] - start[name]).norm()
         if moved == 0:
             assert value.equal(start[name]), f"{name} is frozen"
@@ -185,9 +185,9 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor], start: dic
     return largest.item()
 
 
-def loss_difference(found: list[float], expected: list[float]) -> float:
+def loss_difference(results: list[float], expected: list[float]) -> float:
     """The largest relative one of a step. `found` are this rank's, whose mean over ranks is the batch's."""
-    mean = torch.tensor(found)
+    mean = torch.tensor(results)
     dist.all_reduce(mean)
     return max(abs(a / dist.get_world_size() / b - 1) for a, b in zip(mean.tolist(), expected, strict=True))
 
@@ -203,8 +203,8 @@ def compared(trained: Trained, make: Callable[[], Any], run: Run, start: dict[st
     }
 
 
-def worst_of(found: list[dict[str, float]]) -> dict[str, float]:
-    return {key: max(one[key] for one in found) for key in found[0]}
+def worst_of(results: list[dict[str, float]]) -> dict[str, float]:
+    return {key: max(one[key] for one in results) for key in results[0]}
 
 
 def message_of(error: type[Exception], call: Callable[[], Any]) -> str:
@@ -227,11 +227,11 @@ def report(groups: dict[str, dict[str, Callable[[], dict[str, Any]]]]) -> None:
     for group, cases in groups.items():
         for name, case in cases.items():
             try:
-                found = case()
+                results = case()
             except Exception as error:
                 error.add_note(f"This was the case {name!r}.")
                 raise
             if dist.get_rank() == 0:
                 with open(sys.argv[1], "a") as file:
-                    print(json.dumps({"group": group, "case": name, **found}), file=file)
+                    print(json.dumps({"group": group, "case": name, **results}), file=file)
     leave()

@@ -80,8 +80,8 @@ def make_batch(padding="right"):
 def logprobs_of_logits(logits, labels):
     """[B, T]: position t holds log p(label t + 1); 0 where that is masked."""
     targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-    found = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-    return found * (targets != IGNORED)
+    results = logits.float().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    return results * (targets != IGNORED)
 
 
 def own(model, inputs):

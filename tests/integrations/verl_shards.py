@@ -20,9 +20,9 @@ def main():
 
     def run(hidden, weight, *group):
         hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        found = torch.stack(linear_cross_entropy(hidden, weight, labels, 0.7, "none", *group))
-        (found * upstream).sum().backward()
-        return found.detach(), hidden.grad, weight.grad
+        results = torch.stack(linear_cross_entropy(hidden, weight, labels, 0.7, "none", *group))
+        (results * upstream).sum().backward()
+        return results.detach(), hidden.grad, weight.grad
 
     mine = slice(rank * rows, (rank + 1) * rows)
     whole, sharded = run(hidden, weight), run(hidden, weight[mine], dist.group.WORLD)

@@ -37,7 +37,7 @@ from tests.integrations.three_steps import (
     worst_of,
 )
 
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 class Wrapping(NamedTuple):
@@ -78,17 +78,17 @@ def whole_parameters(model: Any) -> dict[str, Any]:
         return {plain_name(name): value for name, value in snapshot(model).items()}
 
 
-def compare(wrapping: Wrapping) -> Found:
+def compare(wrapping: Wrapping) -> Results:
     """The largest relative differences, over losses and optimizers."""
-    found = []
+    results = []
     for run in runs(wrapping.micros):
         model = wrapping.model()
         start = snapshot(model)
         engine = initialized(wrapping.patch(model), wrapping, run)
         trained = train(engine, run)
         engine.destroy()
-        found.append(compared(trained, wrapping.model, run, start))
-    return worst_of(found)
+        results.append(compared(trained, wrapping.model, run, start))
+    return worst_of(results)
 
 
 def initialized(model: Any, wrapping: Wrapping, run: Run) -> Any:
@@ -115,12 +115,12 @@ def born_sharded_and_patched(plain: Any) -> Any:
     return patch_causal_lm(born_sharded(plain), logit_options=options)
 
 
-def asked_before_weights_are_there() -> Found:
+def asked_before_weights_are_there() -> Results:
     model = born_sharded(llama())
     return {"message": message_of(ValueError, lambda: patch_causal_lm(model))}
 
 
-def head_outside() -> Found:
+def head_outside() -> Results:
     engine = initialized(llama(), Wrapping(3), Run("sft", "sgd"))
     message = message_of(ValueError, lambda: lm_head_of(engine.module))
     engine.destroy()

@@ -52,7 +52,7 @@ from tests.integrations.three_steps import (
     worst_of,
 )
 
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 def itself(wrapper: Any) -> Any:
@@ -103,15 +103,15 @@ def whole_parameters(wrapper: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def compare(wrapping: Wrapping) -> Found:
+def compare(wrapping: Wrapping) -> Results:
     """The largest relative differences, over losses and optimizers."""
-    found = []
+    results = []
     for run in runs(wrapping.micros):
         model = wrapping.model()
         start = snapshot(model)
         trained = train(wrapping.wrap(model), run, wrapping.call, wrapping.loss)
-        found.append(compared(trained, wrapping.model, run, start))
-    return worst_of(found)
+        results.append(compared(trained, wrapping.model, run, start))
+    return worst_of(results)
 
 
 def ddp(model: Any, **options: Any) -> DDP:
@@ -158,7 +158,7 @@ def accelerated(model: Any) -> DDP:
     return Accelerator(cpu=True).prepare(patch_causal_lm(model))
 
 
-def accelerate_in_bf16() -> Found:
+def accelerate_in_bf16() -> Results:
     """Accelerate runs forward under autocast and turns what it returns into fp32."""
     AcceleratorState._reset_state(True)  # or another mixed_precision than that of the last one would be refused
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -169,24 +169,24 @@ def accelerate_in_bf16() -> Found:
     return in_bf16(lambda model, loss: accelerator.prepare(patch_causal_lm(model) if loss is loss_of else model))
 
 
-def fsdp2_in_bf16(**options: Any) -> Found:
+def fsdp2_in_bf16(**options: Any) -> Results:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    seen = set()
+    records = set()
 
     def wrap(model: Any, loss: Callable[..., Any]) -> Any:
         patch = patch_causal_lm if loss is loss_of else itself
         wrapped = sharded(model, patch, mp_policy=policy, **options)
-        wrapped.lm_head.register_forward_pre_hook(lambda _head, args: seen.add(args[0].dtype))
+        wrapped.lm_head.register_forward_pre_hook(lambda _head, args: records.add(args[0].dtype))
         return wrapped
 
-    found = in_bf16(wrap)
-    assert seen == {torch.bfloat16}, seen
-    return found
+    results = in_bf16(wrap)
+    assert records == {torch.bfloat16}, records
+    return results
 
 
-def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Found:
+def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Results:
     """How far the patched model and the unpatched one, wrapped alike, come from the fp32 run in one process."""
-    found = {"difference": 0.0, "unfused": 0.0}
+    results = {"difference": 0.0, "unfused": 0.0}
     for run in runs():
         model = llama()
         start, expected = snapshot(model), truth(llama, run).parameters
@@ -194,8 +194,8 @@ def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Found:
             wrapped = wrap(copy.deepcopy(model), loss)
             trained = train(wrapped, run, itself, loss)
             assert {p.dtype for p in wrapped.parameters()} == {torch.float32}
-            found[name] = max(found[name], difference(trained.parameters, expected, start))
-    return found
+            results[name] = max(results[name], difference(trained.parameters, expected, start))
+    return results
 
 
 def changed_in_place(wrapper: Any, batch: Batch, whole: Batch, run: Run, ranks: int) -> torch.Tensor:
@@ -210,18 +210,18 @@ def inner(wrapper: Any) -> Any:
     return wrapper.module
 
 
-def head_outside() -> Found:
+def head_outside() -> Results:
     model = sharded(llama())
     return {"message": message_of(ValueError, lambda: lm_head_of(model))}
 
 
-def patched_after() -> Found:
+def patched_after() -> Results:
     """A model that is sharded already cannot be asked; with its options given, it need not be."""
     model = sharded(llama(), patch=itself)
     return {"message": message_of(ValueError, lambda: patch_causal_lm(model))}
 
 
-def head_checkpointed() -> Found:
+def head_checkpointed() -> Results:
     model = patch_causal_lm(llama())
     model.lm_head = checkpoint_wrapper(model.lm_head)
     (batch,) = micro_batches(batches()[0], 1)

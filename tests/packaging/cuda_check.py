@@ -28,9 +28,9 @@ def record(path):
 def compile_and_record(arguments):
     command = [Path(os.environ["CUDA_HOME"], "bin", "nvcc"), *arguments, "-Xptxas", "-v"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    said = done.stdout.splitlines(keepends=True)
-    of_ptxas = [line for line in said if line.startswith("ptxas info") or SPILLS.search(line)]
-    sys.stdout.writelines(line for line in said if line not in of_ptxas)
+    messages = done.stdout.splitlines(keepends=True)
+    of_ptxas = [line for line in messages if line.startswith("ptxas info") or SPILLS.search(line)]
+    sys.stdout.writelines(line for line in messages if line not in of_ptxas)
     if done.returncode == 0 and "-o" in arguments:
         record(arguments[arguments.index("-o") + 1]).write_text("".join(of_ptxas))
     return done.returncode
@@ -39,7 +39,7 @@ def compile_and_record(arguments):
 def resources(text):
     """{(architecture, function): its figures}, in the order of what ptxas says. A function that is called instead of
     inlined is an entry of its own, without registers: those are counted with the kernel."""
-    found, arch, kernel, function = {}, None, None, None
+    results, arch, kernel, function = {}, None, None, None
     for line in text.splitlines():
         if match := ENTRY.search(line):
             (kernel, arch), function = match.groups(), None
@@ -47,12 +47,12 @@ def resources(text):
             function = match[1]
         elif match := SPILLS.search(line):
             stack, stores, loads = map(int, match.groups())
-            found.setdefault((arch, function), {}).update(stack=stack, spills=stores + loads)
+            results.setdefault((arch, function), {}).update(stack=stack, spills=stores + loads)
         elif match := USED.search(line):
             shared = SHARED.search(line)
             figures = {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
-            found.setdefault((arch, kernel), {}).update(figures)
-    return found
+            results.setdefault((arch, kernel), {}).update(figures)
+    return results
 
 
 def plain(names):
@@ -60,8 +60,8 @@ def plain(names):
     names = list(names)
     if names and shutil.which("c++filt"):
         done = subprocess.run(["c++filt", "-p"], input="\n".join(names), stdout=subprocess.PIPE, text=True, check=True)
-        told = done.stdout.replace("(anonymous namespace)::", "").splitlines()
-        return dict(zip(names, told, strict=True))
+        output = done.stdout.replace("(anonymous namespace)::", "").splitlines()
+        return dict(zip(names, output, strict=True))
     return {name: name for name in names}
 
 
@@ -75,19 +75,19 @@ def report(build):
         if not kept.exists():
             wrong.append(f"{kept} is missing, with what ptxas said of {name}: run make clean and this again.")
             continue
-        found = resources(kept.read_text())
-        names = plain(dict.fromkeys(function for _, function in found))
+        kernels = resources(kept.read_text())
+        names = plain(dict.fromkeys(function for _, function in kernels))
         print(f"{name}")
-        for (arch, function), figures in found.items():
+        for (arch, function), figures in kernels.items():
             row = " ".join(f"{figures.get(key, '-'):>7}" for key in ("registers", "shared", "stack", "spills"))
             if arch == ARCH:
                 print(f"{row}  {names[function]}")
             if figures.get("spills"):
-                told = f"{names[function]} ({name}) spills {figures['spills']} bytes on {arch}."
-                (wrong if arch == ARCH else remarks).append(told)
-        if not any(arch == ARCH for arch, _ in found) and any(map(ENTRY.search, kept.read_text().splitlines())):
+                remark = f"{names[function]} ({name}) spills {figures['spills']} bytes on {arch}."
+                (wrong if arch == ARCH else remarks).append(remark)
+        if not any(arch == ARCH for arch, _ in kernels) and any(map(ENTRY.search, kept.read_text().splitlines())):
             wrong.append(f"{name} was not compiled for {ARCH}; TORCH_CUDA_ARCH_LIST leaves it out.")
-    print(*(f"Not counted: {told}" for told in remarks), sep="\n", end="\n" if remarks else "")
+    print(*(f"Not counted: {remark}" for remark in remarks), sep="\n", end="\n" if remarks else "")
     return wrong
 
 

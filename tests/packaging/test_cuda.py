@@ -72,12 +72,12 @@ def test_no_toolkit_is_said_in_a_sentence(site):
 
 @pytest.mark.parametrize("kind", ["script", "link"])
 def test_what_is_on_the_path_leads_to_the_toolkit(site, tmp_path, kind):
-    home, found = make_toolkit(tmp_path / "real"), tmp_path / "path" / "nvcc"
+    home, nvcc = make_toolkit(tmp_path / "real"), tmp_path / "path" / "nvcc"
     if kind == "script":
-        found.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
-        found.chmod(0o755)
+        nvcc.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+        nvcc.chmod(0o755)
     else:
-        found.symlink_to(home / "bin" / "nvcc")
+        nvcc.symlink_to(home / "bin" / "nvcc")
     assert setup_cuda.toolkit() == home
 
 
