@@ -34,14 +34,14 @@ class Packed:
 
 def both_forms(batch, function):
     """function(leaves, hidden, labels, packing) on the packed form and on the padded one -> two (value, gradients)."""
-    found = []
+    results = []
     for padded in (False, True):
         leaves = T.leaves_of(batch.leaves)
         form = (*batch.padded(leaves[0]), {}) if padded else (leaves[0], batch.labels, {"cu_seqlens": batch.cu})
         value = function(leaves, *form)
         upstream = T.randn(*value.shape, seed=3, device=value.device)
-        found.append((value.detach(), T.gradients([value], [upstream], leaves)))
-    return found
+        results.append((value.detach(), T.gradients([value], [upstream], leaves)))
+    return results
 
 
 def assert_same(backend, packed, padded, dtype):

@@ -165,17 +165,17 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(native, device, 
     def grads():
         leaves = T.leaves_of((head.hidden, head.weight, head.bias))
         out = rk.linear_logprobs(leaves[0], leaves[1], head.targets, leaves[2], outputs=("entropy",), backend=native)
-        found = list(torch.autograd.grad([out.logprobs, out.entropy], leaves, [upstream, upstream]))
+        results = list(torch.autograd.grad([out.logprobs, out.entropy], leaves, [upstream, upstream]))
         policy = T.leaves_of((inputs.hidden, inputs.weight, inputs.bias))
         kl = rk.linear_kl(
             policy[0], policy[1], inputs.ref_hidden, inputs.ref_weight, bias=policy[2], ref_bias=inputs.ref_bias,
             backend=native,
         )  # fmt: skip
-        found += torch.autograd.grad(kl, policy, upstream)
+        results += torch.autograd.grad(kl, policy, upstream)
         batch = T.leaves_of((head.hidden.view(4, 50, 64), head.weight))
         labels = head.targets.view(4, 50)
         fused = rk.linear_dpo_loss(*batch, labels, torch.zeros(4, device=device), backend=native)
-        return found + list(torch.autograd.grad(fused.loss, batch))
+        return results + list(torch.autograd.grad(fused.loss, batch))
 
     torch.set_num_threads(1)
     want = grads()

@@ -278,24 +278,24 @@ def samples(device, on_cuda):
             True,
         )
 
-    found = {"linear_logprobs": [], "linear_logprobs_backward": [], "linear_kl": [], "linear_kl_backward": []}
+    arguments = {"linear_logprobs": [], "linear_logprobs_backward": [], "linear_kl": [], "linear_kl_backward": []}
     every = -(-len(h.hidden) // 64) * 64 * -(-len(h.weight) // 64) * 64  # logits, and what pads them
     for gemm, kept in ((fp32, 0), (fp32, every), (bf16, 0)):
         hidden, weight, bias = policy(True)
-        found["linear_logprobs"].append((hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, kept))
+        arguments["linear_logprobs"].append((hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, kept))
         hidden, weight, bias = policy(False)
         out = ops.linear_logprobs(hidden, weight, h.targets, bias, *transform, -100, gemm, *flags, kept)
-        found["linear_logprobs_backward"].append(
+        arguments["linear_logprobs_backward"].append(
             (up, up, up, hidden, weight, h.targets, bias, out[1], out[2], out[3], out[-1], *transform, -100, gemm,
              True, not kept, True)
         )  # fmt: skip
-    found["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
+    arguments["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
     for kept in (0,) if on_cuda else (0, 2 * every):
-        found["linear_kl"].append((*kl_args(True), kept))
+        arguments["linear_kl"].append((*kl_args(True), kept))
         args = kl_args(False)
         results = ops.linear_kl(*args, kept)
-        found["linear_kl_backward"].append((up, *results, *args, not kept, True, not kept))
-    return found | {
+        arguments["linear_kl_backward"].append((up, *results, *args, not kept, True, not kept))
+    return arguments | {
         "kl_penalty": [(leaf(x), leaf(y), k) for k in range(3)],
         "kl_penalty_backward": [(x, x, y, k) for k in range(3)],
         "dpo_loss": [(leaf(x), leaf(y), pairs, pairs.flip(0), 0.3, k, 0.1 * (k == 0)) for k in range(4)]

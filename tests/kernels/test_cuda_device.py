@@ -71,13 +71,13 @@ def test_two_streams_at_once(native, device):
     heads = [T.make_head(*SHAPE, seed=s, device=device) for s in (1, 2)]
     alone = [step(head) for head in heads]
     torch.cuda.synchronize()
-    streams, found = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
+    streams, values = [torch.cuda.Stream(), torch.cuda.Stream()], [[], []]
     for _ in range(10):
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                found[i].append(step(heads[i]))
+                values[i].append(step(heads[i]))
     torch.cuda.synchronize()
-    for results, want in zip(found, alone, strict=True):
+    for results, want in zip(values, alone, strict=True):
         for result in results:
             assert all(torch.equal(a, b) for a, b in zip(result, want, strict=True))
 

@@ -228,5 +228,5 @@ def test_a_gpu_older_than_the_kernels_is_told_before_one_starts(monkeypatch, arc
     monkeypatch.setattr(_extension, "_report", {"cuda_arches": arches})
     monkeypatch.setattr(_extension, "native_has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    said = _extension.why_not_on(torch.device("cuda"))
-    assert said is None if reason is None else reason in said
+    message = _extension.why_not_on(torch.device("cuda"))
+    assert message is None if reason is None else reason in message

@@ -24,8 +24,8 @@ def results(native, head, options):
     out = rk.linear_logprobs(*leaves[:2], head.targets, leaves[2], outputs=("entropy",), backend=native, **options)
     weights = T.randn(2, len(head.targets), device=head.hidden.device)
     loss = (weights[0] * out.logprobs + weights[1] * out.entropy).sum()
-    given = [leaf for leaf in leaves if leaf is not None]
-    return [out.logprobs.detach(), *torch.autograd.grad(loss, given)]
+    arguments = [leaf for leaf in leaves if leaf is not None]
+    return [out.logprobs.detach(), *torch.autograd.grad(loss, arguments)]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def kl_results(native, inputs, **options):
     kl = rk.linear_kl(
         *leaves[:2], *inputs[2:5], bias=leaves[2], ref_bias=inputs.ref_bias, backend=native, **options
     )  # fmt: skip
-    given = [leaf for leaf in leaves if leaf is not None]
-    return [kl.detach(), *torch.autograd.grad((kl * T.randn(len(kl), device=kl.device)).sum(), given)]
+    arguments = [leaf for leaf in leaves if leaf is not None]
+    return [kl.detach(), *torch.autograd.grad((kl * T.randn(len(kl), device=kl.device)).sum(), arguments)]
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ def test_the_expectations_and_those_of_the_gradients_against_the_exact_kl(backen
     kl = exact["policy_ref"].item()
     assert abs(exact["ref_policy"].item() - kl) > 0.05 * kl  # or the test could not tell them apart
     assert (abs(expectation.item() - kl) < 1e-5 * kl) == (estimator != "k2")
-    found = torch.autograd.grad(expectation, (hidden, weight))
+    results = torch.autograd.grad(expectation, (hidden, weight))
     grads = {name: torch.autograd.grad(value, (hidden, weight)) for name, value in exact.items()}
     assert all(T.relative_error(a, b) > 0.1 for a, b in zip(*grads.values(), strict=True))
-    for i, grad in enumerate(found):
+    for i, grad in enumerate(results):
         if estimator == "k1":
             assert grad.norm() < 1e-5 * grads["policy_ref"][i].norm()
         else:

@@ -81,14 +81,14 @@ def test_a_vocabulary_without_possible_tokens_has_no_nan_in_its_maximum(library)
 @pytest.mark.parametrize("upstream", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, -0.7, 1.1)])
 def test_gradient(library, kind, upstream):
     z = logits(kind)
-    found = []
+    results = []
     for dtype in (torch.float64, torch.float32):
         leaf = z.clone().to(dtype).requires_grad_()
         logp = leaf.log_softmax(0)
         entropy = -(logp.exp() * logp).sum()
         (upstream[0] * logp[0] + upstream[1] * leaf.logsumexp(0) + upstream[2] * entropy).backward()
-        found.append((leaf.grad, entropy.detach().item()))
-    (truth, entropy), (eager, _) = found
+        results.append((leaf.grad, entropy.detach().item()))
+    (truth, entropy), (eager, _) = results
     row = torch.tensor([z.max(), (z.double() - z.max()).logsumexp(0), *upstream, entropy])
     got = call(library.softmax_gradient, z, len(z), row, upstream[2] != 0, size=len(z))
     assert T.relative_error(got, truth) <= T.gradient_limit(T.relative_error(eager, truth), torch.float32)

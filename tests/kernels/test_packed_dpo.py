@@ -17,8 +17,8 @@ def reference_of(batch, kind):
     if kind == "none":
         return {}, {}
     if kind == "logps":
-        given = {"ref_logps": -T.randn(len(batch.lengths), seed=9, device=batch.cu.device).abs() * 20}
-        return given, given
+        arguments = {"ref_logps": -T.randn(len(batch.lengths), seed=9, device=batch.cu.device).abs() * 20}
+        return arguments, arguments
     ref = T.make_head(len(batch.labels), 36, 129, dtype=batch.hidden.dtype, bias=True, seed=50, device=batch.cu.device)
     head = {"ref_weight": ref.weight, "ref_bias": ref.bias}
     return {"ref_hidden": ref.hidden, **head}, {"ref_hidden": batch.padded(ref.hidden)[0], **head}
@@ -27,18 +27,18 @@ def reference_of(batch, kind):
 def check(backend, batch, reference="logps", **options):
     """Everything that the loss returns, and its gradients."""
     packed_reference, padded_reference = reference_of(batch, reference)
-    found = []
+    results = []
 
     def op(leaves, hidden, labels, packing):
         ref = packed_reference if packing else padded_reference
         out = rk.linear_dpo_loss(
             hidden, leaves[1], labels, bias=leaves[2], beta=0.05, backend=backend, **options, **ref, **packing
         )
-        found.append(out)
+        results.append(out)
         return out.loss
 
     assert_same(backend, *both_forms(batch, op), batch.hidden.dtype)
-    packed, padded = found
+    packed, padded = results
     assert packed.policy_logps.shape == (len(batch.lengths),)
     for got, want in zip(packed[1:], padded[1:], strict=True):
         if reference == "none" and want is None:  # ref_logps

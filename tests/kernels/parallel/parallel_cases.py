@@ -78,8 +78,8 @@ def the_gradient_of_hidden_is_rounded_once():
     def gradient(hidden):
         leaf = hidden.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):  # with fp32 leaves nothing but the operands is rounded
-            found = R.linear_logprobs("even")(leaf, h.weight, h.targets, h.bias)
-        return torch.autograd.grad(found.logprobs.sum(), leaf)[0]
+            results = R.linear_logprobs("even")(leaf, h.weight, h.targets, h.bias)
+        return torch.autograd.grad(results.logprobs.sum(), leaf)[0]
 
     unrounded = gradient(h.hidden.float())
     assert unrounded.dtype == torch.float32
@@ -99,8 +99,8 @@ def kept_and_recomputed_logits():
         _workspace.logits_to_keep = choice
         h = R.head(40, 16, 257, masked=0.25)
         leaves = T.leaves_of((h.hidden, h.weight, h.bias))
-        found = R.linear_logprobs("even", "native")(leaves[0], leaves[1], h.targets, leaves[2], outputs=("entropy",))
-        grads.append(torch.autograd.grad((found.logprobs + found.entropy).sum(), leaves))
+        results = R.linear_logprobs("even", "native")(leaves[0], leaves[1], h.targets, leaves[2], outputs=("entropy",))
+        grads.append(torch.autograd.grad((results.logprobs + results.entropy).sum(), leaves))
     _workspace.logits_to_keep = before
     assert calls and min(calls) > 0
     for kept, recomputed in zip(*grads, strict=True):
@@ -115,10 +115,10 @@ def ignored_rows_of_nan():
         hidden = h.hidden.clone()
         hidden[ignored] = torch.nan
         leaves = T.leaves_of((hidden, h.weight))
-        found = R.linear_logprobs("even", backend)(leaves[0], leaves[1], h.targets, None, outputs=T.OUTPUTS)
-        assert all((x[ignored] == 0).all() for x in found)
+        results = R.linear_logprobs("even", backend)(leaves[0], leaves[1], h.targets, None, outputs=T.OUTPUTS)
+        assert all((x[ignored] == 0).all() for x in results)
         upstream = torch.ones(16).masked_fill(ignored, torch.nan)
-        grads = torch.autograd.grad(found.logprobs, leaves, upstream)
+        grads = torch.autograd.grad(results.logprobs, leaves, upstream)
         assert (grads[0][ignored] == 0).all() and all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
         kl = R.linear_kl("even", backend)(leaves[0], leaves[1], h.hidden.flip(0), h.weight, ~ignored)
         grads = torch.autograd.grad(kl, leaves, upstream)
@@ -129,9 +129,9 @@ def ignored_rows_of_nan():
 def no_rows():
     for targets in (torch.full((5,), -100), torch.empty(0, dtype=torch.int64)):
         leaves = T.leaves_of((torch.randn(len(targets), 8), T.make_head(1, 8, 37).weight))
-        found = R.linear_logprobs("uneven")(leaves[0], leaves[1], targets, None, outputs=T.OUTPUTS)
-        grads = torch.autograd.grad(found.logprobs.sum(), leaves)
-        assert all((x == 0).all() for x in (*found, *grads)) and found.logprobs.shape == targets.shape
+        results = R.linear_logprobs("uneven")(leaves[0], leaves[1], targets, None, outputs=T.OUTPUTS)
+        grads = torch.autograd.grad(results.logprobs.sum(), leaves)
+        assert all((x == 0).all() for x in (*results, *grads)) and results.logprobs.shape == targets.shape
 
 
 def top1_ties_across_shards():
@@ -144,10 +144,10 @@ def top1_ties_across_shards():
         hidden[:, 0] = 2.0
         targets = torch.arange(v)
         for split in R.SPLITS:
-            found = R.linear_logprobs(split, backend)(hidden, weight, targets, None, outputs=("is_top1",)).is_top1
-            assert found.nonzero().flatten().tolist() == [3]
-            found = R.linear_logprobs(split, backend)(-hidden, weight, targets, None, outputs=("is_top1",)).is_top1
-            assert found.nonzero().flatten().tolist() == [0]
+            results = R.linear_logprobs(split, backend)(hidden, weight, targets, None, outputs=("is_top1",)).is_top1
+            assert results.nonzero().flatten().tolist() == [3]
+            results = R.linear_logprobs(split, backend)(-hidden, weight, targets, None, outputs=("is_top1",)).is_top1
+            assert results.nonzero().flatten().tolist() == [0]
 
 
 def a_shard_that_allows_no_token():
@@ -188,9 +188,9 @@ def same_bits_on_every_rank():
     for dtype, backend in itertools.product((torch.float32, torch.bfloat16), R.BACKENDS):
         h = R.head(50, 16, 257, dtype=dtype)
         hidden = h.hidden.clone().requires_grad_()
-        found = R.linear_logprobs("uneven", backend)(hidden, h.weight, h.targets, h.bias, outputs=T.OUTPUTS)
-        loss = found.logprobs.sum() + found.entropy.sum()
-        R.assert_same_bits(*found, *torch.autograd.grad(loss, hidden))
+        results = R.linear_logprobs("uneven", backend)(hidden, h.weight, h.targets, h.bias, outputs=T.OUTPUTS)
+        loss = results.logprobs.sum() + results.entropy.sum()
+        R.assert_same_bits(*results, *torch.autograd.grad(loss, hidden))
         kl = R.linear_kl("uneven", backend)(hidden, h.weight, h.hidden.flip(0), h.weight, None)
         R.assert_same_bits(kl, *torch.autograd.grad(kl.sum(), hidden))
 
@@ -235,17 +235,17 @@ def collectives_are_counted():
     weight = distribute_tensor(h.weight, mesh, [Shard(0)])
     real["all_reduce"](torch.zeros(1))  # whatever mesh and DTensor send first
     hidden = h.hidden.clone().requires_grad_()
-    for given, group, headers in ((weight, None, 0), (weight.to_local(), dist.group.WORLD, 1)):
+    for inputs, group, headers in ((weight, None, 0), (weight.to_local(), dist.group.WORLD, 1)):
         options = {} if group is None else {"group": group}
         calls.clear()
-        loss = parallel.linear_logprobs(hidden, given, h.targets, outputs=("entropy",), **options).logprobs.sum()
+        loss = parallel.linear_logprobs(hidden, inputs, h.targets, outputs=("entropy",), **options).logprobs.sum()
         assert calls[headers:] == [("all_gather", torch.float32, (4, 15))]
         assert [name for name, *_ in calls[:headers]] == ["all_gather"] * headers
         calls.clear()
         loss.backward()
         assert calls == [("all_reduce", torch.float32, (15, 8))]
         calls.clear()
-        kl = parallel.linear_kl(hidden, given, h.hidden, given, h.targets >= 0, **options)
+        kl = parallel.linear_kl(hidden, inputs, h.hidden, inputs, h.targets >= 0, **options)
         assert calls[headers:] == [("all_gather", torch.float32, (7, 15))] and len(calls) == 1 + headers
         calls.clear()
         kl.sum().backward()
@@ -268,9 +268,9 @@ def compiled_without_a_graph_break():
     mask = h.targets >= 0
 
     def step(hidden, weight, targets):
-        found = parallel.linear_logprobs(hidden, weight, targets, outputs=("entropy",))
+        values = parallel.linear_logprobs(hidden, weight, targets, outputs=("entropy",))
         kl = parallel.linear_kl(hidden, weight, h.hidden.flip(0), weight, mask)
-        return found.logprobs, (found.logprobs + found.entropy + kl).sum()
+        return values.logprobs, (values.logprobs + values.entropy + kl).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
@@ -281,8 +281,8 @@ def compiled_without_a_graph_break():
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
     for wrong in (-1, 33):
-        found, _ = compiled(hidden, weight, torch.where(torch.arange(16) == 0, wrong, h.targets))
-        assert found[0].isnan() and found[1:].isfinite().all()
+        values, _ = compiled(hidden, weight, torch.where(torch.arange(16) == 0, wrong, h.targets))
+        assert values[0].isnan() and values[1:].isfinite().all()
 
 
 CASES = {

@@ -45,11 +45,11 @@ def kl_in_fp64():
         leaves = T.leaves_of((inputs.hidden, inputs.weight, inputs.bias))
         results = []
         for function in (R.linear_kl("even"), T.plain_linear_kl):
-            found = function(
+            values = function(
                 leaves[0], leaves[1], inputs.ref_hidden, inputs.ref_weight, None, bias=leaves[2],
                 ref_bias=inputs.ref_bias, direction=direction,
             )  # fmt: skip
-            results.append((found, *torch.autograd.grad(found.sum(), leaves)))
+            results.append((values, *torch.autograd.grad(values.sum(), leaves)))
         for got, exact in zip(*results, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-10, atol=1e-13)
 

@@ -101,9 +101,9 @@ def linear_kl(split, backend="auto"):
 
 def everywhere(x):
     """[ranks, ...] of every rank's x."""
-    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, x.contiguous())
-    return torch.stack(found)
+    results = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(results, x.contiguous())
+    return torch.stack(results)
 
 
 def assert_same_bits(*tensors):
@@ -116,8 +116,8 @@ def raised(error, function, *arguments, **options):
     message = None
     try:
         function(*arguments, **options)
-    except error as found:
-        message = str(found)
+    except error as caught:
+        message = str(caught)
     assert message is not None, f"rank {dist.get_rank()} did not raise {error}"
     dist.barrier()
     return message

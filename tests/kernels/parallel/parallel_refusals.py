@@ -85,9 +85,9 @@ def second_derivatives_are_refused():
     h = R.head(6, 8, 40, masked=0.0)
     for backend in R.BACKENDS:
         hidden = h.hidden.clone().requires_grad_()
-        found = R.linear_logprobs("even", backend)(hidden, h.weight, h.targets, None)
+        results = R.linear_logprobs("even", backend)(hidden, h.weight, h.targets, None)
         kl = R.linear_kl("even", backend)(hidden, h.weight, h.hidden.flip(0), h.weight, None)
-        for x, name in ((found.logprobs, "linear_logprobs"), (kl, "linear_kl")):
+        for x, name in ((results.logprobs, "linear_logprobs"), (kl, "linear_kl")):
             options = {"create_graph": True, "retain_graph": True}
             message = R.raised(RuntimeError, torch.autograd.grad, x.sum(), hidden, **options)
             assert f"parallel.{name} is differentiable once" in message

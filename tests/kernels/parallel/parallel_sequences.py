@@ -42,8 +42,8 @@ def check(split, whole, leaves, own):
     torch.testing.assert_close(got, want, **CLOSE)
     R.assert_same_bits(got)
     upstream = T.randn(*want.shape, seed=9, dtype=want.dtype) if want.dim() else torch.ones_like(want)
-    found, truth = (torch.autograd.grad(x, of, upstream) for x, of in ((got, mine), (want, leaves)))
-    for pick, gradient, exact in zip(own, found, truth, strict=True):
+    results, truth = (torch.autograd.grad(x, of, upstream) for x, of in ((got, mine), (want, leaves)))
+    for pick, gradient, exact in zip(own, results, truth, strict=True):
         torch.testing.assert_close(gradient, pick(exact), **CLOSE)
         assert exact.norm() > 0.01
 
@@ -142,10 +142,10 @@ def preference_losses_over_a_split_head():
         weight = distribute_tensor(b.weight, mesh, [Shard(0)])
         bias = distribute_tensor(b.bias, mesh, [Shard(0)])
         got = parallel.linear_dpo_loss(b.hidden, weight, b.labels, bias=bias, **kind, **own)
-        for found, exact in zip(got, want, strict=True):
-            assert (found is None) == (exact is None)
-            if found is not None:
-                torch.testing.assert_close(found, exact, **CLOSE)
+        for results, exact in zip(got, want, strict=True):
+            assert (results is None) == (exact is None)
+            if results is not None:
+                torch.testing.assert_close(results, exact, **CLOSE)
 
 
 def preference_losses_over_split_sequences():

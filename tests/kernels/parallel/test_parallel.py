@@ -31,13 +31,13 @@ FOR_TRITON = ("each_output_alone", "mixed_dtypes", "kl_with_every_option", "kl_o
 @functools.cache
 def launched(runs):
     """Runs cases in as many processes as the largest run takes: one launch, since importing torch is most of the time.
-    -> (results of each rank, see `parallel_ranks.run`, and what they said)."""
+    -> (results of each rank, see `parallel_ranks.run`, and what they printed)."""
     processes = max(ranks for ranks, _ in runs)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         command = (sys.executable, "-m", "tests.kernels.parallel.parallel_cases", folder, json.dumps(runs))
-        said, started = [Path(folder, f"{rank}.txt") for rank in range(processes)], []
-        for rank, path in enumerate(said):
+        files, started = [Path(folder, f"{rank}.txt") for rank in range(processes)], []
+        for rank, path in enumerate(files):
             with path.open("w") as to:
                 own = {**environment, "RANK": str(rank)}
                 started.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=to, stderr=subprocess.STDOUT))
@@ -48,15 +48,15 @@ def launched(runs):
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        files = [Path(folder, f"{rank}.json") for rank in range(processes)]
-        results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-        return results, [file.read_text() for file in said]
+        reports = [Path(folder, f"{rank}.json") for rank in range(processes)]
+        results = [json.loads(file.read_text()) if file.exists() else {} for file in reports]
+        return results, [file.read_text() for file in files]
 
 
 def check(ranks, name, runs):
-    found, said = launched(runs)
-    for rank, results in enumerate(found[:ranks]):
-        failure = results.get(f"{ranks} {name}", f"did not reach it:\n{said[rank]}")
+    per_rank, output = launched(runs)
+    for rank, results in enumerate(per_rank[:ranks]):
+        failure = results.get(f"{ranks} {name}", f"did not reach it:\n{output[rank]}")
         assert failure is None, f"rank {rank}: {failure}"
 
 

@@ -107,10 +107,10 @@ def check(name, compiled, *, multiplying, exact=False):
     ptxas may store two numbers once before the loop (3.8 on sm_80), to stay at the 80 registers that let three programs
     share a multiprocessor."""
     assert set(multiplying) <= {kernel for kernel, _ in compiled}
-    for kernel, found in compiled:
-        assert spilled_bytes(name, found) <= (8 if exact else 0), f"{kernel} on {name} spills"
-        assert found.metadata.shared <= SHARED_KIB[name] << 10, f"{kernel} does not fit {name}"
-        code = found.asm["amdgcn" if name == "gfx942" else "ptx"]
+    for kernel, binary in compiled:
+        assert spilled_bytes(name, binary) <= (8 if exact else 0), f"{kernel} on {name} spills"
+        assert binary.metadata.shared <= SHARED_KIB[name] << 10, f"{kernel} does not fit {name}"
+        code = binary.asm["amdgcn" if name == "gfx942" else "ptx"]
         if kernel in multiplying and not (exact and name != "gfx942"):
             assert re.search(MATRIX_INSTRUCTION[name], code), f"{kernel} on {name} has no matrix instruction"
 

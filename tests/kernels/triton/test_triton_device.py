@@ -23,8 +23,8 @@ D, V = 72, 5003  # no multiple of a tile's depth, and rows that TMA can read; th
 
 @pytest.fixture(autouse=True)
 def triton_runs(device):
-    found = rk.available_backends(device)
-    assert "triton" in found, found
+    results = rk.available_backends(device)
+    assert "triton" in results, results
 
 
 class Case(NamedTuple):
@@ -43,7 +43,7 @@ def values(case, selected=slice(None), mask=None, everything=True):
     head, inputs = case
     targets = head.targets[selected] if mask is None else torch.where(mask, head.targets[selected], -100)
     options = {"outputs": T.OUTPUTS, "logit_softcap": 30.0} if everything else {}
-    found = rk.linear_logprobs(head.hidden[selected], head.weight, targets, backend="triton", **options)
+    results = rk.linear_logprobs(head.hidden[selected], head.weight, targets, backend="triton", **options)
     both = [
         rk.linear_kl(
             inputs.hidden[selected], inputs.weight, inputs.ref_hidden[selected], inputs.ref_weight, mask,
@@ -51,7 +51,7 @@ def values(case, selected=slice(None), mask=None, everything=True):
         )
         for direction in ("policy_ref", "ref_policy")
     ]  # fmt: skip
-    return torch.stack([*(value for value in found if value is not None), *both])
+    return torch.stack([*(value for value in results if value is not None), *both])
 
 
 def gradients(case, everything=True):
@@ -59,12 +59,12 @@ def gradients(case, everything=True):
     head, inputs = case
     leaves, policy = T.leaves_of(head[:2]), T.leaves_of((inputs.hidden, inputs.weight))
     options = {"outputs": ("entropy",), "logit_softcap": 30.0} if everything else {}
-    found = rk.linear_logprobs(*leaves, head.targets, backend="triton", **options)
+    results = rk.linear_logprobs(*leaves, head.targets, backend="triton", **options)
     kl = rk.linear_kl(*policy, inputs.ref_hidden, inputs.ref_weight, backend="triton")
     upstream = T.randn(len(kl), seed=9, device=kl.device)
-    total = (found.logprobs * upstream).sum() + (kl * upstream).sum()
+    total = (results.logprobs * upstream).sum() + (kl * upstream).sum()
     if everything:
-        total = total + found.entropy.sum()
+        total = total + results.entropy.sum()
     return torch.autograd.grad(total, (*leaves, *policy))
 
 
@@ -82,11 +82,11 @@ def test_whatever_the_tuner_chooses_the_bits_are_the_same(monkeypatch, device, d
     for choice in choices:
         for kernel in TUNED:
             monkeypatch.setattr(kernel, "configs", [choice])
-        found = values(case, everything=everything), *gradients(case, everything)
-        assert all(bool(value.isfinite().all()) for value in found)
-        want = want or found
-        assert same_bits(found[0], want[0]), choice
-        assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True)), choice
+        results = values(case, everything=everything), *gradients(case, everything)
+        assert all(bool(value.isfinite().all()) for value in results)
+        want = want or results
+        assert same_bits(results[0], want[0]), choice
+        assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True)), choice
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,8 +123,8 @@ def test_tma_changes_no_bits(monkeypatch, device, dtype, everything):
     want = values(case, everything=everything), *gradients(case, everything)
     for module in (logprob_kernels, kl_kernels):
         monkeypatch.setattr(module, "uses_tma", lambda tensor: False)
-    found = values(case, everything=everything), *gradients(case, everything)
-    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    results = values(case, everything=everything), *gradients(case, everything)
+    assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
 
 
 def test_rows_that_tma_cannot_read_are_read_by_pointers(device):
@@ -158,9 +158,9 @@ def test_one_compiled_graph_equals_eager(device, name, dtype):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
     else:
         assert same_bits(got.detach(), want.detach())
-    found, eager = torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), eager_leaves)
+    results, eager = torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), eager_leaves)
     limit = 3e-6 if dtype == torch.float32 else 4e-3  # sums over masked rows too are made in another order
-    assert all(T.relative_error(a, b) <= limit for a, b in zip(found, eager, strict=True))
+    assert all(T.relative_error(a, b) <= limit for a, b in zip(results, eager, strict=True))
     torch.compiler.reset()
 
 

@@ -15,8 +15,8 @@ def ways(mask):
     return (mask.nonzero().squeeze(1), False), (None, True)
 
 
-def agree(found, expected):
-    for a, b in zip(found, expected, strict=True):
+def agree(results, expected):
+    for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
         assert a.isfinite().all()
 
@@ -29,15 +29,15 @@ def test_masked_logprobs(transform):
     counts = targets != -100
     hidden[~counts] = float("nan")
     up = torch.where(counts, T.randn(N, seed=3), float("nan"))
-    found = []
+    results = []
     for way in ways(counts):
         out = ops.forward_op(hidden, weight, targets, bias, *transform, -100, F32, True, True, True, True, False, *way)
         grads = ops.backward_op(
             up, up, up, hidden, weight, targets, bias, *out[1:4], out[7], *transform, -100, F32, True, True, True, *way
         )
-        found.append((*out[:7], *grads))
-    agree(found[1], found[0])
-    assert not found[1][0][~counts].any() and not found[1][7][~counts].any()
+        results.append((*out[:7], *grads))
+    agree(results[1], results[0])
+    assert not results[1][0][~counts].any() and not results[1][7][~counts].any()
 
 
 @pytest.mark.parametrize("policy_ref", [True, False])
@@ -51,13 +51,13 @@ def test_masked_kl(policy_ref):
     ref.hidden[~mask] = float("inf")
     up = torch.where(mask, T.randn(N, seed=3), float("nan"))
     inputs = (hidden, weight, bias, *PLAIN, F32, ref.hidden, ref.weight, None, *GEMMA, F32, mask, policy_ref)
-    found = []
+    results = []
     for way in ways(mask):
         kl, stats, cache = ops.forward_op(*inputs, 0, *way)
         grads = ops.backward_op(up, kl, stats, cache, *inputs, True, True, True, *way)
-        found.append((kl, stats, *grads))
-    agree(found[1], found[0])
-    assert not found[1][0][~mask].any() and not found[1][2][~mask].any()
+        results.append((kl, stats, *grads))
+    agree(results[1], results[0])
+    assert not results[1][0][~mask].any() and not results[1][2][~mask].any()
 
 
 def test_strange_rows_and_targets():

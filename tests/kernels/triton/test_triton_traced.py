@@ -66,14 +66,14 @@ def tracer(graphs):
 
 def launches(graph):
     """Name of each launched kernel -> the arguments that it writes, which torch copies before."""
-    found = {}
+    results = {}
     for node in graph.graph.nodes:
         assert "rlhf_kernels" not in str(node.target), f"opaque call of {node.target}"
         if node.target is triton_kernel_wrapper_functional:
             kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
             kernel = getattr(kernel, "fn", None) if hasattr(kernel, "configs") else kernel
-            found.setdefault(kernel.fn.__name__, set()).update(node.kwargs["tensors_to_clone"])
-    return found
+            results.setdefault(kernel.fn.__name__, set()).update(node.kwargs["tensors_to_clone"])
+    return results
 
 
 def head(rows, dtype=torch.bfloat16):
@@ -136,11 +136,11 @@ def test_one_graph_for_every_number_of_rows(op):
             compiled(*head(rows))
     assert len(graphs) == 2, f"{len(graphs) // 2} graphs for three sizes"
     for graph, kernels in zip(graphs, CASES[op], strict=True):
-        found = launches(graph)
-        assert set(found) == kernels
+        results = launches(graph)
+        assert set(results) == kernels
         # a copy of the head would cost more than the op
-        written = set().union(*found.values())
-        assert not written & {"hidden", "head", "ref_hidden", "ref_head", "targets", "policy"}, found
+        written = set().union(*results.values())
+        assert not written & {"hidden", "head", "ref_hidden", "ref_head", "targets", "policy"}, results
 
 
 def test_autocast_is_traced():
