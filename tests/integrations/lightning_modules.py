@@ -46,7 +46,7 @@ def pairs(count, seed=1):
 
 
 def side_of(batch, side):
-    """What a model is called with, of `chosen` or `rejected` columns."""
+    """A model's arguments, from the `chosen` or `rejected` columns."""
     return {name.removeprefix(f"{side}_"): column for name, column in batch.items() if name.startswith(side)}
 
 

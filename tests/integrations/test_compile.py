@@ -116,7 +116,7 @@ def test_batches_of_other_shapes_compile_once_more_at_most():
 
 
 def test_a_model_that_was_never_run_before():
-    """With its options told, the head's first call is the traced one."""
+    """The head's first call is the traced one, as its options are passed."""
     model = patch_causal_lm(small("cohere"), logit_options=LogitOptions(logit_scale=0.25))
     expected = own(small("cohere"), make_batch())
     run = compiled(model)
@@ -194,7 +194,7 @@ def test_trainer_compiles_it(tmp_path):
 
 
 class Exported(torch.nn.Module):
-    """What is exported: tensors in, tensors out."""
+    """The module that is exported: tensors in, tensors out."""
 
     def __init__(self, model):
         super().__init__()

@@ -25,7 +25,7 @@ def run(text, namespace):
 
 
 def without_gpu_packages(package, monkeypatch):
-    """What of verl and OpenRLHF can be imported here: see test_verl.py and test_openrlhf.py."""
+    """The parts of verl and OpenRLHF that can be imported here: see test_verl.py and test_openrlhf.py."""
     try:
         folder = overlays.folder_of(package)
     except ModuleNotFoundError as error:

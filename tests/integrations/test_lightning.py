@@ -231,7 +231,7 @@ def test_dropout_has_no_place_in_the_reference():
 
 
 def gpt2():
-    """With dropout, of 0.1, unless told otherwise."""
+    """Dropout is 0.1 by default."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32))
 

@@ -100,7 +100,7 @@ def test_inputs_given_by_position_and_embeddings_instead_of_ids():
 
 
 def test_shift_labels_are_targets_of_their_own_positions():
-    """As transformers' own loss takes them; of sequence-parallel batches the neighbours are not at hand."""
+    """transformers' own loss takes them so: a rank of a sequence-parallel batch does not have the neighbours."""
     model, plain = twins(make_model("llama"))
     inputs = make_batch()
     labels = inputs.pop("labels")
@@ -291,7 +291,7 @@ def bamba(z_loss):
 
 
 def test_a_model_whose_loss_is_another_is_refused():
-    """What its attributes do not tell: labels that are not shifted, a term of its own."""
+    """Differences that attributes do not show: labels that are not shifted, a term of its own."""
     for model in (bart(), bamba(0.1)):
         with pytest.raises(ValueError, match=r"of known logits it makes .* cross entropy is"):
             patch_causal_lm(model)
@@ -299,7 +299,7 @@ def test_a_model_whose_loss_is_another_is_refused():
 
 
 def test_a_head_in_use_says_so():
-    """By another thread, whose calls without labels are the model's own; and by a call inside `use`."""
+    """Another thread uses it, whose calls without labels are the model's own; or a call inside `use` does."""
     model = patch_causal_lm(make_model("llama"))
     ids, results = torch.arange(8)[None], {}
 
@@ -408,7 +408,7 @@ def test_reading_a_head_says_what_it_is():
 
 
 def test_a_model_made_for_flash_attention_is_patched_on_the_cpu(monkeypatch):
-    """Where models are loaded before they go to a GPU; its attention is flash attention again afterwards."""
+    """The CPU is where models are loaded before they go to a GPU; flash attention is back afterwards."""
     model = make_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     chosen = []

@@ -155,7 +155,7 @@ def test_prompts_cost_nothing_without_entropy(folders, packing, monkeypatch):
 
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 def test_a_step_of_dpo(folders, packing):
-    """As OpenRLHF's DPOTrainer calls its actors, with its own DPOLoss; the reference sees padding on the right."""
+    """The calls of OpenRLHF's DPOTrainer, with its own DPOLoss; the reference gets padding on the right."""
     results = []
     for actor in actors(folders["llama"], packing_samples=packing):
         sequences, mask, _ = experience(left=False)
@@ -250,7 +250,7 @@ def test_steps_under_zero_3(folders):
 
 
 def in_two_processes(script, model, *overlay):
-    """What tests/integrations/<script>.py prints, for a model's folder."""
+    """The output of tests/integrations/<script>.py for a model's folder."""
     command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = subprocess.run(
         [*command, "-m", f"tests.integrations.{script}", model, str(FOLDER)],
@@ -316,7 +316,7 @@ def test_another_class_is_refused():
 
 
 def test_weights_that_are_partitioned_need_options(folders, monkeypatch):
-    """As ZeRO-3 marks its parameters."""
+    """Parameters marked as ZeRO-3 does."""
     made = LlamaForCausalLM.get_output_embeddings
 
     def partitioned(self):

@@ -42,7 +42,7 @@ def hidden_of(model, **inputs):
 
 
 def packed_arguments(model, kind):
-    """What both functions take: hidden [1, N, D], weight, labels [1, N], and where the sequences are."""
+    """Arguments of both functions: hidden [1, N, D], weight, labels [1, N], and where the sequences are."""
     batch = packed_batch()
     hidden = hidden_of(model, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     packing = {"cu_seqlens": batch["cu_seq_lens_q"]} if kind == "cu_seqlens" else {kind: batch["position_ids"]}
@@ -66,7 +66,7 @@ def assert_close(got, want):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequence_logprobs_of_a_packed_batch(model, kind):
-    """As the model has them of each sequence alone, from its full logits, and as of padded rows."""
+    """The log-probs are those of each sequence alone, from full logits, and those of padded rows."""
     args, packing = packed_arguments(model, kind)
     got = rk.sequence_logprobs(*args, **packing)
     padded = rk.sequence_logprobs(*padded_arguments(model))

@@ -175,7 +175,7 @@ def test_loss_function_without_a_patched_model_or_shift_labels_says_what_is_miss
 
 
 def test_bf16_autocast_trains_nearly_alike(tmp_path):
-    """As near as bf16 logits are: ours are not rounded to it."""
+    """The two are as near as bf16 logits are: ours are not rounded to it."""
     model, plain = twins(make_model("llama"))
     ours, theirs = trained(patch_causal_lm(model), tmp_path, bf16=True), trained(plain, tmp_path, bf16=True)
     assert ours[1] == pytest.approx(theirs[1], rel=2e-2)

@@ -1,4 +1,4 @@
-"""What TRL's trainers can be asked for, fused and not: each option gives TRL's own numbers."""
+"""The options of TRL's trainers, fused and not: each gives TRL's own numbers."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from tests.integrations.trl_cases import (
 
 
 def lora(**options):
-    """With an adapter that does something from the start."""
+    """A config whose adapter does something from the start."""
     return peft.LoraConfig(**({"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options))
 
 

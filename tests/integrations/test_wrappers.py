@@ -1,4 +1,4 @@
-"""What shards or replicates a patched model: three steps on two and on four processes, over gloo on this machine.
+"""Wrappers that shard or replicate a patched model: three steps on two and four processes, over gloo here.
 
 `wrapped_torch.py` and `wrapped_deepspeed.py` run every case in one launch, each against the unpatched model's logits in
 fp64, in one process on the whole batch; here is what must have come out.
@@ -23,7 +23,7 @@ HOSTS = ROOT / "build/peers"
 RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"wrappers-{n}")) for n in (2, 4)]
 ZERO_RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"zero-{n}")) for n in (2, 4)]
 
-Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> what it found
+Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> its numbers
 
 # Beside what the unpatched model in fp32, on halves of the batches, comes to. Relative to how far three steps moved a
 # parameter, about a hundredth of its size, and to the loss.
@@ -32,7 +32,7 @@ TIMEOUT = 500  # seconds of a launch, which takes about 60 where the cores are f
 
 
 def launched(script: str, ranks: int, overlay: str = "") -> Results:
-    """Everything that `script` found, on so many ranks. It runs once, also where it fails."""
+    """All results of `script`, on so many ranks. It runs once, also where it fails."""
     results, output = _launched(script, ranks, overlay)
     assert results is not None, output
     return results
@@ -40,7 +40,7 @@ def launched(script: str, ranks: int, overlay: str = "") -> Results:
 
 @functools.cache
 def _launched(script: str, ranks: int, overlay: str) -> tuple[Results | None, str]:
-    """What `script` found, or None, and the end of what it printed."""
+    """The results of `script`, or None, and the end of its output."""
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     path = os.pathsep.join(filter(None, [str(ROOT), overlay, os.environ.get("PYTHONPATH", "")]))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the scripts of test_wrappers.py share: tiny models, three batches, two losses, and the truth to compare with."""
+"""The common part of test_wrappers.py's scripts: tiny models, three batches, two losses, the truth to compare with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a wrapper is asked to do: `kind` of loss, `optimizer` by name, in `micros` micro-batches a step."""
+    """A wrapper's task: `kind` of loss, `optimizer` by name, in `micros` micro-batches a step."""
 
     kind: str
     optimizer: str
@@ -100,8 +100,8 @@ def dpo(logps: Tensor, batch: Batch) -> Tensor:
 
 
 def loss_of(wrapper: Any, batch: Batch, whole: Batch, run: Run, ranks: int) -> Tensor:
-    """Of a patched model, called through its wrapper. The mean over ranks of the sum over micro-batches is the loss of
-    the whole batch: the model's own for "sft", and for "dpo" one computed behind it."""
+    """The loss of a patched model, called through its wrapper. The mean over ranks of the sum over micro-batches is
+    the loss of the whole batch: the model's own for "sft", and for "dpo" one computed behind it."""
     count = token_count(whole)  # a trainer all-reduces it
     out = wrapper(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, num_items_in_batch=count
@@ -193,7 +193,7 @@ def loss_difference(results: list[float], expected: list[float]) -> float:
 
 
 def compared(trained: Trained, make: Callable[[], Any], run: Run, start: dict[str, Tensor]) -> dict[str, float]:
-    """How far from the truth the parameters and losses are, and how far those of the unpatched model in one process."""
+    """The distances from the truth of parameters and losses, and those of the unpatched model in one process."""
     expected, alone = truth(make, run), unfused(make, run)
     return {
         "difference": difference(trained.parameters, expected.parameters, start),
@@ -208,7 +208,7 @@ def worst_of(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def message_of(error: type[Exception], call: Callable[[], Any]) -> str:
-    """Of the error that `call` raises."""
+    """The message of the error that `call` raises."""
     try:
         call()
     except error as raised:

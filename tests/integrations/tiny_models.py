@@ -85,7 +85,7 @@ def logprobs_of_logits(logits, labels):
 
 
 def own(model, inputs):
-    """What the unpatched model makes of the inputs, which hold labels."""
+    """The unpatched model's results for inputs with labels."""
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()

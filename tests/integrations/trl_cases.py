@@ -1,4 +1,4 @@
-"""What the tests of TRL's trainers train: tiny models, a tokenizer trained here, rows, and the runs to compare."""
+"""Ingredients of the tests of TRL's trainers: tiny models, a tokenizer trained here, rows, and the runs to compare."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def _folder(family: str, seed: int, **changes: Any) -> str:
-    """From a folder, as TRL loads a reference model of its own by the policy's name."""
+    """A model in a folder, as TRL loads a reference model of its own by the policy's name."""
     name, options = FAMILIES[family]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**(options | changes)))
@@ -82,7 +82,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
 
 
 def rows(kind: str, count: int = ROWS, seed: int = 0) -> Dataset:
-    """Of unequal lengths."""
+    """Rows of unequal lengths."""
     rng = random.Random(seed)
 
     def sentence(low: int, high: int) -> str:

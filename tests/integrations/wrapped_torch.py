@@ -185,7 +185,7 @@ def fsdp2_in_bf16(**options: Any) -> Results:
 
 
 def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Results:
-    """How far the patched model and the unpatched one, wrapped alike, come from the fp32 run in one process."""
+    """The distances of the patched and the unpatched model, wrapped alike, from the fp32 run in one process."""
     results = {"difference": 0.0, "unfused": 0.0}
     for run in runs():
         model = llama()
@@ -199,7 +199,8 @@ def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Results:
 
 
 def changed_in_place(wrapper: Any, batch: Batch, whole: Batch, run: Run, ranks: int) -> torch.Tensor:
-    """As a loss may do. Were log-probs views, FSDP2 would not gather what it has resharded for their backward."""
+    """A loss that changes log-probs, as one may. Were they views, FSDP2 would not gather what it has
+    resharded for their backward."""
     out = wrapper(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     logps = out.logprobs.mul_(out.token_mask).sum(-1)
     return -logps.sum() / token_count(whole) * ranks if run.kind == "sft" else dpo(logps, batch) / run.micros

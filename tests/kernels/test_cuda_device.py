@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, running out of memory, devices. conftest.py collects it on CUDA alone."""
+"""Promises that only a GPU can show: streams, graphs, running out of memory, devices. Collected on CUDA alone."""
 
 import os
 import shutil

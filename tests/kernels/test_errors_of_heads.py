@@ -17,7 +17,7 @@ def set_first(value):
 
 
 def set_last(value):
-    """Of the last sequence alone."""
+    """The last label of the last sequence is `value`."""
 
     def change(labels):
         labels = labels.clone()
@@ -196,7 +196,7 @@ ROWS = [(function, right, *row) for function, right, wrong in CASES for row in w
 
 
 def placed(arguments, device):
-    """On the device, but for what is wrong by being on another one."""
+    """The arguments on the device, but for those that are wrong by being on another one."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
         for name, value in arguments.items()
@@ -236,7 +236,7 @@ def test_a_wrong_target_in_a_place_that_is_ignored_later_still_raises(backend, d
     ],
 )
 def test_wrong_values_of_cu_seqlens(backend, device, cu, message):
-    """Where they can be read without waiting for a GPU they raise; there every result is NaN."""
+    """On a CPU they raise; on a GPU, which reading them would wait for, every result is NaN."""
     arguments = placed(ONE_ROW | {"cu_seqlens": INDEX(cu)}, device)
     if device.type == "cuda":
         assert rk.sequence_logprobs(**arguments, backend=backend).logprobs.isnan().all()

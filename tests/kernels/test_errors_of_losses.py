@@ -220,7 +220,7 @@ def each(functions):
 
 
 def placed(arguments, device):
-    """On the device, but for what is wrong by being on another one."""
+    """The arguments on the device, but for those that are wrong by being on another one."""
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) and value.device.type != "meta" else value
         for name, value in arguments.items()

@@ -196,7 +196,7 @@ def test_the_expectation_over_all_sequences_is_the_gradient_of_the_expected_rewa
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_batch_in_parts_is_the_whole_batch(device, variant):
-    """Of unequal size and length; one part has no token at all."""
+    """The parts differ in size and length; one has no token at all."""
     new, old, sampler, ref, advantages, mask = make(11, 9, dtype=torch.float64, device=device)
     mask[5:7] = False
     leaf, tensors = new.requires_grad_(), (old, advantages, mask, ref, sampler)

@@ -63,7 +63,7 @@ def kl_results(native, inputs, **options):
     every_pair([torch.float32, torch.bfloat16], SHARES, OPTIONS, ["policy_ref", "ref_policy"]),
 )
 def test_what_is_kept_of_both_models_changes_nothing(native, device, monkeypatch, dtype, share, options, direction):
-    """Of models of different widths, whose wider one says how large a tile is."""
+    """The models differ in width; the wider one decides how large a tile is."""
     if device.type == "cuda":
         pytest.skip("on CUDA a KL keeps nothing")
     share, options = SHARES[share], OPTIONS[options]

@@ -99,7 +99,7 @@ def test_peak_of_a_process(native, extra_mib, what, budget):
 @on_linux
 @pytest.mark.xdist_group("memory")
 def test_eager_needs_several_copies_of_the_logits(native, extra_mib):
-    """What the limits above are compared with; if this fails, the measurement is broken."""
+    """The yardstick of the limits above: if this fails, the measurement is broken."""
     assert extra_mib["eager"] > 2 * LOGITS_MIB
 
 

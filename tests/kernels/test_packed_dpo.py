@@ -62,7 +62,7 @@ def test_length_normalised_and_reference_free_types(backend, device):
 
 
 def test_index_pairs_are_numbers_of_sequences(backend, device):
-    """Of an odd number of sequences, one of them empty, one in two pairs."""
+    """The number of sequences is odd; one is empty, and one is in two pairs."""
     batch = Packed([9, 5, 0, 3, 17], device=device)
     pairs = {"chosen_idxs": [0, 4, 2], "rejected_idxs": [1, 1, 3]}
     check(backend, batch, **{name: torch.tensor(side, device=device) for name, side in pairs.items()})

@@ -1,4 +1,4 @@
-"""How the ops on a number a response or token take part in autograd, which for the compiled ones is written in C++."""
+"""Autograd of the ops on a number a response or token, which for the compiled ones is written in C++."""
 
 import pytest
 import torch

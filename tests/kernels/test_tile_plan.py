@@ -1,4 +1,4 @@
-"""How scratch memory is divided: plain arithmetic, checked without running a kernel."""
+"""The division of scratch memory: plain arithmetic, checked without running a kernel."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What `make cuda-check` looks at where there is no GPU: whether the CUDA part of the installed extension loads and
+"""The checks of `make cuda-check` without a GPU: whether the CUDA part of the installed extension loads and
 implements every op, and what its kernels need of a multiprocessor. It fails if a kernel spills registers.
 
 `cuda_check.py nvcc <arguments>` stands in for nvcc during the build (PYTORCH_NVCC): what ptxas says of an object is

@@ -1,4 +1,4 @@
-"""What a user may do with the sources - build, install, miss a compiler, change torch - and what they are output."""
+"""A user's ways with the sources - build, install, miss a compiler, change torch - and the messages that follow."""
 
 import json
 import os

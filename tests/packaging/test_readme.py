@@ -1,4 +1,4 @@
-"""What the README prints is run as printed."""
+"""The code in the README is run as printed."""
 
 import re
 from pathlib import Path

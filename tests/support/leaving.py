@@ -1,4 +1,4 @@
-"""How a script that torchrun starts ends; `rlhf_trainer.training.processes` suffices where nothing holds the group."""
+"""The end of a script under torchrun; `rlhf_trainer.training.processes` suffices where nothing holds the group."""
 
 import os
 import sys

@@ -79,7 +79,7 @@ def kl_where_only_other_shards_differ():
 
 
 def kl_of_models_that_share_no_shard():
-    """Where one has its mass the other's is e^-2000, or e^-720, which is not 0 in fp64 but has few digits."""
+    """Each model has next to no mass where the other has its own: e^-2000, or e^-720, which has few digits in fp64."""
     h = R.head(12, 8, 40, masked=0.0)
     first = torch.arange(40) < 20
     for size, direction, backend in itertools.product((2000.0, 720.0), DIRECTIONS, R.BACKENDS):

@@ -1,4 +1,4 @@
-"""What the cases of test_parallel.py have in common: run in several processes, each tells what became of its cases."""
+"""The common part of test_parallel.py's cases: several processes run them, and each reports its results."""
 
 import functools
 import json
@@ -47,7 +47,7 @@ def run(cases, runs, folder):
 
 
 def bounds(vocab, split):
-    """Where this rank's rows of the head begin and end. Uneven: from four ranks on the second has none."""
+    """The bounds of this rank's rows of the head. Uneven: from four ranks on the second has none."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if split == "even":  # as a DTensor: the last ranks may have none
         chunk = -(-vocab // ranks)
@@ -125,7 +125,7 @@ def raised(error, function, *arguments, **options):
 
 @functools.cache
 def two_by_two():
-    """Of four ranks: (the group of this rank's row, of its column) of [[0, 1], [2, 3]]."""
+    """The groups of this rank's row and of its column among four ranks, [[0, 1], [2, 3]]."""
     rows, columns = ([dist.new_group(ranks) for ranks in pairs] for pairs in (((0, 1), (2, 3)), ((0, 2), (1, 3))))
     return rows[dist.get_rank() // 2], columns[dist.get_rank() % 2]
 

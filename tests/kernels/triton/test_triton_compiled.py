@@ -36,7 +36,7 @@ N, D, V = 256, 128, 1000
 
 
 class NamedGpu:
-    """What triton's compiler asks of a driver."""
+    """The part of a driver that triton's compiler uses."""
 
     def __init__(self, name):
         from triton.backends.compiler import GPUTarget
@@ -87,8 +87,8 @@ def gpu(request, monkeypatch):
 
 
 def spilled_bytes(name, kernel):
-    """Of memory that registers went to. (AMD's scalar registers may spill to lanes of vector registers; that is not
-    counted, and cheap.)"""
+    """The bytes of memory that registers went to. (AMD's scalar registers may spill to lanes of vector registers;
+    that is not counted, and cheap.)"""
     if name == "gfx942":
         text = kernel.asm["amdgcn"]
         (registers,) = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of Triton: its tuner, TMA, graphs, compilation. conftest.py collects it on CUDA alone."""
+"""Triton on a GPU, which alone can show them: its tuner, TMA, graphs, compilation. Collected on CUDA alone."""
 
 import math
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def values(case, selected=slice(None), mask=None, everything=True):
 
 
 def gradients(case, everything=True):
-    """Of log-probs (and entropy, through a soft cap) and of KL, in hidden and head."""
+    """The gradients of log-probs (and entropy, through a soft cap) and of KL, in hidden and head."""
     head, inputs = case
     leaves, policy = T.leaves_of(head[:2]), T.leaves_of((inputs.hidden, inputs.weight))
     options = {"outputs": ("entropy",), "logit_softcap": 30.0} if everything else {}

@@ -23,7 +23,7 @@ FORWARD, BACKWARD = {"fold", "merge"}, {"differentiate"}
 
 
 class Hopper:
-    """What triton's compiler asks of a driver."""
+    """The part of a driver that triton's compiler uses."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
