@@ -2,9 +2,10 @@
 
 import pytest
 
-from benchmarks.harness.heads import SMALLEST, head_job
+from benchmarks.harness.grpo import GRPO
+from benchmarks.harness.heads import SMALLEST, head_case
 
 
-@pytest.mark.parametrize("model", [SMALLEST, "Qwen 3 4B"])
-def test_heads(measure, model):
-    measure(head_job("grpo", model, sequences=8), peaks=model == SMALLEST)
+@pytest.mark.budget(turns=40)
+def test_heads(measure):
+    measure(head_case(GRPO, SMALLEST, sequences=8))

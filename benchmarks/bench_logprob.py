@@ -3,28 +3,30 @@
 import pytest
 import torch
 
-from benchmarks.harness.heads import HEADS, SMALLEST, VOCAB, bf16_is_fast, bf16_shape, cpu_job, head_job
-from benchmarks.harness.peers import installed, older_trl
+from benchmarks.harness.heads import HEADS, VOCAB, bf16_is_fast, bf16_shape, cpu_case, head_case
+from benchmarks.harness.linear_logprobs import LinearLogprobs
 
 
+@pytest.mark.budget(turns=120, peaks=40)
 def test_fp32(measure):
-    job = cpu_job("linear_logprobs", 1024, 1024, VOCAB)
-    fp32_hidden_gradient_mib = 4 * job.n * job.d / 2**20
-    measure(job, {"eager": {"total": 1.3}, "native": {"peak_total_mib": 64 + fp32_hidden_gradient_mib}}, peaks=True)
+    case = cpu_case(LinearLogprobs, 1024, 1024, VOCAB)
+    fp32_hidden_gradient_mib = 4 * case.n * case.d / 2**20
+    targets = {
+        "eager": {"total": 0.85, "peak_total_mib": 0.05},
+        "native": {"peak_total_mib": 64 + fp32_hidden_gradient_mib},
+    }
+    measure(case, targets)
 
 
+@pytest.mark.budget(turns=90, peaks=40)
 def test_bf16(measure):
     """The targets are for the whole vocabulary, on a CPU that multiplies bf16 fast."""
-    targets = {
-        "bare GEMMs": {"forward": 1.35, "total": 1.35},
-        "eager": {"forward": 0.4, "total": 0.5},
-        f"TRL {older_trl()}": {"total": 0.25},
-        f"TRL {installed('trl')}": {"total": 0.1},
-    }
-    job = cpu_job("linear_logprobs", *bf16_shape(), torch.bfloat16)
-    measure(job, targets if bf16_is_fast() else None, peaks=True)
+    targets = {"bare GEMMs": {"forward": 1.02, "total": 1.02}}
+    case = cpu_case(LinearLogprobs, *bf16_shape(), dtype=torch.bfloat16)
+    measure(case, targets if bf16_is_fast() else None)
 
 
+@pytest.mark.budget(turns=55)
 @pytest.mark.parametrize("model", HEADS)
 def test_heads(measure, model):
-    measure(head_job("linear_logprobs", model), peaks=model == SMALLEST)
+    measure(head_case(LinearLogprobs, model))

@@ -2,12 +2,15 @@
 
 import pytest
 
-from benchmarks.harness.pair_losses import WAYS, PairLossJob
+import rlhf_kernels as rk
+from benchmarks.harness.pair_losses import WAYS, PairLoss
 
-MOST_ROUNDS = 101  # a call takes a tenth of a millisecond, and now and then several times that
+MOST_TURNS = 101  # a call takes a tenth of a millisecond, and now and then several times that
 
 
-@pytest.mark.parametrize("s", [64, 4096, 262144])  # a batch of pairs, a batch of tokens, many
+@pytest.mark.budget(turns=12)
+@pytest.mark.parametrize("s", [64, 4096])  # a batch of pairs, a batch of tokens
 @pytest.mark.parametrize("op", WAYS)
 def test_pair_losses(measure, op, s):
-    measure(PairLossJob(op, s), section="pair_losses", most_rounds=MOST_ROUNDS)
+    assert "native" in rk.available_backends()  # or "auto" would be another
+    measure(PairLoss(op, s, backends=("native",)), section="pair_losses", most_turns=MOST_TURNS)

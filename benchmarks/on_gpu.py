@@ -3,7 +3,7 @@ and other packages.
 
 The rates of the machine come first: a large GEMM, a copy. Then, op by op and shape by shape, contenders take turns.
 FILE is JSON and written after every row, so that a run that is interrupted leaves what it measured. What a contender
-cannot do, or what there was no time for, has a row that says why. The file's notes say what the columns mean.
+cannot do, or what there was no time for, has a row that says why. results/README.md says what the columns mean.
 
 `--device cpu --tiny` runs every contender that can run on a CPU at tiny shapes: a test of this file. With
 TRITON_INTERPRET=1 Triton is among them.
@@ -14,22 +14,50 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import rlhf_kernels as rk
-from benchmarks.harness.jobs import gpu_jobs, normal
+from benchmarks.harness.case import HeadCase, normal
+from benchmarks.harness.grpo import GRPO
+from benchmarks.harness.heads import budget_that_keeps
+from benchmarks.harness.linear_dpo import LinearDPO
+from benchmarks.harness.linear_kl import LinearKL
+from benchmarks.harness.linear_logprobs import LinearLogprobs
 from benchmarks.harness.measuring import Clock, measure, rates_of, reason_of
 from benchmarks.harness.peers import OURS, CannotRun, Peer
 from benchmarks.harness.record import Results, environment, line_of
 
-JOB_SECONDS, MOST_ROUNDS = 8.0, 9  # turns of one job; slow contenders take fewer, but at least two
+CASE_SECONDS, MOST_TURNS = 8.0, 9  # of turns of one case
+SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 2048, 151936), (4096, 1024, 50257)]  # N, D, V
+TINY = [(72, 32, 133)]  # more rows than are judged
 
 
 def excused(row: dict) -> bool:
     return row["status"] in ("measured", "not measured: time")
+
+
+def cases_of(device: torch.device, tiny: bool, backends: tuple[str, ...], rivals: bool) -> Iterator[HeadCase]:
+    """The most wanted first."""
+    options = {"dtype": torch.bfloat16, "device": device, "backends": backends, "rivals": rivals}
+    shapes, sequences = (TINY, (4, 18)) if tiny else (SHAPES, (8, 1024))
+    (n, d, v), *others = shapes
+    keeping = {"budgets_mib": {"larger": budget_that_keeps(n, v, device.type)}}
+    yield LinearLogprobs(n, d, v, masked=0.5 if tiny else 0.0, **options, **keeping)
+    for shape in others:
+        yield LinearLogprobs(*shape, **options)
+    small = sorted(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
+    for shape in small[:2]:
+        yield LinearKL(*shape, **options)
+    tokens = sequences[0] * sequences[1]
+    yield LinearDPO(tokens, d, v, sequences=sequences[0], **options, **keeping)
+    yield GRPO(tokens, d, v, sequences=sequences[0], **options)
+    if not tiny:
+        yield LinearLogprobs(n, d, v, masked=0.5, **options)
+        yield LinearLogprobs(*small[0], **options | {"dtype": torch.float32})
 
 
 def run_small(device: torch.device, backend: str) -> None:
@@ -43,14 +71,14 @@ def run_small(device: torch.device, backend: str) -> None:
         targets = torch.arange(n, device=device) * 127
         targets[::3] = -100
         outputs = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
-        found = rk.linear_logprobs(hidden, weight, targets, bias, logit_softcap=30.0, outputs=outputs, **by)
-        assert found.entropy is not None
+        result = rk.linear_logprobs(hidden, weight, targets, bias, logit_softcap=30.0, outputs=outputs, **by)
+        assert result.entropy is not None
         kl = rk.linear_kl(hidden, weight, ref_hidden, weight.detach(), targets != -100, bias=bias, **by)
-        penalty = rk.kl_penalty(found.logprobs, found.logprobs.detach() - 0.1, "k3", **by)
+        penalty = rk.kl_penalty(result.logprobs, result.logprobs.detach() - 0.1, "k3", **by)
         pairs, reference = (2, n // 2, d), {"ref_hidden": ref_hidden.view(2, n // 2, d), "ref_weight": weight.detach()}
         dpo = rk.linear_dpo_loss(hidden.view(pairs), weight, targets.view(2, -1), **reference, **by).loss
-        rewards = rk.bradley_terry_loss(found.logprobs[: n // 2], found.logprobs[n // 2 :], **by)
-        (found.logprobs.sum() + found.entropy.sum() + kl.sum() + penalty.sum() + dpo + rewards.sum()).backward()
+        rewards = rk.bradley_terry_loss(result.logprobs[: n // 2], result.logprobs[n // 2 :], **by)
+        (result.logprobs.sum() + result.entropy.sum() + kl.sum() + penalty.sum() + dpo + rewards.sum()).backward()
         assert all(leaf.grad is not None and bool(leaf.grad.isfinite().all()) for leaf in (hidden, weight, bias))
     rk.set_workspace_budget(None)
     print(f"every op ran by {backend}, forward and backward")
@@ -100,17 +128,17 @@ def main() -> None:
             return not options.tiny and gone <= options.seconds / 2
         return gone <= options.seconds
 
-    turns = {"seconds": JOB_SECONDS, "most_rounds": 1 if options.tiny else MOST_ROUNDS, "may_start": may_start}
-    for job in gpu_jobs(options.device, options.tiny, backends, not options.no_rivals):
+    turns = {"seconds": CASE_SECONDS, "most_turns": 1 if options.tiny else MOST_TURNS, "may_start": may_start}
+    for case in cases_of(options.device, options.tiny, backends, not options.no_rivals):
         try:
             if time.perf_counter() - started > options.seconds:
                 raise CannotRun("not measured: time")
-            for row in measure(job, clock, **turns):
+            for row in measure(case, clock, **turns):
                 results.add(row)
                 print(line_of(row), flush=True)
         except Exception as error:  # of the inputs, the truth or the bare GEMMs; contenders' own are rows already
-            results.add(job.label() | {"contender": "all", "status": reason_of(error)})
-        del job
+            results.add(case.label() | {"contender": "all", "status": reason_of(error)})
+        del case
         clock.free()
     results.content["seconds"] = round(time.perf_counter() - started, 1)
     results.write()

@@ -1,59 +1,33 @@
-"""How a job is measured: peers take turns in one process, and a row says what came out. The same on CPU and GPU."""
+"""How a case is measured: peers take turns in one process, and a row says what came out. The same on CPU and GPU.
+
+Every row has at least LEAST_TURNS turns. A case has so many seconds: who would not fit into them takes no turns, and
+its row says how long its one run took.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-import rlhf_kernels as rk
-from benchmarks.harness.jobs import ROWS, normal
-from benchmarks.harness.peers import CannotRun, Peer
-from benchmarks.harness.record import ROOT
+from benchmarks.harness.case import ROWS, Case, Run, normal
+from benchmarks.harness.peak_memory import peaks_in_fresh_process
+from benchmarks.harness.peers import OURS, CannotRun, Peer
 
-LONGEST_S = 20.0  # a step that takes longer is not waited for
-
-
-class Measurable(Protocol):
-    """What is asked of a job."""
-
-    n: int
-    d: int
-    v: int
-    op: str
-    device: torch.device
-    counted: int
-    threads: int | None
-    forward_products: int
-    total_products: int
-    peers: list[Peer]
-    truth: Tensor
-    true_gradient: Tensor | None
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]: ...
-    def label(self) -> dict: ...
-    def needs(self) -> set[str]: ...
-    def make(self) -> None: ...
-    def call(self, peer: Peer, rows: int | None = None) -> Tensor: ...
-    def step(self, peer: Peer, rows: int | None = None) -> None: ...
-    def share(self, rows: int) -> float: ...
-    def drop_gradients(self) -> None: ...
-    def bare_gemms(self) -> tuple[Callable[[], object], Callable[[], object]] | None: ...
-    def arguments(self) -> dict: ...
+LEAST_TURNS = 5
+LONGEST_S = 40.0  # a step that takes longer, going by a few rows, is not waited for
+BARE = "bare GEMMs"
 
 
 class Clock:
@@ -62,7 +36,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
 
-    def ms(self, run: Callable[[], object]) -> float:
+    def ms(self, run: Run) -> float:
         if not self.cuda:
             start = time.perf_counter()
             run()
@@ -75,7 +49,7 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def peak_mib(self, run: Callable[[], object], besides: int = 0) -> float:
+    def peak_mib(self, run: Run, besides: int = 0) -> float:
         """Of a GPU. A process keeps memory that it once had, so on CPU it takes a fresh one: peak_memory.py."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -97,85 +71,68 @@ def reason_of(error: Exception) -> str:
         return "out of memory"
     if isinstance(error, ModuleNotFoundError):
         return f"not installed: {error.name}"
-    said = str(error).strip().partition("\n")[0][:160]
-    return said if isinstance(error, CannotRun) else f"cannot run here: {type(error).__name__}: {said}"
+    message = str(error).strip().partition("\n")[0][:160]
+    return message if isinstance(error, CannotRun) else f"cannot run here: {type(error).__name__}: {message}"
 
 
 def rounded(error: Tensor) -> float | str:
     return float(f"{error:.3g}") if error.isfinite() else str(error.item())  # JSON has no word for nan
 
 
-@contextmanager
-def budget_of(peer: Peer) -> Iterator[None]:
-    if peer.budget_mib is None:
-        yield
-        return
-    rk.set_workspace_budget(peer.budget_mib)
-    try:
-        yield
-    finally:
-        rk.set_workspace_budget(None)
+def error_of(case: Case, peer: Peer, whole: Tensor, alone: Tensor) -> Tensor:
+    """Largest difference from the truth: of a value a row, of a mean where a peer returns sums, or of the one loss."""
+    if not case.truth.dim():
+        return (alone.double() - case.truth).abs()
+    if whole.dim():
+        return (whole[: len(case.truth)].double() - case.truth).abs().max()
+    return (alone.double() - case.truth.sum()).abs() / ROWS
 
 
-def runs_of(job: Measurable, peer: Peer) -> tuple[Callable[[], object] | None, Callable[[], object]]:
-    """Forward (None where it is the total), forward and backward."""
-    return None if peer.sums else partial(job.call, peer), partial(job.step, peer)
-
-
-def try_out(job: Measurable, peer: Peer, clock: Clock) -> dict:
-    """What is known of a peer besides its times and, on CPU, its memory; raises what it raises. It is warm then."""
-    found: dict = {}
+def try_out(case: Case, peer: Peer, clock: Clock) -> tuple[dict, float]:
+    """What is known of a peer besides its times and, on CPU, its memory, and the seconds of a turn; raises what it
+    raises. It is warm then."""
+    columns: dict = {}
     results: list[Tensor] = []
-    step = partial(job.step, peer)
+    forward, step = case.runs(peer)
 
     def call() -> None:
-        results.append(job.call(peer))
+        results.append(case.call(peer))
 
-    few_s = 1e-3 * clock.ms(partial(job.step, peer, ROWS))
-    if not peer.slow_start and (expected_s := expected_step_s(job, peer, clock, few_s)) > LONGEST_S:
-        raise CannotRun(f"not measured: about {expected_s:.0f} s a step, going by a few rows")
-    job.drop_gradients()
+    few = partial(case.step, peer, ROWS)
+    few_s = 1e-3 * clock.ms(few)
+    warm_s = 1e-3 * clock.ms(few) if clock.cuda else few_s  # on a GPU the first one may have compiled
+    if not peer.slow_start and (expected_s := warm_s / case.share(ROWS)) > LONGEST_S:
+        raise CannotRun(f"too slow to take turns: about {expected_s:.0f} s a step, going by a few rows")
+    case.drop_gradients()
     first_ms = clock.ms(call)
-    whole, alone = results.pop(), job.call(peer, ROWS)
-    if not peer.judged:
-        pass
-    elif whole.dim():
-        if alone.shape != whole.shape:
-            found["batch_invariant"] = torch.equal(alone, whole[: len(alone)])
-        found["max_error"] = rounded((whole[: len(job.truth)].double() - job.truth).abs().max())
-    elif job.truth.dim():  # a sum alone
-        found["max_error"] = rounded((alone.double() - job.truth.sum()).abs() / ROWS)
-    else:
-        found["max_error"] = rounded((alone.double() - job.truth).abs())
+    whole, alone = results.pop(), case.call(peer, ROWS)
+    if peer.judged:
+        columns["max_error"] = rounded(error_of(case, peer, whole, alone))
+        if whole.dim() and alone.shape != whole.shape:
+            columns["batch_invariant"] = torch.equal(alone, whole[: len(alone)])
     del whole, alone
-    job.drop_gradients()
-    found["first_s"] = round(few_s + (first_ms + clock.ms(step)) / 1e3, 2)
+    case.drop_gradients()
+    step_ms = clock.ms(step)
+    columns["first_s"] = round(few_s + (first_ms + step_ms) / 1e3, 2)
     if peer.name == "triton":
-        found["tuner"] = tuner_choices(job.op)
-    if peer.judged and job.true_gradient is not None:
-        gradient = job.leaves[0].grad
+        columns["tuner"] = tuner_choices(case.op)
+    if peer.judged and case.true_gradient is not None:
+        gradient = case.leaves[0].grad
         assert gradient is not None
-        difference = gradient[: len(job.true_gradient)].double() - job.true_gradient
-        found["hidden_gradient_error"] = rounded(difference.norm() / job.true_gradient.norm())
-    job.drop_gradients()
+        difference = gradient[: len(case.true_gradient)].double() - case.true_gradient
+        columns["hidden_gradient_error"] = rounded(difference.norm() / case.true_gradient.norm())
+    case.drop_gradients()
+    if peer.slow_start or clock.cuda:  # the first ones had compilation in them
+        first_ms, step_ms = clock.ms(call) if forward else 0.0, clock.ms(step)
+        case.drop_gradients()
     if clock.cuda:
-        found["peak_total_mib"] = clock.peak_mib(step, sum(leaf.nbytes for leaf in job.leaves))
-        job.drop_gradients()
-        if not peer.sums:
-            found["peak_forward_mib"] = clock.peak_mib(call)
-            results.clear()
-    return found
-
-
-def expected_step_s(job: Measurable, peer: Peer, clock: Clock, few_s: float) -> float:
-    """Of all rows. In proportion to the first `few_s` of ROWS rows, if that is short enough; else by how much more
-    twice the rows take, as there is a part that they share, such as writing the gradient of the head."""
-    times = 1 / job.share(ROWS)
-    if few_s * times <= LONGEST_S or few_s > LONGEST_S:
-        return few_s * times
-    few_s, more_s = (1e-3 * clock.ms(partial(job.step, peer, rows)) for rows in (ROWS, 2 * ROWS))
-    job.drop_gradients()
-    return few_s + (more_s - few_s) * (times - 1)
+        columns["peak_total_mib"] = clock.peak_mib(step, sum(leaf.nbytes for leaf in case.leaves))
+        case.drop_gradients()
+        if forward:
+            columns["peak_forward_mib"] = clock.peak_mib(call)
+    results.clear()
+    steps = 1 if peer.budget_mib is None else 2  # with a budget of its own a turn has a step that is not counted
+    return columns, 1e-3 * ((first_ms if forward else 0.0) + steps * step_ms)
 
 
 def tuner_choices(op: str) -> dict[str, str]:
@@ -191,165 +148,152 @@ def tuner_choices(op: str) -> dict[str, str]:
     return {kernel.base_fn.__name__: str(kernel.best_config) for kernel in kernels if hasattr(kernel, "best_config")}
 
 
-def fresh_peaks(job: Measurable, peer: Peer) -> dict:
-    """Peaks on CPU, each of a process of its own."""
-    question = json.dumps({"job": job.arguments(), "peer": peer.name})
-    command = [sys.executable, "-m", "benchmarks.harness.peak_memory"]
-    done = subprocess.run(command, cwd=ROOT, input=question, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{peer.name}: {done.stderr.strip()[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def spread(times_ms: list[float]) -> dict:
     median = statistics.median(times_ms)
     return {"median": round(median, 4), "min": round(min(times_ms), 4), "max": round(max(times_ms), 4)}
 
 
-class Pace(Protocol):
-    """Repeats turns of all runs: `others()` and `native()` make one turn."""
+@dataclass(eq=False)
+class Contender:
+    """One that takes turns: a peer, or the bare GEMMs."""
 
-    def __call__(self, native: Callable[[], None], others: Callable[[], None], rounds: int) -> None: ...
+    name: str
+    runs: tuple[Run | None, Run]
+    peer: Peer | None
+    row: dict
+    turn_s: float
+    failed: str = ""
+    times_ms: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+    def take_turn(self, case: Case, clock: Clock) -> None:
+        """Forward, then forward and backward. After an error it takes no more."""
+        if self.failed:
+            return
+        with self.peer.budget() if self.peer else nullcontext():
+            try:
+                if self.peer and self.peer.budget_mib is not None:
+                    self.runs[1]()  # not counted: in training, a step finds what the last one left
+                    case.drop_gradients()
+                for times_ms, run in zip(self.times_ms, self.runs, strict=True):
+                    if run is not None:
+                        times_ms.append(clock.ms(run))
+                        case.drop_gradients()
+            except Exception as error:
+                self.failed = reason_of(error)
+        if self.failed:
+            case.drop_gradients()  # the error, which held the frames that hold tensors, is gone
+
+    def median_ms(self, k: int) -> float | None:
+        return statistics.median(self.times_ms[k]) if self.times_ms[k] else None
 
 
-def in_a_loop(native: Callable[[], None], others: Callable[[], None], rounds: int) -> None:
-    for _ in range(rounds):
-        others()
-        native()
-
-
-class Turns:
-    """Times of all runs, one after the other, native last, turn by turn; with the budgets of `peers`, by name."""
-
-    def __init__(self, job: Measurable, clock: Clock, runs: dict[str, tuple], peers: dict[str, Peer]) -> None:
-        self.job, self.clock, self.runs, self.peers = job, clock, runs, peers
-        self.failed: dict[str, str] = {}
-        self.clear()
-
-    def clear(self) -> None:
-        self.times_ms: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in self.runs}
-
-    def take(self, name: str) -> None:
-        peer = self.peers.get(name)
-        with budget_of(peer) if peer else nullcontext():
-            if peer and peer.budget_mib is not None:
-                self.attempt(name, self.runs[name][1])  # not counted: in training, a step finds what the last one left
-            for kept, run in zip(self.times_ms[name], self.runs[name], strict=True):
-                if (ms := self.attempt(name, run)) is not None:
-                    kept.append(ms)
-
-    def attempt(self, name: str, run: Callable[[], object] | None) -> float | None:
-        if run is None or name in self.failed:
-            return None
-        try:
-            return self.clock.ms(run)
-        except Exception as error:
-            self.failed[name] = reason_of(error)
-            return None
-        finally:
-            self.job.drop_gradients()
-
-    def measure(self, expected_s: float, seconds: float, most_rounds: int, pace: Pace) -> int:
-        """How many rounds, between two and `most_rounds`, `seconds` were enough for. On a GPU the first turn does not
-        count: it fetches memory."""
-        native = "native" if "native" in self.runs else next(iter(self.runs))
-        names = [name for name in self.runs if name != native]
-        order = random.Random(0)  # drawn anew each turn, or one would always find the caches as the same one left them
-
-        def others() -> None:
-            for name in order.sample(names, len(names)):
-                self.take(name)
-
-        turn_s = expected_s
-        if self.clock.cuda and most_rounds > 1:
-            start = time.perf_counter()
-            others()
-            self.take(native)
-            turn_s = time.perf_counter() - start
-            self.clear()
-        rounds = most_rounds if turn_s * most_rounds <= seconds else max(min(2, most_rounds), int(seconds / turn_s))
-        pace(lambda: self.take(native), others, rounds)
-        return rounds
+def admit(contenders: list[Contender], seconds: float, turns: int) -> tuple[list[Contender], list[Contender]]:
+    """Those for whose turns there is time, and the others. Bare GEMMs and this project's backends are always admitted,
+    then the fastest first."""
+    needed = [one for one in contenders if one.name in (BARE, *OURS)]
+    able, slow = list(needed), []
+    for one in sorted((one for one in contenders if one not in needed), key=lambda one: one.turn_s):
+        fits = turns * sum(other.turn_s for other in [*able, one]) <= seconds
+        (able if fits else slow).append(one)
+    return [one for one in contenders if one in able], slow
 
 
 def measure(
-    job: Measurable,
+    case: Case,
     clock: Clock,
     *,
     seconds: float,
-    most_rounds: int,
+    most_turns: int,
     may_start: Callable[[Peer], bool] = lambda peer: True,
     targets: dict[str, dict] | None = None,
-    peaks: bool = False,
-    pace: Pace = in_a_loop,
+    peaks_s: float = 0.0,
 ) -> Iterator[dict]:
-    """Rows of one job. `seconds` of turns; `peaks`: memory on CPU too; `targets` by contender: of forward, total."""
-    job.make()
-    able: dict[str, tuple[Peer, dict]] = {}
-    bare = job.bare_gemms()
-    runs: dict[str, tuple] = {} if bare is None else {"bare GEMMs": bare}
-    for peer in job.peers:
-        row = job.label() | {"contender": peer.name, "note": peer.note, "status": "measured"}
-        if not may_start(peer):
-            yield row | {"status": "not measured: time"}
-            continue
+    """Rows of one case, with `seconds` for turns and, on a CPU, `peaks_s` for peak memory. A peer that may not start is
+    not tried out. `targets` by contender: of forward, total."""
+    case.make()
+    contenders: list[Contender] = []
+    if bare := case.bare_gemms():
+        row = case.label() | {"contender": BARE, "status": "measured"}
+        contenders.append(Contender(BARE, bare, None, row, 1e-3 * sum(map(clock.ms, bare))))
+    for peer in case.peers:
+        row = case.label() | {"contender": peer.name, "note": peer.note, "status": "measured"}
         try:
-            if refused := peer.why_not(job.needs()):
+            if refused := peer.why_not(case.needs()):
                 raise CannotRun(refused)
-            with budget_of(peer):
-                able[peer.name] = peer, row | try_out(job, peer, clock)
+            if not may_start(peer):
+                raise CannotRun("not measured: time")
+            with peer.budget():
+                columns, turn_s = try_out(case, peer, clock)
         except Exception as error:
             refused = reason_of(error)
         else:
-            runs[peer.name] = runs_of(job, peer)
+            contenders.append(Contender(peer.name, case.runs(peer), peer, row | columns, turn_s))
             clock.free()  # what it kept for itself is not the next one's lack
             continue
-        job.drop_gradients()  # the error, which held the frames that hold tensors, is gone
+        case.drop_gradients()  # the error, which held the frames that hold tensors, is gone
         clock.free()
         yield row | {"status": refused}
 
-    turns = Turns(job, clock, runs, {name: peer for name, (peer, _) in able.items()})
-    expected_s = sum(row["first_s"] for peer, row in able.values() if not peer.slow_start)  # theirs is compilation
-    rounds = turns.measure(expected_s, seconds, most_rounds, pace)
-    if "bare GEMMs" in turns.failed:  # nothing to compare with; most likely the device itself is gone
-        raise CannotRun(f"bare GEMMs: {turns.failed['bare GEMMs']}")
-    rows = {name: row for name, (_, row) in able.items() if name not in turns.failed}
-    if peaks and not clock.cuda:
-        with ThreadPoolExecutor(2) as pool:
-            asked = {name: pool.submit(fresh_peaks, job, able[name][0]) for name in rows}
-            for name, answer in asked.items():
-                rows[name] |= answer.result()
-    if bare is not None:
-        rows = {"bare GEMMs": job.label() | {"contender": "bare GEMMs", "status": "measured"}} | rows
-    yield from (able[name][1] | {"status": said} for name, said in turns.failed.items())
-    yield from judged(job, rows, turns.times_ms, rounds, targets or {})
+    least = min(LEAST_TURNS, most_turns)
+    able, slow = admit(contenders, seconds, least)
+    for one in slow:
+        yield one.row | {"status": f"too slow to take turns: {one.turn_s:.1f} s forward and total, from one run"}
+    turns = max(least, min(most_turns, int(seconds / max(1e-9, sum(one.turn_s for one in able)))))
+    take_turns(case, clock, able, turns)
+    if bare and able[0].failed:  # nothing to compare with; most likely the device itself is gone
+        raise CannotRun(f"{BARE}: {able[0].failed}")
+    if peaks_s and not clock.cuda:
+        measure_peaks(case, [one for one in able if one.peer and not one.failed], peaks_s)
+    yield from (one.row | {"status": one.failed} for one in able if one.failed)
+    yield from rows_of(case, [one for one in able if not one.failed], turns, targets or {})
 
 
-def judged(job: Measurable, rows: dict[str, dict], times_ms: dict, rounds: int, targets: dict) -> Iterator[dict]:
-    """`rows` with their times, and what these are to the bare GEMMs' and to the native backend's."""
-    flops = 2 * job.n * job.d * job.v
-    products = (job.forward_products, job.total_products)
-    bare_ms = [statistics.median(kept) for kept in times_ms.get("bare GEMMs", [])]
-    native_ms = [statistics.median(kept) for kept in times_ms["native"]] if "native" in rows else []
-    for name, row in rows.items():
-        medians_ms = [statistics.median(kept) if kept else None for kept in times_ms[name]]
-        row["rounds"] = rounds
-        part = 1.0 if name == "bare GEMMs" else job.counted / job.n  # masked rows need no product
+def take_turns(case: Case, clock: Clock, contenders: list[Contender], turns: int) -> None:
+    """All contenders once a turn, in an order that is drawn anew for each: or one would always find the caches as the
+    same other one left them. On a GPU a first turn does not count: it fetches memory."""
+    order = random.Random(0)
+    for turn in range(-1 if clock.cuda and turns > 1 else 0, turns):
+        for one in order.sample(contenders, len(contenders)):
+            one.take_turn(case, clock)
+            if turn < 0:
+                one.times_ms = ([], [])
+
+
+def measure_peaks(case: Case, contenders: list[Contender], seconds: float) -> None:
+    """Two at a time, this project's first; none is started after `seconds`."""
+    started = time.perf_counter()
+
+    def measure_one(one: Contender) -> dict:
+        return peaks_in_fresh_process(case, one.peer) if time.perf_counter() - started < seconds else {}
+
+    with ThreadPoolExecutor(2) as pool:
+        for one, columns in zip(contenders, pool.map(measure_one, contenders), strict=True):
+            one.row |= columns
+
+
+def rows_of(case: Case, able: list[Contender], turns: int, targets: dict) -> Iterator[dict]:
+    """Rows with their times, and what these are to the bare GEMMs' and to the native backend's."""
+    bare, native = (next((one for one in able if one.name == name), None) for name in (BARE, "native"))
+    products = (case.forward_products, case.total_products)
+    for one in able:
+        row = one.row | {"rounds": turns}
+        part = 1.0 if one is bare else case.counted_share  # masked rows need no product
+        over_native = {}
         for k, what in enumerate(("forward", "total")):
-            if medians_ms[k] is None:
+            if (ms := one.median_ms(k)) is None:
                 continue
-            row[f"{what}_ms"] = spread(times_ms[name][k])
-            if bare_ms:
-                row[f"gemm_fraction_{what}"] = round(part * bare_ms[k] / medians_ms[k], 4)
-        if name == "bare GEMMs":
-            row["tflops"] = [round(1e-9 * flops * k / ms, 3) for k, ms in zip(products, bare_ms, strict=True)]
-        if None not in medians_ms:
-            row["backward_ms"] = round(medians_ms[1] - medians_ms[0], 4)
-        if native_ms and name != "native":
-            ratios = zip(("forward", "total"), medians_ms, native_ms, strict=True)
-            row["over_native"] = {what: round(ms / ours, 4) for what, ms, ours in ratios if ms is not None}
-        if name in targets:
-            row["targets"] = targets[name]
+            row[f"{what}_ms"] = spread(one.times_ms[k])
+            if bare:
+                row[f"gemm_fraction_{what}"] = round(part * bare.median_ms(k) / ms, 4)
+            if native and one is not native:
+                over_native[what] = round(ms / native.median_ms(k), 4)
+        if one is bare:
+            flops = 2 * case.n * case.d * case.v
+            row["tflops"] = [round(1e-9 * flops * n / one.median_ms(k), 3) for k, n in enumerate(products)]
+        if over_native:
+            row["over_native"] = over_native
+        if one.name in targets:
+            row["targets"] = targets[one.name]
         yield row
 
 
@@ -358,16 +302,9 @@ def rates_of(clock: Clock, dtype: torch.dtype, size: int, copy_mib: int) -> dict
     a, b, c = (normal(size, size, seed=k, dtype=dtype, device=clock.device) for k in range(3))
     source = torch.zeros(copy_mib << 20, dtype=torch.uint8, device=clock.device)
     target = torch.zeros_like(source)
-    gemm, copy = partial(torch.mm, a, b, out=c), partial(target.copy_, source)
-    times: dict[str, list[float]] = {"gemm": [], "copy": []}
-    for turn in range(13):
-        for name, run in (("gemm", gemm), ("copy", copy)):
-            ms = clock.ms(run)
-            if turn > 2:
-                times[name].append(ms)
-    return {
-        "gemm": {"n": size, "dtype": str(dtype).removeprefix("torch."), "ms": spread(times["gemm"])}
-        | {"tflops": round(2e-9 * size**3 / statistics.median(times["gemm"]), 3)},
-        "copy": {"mib": copy_mib, "ms": spread(times["copy"])}
-        | {"gb_per_s": round(2e-6 * source.nbytes / statistics.median(times["copy"]), 1)},
-    }
+    runs = (partial(torch.mm, a, b, out=c), partial(target.copy_, source))
+    gemm, copy = ([clock.ms(run) for _ in range(13)][3:] for run in runs)
+    tflops, gb_per_s = 2e-9 * size**3 / statistics.median(gemm), 2e-6 * source.nbytes / statistics.median(copy)
+    gemm_size = {"n": size, "dtype": str(dtype).removeprefix("torch."), "ms": spread(gemm)}
+    copy_size = {"mib": copy_mib, "ms": spread(copy)}
+    return {"gemm": gemm_size | {"tflops": round(tflops, 3)}, "copy": copy_size | {"gb_per_s": round(gb_per_s, 1)}}

@@ -1,19 +1,21 @@
-"""`python -m benchmarks.harness.peak_memory`, a job and a peer as JSON on stdin: their peak extra memory as JSON.
+"""`python -m benchmarks.harness.peak_memory`, a pickled case and a peer's name on stdin: its peak extra memory as JSON.
 
 A process of its own, because a process keeps memory that it once had. Linux only: it reads, and resets, VmHWM.
 """
 
+from __future__ import annotations
+
 import ctypes
 import json
+import pickle
+import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from benchmarks.harness.jobs import Job, job_of
-from benchmarks.harness.measuring import budget_of, runs_of
-from benchmarks.harness.peers import Peer
+from benchmarks.harness.case import HeadCase
+from benchmarks.harness.peers import ROOT, Peer
 
 
 def status_mib(field: str) -> float:
@@ -21,48 +23,52 @@ def status_mib(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def peak_mib(run: Callable[[], object]) -> float:
-    """The most that the process holds during `run` beyond what it held before."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what the run needs
+def new_mark_mib() -> float:
+    """What is resident now, from where the high-water mark starts over."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what a run needs
     with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the high-water mark starts over from what is resident now
-    before = status_mib("VmRSS")
-    run()
-    return status_mib("VmHWM") - before
+        refs.write("5")
+    return status_mib("VmRSS")
 
 
-def peer_of(job: Job, name: str) -> Peer:
-    return next(peer for peer in job.choose_peers() if peer.name == name)
+def peaks_in_fresh_process(case: HeadCase, peer: Peer) -> dict:
+    """Peak extra MiB of forward, and of forward and backward beyond the gradients."""
+    request = pickle.dumps((replace(case), peer.name))  # replace: a copy without inputs
+    command = [sys.executable, "-m", "benchmarks.harness.peak_memory"]
+    done = subprocess.run(command, cwd=ROOT, input=request, capture_output=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{peer.name}: {done.stderr.decode().strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peaks_of(case: HeadCase, peer: Peer) -> dict:
+    small = replace(case, **case.small())
+    for warm in [small, case] if peer.slow_start else [small]:  # a compiler's memory is not the step's
+        warm.make_inputs()
+        for run in filter(None, warm.runs(peer_of(warm, peer.name))):
+            run()
+    case.make_inputs()
+    found = {}
+    for name, run in zip(("peak_forward_mib", "peak_total_mib"), case.runs(peer), strict=True):
+        if run is not None:
+            before = new_mark_mib()
+            run()
+            gradients = [leaf.grad for leaf in case.leaves if leaf.grad is not None]
+            peak = status_mib("VmHWM") - before - sum(gradient.nbytes for gradient in gradients) / 2**20
+            found[name] = round(peak, 1)
+    return found
+
+
+def peer_of(case: HeadCase, name: str) -> Peer:
+    return next(peer for peer in case.choose_peers() if peer.name == name)
 
 
 def main() -> None:
-    question = json.load(sys.stdin)
-    job = job_of(question["job"])
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    with budget_of(peer_of(job, question["peer"])):
-        found = peaks_of(job, question["peer"])
-    print(json.dumps(found))
-
-
-def peaks_of(job: Job, name: str) -> dict:
-    pairs = {"sequences": (job.sequences[0], 2)} if job.sequences else {}
-    small = replace(job, n=job.sequences[0] * 2 if job.sequences else 16, d=64, v=4096, **pairs)
-    small.make_inputs()
-    for run in runs_of(small, peer_of(small, name)):
-        if run is not None:
-            run()  # loads libraries, starts threads
-    job.make_inputs()
-    peer = peer_of(job, name)
-    if peer.slow_start:  # a compiler's memory is not the step's
-        for run in runs_of(job, peer):
-            if run is not None:
-                run()
-        job.drop_gradients()
-    forward, total = runs_of(job, peer)
-    found = {} if forward is None else {"peak_forward_mib": round(peak_mib(forward), 1)}
-    gradients_mib = sum(leaf.nbytes for leaf in job.leaves) / 2**20
-    return found | {"peak_total_mib": round(peak_mib(total) - gradients_mib, 1)}
+    case, name = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(case.threads or torch.get_num_threads())
+    peer = peer_of(case, name)
+    with peer.budget():
+        print(json.dumps(peaks_of(case, peer)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -12,26 +11,8 @@ from pathlib import Path
 import torch
 
 import rlhf_kernels as rk
-from benchmarks.harness.jobs import ROWS
-from benchmarks.harness.peers import older_trl
+from benchmarks.harness.peers import ROOT, installed
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-NOTES = {
-    "forward_ms, total_ms": "median, min and max of `rounds` turns; forward without autograd, total = forward and "
-    "backward with gradients of hidden and weight in fresh memory; backward_ms = total - forward, of medians",
-    "gemm_fraction": "flops that the fused op cannot do without / time / the rate of the bare GEMMs of the same shape "
-    "and the same turns: products of hidden and weight in forward; a recomputed one, dH and dW besides in total",
-    "over_native": "median time / that of the native backend in the same turns: forward, total; below 1 it is faster",
-    "targets": "the largest native / contender that is good enough: forward, total",
-    "first_s": "the first forward and the first forward and backward, with whatever is compiled or tuned for them",
-    "tuner": "what Triton's tuner chose, by kernel",
-    "peak_mib": "most memory beyond inputs (and, in total, beyond the gradients of hidden and weight); on CPU the most "
-    "a fresh process held",
-    "max_error": f"largest |value - fp64's|, nats, over {ROWS} rows; of a loss, or of a mean over those rows, where "
-    "there is no value a row",
-    "hidden_gradient_error": f"|dH - fp64's| / |fp64's| of {ROWS} rows, Frobenius",
-    "batch_invariant": f"the bits of {ROWS} rows alone are those within the whole batch",
-}
 # Two rows that agree in these are the same row, measured twice.
 SAME = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
 SAME += ("contender", "trainer", "host", "case")
@@ -49,43 +30,41 @@ def cpu_name() -> str:
     """With its family and model where a hypervisor hides its number: those of one name differ twofold in speed."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    name = said.get("model name") or platform.processor() or platform.machine()
-    if any(character.isdigit() for character in name) or "cpu family" not in said:
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if any(character.isdigit() for character in name) or "cpu family" not in facts:
         return name
-    return f"{name}, family {said['cpu family']} model {said['model']}"
+    return f"{name}, family {facts['cpu family']} model {facts['model']}"
+
+
+def machine_of(device: torch.device, build: dict) -> dict:
+    if device.type != "cuda":
+        machine = {"device": cpu_name(), "threads": torch.get_num_threads()}
+        return machine | {"cpu_isa": build["cpu_isa"], "cpu_bf16": build["cpu_bf16"]}
+    properties, query = torch.cuda.get_device_properties(device), "driver_version,power.limit,clocks.max.sm"
+    answer = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}")
+    machine = {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_mib": properties.total_memory >> 20,
+        "l2_mib": properties.L2_cache_size >> 20,
+    }
+    machine |= dict(zip(query.split(","), map(str.strip, answer.split(",")), strict=False))
+    return machine | {"tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def environment(device: torch.device) -> dict:
-    built = rk.build_info()
-    if device.type == "cuda":
-        has = torch.cuda.get_device_properties(device)
-        machine = {
-            "device": has.name,
-            "capability": f"{has.major}.{has.minor}",
-            "multiprocessors": has.multi_processor_count,
-            "memory_mib": has.total_memory >> 20,
-            "l2_mib": has.L2_cache_size >> 20,
-        }
-        asked = "driver_version,power.limit,clocks.max.sm"
-        told = output_of("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", f"--id={device.index or 0}")
-        machine |= dict(zip(asked.split(","), map(str.strip, told.split(",")), strict=False))
-        machine["tf32"] = torch.backends.cuda.matmul.allow_tf32
-    else:
-        machine = {"device": cpu_name(), "threads": torch.get_num_threads(), "cpu_isa": built["cpu_isa"]}
-        machine["cpu_bf16"] = built["cpu_bf16"]
-    has_packages = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    asked_for = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
-    peers = {name: has_packages.get(name, "not installed") for name in asked_for}
+    build = rk.build_info()
+    versions = {"rlhf_kernels": build["version"], "torch": torch.__version__, "cuda": torch.version.cuda}
+    peers = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
     return {
-        "device": machine,
-        "versions": {"rlhf_kernels": built["version"], "torch": torch.__version__, "cuda": torch.version.cuda}
-        | peers
-        | {"trl (older)": older_trl() or "not installed"},
+        "device": machine_of(device, build),
+        "versions": versions | {name: installed(name) or "not installed" for name in peers},
         "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": output_of("git", "describe", "--always", "--dirty"),
         "backends": list(rk.available_backends(device)),
-        "workspace_budget_mib": built["workspace_budget_mib"],
+        "workspace_budget_mib": build["workspace_budget_mib"],
     }
 
 
@@ -94,7 +73,7 @@ class Results:
     per row on the screen."""
 
     def __init__(self, path: Path, head: dict, content: dict | None = None) -> None:
-        self.path, self.content = path, content or head | {"notes": NOTES, "rates": None, "rows": []}
+        self.path, self.content = path, content or head | {"rates": None, "rows": []}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
 
@@ -113,7 +92,7 @@ class Results:
         whole.replace(self.path)  # at no time half a file
 
     def add(self, row: dict, section: str = "rows") -> None:
-        """In the place of a row of the same job and contender, if there is one."""
+        """In the place of a row of the same case and contender, if there is one."""
         rows = self.content.setdefault(section, [])
         rows[:] = [old for old in rows if any(old.get(name) != row.get(name) for name in SAME)]
         rows.append(row | {"commit": self.content["commit"]})
@@ -121,16 +100,10 @@ class Results:
 
 
 def line_of(row: dict) -> str:
+    """A row for the screen."""
     shape = f"{row['n']}x{row['d']}x{row['v']} masked {row['masked']:.0%}" if "n" in row else f"{row['s']}"
-    said = row["status"]
-    if said == "measured":
-        parts = []
-        for name in ("forward", "total"):
-            if f"{name}_ms" in row:
-                fraction = row.get(f"gemm_fraction_{name}")
-                part = f"{name} {row[f'{name}_ms']['median']:9.3f} ms"
-                parts.append(part if fraction is None else f"{part} ({fraction:.2f})")
-        if "max_error" in row:
-            parts.append(f"error {float(row['max_error']):.1e}")
-        said = "  ".join(parts)
-    return f"{row['op']} {row['dtype']} {shape:30} {row['contender']:24} {said}"
+    words = [row["op"], row["dtype"], f"{shape:30}", f"{row['contender']:24}"]
+    if row["status"] != "measured":
+        return " ".join([*words, row["status"]])
+    words += [f"{name} {row[f'{name}_ms']['median']:.3f} ms" for name in ("forward", "total") if f"{name}_ms" in row]
+    return " ".join([*words, f"error {float(row['max_error']):.1e}" if "max_error" in row else ""])

@@ -1,0 +1,43 @@
+"""`python -m benchmarks.steps.dpo`: one trainer's DPO run on the CPU, in a process of its own, step by step.
+
+It reads a line of JSON, the request, then one line for every step that it may take; before each step, and at its end,
+it answers one line: {} or the result. If the trainer cannot run here, the result's `status` says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.steps.trainers import TRAINERS, CannotRun, Run
+from benchmarks.steps.watch import Watch
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a trainer prints is no answer
+
+    def answer(message: dict) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    def wait_for_turn() -> None:
+        answer({})
+        sys.stdin.readline()
+
+    request = json.loads(sys.stdin.readline())
+    run = Run(**request["run"] | {"folder": Path(request["run"]["folder"])})
+    run.folder.mkdir()
+    try:
+        train = TRAINERS[request["trainer"]]()
+        watch = Watch(wait_for_turn)
+        losses = train(run)
+    except CannotRun as error:
+        answer({"status": str(error)})
+    else:
+        answer({"status": "measured", **watch.columns(request["warm_up"]), "losses": losses})
+
+
+if __name__ == "__main__":
+    main()
