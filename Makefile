@@ -51,13 +51,18 @@ integrations: $(STAMP) hosts
 	RLHF_KERNELS_REQUIRE_HOSTS=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/integrations $(TEST_ARGS)
 
+# The tests of what is measured come first: nothing is reported of an op whose tests fail. BENCH_ARGS=--collect-only
+# says what would be measured, and for how long at most.
 bench: $(STAMP) peers
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 RLHF_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(BENCH_TESTS)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BENCH_ARGS)
+BENCH_TESTS := $(addprefix tests/kernels/test_,linear_logprobs.py linear_logprobs_rows.py batch_invariance.py linear_kl.py \
+	linear_dpo.py dpo.py bradley_terry.py kl_penalty.py) tests/trainer/offline/test_dpo.py
 
-# Packages that cannot lie beside the others: a second TRL; verl and OpenRLHF, which ask for an older transformers;
+# Packages that cannot lie beside the others: a second TRL, verl and OpenRLHF, which ask for an older transformers;
 # DeepSpeed, which transformers would load wherever it is found. PEERS are compared with, HOSTS integrated into.
-PEERS := trl-1.13.0 verl-0.9.1
-HOSTS := $(PEERS) openrlhf-0.11.2 deepspeed-0.19.8
+PEERS := verl-0.9.1
+HOSTS := $(PEERS) trl-1.13.0 openrlhf-0.11.2 deepspeed-0.19.8
 peers: $(PEERS:%=build/peers/%/.installed)
 hosts: $(HOSTS:%=build/peers/%/.installed)
 
@@ -73,7 +78,7 @@ build/peers/%/.installed: | $(STAMP)
 # Whether the working tree is slower than the commit BASE, on this machine. CONTRIBUTING.md says how to read it.
 BASE ?= $(shell git rev-parse -q --verify origin/main || echo HEAD~1)
 bench-guard: $(STAMP)
-	$(BIN)/python -m benchmarks.guard.guard --base $(BASE) $(GUARD_ARGS)
+	$(BIN)/python -m benchmarks.guard --base $(BASE) $(GUARD_ARGS)
 
 CPP_FILES = $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
 

@@ -9,40 +9,18 @@ has computed the reference's log-probs before. bf16 is autocast over fp32 weight
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from benchmarks.harness.heads import bf16_is_fast
 from benchmarks.harness.measuring import LEAST_TURNS
 from benchmarks.steps.inputs import Sizes
-from benchmarks.steps.track import WARM_UP, Track, check, label_of
-
-CASE = "DPO steps: one pair of 255 tokens"
-NOTE = (
-    "A whole step, and its part up to the gradients: the policy's forward, its backward and clipping. The reference's "
-    "log-probs were computed before. Extra MiB are those above weights, optimizer state and gradients."
-)
-OURS = ("rlhf", "rlhf, share_prefix")
-# Of the gradients of rlhf over those of TRL, in bf16; the first loss is log 2 whatever the dtype.
-TARGETS = {"gradients": {label_of("TRL"): 0.6, label_of("TRL, fused"): 1.0}, "memory": 0.25, "first_loss_error": 1e-6}
-
-
-def as_case(rows: list[dict]) -> list[dict]:
-    """Rows with the case, its targets, and how far the first loss is from what every DPO starts at."""
-    for row in rows:
-        row |= {"case": CASE, "note": NOTE}
-        if row["status"] == "measured":
-            row["first_loss_error"] = abs(row["losses"][0] - math.log(2))
-        if row["trainer"] in OURS:
-            row |= {"targets": TARGETS, "judged": row["dtype"] == "bfloat16"}
-    return rows
+from benchmarks.steps.track import TARGETS, WARM_UP, Track, check
 
 
 @pytest.mark.budget(turns=200)
 def test_steps(keep, tmp_path):
     sizes = Sizes(steps=WARM_UP + LEAST_TURNS)
-    rows = as_case(Track(tmp_path, sizes, "bfloat16" if bf16_is_fast() else "float32").run())
+    rows = Track(tmp_path, sizes, "bfloat16" if bf16_is_fast() else "float32").run()
     for row in rows:
         over = f"{row['over_rlhf']:.2f} of rlhf's time" if "over_rlhf" in row else row["status"]
         keep(row, f"DPO step {row['dtype']} {row['trainer']:20} {over}", "steps")

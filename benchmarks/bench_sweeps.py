@@ -43,4 +43,4 @@ def test_d(measure, d):
 def test_masked(measure, masked):
     """Cost follows the tokens that count; a fresh dW is written whatever their number."""
     targets = {"native, unmasked": {"total": round(1.05 - masked, 2)}}
-    measure(sweep_case("masked", n=512, masked=masked, rivals=False), targets)
+    measure(sweep_case("masked", n=512, masked=masked, rivals=("native, unmasked",)), targets)

@@ -25,7 +25,6 @@ SHOWN: list[str] = []
 
 def pytest_addoption(parser):
     parser.addoption("--save-results", metavar="FILE", type=Path, help="write what was measured as JSON")
-    parser.addoption("--no-peaks", action="store_true", help="no peak memory, which takes a fresh process each")
 
 
 def pytest_configure(config):
@@ -74,14 +73,13 @@ def measure_case(keep, request):
 
     def run(case: Case, targets: dict | None = None, *, section: str = "rows", most_turns: int = MOST_TURNS) -> None:
         threads, budget = torch.get_num_threads(), budget_of(request.node)
-        peaks_s = 0 if request.config.getoption("--no-peaks") else budget["peaks"]
         started = time.perf_counter()
 
         def may_start(peer: Peer) -> bool:
             return is_ours(peer.name) or time.perf_counter() - started < TRYING_OUT * budget["turns"]
 
         torch.set_num_threads(case.threads or threads)
-        limits = {"seconds": (1 - TRYING_OUT) * budget["turns"], "peaks_s": peaks_s, "most_turns": most_turns}
+        limits = {"seconds": (1 - TRYING_OUT) * budget["turns"], "peaks_s": budget["peaks"], "most_turns": most_turns}
         try:
             for row in measure(case, Clock(case.device), may_start=may_start, targets=targets, **limits):
                 keep(row, line_of(row), section)

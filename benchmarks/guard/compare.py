@@ -104,13 +104,13 @@ def time_cases(folders: list[Path], options: Namespace) -> tuple[dict[str, list[
 
 def line_of(case: str, sets: list[list[Round]], instructions: float | None) -> tuple[str, str]:
     """A line of the table, and its verdict."""
-    interval, verdict = judge(sets)
+    (low, median, high), verdict = judge(sets)
     verdict = with_instructions(verdict, instructions)
     base_ms = 1e3 * statistics.median(base for rounds in sets for base, _ in rounds)
     medians = [statistics.median(head / base for base, head in rounds) for rounds in sets]
     line = LINE(
-        case, f"{base_ms:.1f}", f"{interval.median:.3f}", f"{interval.low:.3f}-{interval.high:.3f}",
-        " ".join(f"{median:.3f}" for median in medians), sum(map(len, sets)),
+        case, f"{base_ms:.1f}", f"{median:.3f}", f"{low:.3f}-{high:.3f}",
+        " ".join(f"{of_set:.3f}" for of_set in medians), sum(map(len, sets)),
         "" if instructions is None else f"{instructions:.4f}", verdict,
     )  # fmt: skip
     return line, verdict

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import NamedTuple
 
 CONFIDENCE = 0.99
 BOUND = 0.02  # by so much equal sides may differ
@@ -27,10 +26,7 @@ LEAST_ROUNDS = 8  # of a case over all sets: fewer bear no interval of 99%
 Round = tuple[float, float]  # seconds of base, head
 
 
-class Interval(NamedTuple):
-    low: float
-    median: float
-    high: float
+Interval = tuple[float, float, float]  # low, median, high
 
 
 def median_interval(ratios: list[float], confidence: float = CONFIDENCE) -> Interval:
@@ -42,7 +38,7 @@ def median_interval(ratios: list[float], confidence: float = CONFIDENCE) -> Inte
         below += 1
         subsets += math.comb(n, below)
     low, high = (ordered[below - 1], ordered[n - below]) if below else (0.0, math.inf)
-    return Interval(low, statistics.median(ordered), high)
+    return low, statistics.median(ordered), high
 
 
 def judge(sets: list[list[Round]]) -> tuple[Interval, str]:
@@ -50,11 +46,11 @@ def judge(sets: list[list[Round]]) -> tuple[Interval, str]:
     ratios = [[head / base for base, head in rounds] for rounds in sets]
     medians = [statistics.median(of_set) for of_set in ratios]
     interval = median_interval([ratio for of_set in ratios for ratio in of_set])
-    if min(interval.low, *medians) > 1 + BOUND:
+    if min(*interval, *medians) > 1 + BOUND:
         return interval, "SLOWER"
-    if max(interval.high, *medians) < 1 - BOUND:
+    if max(*interval, *medians) < 1 - BOUND:
         return interval, "faster"
-    return interval, "cannot tell" if max(interval.high, *medians) > 1 + TO_BE_SEEN else "ok"
+    return interval, "cannot tell" if max(*interval, *medians) > 1 + TO_BE_SEEN else "ok"
 
 
 def with_instructions(verdict: str, instructions: float | None) -> str:

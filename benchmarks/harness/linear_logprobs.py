@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rlhf_kernels as rk
+from benchmarks.harness import overlays
 from benchmarks.harness.case import HeadCase
-from benchmarks.harness.peers import EVERYTHING, GPU_ALONE, CannotRun, Peer, installed, overlay
+from benchmarks.harness.peers import EVERYTHING, GPU_ALONE, CannotRun, Peer, installed
 
 Logprobs = Callable[..., Tensor]
 
@@ -73,7 +74,7 @@ def cce_logprobs(impl: str, *inputs: Tensor, **head) -> Tensor:
 
 
 def verl_logprobs(*inputs: Tensor) -> Tensor:
-    module = overlay("verl", "utils.kernel.linear_cross_entropy")
+    module = overlays.without_init("verl", "utils.kernel.linear_cross_entropy")
     return module.linear_cross_entropy(*inputs, 1.0, "none")[0]
 
 
@@ -96,14 +97,6 @@ class LinearLogprobs(HeadCase):
     def eager(self, *inputs: Tensor, **head) -> Tensor:
         return eager_logprobs(*inputs, **head)
 
-    def choose_peers(self) -> list[Peer]:
-        peers = super().choose_peers()
-        if self.sweep == "masked":
-            for name in self.backends:
-                run = partial(unmasked_logprobs, name)
-                peers.append(Peer(f"{name}, unmasked", run, note="nothing ignored", judged=False))
-        return peers
-
     def others(self) -> list[Peer]:
         no_cap, no_cap_gpu = EVERYTHING - {"softcap"}, GPU_ALONE - {"softcap"}
         at_once = "its forward computes the gradients, for a loss that is the plain sum: three GEMMs, no value a token"
@@ -111,7 +104,9 @@ class LinearLogprobs(HeadCase):
         cce, cce_note = "torch_compile", "impl='torch_compile'"
         if cuda := self.device.type == "cuda":
             cce, cce_note = "cce", "default filter: small gradients are left out"
+        unmasked = Peer("native, unmasked", partial(unmasked_logprobs, "native"), note="nothing ignored", judged=False)
         return [
+            *([unmasked] if self.sweep == "masked" else []),
             Peer("CCE", partial(cce_logprobs, cce), note=cce_note, slow_start=not cuda),
             Peer(f"TRL {installed('trl')}", partial(of_counted, trl_logprobs), note=taken_out),
             Peer("torch chunked", partial(torch_chunked, "none"), no_cap, "linear_cross_entropy, default options"),

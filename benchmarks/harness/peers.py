@@ -7,14 +7,11 @@ the op's own file.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,12 +19,10 @@ from torch import Tensor
 import rlhf_kernels as rk
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-OVERLAYS = ROOT / "build/peers"  # packages that cannot be installed beside the others, a folder each: `make peers`
 OURS = ("native", "triton")  # backends: named, never "auto", so that none stands in for another
 # What a case may need, and the reason for which a peer without it is left out.
 LACKS = {
     "cpu": "runs on GPUs alone",
-    "cuda": "runs on CPUs alone",
     "softcap": "takes no soft cap",
     "masked": "knows no ignored targets",
     "16-bit": "takes fp32 alone",
@@ -86,19 +81,3 @@ def installed(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def overlay(package: str, module: str) -> ModuleType:
-    """<package>.<module> of the newest build/peers/<package>-*, without what the packages it lies in would import in
-    their __init__.py."""
-    folders = sorted(OVERLAYS.glob(f"{package}-*"))
-    if not folders:
-        missing = f"build/peers/{package}-*"
-        raise ModuleNotFoundError(f"{package} is not installed in build/peers: make peers", name=missing)
-    names = [package, *module.split(".")]
-    for k in range(1, len(names)):
-        parent = ".".join(names[:k])
-        if parent not in sys.modules:
-            shell = sys.modules[parent] = ModuleType(parent)
-            shell.__path__ = [str(folders[-1].joinpath(*names[:k]))]
-    return importlib.import_module(".".join(names))

@@ -98,8 +98,9 @@ def draw(results: dict, path: Path) -> None:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.minorticks_off()
-            for side in (panel.xaxis, panel.yaxis):
-                side.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            sizes = [table[0][axis] for table in tables]
+            panel.set_xticks(sizes, [f"{size >> 10}k" if size >= 1024 else str(size) for size in sizes])
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         title(panel, text)
         panel.set_xlabel(AXES[axis], color=INK)
         panel.grid(color=PALE, linewidth=0.6)

@@ -1,7 +1,7 @@
 """`python -m benchmarks.steps.dpo`: one trainer's DPO run on the CPU, in a process of its own, step by step.
 
 It reads a line of JSON, the request, then one line for every step that it may take; before each step, and at its end,
-it answers one line: {} or the result. If the trainer cannot run here, the result's `status` says why.
+it answers one line: {} or the result.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.steps.trainers import TRAINERS, CannotRun, Run
+from benchmarks.steps.trainers import TRAINERS, Run
 from benchmarks.steps.watch import Watch
 
 
@@ -29,14 +29,10 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     run = Run(**request["run"] | {"folder": Path(request["run"]["folder"])})
     run.folder.mkdir()
-    try:
-        train = TRAINERS[request["trainer"]]()
-        watch = Watch(wait_for_turn)
-        losses = train(run)
-    except CannotRun as error:
-        answer({"status": str(error)})
-    else:
-        answer({"status": "measured", **watch.columns(request["warm_up"]), "losses": losses})
+    train = TRAINERS[request["trainer"]]()
+    watch = Watch(wait_for_turn)
+    losses = train(run)
+    answer({"status": "measured", **watch.columns(request["warm_up"]), "losses": losses})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import sys
@@ -22,6 +23,16 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIB
 
 def label_of(trainer: str) -> str:
     return trainer.replace("TRL", f"TRL {installed('trl')}")
+
+
+CASE = "DPO steps: one pair of 255 tokens"
+NOTE = (
+    "A whole step, and its part up to the gradients: the policy's forward, its backward and clipping. The reference's "
+    "log-probs were computed before. Extra MiB are those above weights, optimizer state and gradients."
+)
+OURS = ("rlhf", "rlhf, share_prefix")
+# Of the gradients of rlhf over those of TRL, in bf16; the first loss is log 2 whatever the dtype.
+TARGETS = {"gradients": {label_of("TRL"): 0.6, label_of("TRL, fused"): 1.0}, "memory": 0.25, "first_loss_error": 1e-6}
 
 
 @dataclass
@@ -77,7 +88,9 @@ class Track:
     def row(self, name: str, results: dict[str, dict]) -> dict:
         """Times over those of `rlhf`; losses beside those of TRL."""
         result = results[name]
-        row = {"trainer": label_of(name), "status": result["status"], "dtype": self.dtype}
+        row = {"trainer": label_of(name), "status": result["status"], "dtype": self.dtype, "case": CASE, "note": NOTE}
+        if name in OURS:
+            row |= {"targets": TARGETS, "judged": self.dtype == "bfloat16"}
         row |= {"model": asdict(self.sizes), "batch": self.sizes.batch}
         if row["status"] != "measured":
             return row
@@ -87,6 +100,7 @@ class Track:
             if kind in results["rlhf"]:
                 row[over] = round(row[kind]["median"] / statistics.median(results["rlhf"][kind]), 3)
         row |= {"peak_extra_mib": result["peak_extra_mib"], "losses": result["losses"]}
+        row["first_loss_error"] = abs(result["losses"][0] - math.log(2))  # which every DPO starts at
         if "losses" in (trl := results.get("TRL", {})):
             pairs = zip(result["losses"], trl["losses"], strict=True)
             row["max_loss_difference"] = max(abs(a - b) for a, b in pairs)

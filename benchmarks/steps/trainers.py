@@ -15,10 +15,6 @@ from functools import partial
 from pathlib import Path
 
 
-class CannotRun(Exception):
-    """The message becomes the status of a row."""
-
-
 @dataclass
 class Run:
     """What every trainer gets, the same for each."""
@@ -68,13 +64,10 @@ def batches_of(run: Run) -> list[list[int]]:
 
 
 def trl_trainer(fuse: bool = False) -> Trainer:
-    try:
-        from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
-        from rlhf_kernels.integrations.trl import fused
-    except ImportError as error:
-        raise CannotRun(f"not installed: {error.name}") from error
+    from rlhf_kernels.integrations.trl import fused
 
     def train(run: Run) -> list[float]:
         with open(run.data) as file:
@@ -96,7 +89,7 @@ def trl_trainer(fuse: bool = False) -> Trainer:
     return train
 
 
-# By name, a function that imports what the trainer needs; CannotRun if it is not here.
+# By name, a function that imports what the trainer needs.
 TRAINERS: dict[str, Callable[[], Trainer]] = {
     "rlhf": rlhf_trainer,
     "rlhf, share_prefix": partial(rlhf_trainer, share_prefix=True),

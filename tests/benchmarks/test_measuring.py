@@ -1,4 +1,4 @@
-"""benchmarks/: the truth that errors are told against, the peers, and what becomes of a job's rows."""
+"""benchmarks/harness: the truth that errors are told against, the peers, and what becomes of a case's rows."""
 
 import json
 from dataclasses import replace
@@ -7,54 +7,53 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import conftest as suites
-from benchmarks.harness import measuring, overlays
-from benchmarks.harness.jobs import ROWS, Job, true_kl, true_logprobs
-from benchmarks.harness.measuring import Clock, measure
-from benchmarks.harness.pair_losses import WAYS, PairLossJob
-from benchmarks.harness.peers import GPU_ALONE, RIVALS, Peer, capped, eager_logprobs, installed
+from benchmarks.harness import overlays
+from benchmarks.harness.case import ROWS
+from benchmarks.harness.grpo import GRPO
+from benchmarks.harness.linear_dpo import LinearDPO
+from benchmarks.harness.linear_kl import LinearKL
+from benchmarks.harness.linear_logprobs import LinearLogprobs, eager_logprobs
+from benchmarks.harness.measuring import LEAST_TURNS, Clock, Contender, admit, measure, take_turns
+from benchmarks.harness.pair_losses import WAYS, PairLoss
+from benchmarks.harness.peers import GPU_ALONE, Peer, installed
 from benchmarks.harness.record import Results
 
 CPU = Clock(torch.device("cpu"))
-TINY = partial(Job, dtype=torch.float32, backends=("native",), tile=64)
-JOBS = {
-    "linear_logprobs": TINY("linear_logprobs", 72, 32, 133, masked=0.5),
-    "soft cap": TINY("linear_logprobs", 72, 32, 133, softcap=3.0),
-    "linear_kl": TINY("linear_kl", 72, 32, 133),
-    "linear_dpo_loss": TINY(
-        "linear_dpo_loss", 72, 32, 133, sequences=(4, 18), pairs_per_response=2, budgets_mib={"larger": 100}
-    ),
-    "grpo": TINY("grpo", 72, 32, 133, sequences=(4, 18)),
+TINY = {"backends": ("native",), "tile": 64}
+CASES = {
+    "linear_logprobs": LinearLogprobs(72, 32, 133, masked=0.5, **TINY),
+    "soft cap": LinearLogprobs(72, 32, 133, softcap=3.0, **TINY),
+    "linear_kl": LinearKL(72, 32, 133, **TINY),
+    "linear_dpo_loss": LinearDPO(72, 32, 133, budgets_mib={"larger": 100}, **TINY),
+    "grpo": GRPO(72, 32, 133, **TINY),
 }
 
 
-def rows_of(job, **options):
-    """By contender, of one round, without those that compile."""
-    quick = {"seconds": 0, "most_rounds": 1, "may_start": lambda peer: not peer.slow_start}
-    return {row["contender"]: row for row in measure(job, CPU, **quick | options)}
+def rows_of(case, **options):
+    """By contender, of one turn, without those that compile."""
+    quick = {"seconds": 1e6, "most_turns": 1, "may_start": lambda peer: not peer.slow_start}
+    return {row["contender"]: row for row in measure(case, CPU, **quick | options)}
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_truth_is_what_autograd_says_in_fp64(softcap):
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(5, 7, dtype=torch.float64, requires_grad=True), torch.randn(11, 7, dtype=torch.float64)
-    targets = torch.tensor([3, -100, 0, 10, 10])
-    log_p = capped(hidden @ weight.T, softcap).log_softmax(-1)
-    logprobs = torch.where(targets == -100, 0.0, log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0])
-    (gradient,) = torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)
-    torch.testing.assert_close(true_logprobs(hidden.detach(), weight, targets, softcap), (logprobs.detach(), gradient))
-    other, other_weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
-    log_q = capped(other @ other_weight.T, softcap).log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    (gradient,) = torch.autograd.grad(kl.sum(), hidden)
-    torch.testing.assert_close(true_kl(hidden.detach(), weight, other, other_weight, softcap), (kl.detach(), gradient))
+@pytest.mark.parametrize("name", ["soft cap", "linear_kl"])
+def test_the_truth_is_that_of_fp64(name):
+    """Of the first rows; the same as of all of them, by autograd."""
+    case = replace(CASES[name])
+    case.make()
+    inputs = [x.detach().double() if x.is_floating_point() else x for x in case.inputs()]
+    inputs[0].requires_grad_()
+    values = case.eager(*inputs, **case.head)
+    (gradient,) = torch.autograd.grad(values.sum(), inputs[0])
+    assert case.truth.dtype == case.true_gradient.dtype == torch.float64
+    torch.testing.assert_close(case.truth, values[:ROWS].detach())
+    torch.testing.assert_close(case.true_gradient, gradient[:ROWS])
 
 
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
-def test_every_peer_has_a_row(job):
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_peer_has_a_row(case):
     """Measured and close to the truth, or refused with a reason."""
-    rows = rows_of(job)
-    assert {peer.name for peer in RIVALS[job.op](job.device)} | {"native", "bare GEMMs"} <= set(rows)
+    rows = rows_of(replace(case))
+    assert {"native", "eager", "bare GEMMs", f"TRL {installed('trl')}", "torch.compile"} <= set(rows)
     measured = {name for name, row in rows.items() if row["status"] == "measured"}
     assert {"native", "eager", "bare GEMMs", f"TRL {installed('trl')}"} <= measured
     for name in measured - {"bare GEMMs"}:
@@ -65,48 +64,41 @@ def test_every_peer_has_a_row(job):
     assert all(row["status"] for row in rows.values())
 
 
+def test_a_sequences_loss_has_the_truth_of_its_first_tokens():
+    """By hand: of the tokens that are judged, as many of each sequence."""
+    case = replace(CASES["linear_dpo_loss"])
+    case.make()
+    labels = case.targets_of(ROWS)
+    assert int((labels[:, 1:] != -100).sum()) == ROWS and case.truth.dim() == 0 and case.true_gradient is None
+
+    def sums(hidden, weight):
+        logits = hidden[:, :-1].detach().double() @ weight.detach().double().T
+        picked = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+        return torch.where(labels[:, 1:] == -100, 0.0, picked).sum(-1)
+
+    chosen, rejected = (sums(case.hidden, case.weight) - sums(case.ref_hidden, case.ref_weight)).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+    torch.testing.assert_close(case.truth, expected)
+
+
+def with_peers(case, *peers):
+    changed = replace(case)
+    changed.choose_peers = lambda: list(peers)
+    return changed
+
+
 def test_what_a_peer_cannot_do_is_said():
-    rows = rows_of(JOBS["soft cap"])
+    rows = rows_of(replace(CASES["soft cap"]))
     assert rows["torch chunked"]["status"] == "takes no soft cap"
     assert rows["verl"]["status"] == "runs on GPUs alone; takes no soft cap"
     assert rows["torch.compile"]["status"] == "not measured: time"
-    missing = Peer("missing", lambda *inputs: overlays.beside("nowhere", "module"))
+    missing = Peer("missing", lambda *inputs: overlays.without_init("nowhere", "module"))
     raising = Peer("raising", lambda *inputs: 1 / 0)
-    job = replace(JOBS["linear_logprobs"])
-    job.choose_peers = lambda: [missing, raising, Peer("elsewhere", eager_logprobs, GPU_ALONE)]
-    rows = rows_of(job)
+    elsewhere = Peer("elsewhere", eager_logprobs, GPU_ALONE)
+    rows = rows_of(with_peers(CASES["linear_logprobs"], missing, raising, elsewhere))
     assert rows["missing"]["status"] == "not installed: build/peers/nowhere-*"
     assert rows["raising"]["status"] == "cannot run here: ZeroDivisionError: division by zero"
     assert rows["elsewhere"]["status"] == "runs on GPUs alone"
-
-
-def test_how_long_a_step_will_take_counts_what_all_rows_share_once():
-    """So that eager torch, which writes the head's gradient once whatever the rows, is not left out as too slow."""
-    job, taken = TINY("linear_logprobs", 16 * ROWS, 8, 9), []
-    job.make()
-
-    class Pretended(Clock):
-        def ms(self, run):
-            taken.append(run.args[1])
-            return 1e3 * (2.0 + taken[-1] / ROWS)
-
-    clock, eager = Pretended(job.device), job.choose_peers()[1]
-    assert measuring.expected_step_s(job, eager, clock, 3.0) == pytest.approx(2.0 + 16)
-    assert taken == [ROWS, 2 * ROWS]
-    assert measuring.expected_step_s(job, eager, clock, 1.0) == pytest.approx(16.0)
-    assert measuring.expected_step_s(job, eager, clock, 30.0) == pytest.approx(16 * 30.0)
-    assert taken == [ROWS, 2 * ROWS], "neither what is short nor what is hopeless is asked again"
-
-
-def test_who_runs_before_whom_changes_from_turn_to_turn():
-    """Or one contender would always find the caches as the same other one left them."""
-    runs = {name: (None, lambda: None) for name in ("bare GEMMs", "native", "eager", "compiled")}
-    turns, taken = measuring.Turns(JOBS["linear_logprobs"], CPU, runs, {}), []
-    turns.take = taken.append
-    assert turns.measure(0.0, 1.0, 20, measuring.in_a_loop) == 20
-    orders = [tuple(taken[k : k + 4]) for k in range(0, len(taken), 4)]
-    assert all(set(order) == set(runs) and order[-1] == "native" for order in orders)
-    assert {order[-2] for order in orders} == set(runs) - {"native"}
 
 
 def test_a_wrong_peer_shows():
@@ -115,39 +107,86 @@ def test_a_wrong_peer_shows():
     def wrong(hidden, weight, targets):
         return eager_logprobs(hidden, weight, targets) * (1 + 1e-3 * (len(hidden) > ROWS))
 
-    job = replace(JOBS["linear_logprobs"])
-    job.choose_peers = lambda: [Peer("wrong", wrong)]
-    row = rows_of(job)["wrong"]
+    row = rows_of(with_peers(CASES["linear_logprobs"], Peer("wrong", wrong)))["wrong"]
     assert row["max_error"] > 1e-3 and row["hidden_gradient_error"] > 5e-4 and row["batch_invariant"] is False
+
+
+# --- turns, by a clock whose times are made up ---
+
+
+class MadeUp(Clock):
+    """Every run of a peer takes what `seconds` says; bare GEMMs take a second."""
+
+    def __init__(self, **seconds):
+        super().__init__(torch.device("cpu"))
+        self.seconds = seconds
+
+    def ms(self, run):
+        run()
+        arguments = getattr(run, "args", ()) or [cell.cell_contents for cell in getattr(run, "__closure__", None) or ()]
+        peers = [argument for argument in arguments if isinstance(argument, Peer)]
+        return 1e3 * (self.seconds[peers[0].name] if peers else 1.0)
+
+
+def test_who_would_not_fit_into_five_turns_is_too_slow_and_all_others_have_five():
+    peers = [Peer(name, eager_logprobs) for name in ("native", "quick", "slow", "hopeless")]
+    clock = MadeUp(native=1, quick=2, slow=8, hopeless=41)
+    rows = measure(with_peers(CASES["linear_logprobs"], *peers), clock, seconds=60, most_turns=9)
+    rows = {row["contender"]: row for row in rows}
+    # A turn is forward and total: 2 s of bare GEMMs, 2 of native, 4 of quick, 16 of slow.
+    assert rows["slow"]["status"] == "too slow to take turns: 16.0 s forward and total, from one run"
+    assert rows["hopeless"]["status"].startswith("too slow to take turns: about 46 s a step")
+    measured = {name: row["rounds"] for name, row in rows.items() if row["status"] == "measured"}
+    assert measured == {"bare GEMMs": 7, "native": 7, "quick": 7}
+    assert rows["quick"]["over_native"] == {"forward": 2, "total": 2}
+
+
+def test_native_has_five_turns_whatever_the_time():
+    clock = MadeUp(native=30, quick=1)
+    peers = [Peer(name, eager_logprobs) for name in ("native", "quick")]
+    rows = list(measure(with_peers(CASES["linear_logprobs"], *peers), clock, seconds=1, most_turns=9))
+    assert {row["contender"]: row.get("rounds") for row in rows if row["status"] == "measured"} == {
+        "bare GEMMs": LEAST_TURNS, "native": LEAST_TURNS
+    }  # fmt: skip
+
+
+def contender(name, turn_s=1.0, run=lambda: None):
+    return Contender(name, (None, run), None, {}, turn_s)
+
+
+def test_the_fastest_are_admitted_first():
+    contenders = [contender("bare GEMMs", 1), contender("native", 1), contender("b", 3), contender("a", 2)]
+    able, slow = admit(contenders, seconds=20, turns=5)
+    assert [one.name for one in able] == ["bare GEMMs", "native", "a"] and [one.name for one in slow] == ["b"]
+
+
+def test_who_runs_before_whom_changes_from_turn_to_turn():
+    """Or one contender would always find the caches as the same other one left them."""
+    taken = []
+    contenders = [contender(name, run=partial(taken.append, name)) for name in ("bare GEMMs", "native", "eager")]
+    case = replace(CASES["linear_logprobs"])
+    case.make_inputs()
+    take_turns(case, CPU, contenders, 20)
+    orders = {tuple(taken[k : k + 3]) for k in range(0, len(taken), 3)}
+    assert len(taken) == 60 and all(len(set(order)) == 3 for order in orders)
+    assert len(orders) == 6, "every order came"
+
+
+# --- the rest ---
 
 
 @pytest.mark.parametrize("op", WAYS)
 def test_pair_losses(op):
-    rows = rows_of(PairLossJob(op, 64))
+    rows = rows_of(PairLoss(op, 64, backends=("native",)))
     assert rows["native"]["max_error"] < 1e-5 and rows["eager"]["over_native"]["forward"] > 0
 
 
 def test_peak_memory_on_a_cpu():
     """A process that holds the logits and their gradients holds more than one that does not."""
-    job = TINY("linear_logprobs", 512, 64, 60000, rivals=("eager",))
-    rows = rows_of(job, peaks=True)
-    logits_mib = 4 * 512 * 60000 / 2**20
+    case = LinearLogprobs(512, 64, 40000, rivals=("eager",), **TINY)
+    rows = rows_of(case, peaks_s=1e6)
+    logits_mib = 4 * case.n * case.v / 2**20
     assert rows["eager"]["peak_total_mib"] > 1.8 * logits_mib > logits_mib / 2 > rows["native"]["peak_total_mib"]
-
-
-def test_an_op_whose_tests_fail_is_not_measured(tmp_path, monkeypatch):
-    (tmp_path / "test_red.py").write_text("def test_red():\n    assert 1 == 2\n")
-    (tmp_path / "test_green.py").write_text("def test_green():\n    pass\n")
-    red, green = "test_red.py", "test_green.py"
-    monkeypatch.setattr(suites, "TESTS", tmp_path)
-    monkeypatch.setattr(suites, "TESTS_OF", {"red": [green, red], "green": [green]})
-    monkeypatch.setattr(suites, "STAMPS", tmp_path / "stamps")
-    assert "assert 1 == 2" in suites.failing_tests("red")
-    assert suites.failing_tests("green") == ""
-    (tmp_path / "test_green.py").unlink()
-    suites.failing_tests.cache_clear()
-    assert suites.failing_tests("green") == "", "it is remembered, file by file"
-    assert "assert 1 == 2" in suites.failing_tests("red")
 
 
 def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):
@@ -164,13 +203,3 @@ def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):
     assert content["commit"] == "b" and [row["commit"] for row in content["rows"]] == ["a", "a", "b"]
     Results.open(path, head | {"device": {"device": "two"}}).add(row)
     assert len(json.loads(path.read_text())["rows"]) == 1
-
-
-def test_rows_of_two_hosts_stand_beside_each_other(tmp_path):
-    results = Results(tmp_path / "hosts.json", {"commit": "abc"})
-    for host, ms in (("DPO", 1.0), ("SFT", 2.0), ("DPO", 3.0)):
-        results.add({"host": host, "ms": ms})
-    assert [(row["host"], row["ms"]) for row in json.loads(results.path.read_text())["rows"]] == [
-        ("SFT", 2.0),
-        ("DPO", 3.0),
-    ]

@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(tmp_path, *options, **environment):
-    """The command's exit status, what it said, and the file that it wrote. One thread: the shapes are too small for
+    """The command's exit status, its output, and the file that it wrote. One thread: the shapes are too small for
     more, which would wait for each other."""
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--device", "cpu", "--tiny", "--out", out, *options]
@@ -34,26 +34,24 @@ def of(content, contender):
 
 def test_every_op_is_measured_and_every_contender_has_a_row(tmp_path):
     """Triton cannot run on a CPU: it has rows that say so, the others are measured, and the command fails."""
-    status, said, content = run(tmp_path, "--backends", "native,triton", TRITON_INTERPRET="0")
+    status, output, content = run(tmp_path, "--backends", "native,triton", TRITON_INTERPRET="0")
     rows = content["rows"]
     native, triton = of(content, "native"), of(content, "triton")
     assert {row["op"] for row in native} == {row["op"] for row in triton} == OPS
     assert all(row["status"] == "measured" and row["total_ms"]["median"] > 0 for row in native)
-    assert {"eager", f"TRL {installed('trl')}", "CCE", "Liger", "verl", "RL-Kernel"} <= {
-        row["contender"] for row in rows
-    }
+    assert {"eager", f"TRL {installed('trl')}", "CCE", "Liger", "verl"} <= {row["contender"] for row in rows}
     assert all(row["status"] for row in rows)
     assert all(row["over_native"]["total"] > 0 for row in of(content, "eager"))
     assert content["commit"] and content["versions"]["torch"]
     assert all("backend='triton' cannot run here" in row["status"] for row in triton)
-    assert status == 1 and "linear_kl bfloat16, triton: cannot run here" in said
+    assert status == 1 and "linear_kl bfloat16, triton: cannot run here" in output
 
 
 @needs_triton
 def test_triton_is_measured_beside_native(tmp_path):
     """By its interpreter, which runs on the CPU: the numbers mean nothing, the columns are those of a GPU."""
-    status, said, content = run(tmp_path, "--no-rivals", TRITON_INTERPRET="1")
-    assert status == 0, said
+    status, output, content = run(tmp_path, "--no-rivals", TRITON_INTERPRET="1")
+    assert status == 0, output
     native, triton = of(content, "native"), of(content, "triton")
     assert {row["contender"] for row in content["rows"]} == {"bare GEMMs", "native", "native, larger budget", "triton"}
     assert [row["op"] for row in triton] == [row["op"] for row in native]
