@@ -35,18 +35,18 @@ Trainer = Callable[[Run], list[float]]
 
 
 def rlhf_trainer(share_prefix: bool = False) -> Trainer:
-    from rlhf_trainer.config.base import DPOConfig
+    from rlhf_trainer.offline.config import DPOConfig
     from rlhf_trainer.offline.dpo import train_dpo
 
     def train(run: Run) -> list[float]:
         folder = train_dpo(
             DPOConfig(
-                model_name_or_path=run.model, dataset=run.data, output_dir=str(run.folder / "out"),
+                model_name_or_path=run.model, dataset_name=run.data, output_dir=str(run.folder / "out"),
                 ref_cache_dir=str(run.folder / "reference"),  # a new one: computed, not found
-                beta=run.beta, batch_size=run.batch, micro_batch_size=run.batch, optimizer="adamw",
+                beta=run.beta, batch_size=run.batch, micro_batch_size=run.batch, optim="adamw_torch_fused",
                 learning_rate=run.learning_rate, warmup_steps=0, max_grad_norm=run.max_grad_norm,
                 max_prompt_length=run.max_length - 1, max_length=run.max_length, seed=run.seed,
-                precision="bf16" if run.dtype == "bfloat16" else "fp32", share_prefix=share_prefix,
+                bf16=run.dtype == "bfloat16", share_prefix=share_prefix,
             )
         )  # fmt: skip
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from benchmarks.steps import track as tracks
 from benchmarks.steps.inputs import Sizes, make_model, make_pairs
 from benchmarks.steps.track import WARM_UP, Track, check
 from benchmarks.steps.watch import Watch
-from rlhf_trainer.data.examples import load_pairs
+from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.models.loading import load_tokenizer
 
 TINY = Sizes(layers=1, hidden=64, vocab=512, batch=2, tokens=16, steps=4)
@@ -56,13 +56,13 @@ def test_the_pair_has_the_tokens_that_the_case_names(tmp_path):
     make_model(tmp_path / "model", sizes)
     make_pairs(tmp_path / "pairs.jsonl", sizes)
     tokenizer = load_tokenizer(str(tmp_path / "model"), key="model")
-    pairs = load_pairs(
+    groups = load_groups(
         str(tmp_path / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=1023, max_length=1024
     ).examples
-    assert "of 255 tokens" in tracks.CASE and len(pairs) == sizes.steps * sizes.batch
-    for pair in pairs:
-        assert len(pair.prompt) == 127
-        assert len(pair.prompt + pair.chosen) == len(pair.prompt + pair.rejected) == 255
+    assert "of 255 tokens" in tracks.CASE and len(groups) == sizes.steps * sizes.batch
+    for group in groups:
+        assert len(group.prompt) == 127
+        assert [len(group.prompt + response) for response in group.responses] == [255, 255]
 
 
 def test_a_step_begins_with_its_turn_and_memory_is_above_what_stays():

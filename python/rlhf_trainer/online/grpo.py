@@ -63,7 +63,7 @@ class GRPO(Algorithm):
     def weights(self, episodes: Sequence[Episode]) -> list[float]:
         sizes = [len(episode.ids) for episode in episodes]
         mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
-        return rk.grpo_counts(mask, self.config.loss_type).tolist()
+        return rk.grpo_loss_weights(mask, self.config.loss_type).tolist()
 
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, output = self.config, batch.output
@@ -99,5 +99,5 @@ class GRPO(Algorithm):
 
     def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
         """[S, T - 1] -> scalar: each completion's mean, weighted by its weight in the loss."""
-        weights = rk.grpo_counts(mask, self.config.loss_type)
+        weights = rk.grpo_loss_weights(mask, self.config.loss_type)
         return (terms.sum(1) / mask.sum(1) * weights).sum() / weights.sum()
