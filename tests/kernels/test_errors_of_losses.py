@@ -204,7 +204,7 @@ PLAIN = [  # function, right arguments, wrong ones
     (rk.value_loss, VALUES, VALUE_LOSS),
     (rk.grpo_loss, SEQUENCES, GRPO_LOSS),
     (rk.grpo_clip_fraction, SEQUENCES, GRPO_CLIP_FRACTION),
-    (rk.grpo_counts, {"mask": TRUE, "variant": "grpo"}, GRPO_COUNTS),
+    (rk.grpo_loss_weights, {"mask": TRUE, "variant": "grpo"}, GRPO_COUNTS),
 ]
 WITH_BACKENDS = [
     (rk.dpo_loss, {"policy_logps": LOGPS, "ref_logps": LOGPS, "beta": 0.1} | PAIRS, DPO_LOSS),
