@@ -17,7 +17,7 @@ from benchmarks.steps.inputs import Sizes
 from benchmarks.steps.track import TARGETS, WARM_UP, Track, check
 
 
-@pytest.mark.budget(turns=200)
+@pytest.mark.budget(turns=135)
 def test_steps(keep, tmp_path):
     sizes = Sizes(steps=WARM_UP + LEAST_TURNS)
     rows = Track(tmp_path, sizes, "bfloat16" if bf16_is_fast() else "float32").run()

@@ -6,6 +6,6 @@ from benchmarks.harness.grpo import GRPO
 from benchmarks.harness.heads import SMALLEST, head_case
 
 
-@pytest.mark.budget(turns=40)
-def test_heads(measure):
+@pytest.mark.budget(turns=55)
+def test_head(measure):
     measure(head_case(GRPO, SMALLEST, sequences=8))

@@ -33,7 +33,6 @@ class Case(abc.ABC):
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
-    threads: int | None = None
     backends: tuple[str, ...] = OURS
     rivals: bool | tuple[str, ...] = True  # or the names of those wanted
     budgets_mib: dict[str, int] = field(default_factory=dict)  # by name, measured besides the default
@@ -87,8 +86,8 @@ class Case(abc.ABC):
         return peers + [peer for peer in rivals if self.rivals is True or peer.name in self.rivals]
 
     def label(self) -> dict:
-        threads = self.threads or torch.get_num_threads()
-        return {"op": self.op, "dtype": str(self.dtype).removeprefix("torch."), "threads": threads}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"op": self.op, "dtype": dtype, "threads": torch.get_num_threads()}
 
     def needs(self) -> set[str]:
         """What of peers.LACKS it takes."""

@@ -15,8 +15,8 @@ SMALLEST = "GPT-2"
 # model: N, D, V, soft cap
 HEADS = {
     SMALLEST: (512, 768, 50257, None),
-    "Qwen 3 4B": (64, 2560, VOCAB, None),
-    "Gemma 2 2B": (64, 2304, 256000, 30.0),
+    "Qwen 3 4B": (32, 2560, VOCAB, None),
+    "Gemma 2 2B": (32, 2304, 256000, 30.0),
 }
 TILE = 2048  # vocabulary rows of a streamed bare GEMM: large enough for full speed, small enough to stay in cache
 

@@ -187,15 +187,13 @@ class Contender:
         return statistics.median(self.times_ms[k]) if self.times_ms[k] else None
 
 
-def admit(contenders: list[Contender], seconds: float, turns: int) -> tuple[list[Contender], list[Contender]]:
-    """Those for whose turns there is time, and the others. Bare GEMMs and this project's backends are always admitted,
-    then the fastest first."""
-    needed = [one for one in contenders if one.name in (BARE, *OURS)]
-    able, slow = list(needed), []
-    for one in sorted((one for one in contenders if one not in needed), key=lambda one: one.turn_s):
-        fits = turns * sum(other.turn_s for other in [*able, one]) <= seconds
-        (able if fits else slow).append(one)
-    return [one for one in contenders if one in able], slow
+def admit(contenders: list[Contender], needed: tuple[str, ...], seconds: float, turns: int) -> list[Contender]:
+    """Those for whose turns there is time: who is needed always, then the fastest first."""
+    able = [one for one in contenders if one.name in needed]
+    for one in sorted(contenders, key=lambda one: one.turn_s):
+        if one not in able and turns * sum(other.turn_s for other in [*able, one]) <= seconds:
+            able.append(one)
+    return able
 
 
 def measure(
@@ -235,8 +233,8 @@ def measure(
         yield row | {"status": refused}
 
     least = min(LEAST_TURNS, most_turns)
-    able, slow = admit(contenders, seconds, least)
-    for one in slow:
+    able = admit(contenders, (BARE, *OURS, *(targets or {})), seconds, least)
+    for one in (one for one in contenders if one not in able):
         yield one.row | {"status": f"too slow to take turns: {one.turn_s:.1f} s forward and total, from one run"}
     turns = max(least, min(most_turns, int(seconds / max(1e-9, sum(one.turn_s for one in able)))))
     take_turns(case, clock, able, turns)

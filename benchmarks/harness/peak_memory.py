@@ -12,8 +12,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import torch
-
 from benchmarks.harness.case import HeadCase
 from benchmarks.harness.peers import ROOT, Peer
 
@@ -65,7 +63,6 @@ def peer_of(case: HeadCase, name: str) -> Peer:
 
 def main() -> None:
     case, name = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(case.threads or torch.get_num_threads())
     peer = peer_of(case, name)
     with peer.budget():
         print(json.dumps(peaks_of(case, peer)))
