@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -72,16 +73,17 @@ class Totals:
         self.tokens: Tensor | float = 0.0
 
     def add(self, output: LossOutput, weight: float) -> None:
-        """`weight` 0 is a micro-batch that another process has too, and that keeps the processes in step."""
+        """`weight` 0: a micro-batch that another process has too, run to stay in step with it, which counts nothing."""
         self.tokens = self.tokens + output.tokens.float() * (weight > 0)
-        for name, value in output.metrics.items():
-            self.means[name] = self.means.get(name, 0.0) + value.float() * weight
-        for folded, fold, values in (
-            (self.minima, torch.minimum, output.minima),
-            (self.maxima, torch.maximum, output.maxima),
+        scaled = {name: value * weight for name, value in output.metrics.items()}
+        for totals, fold, neutral, values in (
+            (self.means, torch.add, 0.0, scaled),
+            (self.minima, torch.minimum, math.inf, output.minima),
+            (self.maxima, torch.maximum, -math.inf, output.maxima),
         ):
             for name, value in values.items():
-                folded[name] = fold(folded[name], value.float()) if name in folded else value.float()
+                value = value.float() if weight else torch.full_like(value, neutral, dtype=torch.float32)
+                totals[name] = fold(totals[name], value) if name in totals else value
 
     def reduce(self, accelerator: Accelerator) -> tuple[Metrics, float]:
         """The metrics, and the number of tokens."""

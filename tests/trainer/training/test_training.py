@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 
 from rlhf_trainer.config.base import TrainConfig
-from rlhf_trainer.errors import UsageError
+from rlhf_trainer.errors import TrainingError
 from rlhf_trainer.training.batch_plan import plan_batches
-from rlhf_trainer.training.loop import Measured, Totals, learning_rate_at
+from rlhf_trainer.training.loop import learning_rate_at
 from rlhf_trainer.training.output_folder import partial_folder
+from rlhf_trainer.training.task import LossOutput, Totals
 
 
 def config(**options):
@@ -21,7 +22,7 @@ def config(**options):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("constant_with_warmup", [0.5, 1, 1, 1, 1, 1]),
         ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
         ("cosine", [0.5, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
     ],
@@ -34,13 +35,12 @@ def test_learning_rates_by_hand(schedule, expected):
 def test_learning_rates_are_transformers_without_a_warm_up():
     from transformers import get_scheduler
 
-    for schedule in ("linear", "cosine"):
+    for schedule in ("constant", "linear", "cosine"):
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         theirs = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=5)
         for step in range(1, 6):
-            assert learning_rate_at(config(lr_scheduler_type=schedule), step, 5) == pytest.approx(
-                theirs.get_last_lr()[0]
-            )
+            rate = learning_rate_at(config(lr_scheduler_type=schedule), step, 5)
+            assert rate == pytest.approx(theirs.get_last_lr()[0])
             optimizer.step()
             theirs.step()
 
@@ -49,14 +49,35 @@ def test_a_warm_up_longer_than_the_run():
     assert [learning_rate_at(config(warmup_steps=4), step, 2) for step in (1, 2)] == [0.25, 0.5]
 
 
+def output(loss, smallest, largest, tokens):
+    metrics = {"loss": torch.tensor(loss)}
+    extremes = {"min_reward": torch.tensor(smallest)}, {"max_reward": torch.tensor(largest)}
+    return LossOutput(torch.tensor(loss), metrics, torch.tensor(tokens), *extremes)
+
+
 def test_means_and_extremes():
-    totals = Totals(("loss", "rewards/min", "rewards/max"), torch.device("cpu"))
-    totals.add(Measured(torch.tensor(1.0), torch.tensor([1.0, -3.0, 2.0]), torch.tensor(5)), 0.25)
-    totals.add(Measured(torch.tensor(2.0), torch.tensor([2.0, -1.0, 7.0]), torch.tensor(6)), 0.75)
-    totals.add(Measured(torch.tensor(9.0), torch.tensor([9.0, -99.0, 99.0]), torch.tensor(7)), 0.0)  # a repetition
-    found, tokens = totals.reduce(Accelerator(cpu=True))
-    assert found == {"loss": 1.75, "rewards/min": -3.0, "rewards/max": 7.0}
+    totals = Totals()
+    totals.add(output(loss=1.0, smallest=-3.0, largest=2.0, tokens=5), 0.25)
+    totals.add(output(loss=2.0, smallest=-1.0, largest=7.0, tokens=6), 0.75)
+    totals.add(output(loss=9.0, smallest=-99.0, largest=99.0, tokens=7), 0.0)  # a repetition
+    metrics, tokens = totals.reduce(Accelerator(cpu=True))
+    assert metrics == {"loss": 1.75, "min_reward": -3.0, "max_reward": 7.0}
     assert tokens == 11
+
+
+def test_a_process_with_repetitions_alone_counts_nothing():
+    """It still names every metric, so that all processes fold the same ones."""
+    totals = Totals()
+    totals.add(output(loss=9.0, smallest=-99.0, largest=99.0, tokens=7), 0.0)
+    metrics, tokens = totals.reduce(Accelerator(cpu=True))
+    assert metrics == {"loss": 0.0, "min_reward": math.inf, "max_reward": -math.inf}
+    assert tokens == 0
+
+
+def test_metrics_of_whole_numbers_and_without_extremes():
+    totals = Totals()
+    totals.add(LossOutput(torch.tensor(1.0), {"right": torch.tensor(3)}, torch.tensor(4)), 0.5)
+    assert totals.reduce(Accelerator(cpu=True)) == ({"right": 1.5}, 4)
 
 
 def test_a_plan_by_sizes():
@@ -67,7 +88,7 @@ def test_a_plan_by_sizes():
 
 
 def test_weights_that_the_last_update_broke_are_not_saved(model_folder, rows, write_jsonl, train, tmp_path):
-    with pytest.raises(UsageError, match="step 1: the last update left weights that are not finite"):
+    with pytest.raises(TrainingError, match="step 1: the last update left weights that are not finite"):
         train(
             model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), max_steps=1, warmup_steps=0,
             learning_rate=1e38, output_dir=str(tmp_path / "out"),
@@ -77,7 +98,7 @@ def test_weights_that_the_last_update_broke_are_not_saved(model_folder, rows, wr
 
 def test_a_batch_that_breaks_the_run_is_saved(model_folder, rows, write_jsonl, train, tmp_path):
     data = rows(4)
-    with pytest.raises(UsageError, match=r"rows \[1, 2, 3, 4\], saved with their tokens in .*bad_batch.json"):
+    with pytest.raises(TrainingError, match=r"rows \[1, 2, 3, 4\], saved with their tokens in .*bad_batch.json"):
         train(
             model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(data), num_train_epochs=20,
             learning_rate=1e30, warmup_steps=0, output_dir=str(tmp_path / "diverges"),
