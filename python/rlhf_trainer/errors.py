@@ -28,9 +28,12 @@ def kind(value: Any) -> str:
     return names.get(type(value), f"{type(value).__name__} {value!r}")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'beta'?" for the known name nearest to `name`, else nothing."""
-    known = list(known)
-    longer = [other for other in known if name and (other.startswith(name) or name.startswith(other))]
-    nearest = [*sorted(longer, key=len), *get_close_matches(name, known, n=1)]
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """ "; did you mean 'beta'?" for the known name nearest to `name`, else nothing; `prefix` goes before that name."""
+    known = sorted(known, key=len)
+    nearest = [
+        *(other for other in known if name and (other.startswith(name) or name.startswith(other))),
+        *get_close_matches(name, known, n=1),
+        *(other for other in known if len(name) > 3 and name in other),
+    ]
+    return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""

@@ -25,7 +25,8 @@ def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description:
     for word in argv:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
-            parser.error(f"unknown flag {flag}{did_you_mean(flag, parser._option_string_actions)}")
+            known = [known.removeprefix("--") for known in parser._option_string_actions]
+            parser.error(f"unknown flag {flag}{did_you_mean(flag.removeprefix('--'), known, prefix='--')}")
     path = _value_after(argv, "--config")
     if path is not None:
         values = load_yaml(cls, path, prog)

@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 
+from rlhf_trainer.commands import COMMANDS
+from rlhf_trainer.config.base import SUBJECTS, names_with
 from rlhf_trainer.config.parse import dump_yaml, parse_config
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.offline.config import DPOConfig
+from rlhf_trainer.offline.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.studies.config import DemoConfig
 
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", "o"]
@@ -20,7 +22,7 @@ def parse(*argv, cls=DPOConfig):
 def yaml_file(tmp_path):
     def write(text, required=True):
         path = tmp_path / "run.yaml"
-        path.write_text(("model_name_or_path: m\ndataset: d.jsonl\noutput_dir: o\n" if required else "") + text)
+        path.write_text(("model_name_or_path: m\ndataset_name: d.jsonl\noutput_dir: o\n" if required else "") + text)
         return str(path)
 
     return write
@@ -77,7 +79,7 @@ def test_numbers_as_people_write_them(text, yaml_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("betta: 0.1\n", r"run.yaml: unknown key 'betta'; the keys are: output_dir, .*beta"),
+        ("betta: 0.1\n", r"run.yaml: unknown key 'betta'; did you mean 'beta'\?\n`rlhf test --help` lists the keys$"),
         ("beta: high\n", r"run.yaml: key 'beta': expected float, got str 'high'"),
         ("beta: true\n", r"run.yaml: key 'beta': expected float, got bool True"),
         ("batch_size: 6.5\n", r"run.yaml: key 'batch_size': expected int, got float 6.5"),
@@ -113,25 +115,110 @@ def test_a_file_that_is_no_mapping_or_not_there(yaml_file, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--betta", "1"], "unrecognized arguments: --betta"),
-        (["--bet", "1"], "unrecognized arguments: --bet"),  # no abbreviations: they break when a flag is added
+        (["--betta", "1"], "unknown flag --betta; did you mean '--beta'?"),
+        (["--bet", "1"], "unknown flag --bet; did you mean '--beta'?"),  # not taken: a new flag may begin like that
         (["--beta", "high"], "argument --beta: invalid float value: 'high'"),
-        (["--loss_type", "sigmod"], "argument --loss_type"),
+        (["--loss_type", "sigmod"], "argument --loss_type: invalid choice: 'sigmod'"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--beta"], "argument --beta: expected one argument"),
+        (["--bf16=maybe"], "argument --bf16: expected true or false, got 'maybe'"),
     ],
 )
-def test_wrong_flags_end_with_a_message(argv, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
+def test_wrong_flags_end_with_a_message_of_two_lines(argv, message, capsys):
+    with pytest.raises(UsageError) as error:
         parse(*REQUIRED, *argv)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    first, second = str(error.value).splitlines()
+    assert first.startswith(message)
+    assert second == "`rlhf test --help` lists the flags"
+    assert capsys.readouterr() == ("", "")
 
 
-def test_required_keys_are_asked_for(capsys, yaml_file):
-    with pytest.raises(SystemExit):
+OLD_NAMES = {
+    "dataset": "dataset_name", "dataset_train": "dataset_train_split", "chat_template": "chat_template_path",
+    "optimizer": "optim", "overwrite": "overwrite_output_dir", "resume": "resume_from_checkpoint",
+    "lr_schedule": "lr_scheduler_type", "streaming": "dataset_streaming", "assistant_turns": "assistant_only_loss",
+    "packed": "packing", "train_batch_size": "batch_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_an_unknown_name_answers_with_the_nearest(name, yaml_file):
+    with pytest.raises(UsageError, match=rf"^unknown flag --{name}; did you mean '--{OLD_NAMES[name]}'\?\n"):
+        parse(*REQUIRED, f"--{name}", "x", cls=SFTConfig)
+    with pytest.raises(UsageError, match=rf"run.yaml: unknown key '{name}'; did you mean '{OLD_NAMES[name]}'\?\n"):
+        parse("--config", yaml_file(f"{name}: x\n"), cls=SFTConfig)
+
+
+def test_a_name_that_is_near_none(yaml_file):
+    for name in ("precision", "zzz"):
+        with pytest.raises(UsageError, match=rf"^unknown flag --{name}\n`rlhf test --help` lists the flags$"):
+            parse(*REQUIRED, f"--{name}", "1")
+        with pytest.raises(UsageError, match=rf"run.yaml: unknown key '{name}'\n`rlhf test --help` lists the keys$"):
+            parse("--config", yaml_file(f"{name}: x\n"))
+    with pytest.raises(UsageError, match=r"run.yaml: unknown key 3\n`rlhf test --help` lists the keys$"):
+        parse("--config", yaml_file("3: x\n"))
+
+
+def test_required_keys_are_asked_for(yaml_file):
+    with pytest.raises(UsageError) as error:
         parse("--config", yaml_file("model_name_or_path: m\noutput_dir: o\n", required=False))
-    message = capsys.readouterr().err
-    required = message.split("required:")[1]
+    required = str(error.value).split("required:")[1]
     assert "--dataset_name" in required and "--output_dir" not in required
+
+
+def test_help_groups_the_flags_by_subject(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    flags = {}
+    for line in text.splitlines():
+        if line and not line.startswith(" ") and line.endswith(":"):
+            heading = line[:-1]
+        elif line.startswith("  --"):
+            flags.setdefault(heading, []).append(line.split()[0])
+    assert list(flags) == ["options", "models", "data", "loss", "optimization", "output"]
+    assert flags["loss"] == ["--beta", "--loss_type", "--label_smoothing", "--gamma_beta_ratio"]
+    assert flags["models"][0] == "--model_name_or_path" and "--dataset_name" in flags["data"]
+    assert "--learning_rate" in flags["optimization"] and flags["output"][0] == "--output_dir"
+    assert sum(map(len, flags.values())) == len(dataclasses.fields(DPOConfig)) + 1  # and --config
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_option_has_a_heading_and_a_help(command):
+    for field in dataclasses.fields(command.load_config()):
+        assert field.metadata["help"].endswith("."), field.name
+        assert field.metadata["subject"] in [subject.title for subject in SUBJECTS], field.name
+
+
+def test_options_that_a_resumed_run_may_change():
+    assert set(names_with(DPOConfig, "may_change")) == {
+        "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "report_to", "project",
+    }  # fmt: skip
+    assert set(names_with(RewardConfig, "may_change")) == {*names_with(DPOConfig, "may_change"), "compare_with"}
+
+
+def test_options_that_name_input():
+    assert set(names_with(DPOConfig, "names_input")) == {
+        "model_name_or_path", "tokenizer_name_or_path", "dataset_name", "eval_dataset", "ref_model_name_or_path",
+    }  # fmt: skip
+
+
+def test_a_constant_rate_has_no_warm_up():
+    """As in transformers; what this trainer does by default is constant_with_warmup."""
+    sft = [*REQUIRED, "--lr_scheduler_type", "constant"]
+    assert parse(*sft, cls=SFTConfig).lr_scheduler_type == "constant"
+    message = "lr_scheduler_type constant has no warm-up: pass warmup_steps 0, not 3, or .* constant_with_warmup"
+    with pytest.raises(UsageError, match=message):
+        parse(*sft, "--warmup_steps", "3", cls=SFTConfig)
+    assert parse(*REQUIRED, cls=DPOConfig).lr_scheduler_type == "constant_with_warmup"
+
+
+def test_last_turn_only_is_for_the_assistants_messages():
+    with pytest.raises(UsageError, match="last_turn_only learns the assistant's last message: leave assistant_only_"):
+        parse(*REQUIRED, "--last_turn_only", "--no_assistant_only_loss", cls=SFTConfig)
+    config = parse(*REQUIRED, "--no_assistant_only_loss", cls=SFTConfig)
+    assert (config.assistant_only_loss, config.last_turn_only) == (False, False)
 
 
 def test_demo_config_has_defaults_for_everything():
