@@ -102,7 +102,7 @@ def tokenizer():
     )
     tok.train_from_iterator([" ".join(WORDS)] * 4, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template_path=CHATML
+        tokenizer_object=tok, bos_token="<s>", eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHATML
     )
 
 
@@ -238,9 +238,9 @@ def yaml_config(model_folder, rows, write_jsonl, tmp_path):
     """A YAML file for 10 pairs, with a bad row among them."""
     data = write_jsonl([*rows(10), {"prompt": "a", "chosen": "b"}])
     config = {
-        "model_name_or_path": model_folder("llama"), "dataset_name": data, "output_dir": "out", "ref_cache_dir": "cache",
-        "batch_size": 6, "micro_batch_size": 2, "learning_rate": "1e-3", "warmup_steps": 2, "num_train_epochs": 2,
-        "max_prompt_length": 48, "max_length": 96,
+        "model_name_or_path": model_folder("llama"), "dataset_name": data, "output_dir": "out",
+        "ref_cache_dir": "cache", "batch_size": 6, "micro_batch_size": 2, "learning_rate": "1e-3", "warmup_steps": 2,
+        "num_train_epochs": 2, "max_prompt_length": 48, "max_length": 96,
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     return tmp_path / "run.yaml"

@@ -2,11 +2,18 @@
 
 import json
 
+import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer.cli import Command, main
-from rlhf_trainer.offline.dpo import DPOTask
+from rlhf_trainer.cli import main
+from rlhf_trainer.commands import COMMANDS, Command
+from rlhf_trainer.errors import TrainingError
+
+DPO_METRICS = {
+    "loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+    "logps/rejected",
+}  # fmt: skip
 
 
 def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
@@ -25,7 +32,7 @@ def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
     assert AutoTokenizer.from_pretrained(output).chat_template
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    keys = {*DPOTask.names, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
+    keys = {*DPO_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
     assert all(set(record) == keys for record in records)
     assert yaml.safe_load((output / "rlhf_config.yaml").read_text())["beta"] == 0.25
 
@@ -38,20 +45,53 @@ def test_usage(capsys):
     assert main(["--help"]) == 0
     assert "rlhf COMMAND" in capsys.readouterr().out
     assert main(["dqo"]) == 2
-    assert "unknown command 'dqo'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == "rlhf: unknown command 'dqo'; did you mean 'dpo'?\n`rlhf --help` lists the commands\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("reject", "rejection"), ("eval", "evaluate"), ("online_dpo", "online-dpo")]
+)
+def test_an_unknown_command_answers_with_the_nearest(name, nearest, capsys):
+    assert main([name]) == 2
+    assert f"unknown command {name!r}; did you mean {nearest!r}?\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_command_is_where_the_table_says(command):
+    assert isinstance(command.load_config(), type) and callable(command.load_function())
+
+
+def test_a_wrong_flag_is_two_lines(capsys):
+    assert main(["dpo", "--dataset", "d.jsonl"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "rlhf dpo: unknown flag --dataset; did you mean '--dataset_name'?", "`rlhf dpo --help` lists the flags",
+    ]  # fmt: skip
+    assert main(["dpo"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_run_that_diverges_ends_with_1_and_without_a_traceback(monkeypatch, capsys):
+    def diverges(_):
+        raise TrainingError("step 3: stopped before the update")
+
+    monkeypatch.setattr(Command, "load_function", lambda _: diverges)
+    assert main(["dpo", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]) == 1
+    assert capsys.readouterr().err == "rlhf dpo: step 3: stopped before the update\n"
 
 
 def test_a_wrong_config_is_a_message_not_a_traceback(tmp_path, capsys):
     (tmp_path / "x.yaml").write_text("betta: 1\n")
     assert main(["dpo", "--config", str(tmp_path / "x.yaml")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("rlhf dpo: ") and "unknown key 'betta'" in error
+    assert error.startswith("rlhf dpo: ") and "unknown key 'betta'; did you mean 'beta'?" in error
+    assert len(error.splitlines()) == 2
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Command, "run", interrupted)
+    monkeypatch.setattr(Command, "load_config", interrupted)
     assert main(["grpo"]) == 130
     assert "rlhf grpo: interrupted; the same command with --resume_from_checkpoint goes on" in capsys.readouterr().err

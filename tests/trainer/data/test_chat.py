@@ -36,9 +36,9 @@ def with_template(tokenizer, template):
     return changed
 
 
-def marked(tokenizer, messages, turns="all"):
+def marked(tokenizer, messages, **options):
     """The conversation's tokens; those that are learned stand in brackets."""
-    ids, counted = conversation_ids(tokenizer, messages, turns)
+    ids, counted = conversation_ids(tokenizer, messages, **options)
     assert len(ids) == len(counted) and {type(mark) for mark in counted} <= {bool}
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return " ".join(f"[{token}]" if mark else token for token, mark in zip(tokens, counted, strict=True))
@@ -62,16 +62,16 @@ def test_all_turns_or_the_last(chatml):
     assert marked(chatml, messages) == (
         f"{begin} [the] [<|im_end|>] Ċ {USER} the Ġfish {END} {ASSISTANT} [a] [Ġmat] [<|im_end|>] Ċ"
     )
-    assert marked(chatml, messages, "last") == (
+    assert marked(chatml, messages, last_turn_only=True) == (
         f"{begin} the <|im_end|> Ċ {USER} the Ġfish {END} {ASSISTANT} [a] [Ġmat] [<|im_end|>] Ċ"
     )
 
 
 def test_the_last_turn_need_not_be_the_last_message(chatml):
     messages = [user("a"), assistant("the"), user("a"), assistant("a"), user("a")]
-    asked = f"{USER} a {END}"
-    assert marked(chatml, messages, "last") == (
-        f"{asked} {ASSISTANT} the <|im_end|> Ċ {asked} {ASSISTANT} [a] [<|im_end|>] Ċ {asked}"
+    question = f"{USER} a {END}"
+    assert marked(chatml, messages, last_turn_only=True) == (
+        f"{question} {ASSISTANT} the <|im_end|> Ċ {question} {ASSISTANT} [a] [<|im_end|>] Ċ {question}"
     )
 
 
@@ -80,6 +80,20 @@ def test_a_system_message_is_not_learned(chatml):
     begin, _, rest = text.partition(f" {USER}")
     assert begin.startswith("<|im_start|> s") and begin.endswith(f"Ċ the {END}") and "[" not in begin
     assert rest == f" a {END} {ASSISTANT} [the] [<|im_end|>] Ċ"
+
+
+def test_a_whole_conversation(chatml, tokenizer):
+    """assistant_only_loss=False: every token is learned, and the template need not say who wrote it."""
+    messages = [system("the"), user("a cat"), assistant("the mat")]
+    ids, counted = conversation_ids(chatml, messages, assistant_only_loss=False)
+    assert ids == conversation_ids(chatml, messages)[0] and counted == [True] * len(ids)
+    unmarked = with_template(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(UsageError, match="or assistant_only_loss: false to learn the whole conversation"):
+        conversation_ids(unmarked, messages)
+    ids, counted = conversation_ids(unmarked, messages, assistant_only_loss=False)
+    assert unmarked.decode(ids) == "thea catthe mat" and counted == [True] * len(ids)
+    ids, _ = conversation_ids(unmarked, [user("a cat")], assistant_only_loss=False)
+    assert unmarked.decode(ids) == "a cat", "nor need the assistant say anything"
 
 
 @pytest.mark.parametrize("content", ["Größe: ½ – 猫が座った 🐈‍⬛", "e\u0301", "a\n\nb\n"])
@@ -98,7 +112,7 @@ def test_content_of_many_bytes_is_learned_whole_and_nothing_else(content, chatml
 def test_a_conversation_has_the_tokens_of_its_prompt_and_response(content, chatml):
     """What is learned continues exactly what generation starts from, and stops where it stops."""
     prompt, response = [system("the"), user("a"), assistant("and"), user(content)], [assistant(content)]
-    ids, counted = conversation_ids(chatml, prompt + response, "last")
+    ids, counted = conversation_ids(chatml, prompt + response, last_turn_only=True)
     before = encode_prompt(chatml, prompt)
     answer = encode_response(chatml, prompt, response, "completion")
     assert ids == before + answer + chatml("\n").input_ids
@@ -174,11 +188,11 @@ def test_a_template_without_marks_says_what_to_do(tokenizer):
         conversation_ids(tokenizer, [user("a"), assistant("b")])
 
 
-@pytest.mark.parametrize("turns", ["all", "last"])
-def test_a_template_that_marks_nothing_of_a_row(turns, tokenizer):
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_a_template_that_marks_nothing_of_a_row(last_turn_only, tokenizer):
     quiet = with_template(tokenizer, "{{ messages[0].content }}{% generation %}{% endgeneration %}")
     with pytest.raises(RowError, match=r"field 'messages': \{% generation %\} marks 0 of 1 turns of the assistant"):
-        conversation_ids(quiet, [user("a"), assistant("b")], turns)
+        conversation_ids(quiet, [user("a"), assistant("b")], last_turn_only=last_turn_only)
 
 
 def test_a_template_that_marks_some_turns_only(tokenizer):
@@ -188,7 +202,7 @@ def test_a_template_that_marks_some_turns_only(tokenizer):
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     some, messages = with_template(tokenizer, template), [user("a"), assistant("the"), user("a"), assistant("the")]
-    assert marked(some, messages, "last") == "| a | the | a | [the]"
+    assert marked(some, messages, last_turn_only=True) == "| a | the | a | [the]"
     with pytest.raises(RowError, match=r"field 'messages': \{% generation %\} marks 1 of 2 turns of the assistant"):
         conversation_ids(some, messages)
 
@@ -198,7 +212,7 @@ def test_a_template_that_rewrites_earlier_turns_cannot_tell_the_last_one(chatml)
     messages = [user("a"), assistant("b"), user("a"), assistant("c")]
     assert "[b]" in marked(odd, messages)
     with pytest.raises(RowError, match="renders earlier turns differently once the last one follows"):
-        conversation_ids(odd, messages, "last")
+        conversation_ids(odd, messages, last_turn_only=True)
 
 
 def test_a_tokenizer_without_a_template(tokenizer):
@@ -248,12 +262,12 @@ def test_chatml_brings_its_tokens_where_they_are_missing(tokenizer, tmp_path):
 def test_what_is_no_template(tokenizer, tmp_path):
     own = copy.deepcopy(tokenizer)
     with pytest.raises(
-        UsageError, match=r"chat_template: expected chatml or a Jinja file, got 'chat_ml': .*No such file"
+        UsageError, match=r"chat_template_path: expected chatml or a Jinja file, got 'chat_ml': .*No such file"
     ):
         set_chat_template(own, "chat_ml")
     broken = tmp_path / "broken.jinja"
     broken.write_text("{% for m in messages %}\n{{ m.content ")
-    with pytest.raises(UsageError, match=r"chat_template: .*broken.jinja, line 2: "):
+    with pytest.raises(UsageError, match=r"chat_template_path: .*broken.jinja, line 2: "):
         set_chat_template(own, str(broken))
     picky = tmp_path / "picky.jinja"
     picky.write_text("{{ raise_exception('no') }}")

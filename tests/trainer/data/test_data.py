@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 import torch
 
-from rlhf_trainer.data.batches import collate
-from rlhf_trainer.data.examples import load_groups
+from rlhf_trainer.data.examples import Group, load_groups
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.offline.pair_batches import collate_groups
 from tests.trainer.messages import assistant, user
 
 DATA = Path(__file__).parent / "files"
@@ -25,37 +25,48 @@ def load(source, tokenizer, **options):
     )  # fmt: skip
 
 
+def chosen(group):
+    """The better response of the only pair."""
+    ((better, _),) = group.pairs
+    return group.responses[better]
+
+
+def rejected(group):
+    ((_, worse),) = group.pairs
+    return group.responses[worse]
+
+
 # --- what becomes of a good row
 
 
 def test_plain_text_token_by_token(tokenizer, write_jsonl):
-    (pair,) = load(write_jsonl([GOOD]), tokenizer).examples
-    assert tokenizer.convert_ids_to_tokens(pair.prompt) == ["the", "Ġcat"]
-    assert tokenizer.convert_ids_to_tokens(pair.chosen) == ["Ġsat", "<|im_end|>"]
-    assert tokenizer.convert_ids_to_tokens(pair.rejected) == ["Ġran", "<|im_end|>"]
-    assert pair.row == 1
+    (group,) = load(write_jsonl([GOOD]), tokenizer).examples
+    assert tokenizer.convert_ids_to_tokens(group.prompt) == ["the", "Ġcat"]
+    assert tokenizer.convert_ids_to_tokens(chosen(group)) == ["Ġsat", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(rejected(group)) == ["Ġran", "<|im_end|>"]
+    assert group.row == 1 and group.margins == [0.0]
 
 
 def test_chat_messages_token_by_token(tokenizer, write_jsonl):
     """Template applied, generation prompt on and part of the prompt; the response ends with the end of its turn."""
     row = {"prompt": user("the cat"), "chosen": assistant("sat on"), "rejected": assistant("ran")}
-    (pair,) = load(write_jsonl([row]), tokenizer).examples
-    assert tokenizer.decode(pair.prompt) == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
-    special = tokenizer.convert_ids_to_tokens(pair.prompt)
+    (group,) = load(write_jsonl([row]), tokenizer).examples
+    assert tokenizer.decode(group.prompt) == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    special = tokenizer.convert_ids_to_tokens(group.prompt)
     assert [t for t in special if t.startswith("<|")] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
-    assert tokenizer.decode(pair.chosen) == "sat on<|im_end|>"  # without the line break the template puts behind it
-    assert tokenizer.decode(pair.rejected) == "ran<|im_end|>"
-    assert pair.chosen[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(chosen(group)) == "sat on<|im_end|>"  # without the line break the template puts behind it
+    assert tokenizer.decode(rejected(group)) == "ran<|im_end|>"
+    assert chosen(group)[-1] == tokenizer.eos_token_id
 
 
 def test_chat_with_a_system_message_and_earlier_turns(tokenizer, write_jsonl):
     prompt = [{"role": "system", "content": "on"}, *user("cat"), *assistant("sat"), *user("dogs")]
     row = {"prompt": prompt, "chosen": assistant("ran"), "rejected": assistant("ate")}
-    (pair,) = load(write_jsonl([row]), tokenizer, max_prompt_length=100, max_length=200).examples
-    text = tokenizer.decode(pair.prompt)
+    (group,) = load(write_jsonl([row]), tokenizer, max_prompt_length=100, max_length=200).examples
+    text = tokenizer.decode(group.prompt)
     assert text.startswith("<|im_start|>system\non<|im_end|>\n") and text.endswith("<|im_start|>assistant\n")
     assert "sat<|im_end|>" in text  # an earlier answer is prompt
-    assert tokenizer.decode(pair.chosen) == "ran<|im_end|>"
+    assert tokenizer.decode(chosen(group)) == "ran<|im_end|>"
 
 
 def test_a_template_that_writes_special_tokens_gets_no_second_ones(tokenizer, write_jsonl):
@@ -63,8 +74,8 @@ def test_a_template_that_writes_special_tokens_gets_no_second_ones(tokenizer, wr
     with_bos.chat_template = "<s>" + tokenizer.chat_template
     with_bos.add_bos_token = True
     row = {"prompt": user("the cat"), "chosen": assistant("sat"), "rejected": assistant("ran")}
-    (pair,) = load(write_jsonl([row]), with_bos).examples
-    assert with_bos.convert_ids_to_tokens(pair.prompt).count("<s>") == 1
+    (group,) = load(write_jsonl([row]), with_bos).examples
+    assert with_bos.convert_ids_to_tokens(group.prompt).count("<s>") == 1
 
 
 def test_batch_masks_prompt_and_padding(tokenizer, write_jsonl):
@@ -72,34 +83,35 @@ def test_batch_masks_prompt_and_padding(tokenizer, write_jsonl):
         {"prompt": "the", "chosen": " cat sat", "rejected": " ran"},
         {"prompt": "a mat", "chosen": " on", "rejected": " far"},
     ]
-    pairs = load(write_jsonl(rows), tokenizer).examples
-    batch = collate(pairs, pad_id=7)
+    pairs = collate_groups(load(write_jsonl(rows), tokenizer).examples, pad_id=7)
+    batch = pairs.batch
     end = tokenizer.eos_token_id
     the, cat, sat, ran, a, mat, on, far = (
         tokenizer(w).input_ids[0] for w in ["the", " cat", " sat", " ran", "a", " mat", " on", " far"]
     )
     assert batch.input_ids.tolist() == [
-        [the, cat, sat, end], [a, mat, on, end],  # chosen first, pair by pair
-        [the, ran, end, 7], [a, mat, far, end],
+        [the, cat, sat, end], [the, ran, end, 7],  # prompt by prompt
+        [a, mat, on, end], [a, mat, far, end],
     ]  # fmt: skip
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
     assert batch.labels.tolist() == [
-        [-100, cat, sat, end], [-100, -100, on, end],
-        [-100, ran, end, -100], [-100, -100, far, end],
+        [-100, cat, sat, end], [-100, ran, end, -100],
+        [-100, -100, on, end], [-100, -100, far, end],
     ]  # fmt: skip
+    assert (pairs.chosen_idxs.tolist(), pairs.rejected_idxs.tolist()) == ([0, 2], [1, 3])
     assert all(tensor.dtype == torch.int64 for tensor in batch[:3])
     assert batch.position_ids is None
 
 
 def test_long_responses_are_cut_and_counted(tokenizer, write_jsonl):
     data = load(write_jsonl([GOOD | {"chosen": " sat" * 50}, GOOD]), tokenizer, max_length=10)
-    assert [len(p.prompt) + len(p.chosen) for p in data.examples] == [10, 4]
+    assert [len(group.prompt) + len(chosen(group)) for group in data.examples] == [10, 4]
     assert data.cut == 1
     assert "1 sequences cut at max_length" in data.report("d.jsonl")
 
 
 def test_blank_lines_count_as_lines_but_not_as_rows(tokenizer, write_jsonl):
-    assert [pair.row for pair in load(write_jsonl([GOOD, "", GOOD]), tokenizer).examples] == [1, 3]
+    assert [group.row for group in load(write_jsonl([GOOD, "", GOOD]), tokenizer).examples] == [1, 3]
 
 
 def test_parquet_and_jsonl_give_the_same(tokenizer, write_jsonl, tmp_path):
@@ -116,8 +128,13 @@ def test_parquet_and_jsonl_give_the_same(tokenizer, write_jsonl, tmp_path):
 # --- pairs from other columns
 
 
-def decoded(tokenizer, pairs):
-    return [(p.row, *(tokenizer.decode(ids) for ids in (p.prompt, p.chosen, p.rejected)), p.margin) for p in pairs]
+def decoded(tokenizer, groups):
+    """(row, prompt, better response, worse response, margin) of every pair, in order."""
+    return [
+        (group.row, *map(tokenizer.decode, (group.prompt, group.responses[better], group.responses[worse])), margin)
+        for group in groups
+        for (better, worse), margin in zip(group.pairs, group.margins, strict=True)
+    ]
 
 
 def test_pairs_from_every_kind_of_row(chatml):
@@ -133,31 +150,61 @@ def test_pairs_from_every_kind_of_row(chatml):
         (5, "fish", f" see me{end}", f" ate{end}", 0.0),  # a draw of 0.5 and 0.5 is no pair
         (5, "fish", f" sat{end}", f" ate{end}", 0.0),
     ]
-    assert data.report("f") == "f: 7 pairs"
+    assert [len(group.responses) for group in data.examples] == [2, 2, 2, 3, 3], "each response once"
+    assert data.report("f") == "f: 5 prompts with 7 pairs"
 
 
 @pytest.mark.parametrize("name", ["hh", "tldr", "ultrafeedback"])
 def test_known_data_sets_give_pairs(name, chatml):
     lengths = {"max_prompt_length": 200, "max_length": 300}
-    pairs = load(str(DATA / f"{name}.jsonl"), chatml, **lengths).examples
-    assert [pair.row for pair in pairs] == [1, 2]
-    assert pairs == load(str(DATA / f"{name}.jsonl"), chatml, format=name, **lengths).examples
-    assert all(pair.chosen[-1] == pair.rejected[-1] == chatml.eos_token_id for pair in pairs)
+    groups = load(str(DATA / f"{name}.jsonl"), chatml, **lengths).examples
+    assert [group.row for group in groups] == [1, 2]
+    assert groups == load(str(DATA / f"{name}.jsonl"), chatml, format=name, **lengths).examples
+    assert all(chosen(group)[-1] == rejected(group)[-1] == chatml.eos_token_id for group in groups)
 
 
 def test_a_transcript_is_text_for_a_tokenizer_without_a_template(tokenizer):
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    pair = load(str(DATA / "hh.jsonl"), bare, max_prompt_length=200, max_length=300).examples[0]
-    assert bare.decode(pair.prompt) == "\n\nHuman: Where do cats sleep?\n\nAssistant:"
-    assert bare.decode(pair.chosen) == " On a mat.<|im_end|>"
+    group = load(str(DATA / "hh.jsonl"), bare, max_prompt_length=200, max_length=300).examples[0]
+    assert bare.decode(group.prompt) == "\n\nHuman: Where do cats sleep?\n\nAssistant:"
+    assert bare.decode(chosen(group)) == " On a mat.<|im_end|>"
 
 
 def test_a_response_in_many_pairs_is_cut_once(tokenizer, write_jsonl):
     row = {"prompt": "the", "responses": [" cat" * 20, " sat", " ran"], "scores": [3, 2, 1]}
     data = load(write_jsonl([row]), tokenizer, max_prompt_length=4, max_length=9)
-    assert [(len(p.chosen), len(p.rejected), p.margin) for p in data.examples] == [(8, 2, 0), (8, 2, 0), (2, 2, 0)]
+    (group,) = data.examples
+    lengths = [len(ids) for ids in group.responses]
+    assert [(lengths[better], lengths[worse]) for better, worse in group.pairs] == [(8, 2), (8, 2), (2, 2)]
+    assert group.margins == [0, 0, 0]
     assert data.cut == 1
+
+
+def test_pairs_of_a_row_share_their_responses(tokenizer, write_jsonl):
+    """In the order in which the pairs name them."""
+    the, far, ran, sat, end = (tokenizer(word).input_ids[0] for word in ["the", " far", " ran", " sat", "<|im_end|>"])
+    row = {"prompt": "the", "responses": [" far", " ran", " sat"], "pairs": [[2, 1], [0, 1]]}
+    groups = load(write_jsonl([row, {"prompt": "the", "chosen": " sat", "rejected": " ran", "margin": 0.5}]), tokenizer)
+    assert groups.examples == [
+        Group(1, [the], [[sat, end], [ran, end], [far, end]], [(0, 1), (2, 1)], [0.0, 0.0]),
+        Group(2, [the], [[sat, end], [ran, end]], [(0, 1)], [0.5]),
+    ]
+
+
+def test_responses_of_the_same_tokens_are_one(tokenizer, write_jsonl):
+    """Also where cutting makes them so; the pairs stay."""
+    long = {"prompt": "the", "responses": [" cat" * 20 + " sat", " cat" * 20 + " ran", " far"]}
+    rows = [GOOD | {"rejected": GOOD["chosen"]}, long | {"pairs": [[0, 2], [1, 2], [2, 0]]}]
+    data = load(write_jsonl(rows), tokenizer, max_prompt_length=4, max_length=9)
+    the, cat, sat, end = (tokenizer(word).input_ids[0] for word in ["the", " cat", " sat", "<|im_end|>"])
+    far = tokenizer(" far").input_ids[0]
+    assert data.examples == [
+        Group(1, [the, cat], [[sat, end]], [(0, 0)], [0.0]),
+        Group(2, [the], [[cat] * 8, [far, end]], [(0, 1), (0, 1), (1, 0)], [0.0] * 3),
+    ]
+    assert data.cut == 2
+    assert data.examples[1].length == 9
 
 
 def test_the_format_can_be_named(tokenizer, write_jsonl):
@@ -242,7 +289,7 @@ def test_a_bad_row_is_named_by_file_row_and_field(kind, tokenizer, write_jsonl):
         load(path, tokenizer)
     assert "--skip_invalid_rows" in str(error.value)
     data = load(path, tokenizer, skip_invalid_rows=True)
-    assert [pair.row for pair in data.examples] == [1, 3]
+    assert [group.row for group in data.examples] == [1, 3]
     assert len(data.skipped) == 1
     assert "1 invalid rows skipped" in data.report(path) and "row 2" in data.report(path)
 
@@ -297,5 +344,5 @@ def test_nothing_left_after_skipping_is_an_error(tokenizer, write_jsonl):
 @pytest.mark.parametrize("content", ["", "\n\n"])
 def test_an_empty_file(content, tokenizer, tmp_path):
     (tmp_path / "e.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=r"e.jsonl is empty: expected rows that make pairs"):
+    with pytest.raises(UsageError, match=r"e.jsonl is empty: expected rows that make prompts with pairs"):
         load(str(tmp_path / "e.jsonl"), tokenizer)

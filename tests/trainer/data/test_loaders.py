@@ -8,7 +8,7 @@ import pytest
 from rlhf_trainer.data.batches import IGNORED, collate_sequences
 from rlhf_trainer.data.chat import conversation_ids
 from rlhf_trainer.data.encoding import encode_prompt
-from rlhf_trainer.data.examples import Sequence, load_conversations, load_groups, load_labelled, load_prompts
+from rlhf_trainer.data.examples import TokenSequence, load_conversations, load_groups, load_labelled, load_prompts
 from rlhf_trainer.errors import UsageError
 from tests.trainer.messages import assistant, user
 
@@ -43,20 +43,32 @@ def test_conversations_from_every_kind_of_row(chatml):
 
 def test_only_the_last_turn(chatml):
     (first, *_) = load_conversations(
-        str(DATA / "conversations.jsonl"), chatml, split="train", max_length=200, turns="last"
+        str(DATA / "conversations.jsonl"), chatml, split="train", max_length=200, last_turn_only=True
     ).examples
     text = learned(chatml, first)
     assert text.count("[") == 1 and text.endswith("assistant\n[a mat<|im_end|>]\n")
+
+
+def test_the_whole_conversation(chatml):
+    """Of prompts with completions, still the completion alone."""
+    options = {"split": "train", "max_length": 200}
+    sequences = load_conversations(str(DATA / "conversations.jsonl"), chatml, **options).examples
+    whole = load_conversations(str(DATA / "conversations.jsonl"), chatml, **options, assistant_only_loss=False).examples
+    assert [sequence.ids for sequence in whole] == [sequence.ids for sequence in sequences]
+    assert whole[0].counted == [False] + [True] * (len(whole[0].ids) - 1)  # nothing predicts the first token
+    assert whole[1:] == sequences[1:]
 
 
 def test_fine_tuning_on_pairs_learns_the_tokens_that_dpo_compares(chatml):
     for name in ("hh", "tldr"):
         source = str(DATA / f"{name}.jsonl")
         sequences = load_conversations(source, chatml, split="train", max_length=300).examples
-        pairs = load_groups(source, chatml, split="train", max_prompt_length=200, max_length=300).examples
-        for sequence, pair in zip(sequences, pairs, strict=True):
-            assert sequence.ids == pair.prompt + pair.chosen
-            assert sequence.counted == [False] * len(pair.prompt) + [True] * len(pair.chosen)
+        groups = load_groups(source, chatml, split="train", max_prompt_length=200, max_length=300).examples
+        for sequence, group in zip(sequences, groups, strict=True):
+            ((better, _),) = group.pairs
+            chosen = group.responses[better]
+            assert sequence.ids == group.prompt + chosen
+            assert sequence.counted == [False] * len(group.prompt) + [True] * len(chosen)
 
 
 def test_a_conversation_loses_its_end_and_the_loss_is_counted(chatml, write_jsonl):
@@ -65,7 +77,7 @@ def test_a_conversation_loses_its_end_and_the_loss_is_counted(chatml, write_json
     path = write_jsonl([{"messages": messages}, {"prompt": "a", "completion": " mat"}])
     for length in (len(whole), len(whole) - 1, counted.index(True) + 1):
         data = load_conversations(path, chatml, split="train", max_length=length)
-        assert data.examples[0] == Sequence(1, whole[:length], counted[:length])
+        assert data.examples[0] == TokenSequence(1, whole[:length], counted[:length])
         assert data.cut == (length < len(whole))
     assert data.report("f") == "f: 2 conversations, 1 sequences cut at max_length"
 
@@ -111,7 +123,7 @@ def test_a_template_without_marks_stops_at_once(tokenizer):
 
 
 def test_a_batch_of_conversations():
-    sequences = [Sequence(1, [11, 12, 13], [True, False, True]), Sequence(2, [21, 22], [True, True])]
+    sequences = [TokenSequence(1, [11, 12, 13], [True, False, True]), TokenSequence(2, [21, 22], [True, True])]
     batch = collate_sequences(sequences, pad_id=7)
     x = IGNORED
     assert batch.input_ids.tolist() == [[11, 12, 13], [21, 22, 7]]

@@ -6,11 +6,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_trainer.data.examples import load_groups
+from rlhf_trainer.config.base import DataConfig
+from rlhf_trainer.data.examples import load_groups, reading_of
 from rlhf_trainer.data.rows import RowProblem, listing, read_rows
 from rlhf_trainer.errors import UsageError
 
 ROWS = [{"prompt": "a", "extra": 1}, {"prompt": "b", "extra": None}]
+LENGTHS = {"max_prompt_length": 20, "max_length": 40}
 
 
 def read(source, **options):
@@ -18,7 +20,7 @@ def read(source, **options):
 
 
 def load(source, tokenizer):
-    return load_groups(source, tokenizer, split="train", max_prompt_length=20, max_length=40)
+    return load_groups(source, tokenizer, split="train", **LENGTHS)
 
 
 @pytest.fixture
@@ -51,45 +53,61 @@ def test_parquet_with_all_its_columns(tmp_path):
 def test_a_hub_id_goes_through_datasets(streaming, hub):
     import datasets
 
-    asked = []
+    requests = []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
+    def load_dataset(name, config, split, streaming):
+        requests.append((name, config, split, streaming))
         data = datasets.Dataset.from_list(ROWS)
         return data.to_iterable_dataset() if streaming else data
 
     hub(load_dataset)
-    found = list(read_rows("someone/preferences", "train_prefs", dataset_streaming=streaming))
-    assert asked == [("someone/preferences", "train_prefs", streaming)]
-    assert found == [(1, ROWS[0]), (2, ROWS[1])]
+    rows = list(read_rows("someone/preferences", "train_prefs", streaming=streaming))
+    assert requests == [("someone/preferences", None, "train_prefs", streaming)]
+    assert rows == [(1, ROWS[0]), (2, ROWS[1])]
+
+
+def test_a_configuration_of_a_hub_data_set(hub, tokenizer):
+    """dataset_config reaches datasets, from every command's options."""
+    import datasets
+
+    requests = []
+
+    def load_dataset(name, config, split, streaming):
+        requests.append((name, config, split, streaming))
+        return datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+
+    hub(load_dataset)
+    config = DataConfig(dataset_name="someone/preferences", dataset_config="en", dataset_streaming=True)
+    load_groups(config.dataset_name, tokenizer, **LENGTHS, **reading_of(config, "test_prefs"))
+    assert requests == [("someone/preferences", "en", "test_prefs", True)]
 
 
 def test_a_stream_is_read_no_further_than_needed(hub):
-    given = []
+    sent = []
 
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, config, split, streaming):
         for row in ROWS * 100:
-            given.append(row)
+            sent.append(row)
             yield row
 
     hub(load_dataset)
-    rows = read_rows("a/b", "train", dataset_streaming=True)
-    assert given == []
-    assert next(rows) == (1, ROWS[0]) and len(given) == 1
+    rows = read_rows("a/b", "train", streaming=True)
+    assert sent == []
+    assert next(rows) == (1, ROWS[0]) and len(sent) == 1
 
 
 def test_a_stream_that_breaks_off_says_where(hub):
-    def load_dataset(name, split, streaming):
+    def load_dataset(name, config, split, streaming):
         yield from ROWS
         raise ConnectionError("gone")
 
     hub(load_dataset)
     with pytest.raises(UsageError, match=r"a/b: .* \(split 'train'\), after row 2: gone"):
-        read("a/b", dataset_streaming=True)
+        read("a/b", streaming=True)
 
 
 def test_a_hub_set_that_cannot_be_read(hub, tokenizer):
-    def fails(name, split, streaming):
+    def fails(name, config, split, streaming):
         raise ConnectionError("offline")
 
     hub(fails)
@@ -97,7 +115,7 @@ def test_a_hub_set_that_cannot_be_read(hub, tokenizer):
         load("a/b", tokenizer)
 
 
-def test_the_columns_there_are_are_told(hub, tokenizer, tmp_path):
+def test_a_missing_column_is_reported_with_those_there_are(hub, tokenizer, tmp_path):
     import datasets
 
     hub(lambda *_, **__: datasets.Dataset.from_list([{"question": "x", "answer": "y"}]))

@@ -34,7 +34,7 @@ def common(tmp_path, source, model):
     return {
         "model_name_or_path": model, "dataset_name": source, "output_dir": str(tmp_path / "ours"), "batch_size": ROWS,
         "micro_batch_size": 3, "num_train_epochs": STEPS, "learning_rate": LEARNING_RATE, "max_length": 96,
-        "lr_scheduler_type": "constant", "optim": "adamw",
+        "lr_scheduler_type": "constant", "optim": "adamw_torch_fused",
     }  # fmt: skip
 
 

@@ -12,13 +12,18 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_kernels as rk
-from rlhf_trainer.errors import UsageError
+from rlhf_trainer.data.examples import Group
+from rlhf_trainer.errors import TrainingError, UsageError
 from rlhf_trainer.offline.config import DPOConfig
-from rlhf_trainer.offline.dpo import DPOTask, pair_metrics, tokens_of
-from rlhf_trainer.offline.pair_batches import Group, collate_groups
-from rlhf_trainer.training.loop import Measured, Totals
+from rlhf_trainer.offline.dpo import pair_metrics, tokens_of
+from rlhf_trainer.offline.pair_batches import collate_groups
+from rlhf_trainer.training.task import LossOutput, Totals
 
-STEP_METRICS = {*DPOTask.names, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
+METRICS = {
+    "loss", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen",
+    "logps/rejected",
+}  # fmt: skip
+STEP_METRICS = {*METRICS, "grad_norm", "learning_rate", "tokens_per_second", "step", "epoch"}
 
 
 def eager_batch(tokenizer, rows):
@@ -146,14 +151,14 @@ def test_a_tie_is_not_accurate_and_a_share_weighs_what_it_is_worth():
     groups = [Group(1, [1], [[2, 3], [4]], [(0, 1)], [0.0])] * 3
     pairs = collate_groups(groups, pad_id=0)
     result = rk.LinearDPOLoss(torch.tensor(0.7), chosen, rejected, logps, None)
-    totals = Totals(DPOTask.names, torch.device("cpu"))
-    measured = Measured(result.loss, pair_metrics(result, pairs), torch.tensor(tokens_of(groups)))
-    totals.add(measured, 0.5)
-    totals.add(measured, 0.0)  # a repeated micro-batch adds nothing
+    totals = Totals()
+    output = LossOutput(result.loss, pair_metrics(result, pairs), torch.tensor(tokens_of(groups)))
+    totals.add(output, 0.5)
+    totals.add(output, 0.0)  # a repeated micro-batch adds nothing
     expected = {"loss": 0.7, "rewards/chosen": 0.5, "rewards/rejected": 0.5, "rewards/accuracies": 1 / 3}
     expected |= {"rewards/margins": 0.0, "logps/chosen": -2.0, "logps/rejected": -5.0}
-    found, tokens = totals.reduce(Accelerator(cpu=True))
-    assert found == pytest.approx({name: value / 2 for name, value in expected.items()})
+    metrics, tokens = totals.reduce(Accelerator(cpu=True))
+    assert metrics == pytest.approx({name: value / 2 for name, value in expected.items()})
     assert tokens == 15
 
 
@@ -227,7 +232,7 @@ def test_bf16_computes_in_bf16_on_fp32_master_weights(model_folder, rows, write_
         ("ipo_mean", {}),
         ("robust", {"label_smoothing": 0.2}),
         ("sigmoid", {"label_smoothing": 0.1}),
-        ("simpo", {"beta": 2.0, "gamma": 0.3}),
+        ("simpo", {"beta": 2.0, "gamma_beta_ratio": 0.3}),
         ("apo_zero", {}),
         ("apo_down", {}),
         ("sppo", {}),
@@ -253,8 +258,8 @@ def test_every_loss_type_reaches_the_loss(loss_type, options, model_folder, rows
         )
     expected = rk.dpo_loss(
         logps, None if loss_type == "simpo" else ref, torch.arange(6), torch.arange(6, 12), common.get("beta", 0.1),
-        loss_type=loss_type, label_smoothing=common.get("label_smoothing", 0.0), gamma=common.get("gamma", 0.5),
-        token_counts=counts,
+        loss_type=loss_type, label_smoothing=common.get("label_smoothing", 0.0),
+        gamma=common.get("gamma_beta_ratio", 0.5), token_counts=counts,
     ).losses.mean()  # fmt: skip
     assert records[1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
     if loss_type == "discopop":  # rises first: between its two parts it is not monotone
@@ -263,12 +268,13 @@ def test_every_loss_type_reaches_the_loss(loss_type, options, model_folder, rows
         assert records[1]["loss"] < records[0]["loss"]
 
 
-def test_adamw_and_weight_decay(model_folder, rows, write_jsonl, train):
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])
+def test_adamw_and_weight_decay(optim, model_folder, rows, write_jsonl, train):
     """One step of AdamW from lr and decay alone: where the gradient is tiny, a weight shrinks by lr * decay."""
     folder = model_folder("gpt2")
     output, _ = train(
-        model_name_or_path=folder, dataset_name=write_jsonl(rows(4)), max_steps=1, optim="adamw", weight_decay=0.5,
-        learning_rate=1e-2, warmup_steps=0,
+        model_name_or_path=folder, dataset_name=write_jsonl(rows(4)), max_steps=1, optim=optim,
+        weight_decay=0.5, learning_rate=1e-2, warmup_steps=0,
     )  # fmt: skip
     before, after = (AutoModelForCausalLM.from_pretrained(f).transformer.wpe.weight for f in (folder, output))
     untouched = slice(90, 96)  # positions that no row reaches: no gradient at all
@@ -288,11 +294,11 @@ def test_held_out_pairs(model_folder, rows, write_jsonl, train):
     by_step = {r["step"]: r for r in records}
     assert by_step[2]["eval/loss"] == pytest.approx(by_step[3]["loss"], abs=1e-4)
     assert by_step[2]["eval/rewards/margins"] == pytest.approx(by_step[3]["rewards/margins"], abs=1e-4)
-    assert {key for key in records[0] if key.startswith("eval/")} == {f"eval/{name}" for name in DPOTask.names}
+    assert {key for key in records[0] if key.startswith("eval/")} == {f"eval/{name}" for name in METRICS}
 
 
 def test_a_run_that_diverges_stops_and_names_the_step(model_folder, rows, write_jsonl, train, tmp_path):
-    with pytest.raises(UsageError, match=r"step \d+: stopped before the update.*rows \[1, 2, 3, 4\]"):
+    with pytest.raises(TrainingError, match=r"step \d+: stopped before the update.*rows \[1, 2, 3, 4\]"):
         train(
             model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), num_train_epochs=20,
             learning_rate=1e30, warmup_steps=0, output_dir=str(tmp_path / "diverges"),

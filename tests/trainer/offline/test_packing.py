@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from rlhf_trainer.data.batches import IGNORED, collate_sequences
-from rlhf_trainer.data.examples import Sequence
+from rlhf_trainer.data.examples import TokenSequence
 from rlhf_trainer.offline.packing import collate_packed, leaks, plan_packing
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2", "cohere", "phi")
@@ -19,7 +19,9 @@ CLOSE = {"atol": 1e-5, "rtol": 0}
 def conversations(lengths, seed=0, vocabulary=380):
     rng = random.Random(seed)
     return [
-        Sequence(row, [rng.randrange(vocabulary) for _ in range(length)], [rng.random() < 0.6 for _ in range(length)])
+        TokenSequence(
+            row, [rng.randrange(vocabulary) for _ in range(length)], [rng.random() < 0.6 for _ in range(length)]
+        )
         for row, length in enumerate(lengths, start=1)
     ]
 
@@ -71,9 +73,9 @@ def test_a_conversation_that_fits_no_row():
 
 
 def test_a_packed_batch_token_by_token():
-    one = Sequence(1, [11, 12, 13], [True, False, True])
-    two = Sequence(2, [21, 22], [True, True])
-    three = Sequence(3, [31, 32], [False, True])
+    one = TokenSequence(1, [11, 12, 13], [True, False, True])
+    two = TokenSequence(2, [21, 22], [True, True])
+    three = TokenSequence(3, [31, 32], [False, True])
     batch = collate_packed([[one, two], [three]], pad_id=7)
     x = IGNORED
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 22], [31, 32, 7, 7, 7]]

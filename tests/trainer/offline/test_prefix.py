@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from rlhf_trainer.data.examples import Pair
+from rlhf_trainer.data.examples import Group
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.fused_lm import FusedLM
-from rlhf_trainer.offline.pair_batches import GROUP_PAIRS, Group, collate_groups
+from rlhf_trainer.offline.pair_batches import collate_groups
 from rlhf_trainer.offline.reference_logprobs import sequence_logprobs
 from rlhf_trainer.offline.shared_prefix import can_share, collate_shared
 
@@ -66,13 +66,6 @@ def test_training_is_the_same(model_folder, rows, write_jsonl, train):
     for a, b in zip(plain, shared, strict=True):
         for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
-
-
-def test_pairs_of_a_row_share_their_responses():
-    pairs = [Pair(1, [1], [2], [3], 0.5), Pair(1, [1], [4], [3]), Pair(2, [1], [2], [3])]
-    groups = GROUP_PAIRS(pairs)
-    assert groups[0] == Group(1, [1], [[2], [3], [4]], [(0, 1), (2, 1)], [0.5, 0.0])
-    assert groups[1] == Group(2, [1], [[2], [3]], [(0, 1)], [0.0])
 
 
 def test_several_pairs_a_prompt_are_the_pairs_apart(model_folder, rows, write_jsonl, train):

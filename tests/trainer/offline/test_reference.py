@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rlhf_trainer.offline.reference_logprobs as reference
+from rlhf_trainer.data.examples import Group
 from rlhf_trainer.models.fused_lm import FusedLM
-from rlhf_trainer.offline.pair_batches import Group
 from rlhf_trainer.offline.reference_logprobs import content_key
+from rlhf_trainer.training import files
 from rlhf_trainer.training.batch_plan import plan_batches
 
 GROUPS = [Group(i, [5, 6 + i], [[7, 8], [9, 10 + i, 11]], [(0, 1)], [0.0]) for i in range(6)]
@@ -41,7 +42,7 @@ def test_the_second_run_reuses_the_first_ones(run, tmp_path):
     first, losses = run()
     assert first == 3
     assert run() == (0, losses)
-    assert run(beta=0.3, learning_rate=1e-4, optim="adamw", num_train_epochs=2)[0] == 0  # no bearing on them
+    assert run(beta=0.3, learning_rate=1e-4, optim="adamw_torch", num_train_epochs=2)[0] == 0  # no bearing on them
     (file,) = (tmp_path / "cache").iterdir()  # and nothing beside it is left over
     assert file.suffix == ".safetensors"
 
@@ -56,8 +57,8 @@ def test_what_changes_them_is_computed_anew(change, run, model_folder, write_jso
     if "model" in options:
         options = {"ref_model_name_or_path": model_folder(options["model"])}
     if "max_length" in options:  # cuts a response of this data set
-        options["dataset"] = write_jsonl([*rows(5), rows(1)[0] | {"chosen": " cat" * 60}], "long.jsonl")
-        assert run(dataset_name=options["dataset"])[0] == 3
+        options["dataset_name"] = write_jsonl([*rows(5), rows(1)[0] | {"chosen": " cat" * 60}], "long.jsonl")
+        assert run(dataset_name=options["dataset_name"])[0] == 3
     else:
         assert run()[0] == 3
     assert run(**options)[0] > 0
@@ -100,7 +101,7 @@ def test_a_damaged_file_is_reported_and_made_anew(damage, run, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing_half_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(reference.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.warns(UserWarning, match="not kept for the next run: disk full"):
         run()  # goes on
     assert list((tmp_path / "cache").iterdir()) == []

@@ -7,11 +7,13 @@ import random
 import pytest
 import tokenizers
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_trainer.data.examples import Group
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline.config import RewardConfig
-from rlhf_trainer.offline.pair_batches import Group, collate_groups
+from rlhf_trainer.offline.pair_batches import collate_groups
 from rlhf_trainer.offline.reward_model import (
     PAD,
     RewardTask,
@@ -63,8 +65,18 @@ def test_losses_by_hand():
 
 
 def test_metrics_by_hand():
-    found = reward_metrics(torch.tensor(0.5), REWARDS, collate_groups(GROUPS, 0)).tolist()
-    assert found == pytest.approx([0.5, 1.0, (2 + 1.5 + 0.5) / 3, 4 / 3, 0.0, -1.0, 2 / 3, 2.5])
+    metrics = reward_metrics(torch.tensor(0.5), REWARDS, collate_groups(GROUPS, 0))
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {
+            "loss": 0.5, "accuracy": 1.0, "margin": (2 + 1.5 + 0.5) / 3, "rewards/chosen": 4 / 3,
+            "rewards/rejected": 0.0, "mean_reward": 2 / 3,
+        }
+    )  # fmt: skip
+    task = RewardTask(config(), GROUPS, 0, Accelerator(cpu=True), shuffled=False)
+    output = task.compute_loss(lambda batch: REWARDS, [0, 1])
+    assert {name: value.item() for name, value in (output.minima | output.maxima).items()} == {
+        "min_reward": -1.0, "max_reward": 2.5,
+    }  # fmt: skip
 
 
 def test_calibration_by_hand():
@@ -80,7 +92,7 @@ def test_calibration_by_hand():
 
 
 def test_a_judge_as_sure_as_it_is_right_is_calibrated():
-    """Bradley-Terry pairs drawn from the margins that are claimed; one twice as sure is told."""
+    """Bradley-Terry pairs drawn from the margins that are claimed; one twice as sure is not."""
     generator = torch.Generator().manual_seed(0)
     margins = torch.randn(40000, generator=generator)
     drawn = torch.where(torch.rand(40000, generator=generator) < margins.sigmoid(), margins, -margins)
@@ -89,10 +101,10 @@ def test_a_judge_as_sure_as_it_is_right_is_calibrated():
 
 
 def test_disagreement_by_hand():
-    found = disagreement(torch.tensor([[1.0, -2.0, 3.0], [2.0, 1.0, 3.0]]))
-    assert found["models"] == 2
-    assert found["disagreement"] == pytest.approx(1 / 3)
-    assert found["margin_std"] == pytest.approx((math.sqrt(0.5) + math.sqrt(4.5) + 0) / 3)
+    report = disagreement(torch.tensor([[1.0, -2.0, 3.0], [2.0, 1.0, 3.0]]))
+    assert report["models"] == 2
+    assert report["disagreement"] == pytest.approx(1 / 3)
+    assert report["margin_std"] == pytest.approx((math.sqrt(0.5) + math.sqrt(4.5) + 0) / 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -117,8 +129,8 @@ def test_the_trained_model_loads_as_a_sequence_classifier(family, model_folder, 
     for side in sides:
         chosen, rejected = rewards("chosen", side), rewards("rejected", side)
         assert records[0]["rewards/chosen"] == pytest.approx(chosen.mean().item(), abs=1e-5)
-        assert records[0]["rewards/min"] == pytest.approx(min(chosen.min(), rejected.min()).item(), abs=1e-5)
-        assert records[0]["rewards/max"] == pytest.approx(max(chosen.max(), rejected.max()).item(), abs=1e-5)
+        assert records[0]["min_reward"] == pytest.approx(min(chosen.min(), rejected.min()).item(), abs=1e-5)
+        assert records[0]["max_reward"] == pytest.approx(max(chosen.max(), rejected.max()).item(), abs=1e-5)
         assert records[0]["accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
 
 
@@ -157,13 +169,13 @@ def test_it_learns_and_reports_on_held_out_pairs(model_folder, write_jsonl, rewa
 def test_held_out_pairs_are_scored_once_an_evaluation(model_folder, rows, write_jsonl, reward, monkeypatch):
     """Before training, at its end; the report takes up the last, whose margins stand in the order of the plan."""
     calls = []
-    original = RewardTask.look
+    original = RewardTask.loss_and_margins
 
-    def look(task, model, indices):
+    def counting(task, model, indices):
         calls.append((task, model))
         return original(task, model, indices)
 
-    monkeypatch.setattr(RewardTask, "look", look)
+    monkeypatch.setattr(RewardTask, "loss_and_margins", counting)
     data = write_jsonl(rows(20))
     reward(model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, max_steps=1)
     held_out, model = calls[-1]
@@ -196,9 +208,7 @@ def test_options_are_checked_before_anything_is_loaded(options, message, reward)
         reward(model_name_or_path="/nowhere/at/all", dataset_name="/nowhere/at/all.jsonl", **options)
 
 
-def test_rivals_are_score_episodes_before_training(
-    model_folder, rows, write_jsonl, reward, make_model, tokenizer, tmp_path
-):
+def test_ensemble_members_are_checked_before_training(model_folder, rows, write_jsonl, reward, tokenizer, tmp_path):
     """One that is not there, one that reads other tokens, one that is no reward model."""
     import copy
 

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer.data.chat import set_chat_template
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline.config import SFTConfig
-from rlhf_trainer.offline.sft import SFTTask, train_sft
+from rlhf_trainer.offline.sft import train_sft
+
+ASSISTANT = "<|im_start|>assistant\n"
 
 
 @pytest.fixture
@@ -48,19 +50,20 @@ def conversations(rows):
     return make
 
 
-def eager_metrics(folder, data, turns):
-    """-log p, top-1 and entropy of every learned token, from full logits, conversation by conversation."""
+def eager_metrics(folder, data, learned_spans):
+    """The means of -log p, top-1 and entropy over the learned tokens, from full logits, conversation by conversation.
+
+    learned_spans: texts of the first 0, 1, ..., 4 messages -> (first, last) places in the text that are learned.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_chat_template(tokenizer, "chatml")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    found = []
+    values = []
     for row in data:
         texts = [""] + [tokenizer.apply_chat_template(row["messages"][:k], tokenize=False) for k in range(1, 5)]
         ids = tokenizer(texts[4], add_special_tokens=False, return_offsets_mapping=True)
         learned = torch.zeros(len(ids.input_ids), dtype=torch.bool)
-        for k in (2, 4)[-turns:]:
-            first = len(texts[k - 1]) + len("<|im_start|>assistant\n")
-            last = len(texts[k]) - len("\n")
+        for first, last in learned_spans(texts):
             learned |= torch.tensor([first <= a and b <= last and b > a for a, b in ids.offset_mapping])
         with torch.no_grad():
             log_p = F.log_softmax(model(torch.tensor([ids.input_ids])).logits[0, :-1].double(), -1)
@@ -70,17 +73,32 @@ def eager_metrics(folder, data, turns):
             (log_p.argmax(-1) == targets).double(),
             -(log_p.exp() * log_p).sum(-1),
         ]
-        found.append(torch.stack(rows)[:, learned[1:]])
-    return torch.cat(found, dim=1).mean(1).tolist()
+        values.append(torch.stack(rows)[:, learned[1:]])
+    means = torch.cat(values, dim=1).mean(1).tolist()
+    return dict(zip(("loss", "mean_token_accuracy", "entropy"), means, strict=True))
 
 
-@pytest.mark.parametrize(("turns", "count"), [("all", 2), ("last", 1)])
-def test_the_loss_is_the_mean_over_learned_tokens(turns, count, model_folder, conversations, write_jsonl, sft):
-    """Of the whole batch, whatever the micro-batches; headers and users' turns are not learned."""
+def turn(texts, k):
+    """What the assistant wrote in message k, without its header and the line break behind it."""
+    return len(texts[k - 1]) + len(ASSISTANT), len(texts[k]) - len("\n")
+
+
+LEARNED = {
+    "every turn of the assistant": ({}, lambda texts: [turn(texts, 2), turn(texts, 4)]),
+    "its last turn": ({"last_turn_only": True}, lambda texts: [turn(texts, 4)]),
+    "the whole conversation": ({"assistant_only_loss": False}, lambda texts: [(0, len(texts[4]))]),
+}
+
+
+@pytest.mark.parametrize(("options", "learned_spans"), LEARNED.values(), ids=LEARNED)
+def test_the_loss_is_the_mean_over_learned_tokens(
+    options, learned_spans, model_folder, conversations, write_jsonl, sft
+):
+    """Of the whole batch, whatever the micro-batches; by default headers and users' turns are not learned."""
     data, folder = conversations(7), model_folder("llama")
-    expected = dict(zip(SFTTask.names, eager_metrics(folder, data, count), strict=True))
+    expected = eager_metrics(folder, data, learned_spans)
     common = {"model_name_or_path": folder, "dataset_name": write_jsonl(data), "chat_template_path": "chatml"}
-    common |= {"assistant_turns": turns, "max_steps": 1}
+    common |= options | {"max_steps": 1}
     for micro in (8, 2):
         record = sft(**common, micro_batch_size=micro)[1][0]
         assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-4), micro
@@ -94,7 +112,7 @@ def test_packing_changes_nothing_but_the_time(family, model_folder, conversation
     (_, plain), (_, packed) = (sft(**common, packing=packing) for packing in (False, True))
     assert plain[3]["loss"] < plain[0]["loss"] - 0.1
     for a, b in zip(plain, packed, strict=True):
-        for key in ("loss", "grad_norm", "token_accuracy", "entropy"):
+        for key in ("loss", "grad_norm", "mean_token_accuracy", "entropy"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
 
 
@@ -118,8 +136,8 @@ def test_chatml_brings_its_tokens(make_model, tokenizer, conversations, write_js
     make_model("llama", vocab_size=len(fresh), pad_token_id=0, eos_token_id=0).save_pretrained(tmp_path / "start")
     fresh.save_pretrained(tmp_path / "start")
     folder, _ = sft(
-        model_name_or_path=str(tmp_path / "start"), dataset_name=write_jsonl(conversations(4)), chat_template_path="chatml",
-        max_steps=1, learning_rate=0.0,
+        model_name_or_path=str(tmp_path / "start"), dataset_name=write_jsonl(conversations(4)),
+        chat_template_path="chatml", max_steps=1, learning_rate=0.0,
     )  # fmt: skip
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "start", folder))
     assert after.lm_head.weight.shape[0] == len(fresh) + 2
@@ -160,8 +178,8 @@ def test_the_chosen_answers_give_the_reference(model_folder, rows, write_jsonl, 
 def test_held_out_conversations(model_folder, conversations, write_jsonl, sft):
     data = write_jsonl(conversations(8))
     _, records = sft(
-        model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, eval_steps=2, num_train_epochs=3,
-        chat_template_path="chatml",
+        model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, eval_steps=2,
+        num_train_epochs=3, chat_template_path="chatml",
     )  # fmt: skip
     by_step = {record["step"]: record for record in records}
     assert [step for step, record in by_step.items() if "eval/loss" in record] == [0, 2, 3]
@@ -169,5 +187,12 @@ def test_held_out_conversations(model_folder, conversations, write_jsonl, sft):
 
 
 def test_a_template_without_marks_is_refused(model_folder, conversations, write_jsonl, sft):
-    with pytest.raises(UsageError, match=r"\{% generation %\}.*chat_template: chatml"):
+    with pytest.raises(UsageError, match=r"\{% generation %\}.*chat_template_path: chatml"):
         sft(model_name_or_path=model_folder("llama"), dataset_name=write_jsonl(conversations(2)))
+
+
+def test_a_whole_conversation_needs_no_marks(model_folder, conversations, write_jsonl, sft):
+    """The tokenizer's own template says nothing of who wrote what."""
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(conversations(4))}
+    _, records = sft(**common, assistant_only_loss=False, num_train_epochs=4)
+    assert records[3]["loss"] < records[0]["loss"] - 0.1

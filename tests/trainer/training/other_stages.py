@@ -11,7 +11,7 @@ from accelerate import tracking
 from rlhf_trainer.offline.config import RewardConfig, SFTConfig
 from rlhf_trainer.offline.reward_model import train_reward
 from rlhf_trainer.offline.sft import train_sft
-from rlhf_trainer.training import loop as training
+from rlhf_trainer.training import loop
 from rlhf_trainer.training.processes import leave_processes
 
 model, data, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -23,7 +23,7 @@ SFT = COMMON | {"packing": True}
 
 
 class Prints(tracking.GeneralTracker):
-    """Says how many steps it was told of."""
+    """Prints the number of steps it was sent."""
 
     name = "prints"
     requires_logging_directory = False
@@ -47,8 +47,8 @@ class Prints(tracking.GeneralTracker):
 
 
 def interrupted(run):
-    """Stops in its fourth step, behind the state of the second."""
-    learning_rate_at, calls = training.learning_rate_at, []
+    """Stops in its fourth step, behind the checkpoint of the second."""
+    learning_rate_at, calls = loop.learning_rate_at, []
 
     def once_too_often(*args):
         calls.append(1)
@@ -56,13 +56,13 @@ def interrupted(run):
             raise InterruptedError
         return learning_rate_at(*args)
 
-    training.learning_rate_at = once_too_often
+    loop.learning_rate_at = once_too_often
     try:
         run()
     except InterruptedError:
         return
     finally:
-        training.learning_rate_at = learning_rate_at
+        loop.learning_rate_at = learning_rate_at
     raise AssertionError("it was to be interrupted")
 
 

@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.offline.dpo import DPOTask
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -27,7 +26,8 @@ def test_two_processes_train_as_one(yaml_config, tmp_path, python):
     assert len(one) == len(two) == 4
     assert abs(one[-1]["loss"] - one[0]["loss"]) > 0.05
     for a, b in zip(one, two, strict=True):
-        for key in (*DPOTask.names, "grad_norm"):
+        assert a.keys() == b.keys() >= {"loss", "rewards/margins", "logps/chosen", "grad_norm"}
+        for key in a.keys() - {"tokens_per_second"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
 
 

@@ -9,29 +9,29 @@ from rlhf_trainer.errors import UsageError
 
 @pytest.fixture
 def tracker(monkeypatch):
-    """A tracker that accelerate knows by name, as wandb is known; it remembers what it is told."""
+    """A tracker that accelerate knows by name, as wandb is known; it remembers what it is sent."""
 
     class Remembers(GeneralTracker):
         name = "remembers"
         requires_logging_directory = False
-        told = []  # noqa: RUF012
+        records = []  # noqa: RUF012
 
         def __init__(self, run_name, **_):
             super().__init__()
-            self.told.append(("start", run_name))
+            self.records.append(("start", run_name))
 
         @property
         def tracker(self):
             return self
 
         def store_init_configuration(self, values):
-            self.told.append(("config", values))
+            self.records.append(("config", values))
 
         def log(self, values, step=None, **_):
-            self.told.append((step, values))
+            self.records.append((step, values))
 
         def finish(self):
-            self.told.append(("end", None))
+            self.records.append(("end", None))
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "remembers", Remembers)
     return Remembers
@@ -39,10 +39,10 @@ def tracker(monkeypatch):
 
 def test_metrics_reach_the_tracker(tracker, model_folder, rows, write_jsonl, train):
     _, records = train(
-        model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), max_steps=2, report_to=["remembers"],
-        project="mine",
+        model_name_or_path=model_folder("gpt2"), dataset_name=write_jsonl(rows(4)), max_steps=2,
+        report_to=["remembers"], project="mine",
     )  # fmt: skip
-    start, config, *steps, end = tracker.told
+    start, config, *steps, end = tracker.records
     assert start == ("start", "mine") and end == ("end", None)
     assert config[0] == "config" and config[1]["beta"] == 0.1
     assert [step for step, _ in steps] == [1, 2]

@@ -17,9 +17,7 @@ from rlhf_trainer.offline.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.offline.dpo import train_dpo
 from rlhf_trainer.offline.reward_model import train_reward
 from rlhf_trainer.offline.sft import train_sft
-from rlhf_trainer.training import checkpoint as state
-from rlhf_trainer.training import loop as training
-from rlhf_trainer.training import output_folder as checkpoint
+from rlhf_trainer.training import checkpoint, files, loop, output_folder
 from rlhf_trainer.training.output_folder import partial_folder
 
 STAGES = {"sft": (SFTConfig, train_sft), "reward": (RewardConfig, train_reward), "dpo": (DPOConfig, train_dpo)}
@@ -27,7 +25,7 @@ STAGES = {"sft": (SFTConfig, train_sft), "reward": (RewardConfig, train_reward),
 
 @pytest.fixture
 def stage(model_folder, rows, write_jsonl, tmp_path):
-    """stage(name) -> run(output, **options), of 6 steps with a state after steps 2 and 4."""
+    """stage(name) -> run(output, **options), of 6 steps with a checkpoint after steps 2 and 4."""
     data = write_jsonl(rows(12))
 
     def of(name):
@@ -97,17 +95,17 @@ def assert_same(a, b):
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
-# In the order of a run: before anything is saved, while the first state is written, between states, while a state is
-# moved, while the second is written, behind the result, and before it is moved into place.
+# In the order of a run: before anything is saved, while the first checkpoint is written, between checkpoints, while
+# one is moved, while the second is written, behind the result, and before it is moved into place.
 KILLS = {
-    "before any state": (training, "learning_rate_at", at_call(2)),
-    "half a state": (state, "save_file", at_call(2)),
-    "a state not moved": (state, "_flush", at_call(4)),
-    "after a state": (training, "save_state", at_call(1, after=True)),
-    "two steps on": (training, "learning_rate_at", at_call(4)),
-    "half the second state": (state, "save_file", at_call(4)),
+    "before any checkpoint": (loop, "learning_rate_at", at_call(2)),
+    "half a checkpoint": (checkpoint, "save_file", at_call(2)),
+    "a checkpoint not moved": (files, "flush_to_disk", at_call(4)),
+    "after a checkpoint": (loop, "save_checkpoint", at_call(1, after=True)),
+    "two steps on": (loop, "learning_rate_at", at_call(4)),
+    "half the second checkpoint": (checkpoint, "save_file", at_call(4)),
     "the result written": (sft, "save_model", at_call(1, after=True)),
-    "the result not moved": (training, "commit_output", at_call(1)),
+    "the result not moved": (loop, "commit_output", at_call(1)),
 }
 
 
@@ -123,47 +121,47 @@ def test_a_killed_run_goes_on(point, stage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["reward", "dpo"])
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw_torch_fused"])
 def test_every_stage_goes_on(name, optimizer, stage):
     run = stage(name)
     whole = run("whole", optim=optimizer)
-    killed(lambda: run("broken", optim=optimizer), (training, "learning_rate_at", at_call(6)))
+    killed(lambda: run("broken", optim=optimizer), (loop, "learning_rate_at", at_call(6)))
     assert_same(run("broken", optim=optimizer, resume_from_checkpoint=True), whole)
 
 
 def test_a_run_may_be_killed_again_and_again(stage, tmp_path):
     run = stage("sft")
     whole = run("whole")
-    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
-    killed(lambda: run("broken", resume_from_checkpoint=True), (training, "learning_rate_at", at_call(3)))
-    states = sorted(path.name for path in (partial_folder(tmp_path / "broken") / state.FOLDER).iterdir())
-    assert states == ["step-000000002", "step-000000004"]
+    killed(lambda: run("broken"), (loop, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken", resume_from_checkpoint=True), (loop, "learning_rate_at", at_call(3)))
+    checkpoints = sorted(path.name for path in (partial_folder(tmp_path / "broken") / checkpoint.FOLDER).iterdir())
+    assert checkpoints == ["step-000000002", "step-000000004"]
     assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
 def damage(folder):
-    path = folder / state.MODEL
+    path = folder / checkpoint.MODEL
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
 
 
 def truncate(folder):
-    (folder / state.OPTIMIZER).write_bytes(b"")
+    (folder / checkpoint.OPTIMIZER).write_bytes(b"")
 
 
-def lose_the_facts(folder):
-    (folder / state.FACTS).write_text('{"step":')
+def cut_the_state(folder):
+    (folder / checkpoint.STATE).write_text('{"step":')
 
 
-@pytest.mark.parametrize("harm", [damage, truncate, lose_the_facts])
-def test_a_damaged_state_is_told_and_the_one_before_is_taken(harm, stage, tmp_path):
+@pytest.mark.parametrize("harm", [damage, truncate, cut_the_state])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(harm, stage, tmp_path):
     run = stage("sft")
     whole = run("whole")
-    killed(lambda: run("broken"), (training, "commit_output", at_call(1)))
-    states = partial_folder(tmp_path / "broken") / state.FOLDER
-    harm(states / "step-000000004")
-    with pytest.warns(UserWarning, match="step-000000004 is damaged; an earlier state is taken"):
+    killed(lambda: run("broken"), (loop, "commit_output", at_call(1)))
+    checkpoints = partial_folder(tmp_path / "broken") / checkpoint.FOLDER
+    harm(checkpoints / "step-000000004")
+    with pytest.warns(UserWarning, match="step-000000004 is damaged; an earlier checkpoint is taken"):
         assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
@@ -177,41 +175,41 @@ def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stag
 
 
 def test_a_run_that_replaces_another_goes_on_too(stage, tmp_path):
-    """Told the same again, with --resume_from_checkpoint: the old output, of other settings, is in place until the end."""
+    """By the same command and --resume_from_checkpoint; the old output, of other settings, stays until the end."""
     run = stage("sft")
     run("out", seed=3)
     whole = run("whole")
-    killed(lambda: run("out", overwrite_output_dir=True), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("out", overwrite_output_dir=True), (loop, "learning_rate_at", at_call(4)))
     with pytest.raises(UsageError, match=r"is of another run.*pass --overwrite_output_dir to replace it"):
         run("out", resume_from_checkpoint=True)
     assert_same(run("out", overwrite_output_dir=True, resume_from_checkpoint=True), whole)
 
 
-def test_two_damaged_states_do_not_cost_the_new_ones(stage, tmp_path):
+def test_two_damaged_checkpoints_do_not_cost_the_new_ones(stage, tmp_path):
     run = stage("sft")
-    killed(lambda: run("broken"), (training, "commit_output", at_call(1)))
-    states = partial_folder(tmp_path / "broken") / state.FOLDER
-    for folder in states.iterdir():
+    killed(lambda: run("broken"), (loop, "commit_output", at_call(1)))
+    checkpoints = partial_folder(tmp_path / "broken") / checkpoint.FOLDER
+    for folder in checkpoints.iterdir():
         damage(folder)
-    killed(lambda: run("broken", resume_from_checkpoint=True), (training, "learning_rate_at", at_call(4)))
-    assert [path.name for path in states.iterdir()] == ["step-000000002"]
+    killed(lambda: run("broken", resume_from_checkpoint=True), (loop, "learning_rate_at", at_call(4)))
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000000002"]
 
 
 def test_two_processes_do_not_work_in_one_folder(stage):
-    """The second is told; the first is not disturbed."""
+    """The second is refused; the first is not disturbed."""
     run = stage("sft")
     context = multiprocessing.get_context("fork")
     working, go_on = context.Event(), context.Event()
 
     def child():
-        original = training.learning_rate_at
+        original = loop.learning_rate_at
 
         def waiting(*args):
             working.set()
             assert go_on.wait(60)
             return original(*args)
 
-        training.learning_rate_at = waiting
+        loop.learning_rate_at = waiting
         run("out")
 
     process = context.Process(target=child)
@@ -225,26 +223,26 @@ def test_two_processes_do_not_work_in_one_folder(stage):
     assert process.exitcode == 0
 
 
-def test_metrics_that_were_lost_are_told(stage, tmp_path):
+def test_lost_metrics_are_reported(stage, tmp_path):
     run = stage("sft")
-    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken"), (loop, "learning_rate_at", at_call(4)))
     (partial_folder(tmp_path / "broken") / "metrics.jsonl").unlink()
     with pytest.warns(UserWarning, match="metrics.jsonl has lost lines"):
         _, records = result_of(run("broken", resume_from_checkpoint=True))
     assert [record["step"] for record in records] == [3, 4, 5, 6]
 
 
-def test_a_full_disk_is_told(stage, monkeypatch):
-    monkeypatch.setattr(state, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(UsageError, match=r"the state of step 2 cannot be saved .*: No space left"):
+def test_a_full_disk_is_reported(stage, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(UsageError, match=r"the checkpoint of step 2 cannot be saved .*: No space left"):
         stage("sft")("out")
 
 
-def test_another_model_behind_the_same_name_is_told(stage, model_folder, make_model, tokenizer, tmp_path):
+def test_another_model_behind_the_same_name_is_reported(stage, model_folder, make_model, tokenizer, tmp_path):
     run, start = stage("dpo"), tmp_path / "start"
     shutil.copytree(model_folder("llama"), start)
     options = {"model_name_or_path": str(start)}
-    killed(lambda: run("broken", **options), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken", **options), (loop, "learning_rate_at", at_call(4)))
     make_model("llama", seed=5).save_pretrained(start)
     with pytest.raises(UsageError, match="a reference model"):
         run("broken", resume_from_checkpoint=True, **options)
@@ -255,15 +253,15 @@ def test_another_model_behind_the_same_name_is_told(stage, model_folder, make_mo
 
 def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
     run = stage("sft")
-    killed(lambda: run("out"), (training, "remove_state", at_call(1)))
-    assert (tmp_path / "out" / state.FOLDER).is_dir()
+    killed(lambda: run("out"), (loop, "remove_checkpoints", at_call(1)))
+    assert (tmp_path / "out" / checkpoint.FOLDER).is_dir()
     run("out", resume_from_checkpoint=True)
-    assert not (tmp_path / "out" / state.FOLDER).exists()
+    assert not (tmp_path / "out" / checkpoint.FOLDER).exists()
 
 
 def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(stage, tmp_path):
     run = stage("sft")
-    killed(lambda: run("out"), (checkpoint.Path, "write_text", at_call(1)))
+    killed(lambda: run("out"), (output_folder.Path, "write_text", at_call(1)))
     assert not partial_folder(tmp_path / "out").exists()
     run("out", resume_from_checkpoint=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train.jsonl"]
@@ -271,7 +269,7 @@ def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(
 
 def test_resume_takes_the_run_it_was(stage, tmp_path, rows):
     run = stage("sft")
-    killed(lambda: run("broken"), (training, "learning_rate_at", at_call(4)))
+    killed(lambda: run("broken"), (loop, "learning_rate_at", at_call(4)))
     with pytest.raises(UsageError, match=r"is of another run, .*learning_rate: 0.001 then, 0.01 now"):
         run("broken", learning_rate=1e-2, resume_from_checkpoint=True)
     with pytest.raises(UsageError, match=r"Pass --resume_from_checkpoint to go on with it"):

@@ -3,30 +3,36 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_trainer.config.base import FolderConfig
+from rlhf_trainer.config.parse import dump_yaml
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.training.output_folder import CONFIG_FILE, check_free, commit_output, open_output, partial_folder
 
 
+def config(folder, **options):
+    return FolderConfig(output_dir=str(folder), **options)
+
+
 def finished_run(folder, text="first"):
-    work = open_output(folder, False, "beta: 0.1\n")
+    work = open_output(config(folder))
     (work / "model.txt").write_text(text)
-    return commit_output(folder, False)
+    return commit_output(config(folder))
 
 
 def test_nothing_is_in_place_before_the_end(tmp_path):
     folder = tmp_path / "deep" / "out"
-    work = open_output(folder, False, "beta: 0.1\n")
+    work = open_output(config(folder))
     assert work == partial_folder(folder) and work.parent == folder.parent
-    assert (work / CONFIG_FILE).read_text() == "beta: 0.1\n"
+    assert (work / CONFIG_FILE).read_text() == dump_yaml(config(folder))
     assert not folder.exists()
-    assert commit_output(folder, False) == folder
+    assert commit_output(config(folder)) == folder
     assert not work.exists() and (folder / CONFIG_FILE).exists()
 
 
 def test_an_existing_output_is_kept(tmp_path):
     folder = finished_run(tmp_path / "out")
     with pytest.raises(UsageError, match=r"out exists; .*--overwrite_output_dir"):
-        open_output(folder, False, "")
+        open_output(config(folder))
     assert (folder / "model.txt").read_text() == "first"
 
 
@@ -37,10 +43,10 @@ def test_an_empty_folder_is_free(tmp_path):
 
 def test_overwrite_replaces_at_the_end_only(tmp_path):
     folder = finished_run(tmp_path / "out")
-    work = open_output(folder, True, "")
+    work = open_output(config(folder, overwrite_output_dir=True))
     assert (folder / "model.txt").read_text() == "first"
     (work / "model.txt").write_text("second")
-    commit_output(folder, True)
+    commit_output(config(folder, overwrite_output_dir=True))
     assert (folder / "model.txt").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -50,30 +56,30 @@ def test_overwrite_does_not_delete_what_no_run_wrote(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years")
     with pytest.raises(UsageError, match=r"home is not the output of a run .*--overwrite_output_dir leaves it alone"):
-        open_output(tmp_path / "home", True, "")
+        open_output(config(tmp_path / "home", overwrite_output_dir=True))
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file is not the output of a run"):
-        check_free(tmp_path / "file", True)
+        check_free(config(tmp_path / "file", overwrite_output_dir=True))
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years"
 
 
 def test_a_run_that_stopped_is_kept_until_overwrite(tmp_path):
-    work = open_output(tmp_path / "out", False, "")
+    work = open_output(config(tmp_path / "out"))
     (work / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"out.partial is there: .*going on, or stopped"):
-        open_output(tmp_path / "out", False, "")
+        open_output(config(tmp_path / "out"))
     assert (work / "metrics.jsonl").exists()
-    open_output(tmp_path / "out", True, "")
+    open_output(config(tmp_path / "out", overwrite_output_dir=True))
     assert not (work / "metrics.jsonl").exists()
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):
     folder = tmp_path / "out"
-    work = open_output(folder, False, "")
+    work = open_output(config(folder))
     folder.mkdir()
     (folder / "x").write_text("theirs")
     with pytest.raises(UsageError, match=r"appeared during the run; this run's output is in .*out.partial"):
-        commit_output(folder, False)
+        commit_output(config(folder))
     assert (folder / "x").read_text() == "theirs" and work.exists()
 
 
