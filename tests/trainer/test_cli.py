@@ -16,11 +16,19 @@ DPO_METRICS = {
 }  # fmt: skip
 
 
-def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
-    refused = python("-m", "rlhf_trainer", "dpo", "--config", "run.yaml")
+def test_a_wrong_flag_ends_the_process_with_2(yaml_config, python):
+    refused = python("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--betta", "1")
     assert refused.returncode == 2
-    assert "row 11, field 'rejected': missing; the row has: prompt, chosen" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert refused.stderr.startswith("rlhf dpo: unknown flag --betta") and "Traceback" not in refused.stderr
+
+
+def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python, monkeypatch, capsys):
+    """The run in a process of its own, the refusals before and after it in this one, which need not load torch anew."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["dpo", "--config", "run.yaml"]) == 2
+    refused = capsys.readouterr().err
+    assert "row 11, field 'rejected': missing; the row has: prompt, chosen" in refused
+    assert "Traceback" not in refused
     assert not (tmp_path / "out").exists()
 
     done = python("-m", "rlhf_trainer", "dpo", "--config", "run.yaml", "--skip_invalid_rows", "--beta", "0.25")
@@ -36,8 +44,8 @@ def test_dpo_from_a_yaml_file_end_to_end(yaml_config, tmp_path, python):
     assert all(set(record) == keys for record in records)
     assert yaml.safe_load((output / "rlhf_config.yaml").read_text())["beta"] == 0.25
 
-    again = python("-m", "rlhf_trainer", "dpo", "--config", str(output / "rlhf_config.yaml"))
-    assert again.returncode == 2 and "--overwrite_output_dir" in again.stderr
+    assert main(["dpo", "--config", str(output / "rlhf_config.yaml")]) == 2
+    assert "--overwrite_output_dir" in capsys.readouterr().err
 
 
 def test_usage(capsys):

@@ -1,6 +1,7 @@
-"""SFT and reward models, in as many processes as this was started with: `other_stages.py MODEL DATA FOLDER`.
+"""SFT, a reward model and DPO, in as many processes as run this: `all_stages.py MODEL DATA DPO.yaml FOLDER`.
 
 SFT is interrupted in its fourth step and resumed, into FOLDER/resumed, too. A tracker hears of the reward model alone.
+DPO is the command itself, which leaves the processes when it is done.
 """
 
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 
 from accelerate import tracking
 
+from rlhf_trainer.cli import main
 from rlhf_trainer.offline.config import RewardConfig, SFTConfig
 from rlhf_trainer.offline.reward_model import train_reward
 from rlhf_trainer.offline.sft import train_sft
 from rlhf_trainer.training import loop
-from rlhf_trainer.training.processes import leave_processes
 
-model, data, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+model, data, dpo_config, folder = *sys.argv[1:4], Path(sys.argv[4])
 COMMON = {
     "model_name_or_path": model, "dataset_name": data, "eval_dataset": data, "batch_size": 6, "micro_batch_size": 2,
     "learning_rate": 1e-3, "num_train_epochs": 3, "max_length": 96, "save_steps": 2,
@@ -71,4 +72,5 @@ interrupted(lambda: train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"
 train_sft(SFTConfig(**SFT, output_dir=str(folder / "resumed"), resume_from_checkpoint=True))
 tracking.LOGGER_TYPE_TO_CLASS["prints"] = Prints
 train_reward(RewardConfig(**COMMON, max_prompt_length=48, output_dir=str(folder / "reward"), report_to=["prints"]))
-leave_processes()
+dpo = ["dpo", "--config", dpo_config, "--skip_invalid_rows", "--output_dir", str(folder / "dpo")]
+sys.exit(main([*dpo, "--ref_cache_dir", str(folder / "cache")]))  # each number of processes computes its own reference
