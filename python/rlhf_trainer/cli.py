@@ -28,6 +28,7 @@ def run(name: str, command: Command, argv: Sequence[str]) -> None:
 
 
 def usage() -> str:
+    """The commands, a line each."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items())
     return (

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """`config` and `function` are "module:name" below this package; both are imported when they are asked for."""
+    """A command's configuration and function, "module:name" below this package, which methods import; and a summary."""
 
     config: str
     function: str

@@ -23,7 +23,7 @@ class RowError(ValueError):
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages about it."""
+    """The kind of a value, for messages: "text", "a list", "int 5"."""
     names = {str: "text", list: "a list", dict: "a mapping", type(None): "nothing"}
     return names.get(type(value), f"{type(value).__name__} {value!r}")
 

@@ -169,7 +169,7 @@ def rows():
 
 @pytest.fixture
 def loopback_without_proxy(monkeypatch):
-    """For tests of servers: whatever proxy is set, they are asked directly."""
+    """Requests to servers of tests go there directly, whatever proxy is set."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -223,7 +223,7 @@ def python(tmp_path):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
-            out, err = process.communicate(timeout=240)
+            out, err = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # not kill: a launcher then ends the workers it started
             process.communicate()

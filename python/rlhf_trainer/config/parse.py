@@ -58,7 +58,7 @@ def make_parser(cls: type, prog: str, description: str) -> argparse.ArgumentPars
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
-    """--flag VALUE; of a bool, --flag alone is true, and --no_flag false where it is true by default."""
+    """The flag of a field: --flag VALUE; a bool's --flag alone means true, and --no_flag false, if true by default."""
     options: dict[str, Any] = {"help": field.metadata["help"], "required": is_required(field)}
     default = None if is_required(field) else default_of(field)
     options["default"] = default

@@ -69,7 +69,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> 
     except TemplateSyntaxError as error:
         raise UsageError(f"chat_template_path: {name_or_path}, line {error.lineno}: {error.message}") from error
     except TemplateError:
-        pass  # a template may want other messages than these; what it says of real ones is told row by row
+        pass  # a template may want other messages than these; what it refuses of the data is reported row by row
     return 0
 
 
@@ -114,7 +114,7 @@ def conversation_ids(
 
 
 def _check_marks(tokenizer: PreTrainedTokenizerBase, field: str) -> None:
-    """UsageError where masks cannot be had from this tokenizer, whatever the row."""
+    """UsageError where this tokenizer and its template cannot mark what the assistant writes, in any row."""
     need_fast(tokenizer)
     if not GENERATION_MARK.search(_template_of(tokenizer, field)):
         raise UsageError(
@@ -138,7 +138,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, field: str = "p
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Any, response: Any, field: str) -> str:
-    """What the model should write after `prompt_text`, up to and with the token that ends its turn.
+    """The text that the model should write after `prompt_text`, up to and with the token that ends its turn.
 
     Plain text: the response and the end-of-sequence token. Messages: what the template renders after the prompt,
     without the white space it puts behind the end of the turn (generation stops before that, so it is never the

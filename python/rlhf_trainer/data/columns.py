@@ -1,4 +1,4 @@
-"""What the columns of a plain row say, checked: each wrong value is a RowError that names the field."""
+"""The columns of a plain row, checked: each wrong value is a RowError that names the field."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from .encoding import encode_prompt, encode_response, is_empty, like_prompt
 from .examples import Prompt, json_columns
 from .rows import read_checked
 
-COMPLETIONS_FILE = "completions.jsonl"
+COMPLETIONS_FILE, SCORED_FILE, PAIRS_FILE = "completions.jsonl", "scored.jsonl", "pairs.jsonl"
+UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"  # reasons to leave a completion out
 
 
 def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict[str, Any]:
@@ -37,14 +38,8 @@ def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict
     return row | answer | ({"columns": columns} if columns else {})
 
 
-SCORED_FILE = "scored.jsonl"
-
-
-UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"
-
-
 class Row(NamedTuple):
-    """A completion as it was read; `ids`: prompt and completion as each of the reward models' tokenizers makes them."""
+    """A completion that a command has read. ids: of prompt and completion, by each of the reward models' tokenizers."""
 
     source: str
     number: int
@@ -58,17 +53,17 @@ class Row(NamedTuple):
 
     @property
     def prompt_key(self) -> str:
-        """Equal for equal prompts, whatever file or model they come from."""
+        """A key that equal prompts share, whatever file or model they come from."""
         return json.dumps(self.prompt, sort_keys=True)
 
 
 def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
-    """Files as they are, of folders the one of that name; UsageError where one is there twice."""
+    """The files that `names` stand for, a folder for its file of that name; UsageError for a duplicate."""
     files = [str(Path(name) / file_name) if Path(name).is_dir() else name for name in names]
     places = Counter(Path(file).resolve() for file in files)
-    twice = [str(place) for place, times in places.items() if times > 1]
-    if twice:
-        raise UsageError(f"{key}: {twice[0]} is there twice")
+    duplicates = [str(place) for place, times in places.items() if times > 1]
+    if duplicates:
+        raise UsageError(f"{key}: duplicate {duplicates[0]}; name each file once")
     return files
 
 
@@ -113,7 +108,7 @@ def text_of(completion: Any) -> str:
 
 
 def as_scored(row: Row, reward: float | None, parts: dict[str, float]) -> dict[str, Any]:
-    """A line of scored.jsonl: `reward` is null where `left_out` says why; of several functions, `rewards` has each."""
+    """A line of scored.jsonl. `reward` is null where `left_out` says why; `rewards` has each of several functions."""
     return {
         "prompt": row.prompt, "completion": row.completion, "model": row.model, "finished": row.finished,
         "reward": reward, "left_out": row.left_out,
@@ -133,9 +128,6 @@ def in_numbers(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items())
 
 
-PAIRS_FILE = "pairs.jsonl"
-
-
 def read_scored(file: str) -> list[dict[str, Any]]:
     """All lines; UsageError naming those that are not scored completions."""
     expected = "rows with prompt, completion and reward, as `rlhf rejection` writes them"
@@ -146,6 +138,6 @@ def checked_line(_number: int, line: dict[str, Any]) -> dict[str, Any]:
     for field in ("prompt", "completion"):
         if not isinstance(need(line, field), str | list):
             raise RowError(field, f"expected text or a list of messages, got {kind(line[field])}")
-    if need(line, "reward") is not None:  # which stands for: left out
+    if need(line, "reward") is not None:  # None: left out
         number("reward", line["reward"])
     return line

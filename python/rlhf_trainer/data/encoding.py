@@ -52,7 +52,7 @@ def encode_bounded_prompt(
 
 
 def like_prompt(prompt: str | list[dict[str, Any]], text: str) -> str | list[dict[str, str]]:
-    """Text after a text, the assistant's message after messages."""
+    """A completion in the form of its prompt: text after text, a message of the assistant after messages."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 

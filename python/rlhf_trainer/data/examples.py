@@ -29,8 +29,8 @@ Example = TypeVar("Example")
 class Group(NamedTuple):
     """Token ids of a prompt and of K distinct responses to it; `pairs` are positions of (better, worse) among these.
 
-    `row` is the line of a JSONL file, or the row, counted from 1; margins [P]: by how much the better one is better,
-    where the data say, else 0.
+    `row` is the line of a JSONL file, or the row, counted from 1; margins [P]: how much better the better one is,
+    0 where the data do not say.
     """
 
     row: int
@@ -58,9 +58,9 @@ class TokenSequence(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a model is to answer, as text or messages and as token ids; `answer` is the row's own, where it has one.
+    """A prompt, as text or messages and as token ids; `answer` is the row's own, where it has one.
 
-    `columns` is what else the row says, for rewards to go by: all its plain columns but prompt, messages and text.
+    `columns` are the row's other plain columns, for rewards: all but prompt, messages and text.
     """
 
     row: int
@@ -171,8 +171,8 @@ def load_conversations(
 ) -> Loaded[TokenSequence]:
     """Conversations for supervised fine-tuning; one that is longer than max_length loses its end.
 
-    Learned are: of `messages`, the assistant's turns, all or the last, or the whole; of a prompt with a completion, or
-    with a chosen response, that one alone; of a bare text, all of it.
+    `messages` are learned where the assistant wrote them (in all its turns, or in the last), or whole; a completion, or
+    a chosen response, without its prompt; a bare text, whole.
     """
 
     def sequence_of(number: int, row: dict[str, Any]) -> tuple[list[TokenSequence], int]:
@@ -215,7 +215,7 @@ def load_prompts(
     max_prompt_length: int,
     **reading: Unpack[Reading],
 ) -> Loaded[Prompt]:
-    """Prompts to answer; of a bare text, its first few tokens are the prompt."""
+    """Prompts to answer; the first few tokens of a bare text are one."""
 
     def prompt_of(number: int, row: dict[str, Any]) -> tuple[list[Prompt], int]:
         field, prompt, answer = _prompt_and_answer(tokenizer, row)
@@ -305,12 +305,12 @@ def _load(
         try:
             if isinstance(row, RowProblem):
                 raise RowError("row", row)
-            found, found_cut = examples_of(number, plain_row(row, format, chat=bool(tokenizer.chat_template)))
+            of_row, cut_of_row = examples_of(number, plain_row(row, format, chat=bool(tokenizer.chat_template)))
         except RowError as error:
             problems.append(f"row {number}, {error}")
             continue
-        examples += found
-        cut += found_cut
+        examples += of_row
+        cut += cut_of_row
         if max_examples is not None and len(examples) >= max_examples:
             del examples[max_examples:]
             break
@@ -320,6 +320,3 @@ def _load(
         hint = "Every row is unusable." if not examples else "Fix them, or pass --skip_invalid_rows to leave them out."
         raise UsageError(f"{source}: {len(problems)} of {rows} rows cannot be used:\n{listing(problems)}\n{hint}")
     return Loaded(examples, problems, cut, noun)
-
-
-# --- examples to tensors

@@ -130,9 +130,9 @@ def _from_conversations(row: Row) -> Row:
     chosen, rejected = need_list(row, "chosen"), need_list(row, "rejected")
     check_messages("chosen", chosen)
     check_messages("rejected", rejected)
-    said = [[(message["role"], message["content"]) for message in messages] for messages in (chosen, rejected)]
+    turns = [[(message["role"], message["content"]) for message in messages] for messages in (chosen, rejected)]
     shared = 0
-    while shared < min(map(len, said)) - 1 and said[0][shared] == said[1][shared]:
+    while shared < min(map(len, turns)) - 1 and turns[0][shared] == turns[1][shared]:
         shared += 1
     if shared == 0:
         raise RowError("chosen", "expected a conversation that begins with the prompt, as 'rejected' does")

@@ -14,7 +14,7 @@ SHOWN_ERRORS = 5
 
 
 class RowProblem(str):
-    """Stands in for a row that could not even be parsed."""
+    """The reason why a row could not even be parsed, in the place of the row."""
 
 
 def read_rows(
@@ -46,21 +46,21 @@ def read_checked(
     source: str, check: Callable[[int, dict[str, Any]], Checked], noun: str, expected: str
 ) -> list[Checked]:
     """`check(number, row)` of every row of a file that another command wrote; UsageError naming those that it refuses
-    by RowError. `noun`: what rows should be; `expected`: what to say of a file without any."""
-    found: list[Checked] = []
+    by RowError. `noun`: what rows should be; `expected`: the same for the message about an empty file."""
+    results: list[Checked] = []
     problems: list[str] = []
     for number, row in read_rows(source, split="train"):
         try:
             if isinstance(row, RowProblem) or not isinstance(row, dict):
                 raise RowError("row", row if isinstance(row, RowProblem) else f"expected a mapping, got {kind(row)}")
-            found.append(check(number, row))
+            results.append(check(number, row))
         except RowError as error:
             problems.append(f"row {number}, {error}")
     if problems:
         raise UsageError(f"{source}: {len(problems)} rows are not {noun}:\n{listing(problems)}")
-    if not found:
+    if not results:
         raise UsageError(f"{source} is empty: expected {expected}")
-    return found
+    return results
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:

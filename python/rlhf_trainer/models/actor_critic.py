@@ -34,14 +34,14 @@ class ActorCritic(nn.Module):
         return self.policy(batch, lambda hidden, head: use(hidden, head, values))
 
     def values(self, batch: Batch) -> Tensor:
-        """Of the separate model, [S, T]."""
+        """The separate model's values, [S, T] fp32."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.policy.bf16):
             hidden = self.critic.base_model(**inputs_of(batch), use_cache=False).last_hidden_state
         return values_of(getattr(self.critic, self.head_name), hidden)
 
 
 def values_of(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """[..., D] -> [...] fp32, computed in fp32."""
+    """The head's values of hidden states, [..., D] -> [...] fp32, computed in fp32."""
     with torch.autocast(hidden.device.type, enabled=False):
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 

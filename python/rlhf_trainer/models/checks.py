@@ -10,7 +10,7 @@ from ..errors import UsageError
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any valid id serves: padding is masked in attention and in labels."""
+    """The id to pad with: any valid one serves, as padding is masked in attention and in labels."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
@@ -25,7 +25,7 @@ def have_same_tokens(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokeni
 
 
 def check_vocabulary(model: PreTrainedModel, largest: int) -> None:
-    """`largest`: the largest id that the tokenizer makes."""
+    """UsageError where the model does not embed `largest`, the largest id that the tokenizer makes."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
         raise UsageError(
@@ -43,7 +43,10 @@ def check_fit(
     source: str,
     advice: str = "set max_length to at most {positions}",
 ) -> None:
-    """Every token id the tokenizer can make, and every position the data needs, exist in the model."""
+    """UsageError where the model lacks a token id that the tokenizer can make, or a position that the data need.
+
+    rows, lengths: of the examples, in tokens; `source` and `advice` are for the message.
+    """
     check_vocabulary(model, largest_id(tokenizer))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(lengths)), key=lambda i: lengths[i])

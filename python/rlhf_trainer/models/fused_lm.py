@@ -51,7 +51,7 @@ class FusedLM(nn.Module):
 
 @contextmanager
 def _for_users() -> Iterator[None]:
-    """A model that cannot be used is for its user to change."""
+    """Turns the ValueError of a model that cannot be used into a UsageError: its user can change it."""
     try:
         yield
     except ValueError as error:
@@ -73,6 +73,6 @@ def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None
 
 
 def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What a model is called with."""
+    """The arguments that a model is called with."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     return {name: tensor for name, tensor in inputs.items() if tensor is not None}

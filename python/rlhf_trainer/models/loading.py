@@ -1,4 +1,4 @@
-"""Causal language models: loading, reading the LM head, and running a loss in the head's place."""
+"""Models and tokenizers: loading them, making room for tokens, saving them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..errors import UsageError
 def load_pretrained(
     auto: type,
     name: str,
-    what: str,
+    noun: str,
     *,
     key: str,
     attn_implementation: str | None,
@@ -28,8 +28,10 @@ def load_pretrained(
     hint: str = "",
     **options: Any,
 ) -> PreTrainedModel:
-    """`what`, with fp32 weights and dropout off; UsageError where weights are missing but those that begin with `new`.
-    Updates at a learning rate of 1e-6 vanish in bf16 weights."""
+    """The model `name`, with fp32 weights, as updates at a learning rate of 1e-6 vanish in bf16, and dropout off.
+
+    UsageError where it cannot be loaded as `noun`, or lacks weights other than those that begin with `new`.
+    """
     check_local(name, key)
     try:
         with without_report():
@@ -38,7 +40,7 @@ def load_pretrained(
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{key}: cannot load {describe(name)} as {what}: {error}") from error
+        raise UsageError(f"{key}: cannot load {describe(name)} as {noun}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
     if missing:
         some = ", ".join(missing[:5])
@@ -78,40 +80,40 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
 
 
 def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The one that is asked for, or the model's."""
+    """The tokenizer that the configuration names, or the model's."""
     key = "model_name_or_path" if config.tokenizer_name_or_path is None else "tokenizer_name_or_path"
     return load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
 
 
 def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Embeddings for tokens that were added to the tokenizer, near the mean of those that are there: logits of the old
-    tokens stay what they were, and a new one is as likely as an average one."""
+    """Adds embeddings for the tokenizer's new tokens, near the mean of the others: old tokens keep their logits, and a
+    new one is as likely as an average one."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         with without_report():
             model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 
 
 def end_where_tokenizer_does(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """So that generation stops at the end of a turn also where the chat template brought another one."""
+    """Makes generation stop at the tokenizer's end of a turn, which a chat template may have brought."""
     for config in (model.config.get_text_config(), model.generation_config):
         if config is not None:
             config.eos_token_id = tokenizer.eos_token_id
 
 
 def check_local(name: str, key: str) -> None:
-    """A hub id is `name` or `owner/name`; a path that is neither that nor there would only be looked for in vain."""
+    """UsageError for a path that does not exist; a hub id, `name` or `owner/name`, passes."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"{key}: no such folder: {name}")
 
 
 def describe(name: str) -> str:
-    """A name for messages, with what it was taken for if it may be a mistake."""
+    """A model's name, for messages; one that is no folder is called a hub id, as it may be a mistyped path."""
     return repr(name) if Path(name).exists() else f"{name!r} (no folder here, so taken for a hub id)"
 
 
 @contextmanager
 def without_report() -> Iterator[None]:
-    """Inside, transformers does not tell which weights are new: the caller does, where it matters."""
+    """Silences transformers' report of new weights: the caller reports them, where it matters."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -121,12 +123,12 @@ def without_report() -> Iterator[None]:
 
 
 def turn_dropout_off(model: PreTrainedModel) -> PreTrainedModel:
-    """eval() turns off dropout, layer drop and router noise alike, and leaves the config, which is saved, as it was."""
+    """The model in eval mode: without dropout, layer drop and router noise; its config, which is saved, keeps them."""
     return model.eval()
 
 
 def checkpoint_gradients(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass, still without dropout.
+    """Makes the model recompute activations in the backward pass, still without dropout.
 
     transformers checkpoints a block only when it is in train mode. So the blocks themselves are, but not the modules
     in them, and the drop rates that a block keeps as plain numbers become 0.
@@ -144,6 +146,6 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load. fp32: small updates do not survive bf16."""
+    """Writes a folder that Auto... classes load. In fp32: small updates do not survive bf16."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

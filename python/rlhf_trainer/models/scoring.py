@@ -46,7 +46,7 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     children = [child for child in model.children() if child is not model.base_model]
     heads = [child for child in children if isinstance(child, nn.Linear) and child.out_features == 1]
     if len(heads) != 1:
-        raise UsageError(f"{name}: expected one linear layer with one output on top, found {len(heads)}")
+        raise UsageError(f"{name}: expected one linear layer with one output on top, got {len(heads)}")
     if "use_cache" not in inspect.signature(model.base_model.forward).parameters:
         raise UsageError(f"{name}: expected a causal model, which is rewarded at its last token")
     # Its own forward takes the last token that is not the padding token: none of these is.
@@ -54,10 +54,10 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     ids = torch.tensor([[i for i in range(4) if i != pad_id][:3]], device=model.device)
     mask = torch.ones_like(ids)
     expected = model(input_ids=ids, attention_mask=mask).logits.view(-1)
-    found = last_values(model, heads[0], ids, mask)
-    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+    reward = last_values(model, heads[0], ids, mask)
+    if not torch.allclose(reward, expected, rtol=1e-4, atol=1e-5):
         raise UsageError(
-            f"{name}: its forward gives {expected.item():.6g} where its head makes {found.item():.6g} of the last "
+            f"{name}: its forward gives {expected.item():.6g} where its head makes {reward.item():.6g} of the last "
             "token's hidden state; only models whose reward is that can be used"
         )
     return heads[0]
@@ -75,7 +75,7 @@ def score_sequences(
 ) -> Tensor:
     """The reward of each of N sequences of token ids, [N] fp32 on the CPU, in their order.
 
-    It is the value at the last token, found by position: which token pads, and whether it is also a real one, does not
+    It is the value at the last token, by its position: which token pads, and whether it is also a real one, does not
     matter. Equal sequences are scored once: in different batches they would differ in the last bit. `run` runs each
     batch; that of a `Journal` keeps the results.
     """
@@ -84,14 +84,14 @@ def score_sequences(
     distinct = list(dict.fromkeys(map(tuple, sequences)))
     rewards: dict[tuple[int, ...], float] = {}
     for positions in batches_of_like_length([len(ids) for ids in distinct], batch_size):
-        asked = [distinct[i] for i in positions]
+        members = [distinct[i] for i in positions]
 
-        def score(asked: list[tuple[int, ...]] = asked) -> list[float]:
-            batch = pad_sequences([(list(ids), []) for ids in asked], pad_id).to(device)
+        def score(members: list[tuple[int, ...]] = members) -> list[float]:
+            batch = pad_sequences([(list(ids), []) for ids in members], pad_id).to(device)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return last_values(model, head, batch.input_ids, batch.attention_mask).tolist()
 
-        rewards.update(zip(asked, run(score), strict=True))
+        rewards.update(zip(members, run(score), strict=True))
     broken = [reward for reward in rewards.values() if not math.isfinite(reward)]
     if broken:
         raise UsageError(f"the reward model gives {broken[0]} for {len(broken)} of {len(distinct)} sequences")
@@ -99,12 +99,13 @@ def score_sequences(
 
 
 def batch_count(sequences: Sequence[list[int]], batch_size: int) -> int:
-    """How many batches `score_sequences` will run."""
+    """The number of batches that `score_sequences` will run."""
     return math.ceil(len(set(map(tuple, sequences))) / batch_size)
 
 
 def last_values(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[S] fp32 of [S, T] padded on the right, where no real token of a causal model sees it."""
+    """The value at the last real token of each sequence, [S] fp32; inputs [S, T], padded on the right, where no real
+    token of a causal model attends."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     last = attention_mask.sum(1) - 1
     hidden = hidden[torch.arange(len(last), device=last.device), last]

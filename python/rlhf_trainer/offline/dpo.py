@@ -1,4 +1,9 @@
-"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), from a configuration to a model folder."""
+"""Direct preference optimisation, from a configuration to a model folder.
+
+The loss of a pair (Rafailov et al., 2023, arXiv:2305.18290, eq. 7) is -log sigma(beta * (r(chosen) - r(rejected))),
+where r(y) = log pi(y | prompt) - log pi_ref(y | prompt). `rk.linear_dpo_loss` computes it, and the other loss types,
+from hidden states. The reference does not change, so its log-probs are computed once, before training.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import rlhf_kernels as rk
 
 from ..data.examples import Group
 from ..errors import UsageError
-from ..models.checks import check_fit, pad_id_of
+from ..models.checks import pad_id_of
 from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused
 from ..models.loading import checkpoint_gradients, load_tokenizer_for, save_model
 from ..training.batch_plan import MicroBatch
@@ -24,34 +29,9 @@ from .config import DPOConfig
 from .pair_batches import GroupTask, PairBatch, collate_groups, read_groups
 from .reference_logprobs import content_key, default_cache_dir, reference_logprobs
 from .shared_prefix import attention_of, can_share, collate_shared
+from .tasks import check_examples_fit, load_tasks
 
 REFERENCE_FREE = ("simpo",)
-
-
-class DPOTask(GroupTask):
-    """Groups of responses; means are over their pairs. `ref_logps`: of each group's responses [K], None where free."""
-
-    attention = ""  # of the model that shares prefixes, "" where none does
-    ref_logps: list[Tensor] | None = None
-
-    def batch(self, indices: MicroBatch) -> PairBatch:
-        groups = self.examples(indices)
-        if self.attention:
-            return collate_shared(groups, self.pad_id, self.attention).to(self.device)
-        return collate_groups(groups, self.pad_id).to(self.device)
-
-    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
-        pairs = self.batch(indices)
-        result = pair_loss(model, pairs, self.ref_of(indices), self.config)
-        tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
-        return LossOutput(result.loss, pair_metrics(result, pairs), tokens)
-
-    def depends_on(self) -> bytes:
-        return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
-
-    def ref_of(self, indices: MicroBatch) -> Tensor | None:
-        """[S], in the order of the batch's responses."""
-        return None if self.ref_logps is None else torch.cat([self.ref_logps[i] for i in indices])
 
 
 def train_dpo(config: DPOConfig) -> Path:
@@ -60,53 +40,89 @@ def train_dpo(config: DPOConfig) -> Path:
     accelerator = start_accelerator(config)
     if not begin(config, accelerator.is_main_process):
         return Path(config.output_dir)
-
     if config.loss_type == "aot" and accelerator.num_processes > 1:
         raise UsageError("loss_type aot sorts the margins of a batch, which several processes would share: use one")
 
     # Everything that can be wrong with the input shows here, before any training.
     tokenizer = load_tokenizer_for(config)
-    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
-    held_out = None
-    if config.eval_dataset is not None:
-        held_out = load_task(
-            config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False
-        )
-    tasks = [task] if held_out is None else [task, held_out]
-    fused = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    for data, source in zip(tasks, (config.dataset_name, config.eval_dataset), strict=False):
-        groups = data.groups
-        check_fit(fused.model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
+    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
+    check_examples_fit(config, (task, held_out), policy.model, tokenizer)
 
+    tasks = [data for data in (task, held_out) if data is not None]
     if config.share_prefix:
-        check_sharing(fused, "model_name_or_path")
+        check_sharing(policy, "model_name_or_path")
         for data in tasks:
-            data.attention = attention_of(fused.model)
+            data.sharing_attention = attention_of(policy.model)
     if config.loss_type not in REFERENCE_FREE:
-        take_reference(config, fused, tasks, accelerator)
+        add_reference_logprobs(config, policy, tasks, accelerator)
     if config.gradient_checkpointing:
-        checkpoint_gradients(fused.model)
+        checkpoint_gradients(policy.model)
     return train(
-        config, fused, task, held_out, accelerator,
+        config, policy, task, held_out, accelerator,
         save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
     )  # fmt: skip
 
 
-def pair_loss(policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, config: DPOConfig) -> rk.LinearDPOLoss:
-    """The mean loss over the pairs of one micro-batch; `policy` is a FusedLM, wrapped or not."""
+def load_task(
+    config: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    accelerator: Accelerator,
+    shuffled: bool,
+) -> DPOTask:
+    """Reads one data set, prints what became of its rows, and plans its batches."""
+    groups = read_groups(config, tokenizer, source, split, accelerator)
+    return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
 
-    def use(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
+
+class DPOTask(GroupTask):
+    """Groups of responses to a prompt, and their loss; means are over their pairs.
+
+    `train_dpo` sets, as the model and the configuration want it: `ref_logps`, log pi_ref of each group's responses,
+    [K] fp32 in nats, None where the loss has no reference; `sharing_attention`, the model's attention implementation
+    where all responses to a prompt stand in one row, None where each has a row of its own.
+    """
+
+    ref_logps: list[Tensor] | None = None
+    sharing_attention: str | None = None
+
+    def batch(self, indices: MicroBatch) -> PairBatch:
+        groups = self.examples(indices)
+        if self.sharing_attention is not None:
+            return collate_shared(groups, self.pad_id, self.sharing_attention).to(self.device)
+        return collate_groups(groups, self.pad_id).to(self.device)
+
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
+        pairs = self.batch(indices)
+        ref_logps = None if self.ref_logps is None else torch.cat([self.ref_logps[i] for i in indices])
+        result = pair_loss(model, pairs, ref_logps, self.config)
+        tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
+        return LossOutput(result.loss, pair_metrics(result, pairs), tokens)
+
+    def depends_on(self) -> bytes:
+        return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
+
+
+def pair_loss(policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, config: DPOConfig) -> rk.LinearDPOLoss:
+    """The mean loss over the pairs of one micro-batch; `policy` is a FusedLM, wrapped or not.
+
+    ref_logps: [S] fp32 in nats, in the order of the batch's responses.
+    """
+
+    def loss_in_head(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
         return rk.linear_dpo_loss(
             pairs.hidden_of(hidden), head.weight, pairs.labels, ref_logps, **head.options(),
             chosen_idxs=pairs.chosen_idxs, rejected_idxs=pairs.rejected_idxs, beta=config.beta,
             loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma_beta_ratio,
         )  # fmt: skip
 
-    return policy(pairs.batch, use)
+    return policy(pairs.batch, loss_in_head)
 
 
 def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> dict[str, Tensor]:
-    """Means over the pairs."""
+    """Means over the pairs. A reward is beta * (log pi - log pi_ref) of a response, a logp log pi, both in nats."""
     chosen, rejected = result.chosen_rewards, result.rejected_rewards
     return {
         "loss": result.loss.detach(),
@@ -120,34 +136,12 @@ def pair_metrics(result: rk.LinearDPOLoss, pairs: PairBatch) -> dict[str, Tensor
 
 
 def tokens_of(groups: list[Group]) -> int:
-    """Tokens of the responses, each with its prompt, however often a prompt is computed."""
+    """The number of tokens of all responses, each with its prompt, however often a prompt is computed."""
     return sum(len(group.prompt) + len(response) for group in groups for response in group.responses)
 
 
-def load_task(
-    config: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    split: str,
-    accelerator: Accelerator,
-    shuffled: bool,
-) -> DPOTask:
-    """Reads, reports and plans one data set."""
-    groups = read_groups(config, tokenizer, source, split, accelerator)
-    return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
-
-
-def check_sharing(fused: FusedLM, key: str) -> None:
-    if not can_share(fused.model):
-        raise UsageError(
-            f"share_prefix: the attention of {key} ({type(fused.model).__name__}, {attention_of(fused.model)}) does "
-            "not keep responses apart that stand in one row: sliding windows, flash attention and states that run "
-            "along the row do not. Leave share_prefix off, or try attn_implementation: sdpa"
-        )
-
-
-def take_reference(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], accelerator: Accelerator) -> None:
-    """Gives the tasks their `ref_logps`: of the reference model, or of the policy, which has not been trained yet."""
+def add_reference_logprobs(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], accelerator: Accelerator) -> None:
+    """Sets the tasks' `ref_logps`, by the reference model or, without one, by the policy, which is untrained yet."""
     reference = policy
     if config.ref_model_name_or_path is not None:
         reference = load_fused(config, config.ref_model_name_or_path, "ref_model_name_or_path")
@@ -161,8 +155,19 @@ def take_reference(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], acc
         task.ref_logps = reference_logprobs(reference, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
 
 
+def check_sharing(fused: FusedLM, key: str) -> None:
+    """UsageError where the model cannot have several responses in one row."""
+    if not can_share(fused.model):
+        raise UsageError(
+            f"share_prefix: the attention of {key} ({type(fused.model).__name__}, {attention_of(fused.model)}) does "
+            "not keep responses apart that stand in one row: sliding windows, flash attention and states that run "
+            "along the row do not. Leave share_prefix off, or try attn_implementation: sdpa"
+        )
+
+
 def check_loss_options(config: DPOConfig) -> None:
-    """Lets rlhf_kernels judge the options on a pair of zeros, before anything is loaded."""
+    """UsageError for options that do not go together, before anything is loaded; rlhf_kernels checks its own, on a
+    pair of zeros."""
     if config.loss_type == "aot" and config.micro_batch_size < config.batch_size:
         raise UsageError(
             f"loss_type aot sorts the margins of a batch, so a batch must be one micro-batch: micro_batch_size must be "

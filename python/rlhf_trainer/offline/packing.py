@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..data.batches import IGNORED, Batch, labels_of
 from ..data.examples import TokenSequence
 
-LARGEST_LEAK = 0.03  # of what a neighbour does that is seen; rounding makes 1e-5 of it in fp32, 1e-2 in bf16
+LARGEST_LEAK = 0.03  # of a visible neighbour's effect; rounding makes 1e-5 of it in fp32, 1e-2 in bf16
 
 
 def plan_packing(lengths: list[int], max_length: int) -> list[list[int]]:
@@ -28,7 +28,7 @@ def plan_packing(lengths: list[int], max_length: int) -> list[list[int]]:
     if too_long:
         raise ValueError(f"lengths[{too_long[0]}] is {lengths[too_long[0]]}, over max_length={max_length}")
     # The room of row i is leaf i of a tree, of which each node holds the largest room below it: the first row with
-    # enough room is then found in log N steps.
+    # enough room then takes log N steps to find.
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [max_length] * (2 * leaves)
     rows: list[list[int]] = []
@@ -68,8 +68,8 @@ def collate_packed(rows: list[list[TokenSequence]], pad_id: int) -> Batch:
 def leaks(model: PreTrainedModel) -> bool:
     """Whether a conversation changes when others share its row, as far as two small rows can tell.
 
-    Such are models that take no positions or carry a state from token to token, and flash attention, which knows
-    packed rows only one at a time. Uses the precision it is called under.
+    It does in models that take no positions or carry a state from token to token, and under flash attention, which
+    keeps packed rows apart only one at a time. The precision is the one it is called under.
     """
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
@@ -87,10 +87,10 @@ def leaks(model: PreTrainedModel) -> bool:
 
     in_sight = torch.arange(width, device=embeddings.device).expand(2, -1)
     packed, joined = (logits_of(batch.input_ids, positions) for positions in (batch.position_ids, in_sight))
-    leaked, seen = [], []
+    leaked, visible = [], []  # the largest effect of neighbours in a packed row, and of ones in plain sight
     for row, start, part in ((0, 0, parts[0]), (0, 5, parts[1]), (1, 0, parts[1]), (1, 9, parts[2])):
         place = (row, slice(start, start + part.length))
         alone = logits_of(batch.input_ids[place][None], batch.position_ids[place][None])[0]
         leaked.append((packed[place] - alone).abs().max())
-        seen.append((joined[place] - alone).abs().max())
-    return not bool(torch.stack(leaked).max() <= LARGEST_LEAK * torch.stack(seen).max())  # NaN is not trusted
+        visible.append((joined[place] - alone).abs().max())
+    return not bool(torch.stack(leaked).max() <= LARGEST_LEAK * torch.stack(visible).max())  # NaN is not trusted

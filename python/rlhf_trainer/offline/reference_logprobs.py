@@ -43,13 +43,13 @@ def reference_logprobs(
     """
     path = cache_dir / f"{key}.safetensors"
     sizes = [len(group.responses) for group in groups]
-    # One process looks, and all follow it: a file may appear between two looks.
-    found = _load(path, sum(sizes)) if accelerator.is_main_process else None
-    known = accelerator.reduce(torch.tensor(float(found is not None), device=accelerator.device), "sum").item() > 0
+    # One process looks into the cache, and all follow it: a file may appear between two looks.
+    cached = _load(path, sum(sizes)) if accelerator.is_main_process else None
+    is_cached = accelerator.reduce(torch.tensor(float(cached is not None), device=accelerator.device), "sum").item() > 0
     totals = torch.zeros(sum(sizes), device=accelerator.device)
-    if known:
-        if found is not None:
-            totals = found.to(accelerator.device)
+    if is_cached:
+        if cached is not None:
+            totals = cached.to(accelerator.device)
         return list(accelerator.reduce(totals, "sum").split(sizes))
 
     parts = totals.split(sizes)  # views
@@ -82,9 +82,9 @@ def sequence_logprobs(model: nn.Module, pairs: PairBatch) -> Tensor:
 def content_key(
     model: FusedLM, groups: list[Group], plan: list[list[MicroBatch]], pad_id: int, device: str, share_prefix: bool
 ) -> str:
-    """Names everything that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code."""
+    """A digest of all that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code."""
     digest = hashlib.blake2b(digest_size=20)
-    names = ("_name_or_path", "transformers_version")  # where the model lies does not change what it says
+    names = ("_name_or_path", "transformers_version")  # a model's place does not change its output
     config = {key: value for key, value in model.model.config.to_dict().items() if key not in names}
     attention = getattr(model.model.config, "_attn_implementation", None)
     versions = [LAYOUT, rk.__version__, torch.__version__, transformers.__version__]
@@ -105,7 +105,7 @@ def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _load(path: Path, responses: int) -> Tensor | None:
-    """The cached [responses], or None. A file that does not hold what it should is reported and made anew."""
+    """The cached log-probs, [responses], or None. A damaged file is reported, and computed again by the caller."""
     try:
         with safe_open(path, "pt") as file:
             logps, checksum = file.get_tensor("logps"), (file.metadata() or {}).get("checksum")

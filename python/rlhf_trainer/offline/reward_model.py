@@ -22,7 +22,7 @@ import rlhf_kernels as rk
 
 from ..data.batches import Batch
 from ..errors import UsageError
-from ..models.checks import check_fit, check_vocabulary, have_same_tokens, largest_id
+from ..models.checks import check_vocabulary, have_same_tokens, largest_id
 from ..models.loading import (
     checkpoint_gradients,
     load_pretrained,
@@ -38,87 +38,10 @@ from ..training.output_folder import begin
 from ..training.task import LossOutput, Totals
 from .config import RewardConfig
 from .pair_batches import GroupTask, PairBatch, collate_groups, read_groups
+from .tasks import check_examples_fit, load_tasks
 
 PAD = "<|pad|>"
 CALIBRATION_BINS = 10
-
-
-class RewardModel(nn.Module):
-    """A sequence classifier with one output, the value at the last token."""
-
-    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
-        super().__init__()
-        self.model, self.bf16 = model, bf16
-        self.head = [value_head_of(model)]  # in a list: it is the model's, and is registered there
-
-    def forward(self, batch: Batch) -> Tensor:
-        """batch of [S, T], padded on the right -> rewards [S] fp32."""
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return last_values(self.model, self.head[0], batch.input_ids, batch.attention_mask)
-
-
-class RewardTask(GroupTask):
-    """Groups of responses; means are over their pairs."""
-
-    margins: Tensor | None = None  # [P] on the CPU, in the order of the plan: those of the last evaluation
-
-    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
-        return self.loss_and_margins(model, indices)[0]
-
-    def loss_and_margins(self, model: nn.Module, indices: MicroBatch) -> tuple[LossOutput, Tensor]:
-        """The loss, and r(chosen) - r(rejected) of these examples' pairs."""
-        pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
-        rewards = model(pairs.batch)
-        loss = pair_losses(rewards, pairs, self.config).mean()
-        metrics, detached = reward_metrics(loss, rewards, pairs), rewards.detach()
-        output = LossOutput(
-            loss, metrics, pairs.batch.attention_mask.sum(), {"min_reward": detached.min()},
-            {"max_reward": detached.max()},
-        )  # fmt: skip
-        return output, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics and, as calibration is no mean over pairs, the margins of all pairs; in one pass, shared by the
-        processes."""
-        rank, world = accelerator.process_index, accelerator.num_processes
-        totals, count = Totals(), sum(self.counts)
-        placed = []  # (place in the plan, margins)
-        for number, batch in enumerate(self.plan):
-            part = sum(self.counts[i] for micro in batch for i in micro) / count
-            for i, share in enumerate(self.shares(batch, accelerator)):
-                output, margins = self.loss_and_margins(model, share.indices)
-                totals.add(output, part * share.weight)
-                if share.weight > 0:  # 0: a repeated micro-batch
-                    placed.append(((number, rank + i * world), margins.cpu()))
-        in_order = sorted(gather_object(placed), key=lambda item: item[0])
-        self.margins = torch.cat([margins for _, margins in in_order])
-        return totals.reduce(accelerator)[0] | {"calibration_error": calibration_error(self.margins)}
-
-
-def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tensor:
-    """rewards [S] -> losses [P]."""
-    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
-    if config.loss_type == "margin_ranking":  # max(0, margin - (chosen - rejected))
-        return margin_ranking_loss(chosen, rejected, torch.ones_like(chosen), config.margin, reduction="none")
-    return rk.bradley_terry_loss(
-        chosen, rejected, margin=pairs.margins if pairs.margins.any() else None,
-        label_smoothing=config.label_smoothing, center_coefficient=config.center_rewards_coefficient,
-    )  # fmt: skip
-
-
-def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> dict[str, Tensor]:
-    """Means over the pairs of a micro-batch."""
-    rewards = rewards.detach()
-    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
-    return {
-        "loss": loss.detach(),
-        "accuracy": (chosen > rejected).float().mean(),
-        "margin": (chosen - rejected).mean(),
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-        "mean_reward": (chosen + rejected).mean() / 2,
-    }
 
 
 def train_reward(config: RewardConfig) -> Path:
@@ -134,18 +57,10 @@ def train_reward(config: RewardConfig) -> Path:
     model = load_classifier(config)
     check_vocabulary(model, largest_id(tokenizer))  # before room is made for a padding token
     give_pad_token(model, tokenizer)
-    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
-    held_out = None
-    if config.eval_dataset is not None:
-        held_out = load_task(
-            config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False
-        )
-    for data, source in ((task, config.dataset_name), (held_out, config.eval_dataset)):
-        if data is not None:
-            groups = data.groups
-            check_fit(model, tokenizer, [g.row for g in groups], [g.length for g in groups], str(source))
+    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    check_examples_fit(config, (task, held_out), model, tokenizer)
     for name in config.compare_with if held_out is not None else []:
-        load_ensemble_member(name, config, tokenizer, held_out)  # a mistake shows now, not when all is trained
+        load_ensemble_member(name, config, tokenizer, held_out)  # a mistake shows now, not after the training
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
 
@@ -185,12 +100,93 @@ def load_task(
     accelerator: Accelerator,
     shuffled: bool,
 ) -> RewardTask:
-    """Reads, reports and plans one data set."""
+    """Reads one data set, prints what became of its rows, and plans its batches."""
     groups = read_groups(config, tokenizer, source, split, accelerator)
     for group in groups:
         if any(response[-1] == tokenizer.pad_token_id for response in group.responses):
             raise UsageError(f"{source}, row {group.row}: a response ends with the padding token {tokenizer.pad_token}")
     return RewardTask(config, groups, tokenizer.pad_token_id, accelerator, shuffled)
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output, the value at the last token."""
+
+    def __init__(self, model: PreTrainedModel, *, bf16: bool = False) -> None:
+        super().__init__()
+        self.model, self.bf16 = model, bf16
+        self.head = [value_head_of(model)]  # in a list: it is the model's, and is registered there
+
+    def forward(self, batch: Batch) -> Tensor:
+        """batch of [S, T], padded on the right -> rewards [S] fp32."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return last_values(self.model, self.head[0], batch.input_ids, batch.attention_mask)
+
+
+class RewardTask(GroupTask):
+    """Groups of responses to a prompt, and their loss; means are over their pairs.
+
+    margins: r(chosen) - r(rejected) of every pair at the last evaluation, [P] on the CPU, in the order of the plan.
+    """
+
+    margins: Tensor | None = None
+
+    def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
+        return self.loss_and_margins(model, indices)[0]
+
+    def loss_and_margins(self, model: nn.Module, indices: MicroBatch) -> tuple[LossOutput, Tensor]:
+        """The loss, and r(chosen) - r(rejected) of these examples' pairs, [P]."""
+        pairs = collate_groups(self.examples(indices), self.pad_id).to(self.device)
+        rewards = model(pairs.batch)
+        loss = pair_losses(rewards, pairs, self.config).mean()
+        metrics, detached = reward_metrics(loss, rewards, pairs), rewards.detach()
+        output = LossOutput(
+            loss, metrics, pairs.batch.attention_mask.sum(), {"min_reward": detached.min()},
+            {"max_reward": detached.max()},
+        )  # fmt: skip
+        return output, rewards[pairs.chosen_idxs] - rewards[pairs.rejected_idxs]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics and, as calibration is no mean over pairs, the margins of all pairs; in one pass, shared by the
+        processes."""
+        rank, world = accelerator.process_index, accelerator.num_processes
+        totals, count = Totals(), sum(self.counts)
+        placed = []  # (place in the plan, margins)
+        for number, batch in enumerate(self.plan):
+            part = sum(self.counts[i] for micro in batch for i in micro) / count
+            for i, share in enumerate(self.shares(batch, accelerator)):
+                output, margins = self.loss_and_margins(model, share.indices)
+                totals.add(output, part * share.weight)
+                if share.weight > 0:  # 0: a repeated micro-batch
+                    placed.append(((number, rank + i * world), margins.cpu()))
+        in_order = sorted(gather_object(placed), key=lambda item: item[0])
+        self.margins = torch.cat([margins for _, margins in in_order])
+        return totals.reduce(accelerator)[0] | {"calibration_error": calibration_error(self.margins)}
+
+
+def pair_losses(rewards: Tensor, pairs: PairBatch, config: RewardConfig) -> Tensor:
+    """The loss of each pair, [P] fp32; rewards: [S] fp32 of the batch's responses."""
+    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
+    if config.loss_type == "margin_ranking":  # max(0, margin - (chosen - rejected))
+        return margin_ranking_loss(chosen, rejected, torch.ones_like(chosen), config.margin, reduction="none")
+    return rk.bradley_terry_loss(
+        chosen, rejected, margin=pairs.margins if pairs.margins.any() else None,
+        label_smoothing=config.label_smoothing, center_coefficient=config.center_rewards_coefficient,
+    )  # fmt: skip
+
+
+def reward_metrics(loss: Tensor, rewards: Tensor, pairs: PairBatch) -> dict[str, Tensor]:
+    """Means over the pairs of a micro-batch."""
+    rewards = rewards.detach()
+    chosen, rejected = rewards[pairs.chosen_idxs], rewards[pairs.rejected_idxs]
+    return {
+        "loss": loss.detach(),
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).mean(),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "mean_reward": (chosen + rejected).mean() / 2,
+    }
 
 
 @torch.no_grad()
@@ -206,7 +202,8 @@ def calibration_error(margins: Tensor) -> float:
 
 
 def calibration(margins: Tensor) -> list[dict[str, float]]:
-    """By how sure the model is: how many pairs, how sure on average, and how often right (a tie is half right)."""
+    """A row for each bin of how sure the model is: the number of pairs, the mean probability that it claims for its
+    own ranking, and the share that it ranks right (a tie is half right). margins: [P]."""
     claimed = margins.abs().sigmoid()
     right = (margins.sign() + 1) / 2
     bins = ((claimed - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -252,8 +249,8 @@ def report_of(held_out: RewardTask, config: RewardConfig, tokenizer: PreTrainedT
 
 
 def disagreement(margins: Tensor) -> dict[str, float]:
-    """margins [K, P] of K models -> the share of pairs that they do not all rank alike, and how far margins lie apart:
-    the mean over pairs of the standard deviation over models."""
+    """The share of pairs that K models do not all rank alike, and how far their margins lie apart: the mean over pairs
+    of the standard deviation over models. margins: [K, P]."""
     signs = margins.sign()
     return {
         "models": len(margins),
@@ -271,7 +268,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def check_loss_options(config: RewardConfig) -> None:
-    """Lets rlhf_kernels judge the options on one pair, before anything is loaded."""
+    """UsageError for options that do not go together, before anything is loaded; rlhf_kernels checks its own, on a
+    pair of zeros."""
     if config.loss_type == "margin_ranking" and (config.label_smoothing or config.center_rewards_coefficient):
         raise UsageError(
             "label_smoothing and center_rewards_coefficient are bradley_terry's; margin_ranking takes neither"

@@ -20,7 +20,7 @@ from ..data.batches import IGNORED, Batch, collate_sequences
 from ..data.chat import set_chat_template
 from ..data.examples import TokenSequence, load_conversations, reading_of
 from ..errors import UsageError
-from ..models.checks import check_fit, check_vocabulary, largest_id, pad_id_of
+from ..models.checks import check_vocabulary, largest_id, pad_id_of
 from ..models.fused_lm import FusedLM, LMHead
 from ..models.loading import (
     checkpoint_gradients,
@@ -36,10 +36,67 @@ from ..training.output_folder import begin
 from ..training.task import LossOutput, Task
 from .config import SFTConfig
 from .packing import collate_packed, leaks, plan_packing
+from .tasks import check_examples_fit, load_tasks
+
+
+def train_sft(config: SFTConfig) -> Path:
+    """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
+    accelerator = start_accelerator(config)
+    if not begin(config, accelerator.is_main_process):
+        return Path(config.output_dir)
+
+    # Everything that can be wrong with the input shows here, before any training.
+    tokenizer = load_tokenizer_for(config)
+    largest = largest_id(tokenizer)
+    if config.chat_template_path is not None:
+        set_chat_template(tokenizer, config.chat_template_path)
+    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    model = load_causal_lm(
+        config.model_name_or_path, key="model_name_or_path", attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
+    check_vocabulary(model, largest)  # before room is made for a template's tokens
+    if config.chat_template_path is not None:
+        make_room(model, tokenizer)
+        end_where_tokenizer_does(model, tokenizer)
+    check_examples_fit(config, (task, held_out), model, tokenizer)
+    if config.packing and leaks(model):
+        raise UsageError(
+            f"packing: in {type(model).__name__} with attention {model.config._attn_implementation!r} conversations "
+            "that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
+        )
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
+    fused = FusedLM(model, bf16=config.bf16)
+    return train(
+        config, fused, task, held_out, accelerator,
+        save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
+    )  # fmt: skip
+
+
+def load_task(
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    accelerator: Accelerator,
+    shuffled: bool,
+) -> SFTTask:
+    """Reads one data set, prints what became of its rows, and plans its batches."""
+    data = load_conversations(
+        source,
+        tokenizer,
+        max_length=config.max_length,
+        assistant_only_loss=config.assistant_only_loss,
+        last_turn_only=config.last_turn_only,
+        **reading_of(config, split),
+    )
+    accelerator.print(data.report(source))
+    return SFTTask(config, data.examples, pad_id_of(tokenizer), accelerator, shuffled)
 
 
 class SFTTask(Task):
-    """Rows of one conversation each, or of several with packing; means are over learned tokens."""
+    """Rows of one conversation each, or of several with packing, and their loss; means are over learned tokens."""
 
     def __init__(
         self, config: SFTConfig, sequences: list[TokenSequence], pad_id: int, accelerator: Accelerator, shuffled: bool
@@ -72,7 +129,10 @@ class SFTTask(Task):
 
 
 def token_loss(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """hidden [S, T, D], labels [S, T] -> the mean of -log p over the learned tokens, in nats, and the metrics."""
+    """The mean of -log p over the learned tokens, in nats, and the metrics, means over the same tokens.
+
+    hidden: [S, T, D]; labels: [S, T] int64, IGNORED at tokens that are not learned; position t predicts label t + 1.
+    """
     targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     outputs = rk.linear_logprobs(hidden, head.weight, targets, **head.options(), outputs=("entropy", "is_top1"))
     count = (targets != IGNORED).sum()
@@ -82,67 +142,3 @@ def token_loss(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, di
         "mean_token_accuracy": outputs.is_top1.sum() / count,
         "entropy": outputs.entropy.detach().sum() / count,
     }
-
-
-def train_sft(config: SFTConfig) -> Path:
-    """Trains; returns the folder that holds the model, its tokenizer, metrics.jsonl and rlhf_config.yaml."""
-    accelerator = start_accelerator(config)
-    if not begin(config, accelerator.is_main_process):
-        return Path(config.output_dir)
-
-    # Everything that can be wrong with the input shows here, before any training.
-    tokenizer = load_tokenizer_for(config)
-    largest = largest_id(tokenizer)
-    if config.chat_template_path is not None:
-        set_chat_template(tokenizer, config.chat_template_path)
-    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
-    held_out = None
-    if config.eval_dataset is not None:
-        held_out = load_task(
-            config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False
-        )
-    model = load_causal_lm(
-        config.model_name_or_path, key="model_name_or_path", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    check_vocabulary(model, largest)  # before room is made for what a template brings
-    if config.chat_template_path is not None:
-        make_room(model, tokenizer)
-        end_where_tokenizer_does(model, tokenizer)
-    for data, source in ((task, config.dataset_name), (held_out, config.eval_dataset)):
-        if data is not None:
-            sequences = data.examples(range(len(data.counts)))
-            check_fit(model, tokenizer, [s.row for s in sequences], [len(s.ids) for s in sequences], str(source))
-    if config.packing and leaks(model):
-        raise UsageError(
-            f"packing: in {type(model).__name__} with attention {model.config._attn_implementation!r} conversations "
-            "that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
-        )
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    fused = FusedLM(model, bf16=config.bf16)
-    return train(
-        config, fused, task, held_out, accelerator,
-        save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
-    )  # fmt: skip
-
-
-def load_task(
-    config: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    split: str,
-    accelerator: Accelerator,
-    shuffled: bool,
-) -> SFTTask:
-    """Reads, reports and plans one data set."""
-    data = load_conversations(
-        source,
-        tokenizer,
-        max_length=config.max_length,
-        assistant_only_loss=config.assistant_only_loss,
-        last_turn_only=config.last_turn_only,
-        **reading_of(config, split),
-    )
-    accelerator.print(data.report(source))
-    return SFTTask(config, data.examples, pad_id_of(tokenizer), accelerator, shuffled)

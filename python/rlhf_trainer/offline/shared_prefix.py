@@ -2,7 +2,7 @@
 
 A row is [prompt, response 1, response 2, ...]. A response sees the prompt and itself; its positions go on from the
 prompt's. The prompt is then computed once, not once a response, and hidden states are what they would be otherwise, to
-rounding. That takes a model that obeys a mask of its own, [rows, 1, T, T], in every layer: `can_share` asks it.
+rounding. That takes a model that obeys a mask of its own, [rows, 1, T, T], in every layer: `can_share` tests it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST_DIFFERENCE = 1e-3  # of log-probs in the probe; a wrong mask makes it se
 
 
 def collate_shared(groups: list[Group], pad_id: int, attention: str) -> PairBatch:
-    """A row for each group. `attention`: the model's implementation, which says what its masks hold."""
+    """A row for each group. `attention`: the model's implementation, "sdpa" or "eager", which decides on the masks."""
     width = max(len(group.prompt) + sum(map(len, group.responses)) for group in groups)
     ids = torch.full((len(groups), width), pad_id)
     positions = torch.zeros(len(groups), width, dtype=torch.int64)
@@ -47,13 +47,14 @@ def collate_shared(groups: list[Group], pad_id: int, attention: str) -> PairBatc
 
 
 def attention_among(owner: Tensor, attention: str) -> Tensor:
-    """owner [R, T] -> mask [R, 1, T, T]: True (0 where masks are added) where a token, a row, sees another."""
+    """The attention mask [R, 1, T, T] of tokens, a row each, on others: True where one attends to the other, else
+    False; 0 and the lowest number for eager attention, which adds masks. owner [R, T]: the sequence of each token."""
     length = owner.shape[1]
     own = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
-    seen = (own & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+    mask = (own & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
     if attention == "sdpa":
-        return seen
-    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return mask
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -71,7 +72,7 @@ def can_share(model: PreTrainedModel) -> bool:
     ids = [(7 * i + 3) % highest for i in range(length + 10)]
     group = Group(0, ids[:length], [ids[length : length + 4], ids[length + 4 :]], [(0, 1)], [0.0])
     device = model.get_input_embeddings().weight.device
-    found = []
+    logps = []
     for made in (collate_groups([group], 0), collate_shared([group], 0, attention_of(model))):
         pairs = made.to(device)
         logits = model(
@@ -81,5 +82,5 @@ def can_share(model: PreTrainedModel) -> bool:
         log_p = pairs.hidden_of(logits).float().log_softmax(-1)[:, :-1]
         targets = pairs.labels[:, 1:]
         picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        found.append(torch.where(targets == IGNORED, 0.0, picked).sum(-1))
-    return bool((found[0] - found[1]).abs().max() < LARGEST_DIFFERENCE)
+        logps.append(torch.where(targets == IGNORED, 0.0, picked).sum(-1))
+    return bool((logps[0] - logps[1]).abs().max() < LARGEST_DIFFERENCE)

@@ -1,4 +1,4 @@
-"""What trains together. The plan is made once, so that a reference sees the very same batches and padding."""
+"""The examples that train together. The plan is made once: a reference then sees the very same batches and padding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def plan_batches(
 
     What is in a batch depends on the seed and batch_size only. Within a batch, examples of like length share a
     micro-batch: that spares padding and leaves the batch's mean what it is. sizes [N]: what each counts for in
-    batch_size and micro_batch_size, as a prompt with several pairs does; 1 unless given.
+    batch_size and micro_batch_size, as a prompt with several pairs does; 1 by default.
     """
     count = len(lengths)
     sizes = [1] * count if sizes is None else sizes
@@ -41,7 +41,7 @@ def plan_batches(
 
 
 def _filled(order: Sequence[int], sizes: Sequence[int], room: int) -> list[list[int]]:
-    """`order` cut where the next one would exceed `room`; one that exceeds it alone stands alone."""
+    """`order` cut wherever the next one would exceed `room`; one that exceeds it by itself stands alone."""
     parts: list[list[int]] = []
     left = 0
     for i in order:
@@ -65,7 +65,7 @@ def share_of_process(
 ) -> list[Share]:
     """The micro-batches of one process of `world`, each weighted so that the sum over all of them is the batch's mean.
 
-    The mean is over what `counts` [N] counts: pairs, tokens; examples unless given. Every process must run equally many
+    The mean is over what `counts` [N] counts: pairs, tokens; by default examples. Every process must run equally many
     forward passes, or the others would wait for it forever. Where micro-batches do not divide evenly, the missing ones
     repeat the first with weight 0.
     """

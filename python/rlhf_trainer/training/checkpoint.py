@@ -35,7 +35,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Into `work`/checkpoints/step-...; `state`: what else the run needs when it is resumed, as JSON."""
+    """Writes `work`/checkpoints/step-...; `state`: the rest that a resumed run needs, as JSON."""
     folder = work / FOLDER / f"step-{step:09d}"
     try:
         _save(folder, step, model, optimizer, state)
@@ -88,7 +88,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
 
 
 def remove_checkpoints(work: Path) -> None:
-    """Removes those of a finished run, which is never resumed."""
+    """Removes the checkpoints of a finished run, which is never resumed."""
     shutil.rmtree(work / FOLDER, ignore_errors=True)
 
 

@@ -48,7 +48,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def checksum(content: bytes | Path) -> str:
-    """Of bytes, or of a file's content."""
+    """The BLAKE2b checksum of bytes, or of a file's content, in hexadecimal."""
     if isinstance(content, bytes):
         return hashlib.blake2b(content, digest_size=16).hexdigest()
     with content.open("rb") as file:

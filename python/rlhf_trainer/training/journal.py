@@ -33,7 +33,7 @@ def compute_only(compute: Callable[[], Any]) -> Any:
 
 
 class Journal:
-    """Results of batches in a file, one line each. Those that an interrupted run has left are not computed again.
+    """The results of batches in a file, one line each. Those that an interrupted run has left are not computed again.
 
     `data`: what the results depend on beside the configuration; a file of other data is refused. A line is written at
     once and whole; one that was cut off by the interruption is dropped.
@@ -71,7 +71,7 @@ class Journal:
         return result
 
     def expect(self, batches: int) -> None:
-        """Adds batches that were not known of at the start."""
+        """Adds batches that the start of the run did not know of."""
         self.bar.total += batches
         self.bar.refresh()
 

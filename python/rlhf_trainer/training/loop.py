@@ -1,6 +1,6 @@
 """The loop that every command trains by: accumulate, clip, check, step, log, evaluate, save, resume.
 
-A command says what its examples are and what their loss is (`Task`); the rest is the same for all of them.
+A command defines its examples and their loss (`Task`); the rest is the same for all of them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def give_back_freed_memory(model: nn.Module) -> None:
-    """Has glibc return freed tensors to the system at once. By itself it comes to keep what was freed of up to 32 MiB:
-    a step's activations, which are then still held when the largest gradients arrive. Where gradients are small that
-    is no matter, and fetching memory anew for each tensor would take longer than to compute it."""
+    """Makes glibc return freed tensors to the system at once. By itself it keeps freed blocks of up to 32 MiB: a step's
+    activations would still take memory when the largest gradients arrive. A small model has no such gradients, and
+    fetching memory anew for each of its tensors would take longer than to compute it."""
     largest = max(weight.nbytes for weight in model.parameters())
     allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
     if largest >= LARGE_BYTES and hasattr(allocator, "mallopt"):
@@ -138,7 +138,7 @@ class Run:
         return metrics | {"learning_rate": learning_rate}, tokens
 
     def save_checkpoint(self, step: int, **state: float) -> None:
-        """Every save_steps steps a checkpoint, with `state` in it; not after the last one, whose result is saved."""
+        """Saves a checkpoint, with `state` in it, every save_steps steps, but after the last, whose result is saved."""
         if step % self.config.save_steps == 0 and step < self.total:
             if self.accelerator.is_main_process:
                 state = {"metrics_bytes": self.log.bytes_written(), "data": self.data} | state
@@ -193,7 +193,8 @@ def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> Metrics:
 
 
 def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
-    """Of step 1, 2, ..., steps: a linear warm-up to the peak, from there constant or down to 0 behind the last step."""
+    """The learning rate of step 1, 2, ..., steps: a linear warm-up to the peak, then constant, or down to 0 behind the
+    last step."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)

@@ -1,4 +1,4 @@
-"""Where metrics go: one line of metrics.jsonl a step, accelerate's trackers, one progress bar."""
+"""The metrics of a run: a line of metrics.jsonl a step, accelerate's trackers, one progress bar."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class MetricsLog:
         done_steps: int = 0,
         kept_bytes: int = 0,
     ) -> None:
-        """done_steps, kept_bytes: of a run that goes on; what its metrics say beyond `kept_bytes` is written again."""
+        """done_steps, kept_bytes: of a resumed run; its metrics beyond `kept_bytes` are written again."""
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
         if accelerator.log_with:

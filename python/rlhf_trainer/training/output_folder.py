@@ -15,12 +15,12 @@ from ..errors import UsageError
 from .checkpoint import remove_checkpoints
 from .files import whole_folder
 
-# Every run writes its configuration under this name first, so that a folder can be told to be a run's.
+# Every run writes its configuration under this name first, so that a run's folder can be recognised.
 CONFIG_FILE = "rlhf_config.yaml"
 
 
 def partial_folder(output_dir: str | Path) -> Path:
-    """Where a run works until it is done: a sibling, so that the final move is a rename within one file system."""
+    """The folder that a run works in until it is done: a sibling of output_dir, so that the final move is a rename."""
     output_dir = Path(output_dir).absolute()
     if not output_dir.name:
         raise UsageError(f"output_dir: expected a folder that can be made, got {output_dir}")
@@ -61,8 +61,8 @@ def is_taken(path: Path) -> bool:
 
 
 def open_output(config: FolderConfig) -> Path:
-    """Makes the folder that a run works in, locks it, and returns it; to be resumed, the one that a stopped run left,
-    if any. What output_dir holds stays there until `commit_output`."""
+    """Makes the folder that a run works in, locks it, and returns it; a resumed run gets the one that it left, if any.
+    The content of output_dir stays there until `commit_output`."""
     check_free(config)
     partial = partial_folder(config.output_dir)
     try:
@@ -86,7 +86,7 @@ _locks: dict[Path, BinaryIO] = {}  # of this process, until its end or `commit_o
 
 def lock(partial: Path) -> None:
     """Raises UsageError if another process works in this folder."""
-    if partial in _locks:  # of a run that was interrupted in this process
+    if partial in _locks:  # a run was interrupted in this process
         _locks.pop(partial).close()
     handle = (partial / CONFIG_FILE).open("rb")
     try:
@@ -100,8 +100,8 @@ def lock(partial: Path) -> None:
 
 
 def already_finished(config: FolderConfig) -> bool:
-    """Whether a run that may be resumed has come to its end before. To overwrite, another run's output, or one that is
-    being replaced, is not it."""
+    """Whether the run to be resumed has come to its end before. With overwrite_output_dir the output of another run,
+    or one that is being replaced, does not count."""
     folder = Path(config.output_dir)
     if not config.resume_from_checkpoint or not (folder / CONFIG_FILE).is_file():
         return False
@@ -113,7 +113,8 @@ def already_finished(config: FolderConfig) -> bool:
 
 
 def begin(config: FolderConfig, is_main_process: bool = True) -> bool:
-    """False where the run is finished already, which is printed; UsageError where output_dir is not free."""
+    """Whether there is anything to do: False, with a line printed, where the run is finished already; UsageError where
+    output_dir is not free."""
     if already_finished(config):
         remove_checkpoints(Path(config.output_dir))  # of a run that died between its end and their removal
         if is_main_process:
@@ -163,5 +164,5 @@ def commit_output(config: FolderConfig) -> Path:
 
 
 def replaced_folder(output_dir: Path) -> Path:
-    """Where an old output waits while the new one is moved into place."""
+    """The place of an old output while the new one is moved into its own."""
     return output_dir.with_name(output_dir.name + ".replaced")

@@ -41,7 +41,7 @@ def leave_processes() -> None:
 
 
 def over_processes(parts: Sequence[Part], work: Callable[[Part], Result], accelerator: Accelerator) -> list[Result]:
-    """`work` of each part, in their order, known to every process; each process does its share."""
+    """The results of `work` on each part, in their order, in every process; each process does its share of the work."""
     rank, world = accelerator.process_index, accelerator.num_processes
     done = [(k, work(parts[k])) for k in range(rank, len(parts), world)]
     everyone = gather_object(done) if world > 1 else done

@@ -45,7 +45,7 @@ class Task(ABC):
         """NamedTuples with `row`, for a person who looks for a mistake in them."""
 
     def depends_on(self) -> bytes:
-        """What determines the loss beside the examples and the model."""
+        """Bytes of all that determines the loss beside the examples and the model."""
         return b""
 
     def shares(self, batch: list[MicroBatch], accelerator: Accelerator) -> list[Share]:
@@ -73,7 +73,8 @@ class Totals:
         self.tokens: Tensor | float = 0.0
 
     def add(self, output: LossOutput, weight: float) -> None:
-        """`weight` 0: a micro-batch that another process has too, run to stay in step with it, which counts nothing."""
+        """Folds a micro-batch in. Of `weight` 0 is one that another process has too, run to stay in step: it counts
+        nothing."""
         self.tokens = self.tokens + output.tokens.float() * (weight > 0)
         scaled = {name: value * weight for name, value in output.metrics.items()}
         for totals, fold, neutral, values in (

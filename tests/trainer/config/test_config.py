@@ -52,7 +52,7 @@ def test_yaml_alone_and_flags_over_yaml(yaml_file):
 
 
 def test_every_key_of_the_yaml_file_is_a_flag(yaml_file, capsys):
-    """What dump_yaml writes, --config reads; and each of its keys is a flag."""
+    """--config reads the file that dump_yaml writes; and each of its keys is a flag."""
     config = DPOConfig(
         model_name_or_path="m",
         dataset_name="d",
@@ -205,7 +205,7 @@ def test_options_that_name_input():
 
 
 def test_a_constant_rate_has_no_warm_up():
-    """As in transformers; what this trainer does by default is constant_with_warmup."""
+    """As in transformers; this trainer's default is constant_with_warmup."""
     sft = [*REQUIRED, "--lr_scheduler_type", "constant"]
     assert parse(*sft, cls=SFTConfig).lr_scheduler_type == "constant"
     message = "lr_scheduler_type constant has no warm-up: pass warmup_steps 0, not 3, or .* constant_with_warmup"

@@ -110,7 +110,7 @@ def test_content_of_many_bytes_is_learned_whole_and_nothing_else(content, chatml
 
 @pytest.mark.parametrize("content", ["the cat", "\n\n the cat\n", "  the"])
 def test_a_conversation_has_the_tokens_of_its_prompt_and_response(content, chatml):
-    """What is learned continues exactly what generation starts from, and stops where it stops."""
+    """The learned tokens continue exactly those that generation starts from, and stop where it stops."""
     prompt, response = [system("the"), user("a"), assistant("and"), user(content)], [assistant(content)]
     ids, counted = conversation_ids(chatml, prompt + response, last_turn_only=True)
     before = encode_prompt(chatml, prompt)
@@ -178,7 +178,7 @@ def test_what_is_no_conversation(messages, problem, chatml):
 
 
 def test_a_response_is_one_message(chatml):
-    """What the user says in between would be learned as if the model had written it."""
+    """The user's words in between would be learned as if the model had written it."""
     with pytest.raises(RowError, match="field 'chosen': expected one message, what the assistant answers, got 3"):
         encode_response(chatml, [user("a")], [assistant("b"), user("c"), assistant("d")], "chosen")
 
@@ -196,7 +196,7 @@ def test_a_template_that_marks_nothing_of_a_row(last_turn_only, tokenizer):
 
 
 def test_a_template_that_marks_some_turns_only(tokenizer):
-    """Else the others would silently not be learned."""
+    """The others would silently not be learned."""
     template = (
         "{% for m in messages %}|{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"

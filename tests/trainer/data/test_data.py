@@ -115,7 +115,7 @@ def test_blank_lines_count_as_lines_but_not_as_rows(tokenizer, write_jsonl):
 
 
 def test_parquet_and_jsonl_give_the_same(tokenizer, write_jsonl, tmp_path):
-    """Though Parquet gives every row every column."""
+    """Parquet gives every row every column, null where the row has none."""
     rows = [GOOD | {"margin": 1.5}, {"prompt": "dogs", "chosen": " ran far", "rejected": " ate", "source": "x"}]
     for number, same in enumerate(
         [rows, [{"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}]]
@@ -182,7 +182,7 @@ def test_a_response_in_many_pairs_is_cut_once(tokenizer, write_jsonl):
 
 
 def test_pairs_of_a_row_share_their_responses(tokenizer, write_jsonl):
-    """In the order in which the pairs name them."""
+    """Responses stand in the order in which the pairs name them."""
     the, far, ran, sat, end = (tokenizer(word).input_ids[0] for word in ["the", " far", " ran", " sat", "<|im_end|>"])
     row = {"prompt": "the", "responses": [" far", " ran", " sat"], "pairs": [[2, 1], [0, 1]]}
     groups = load(write_jsonl([row, {"prompt": "the", "chosen": " sat", "rejected": " ran", "margin": 0.5}]), tokenizer)
@@ -193,7 +193,7 @@ def test_pairs_of_a_row_share_their_responses(tokenizer, write_jsonl):
 
 
 def test_responses_of_the_same_tokens_are_one(tokenizer, write_jsonl):
-    """Also where cutting makes them so; the pairs stay."""
+    """Cutting may make them so, too; the pairs stay."""
     long = {"prompt": "the", "responses": [" cat" * 20 + " sat", " cat" * 20 + " ran", " far"]}
     rows = [GOOD | {"rejected": GOOD["chosen"]}, long | {"pairs": [[0, 2], [1, 2], [2, 0]]}]
     data = load(write_jsonl(rows), tokenizer, max_prompt_length=4, max_length=9)
@@ -321,7 +321,7 @@ def test_what_a_template_refuses_is_passed_on(tokenizer, write_jsonl):
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer, write_jsonl):
-    """Where the response begins cannot be told, so no mask would be right."""
+    """The beginning of the response is unknown, so no mask would be right."""
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     row = {"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}

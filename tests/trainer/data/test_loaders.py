@@ -50,7 +50,7 @@ def test_only_the_last_turn(chatml):
 
 
 def test_the_whole_conversation(chatml):
-    """Of prompts with completions, still the completion alone."""
+    """Messages are learned whole; of prompts with completions, still the completion alone."""
     options = {"split": "train", "max_length": 200}
     sequences = load_conversations(str(DATA / "conversations.jsonl"), chatml, **options).examples
     whole = load_conversations(str(DATA / "conversations.jsonl"), chatml, **options, assistant_only_loss=False).examples

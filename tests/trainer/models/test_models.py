@@ -153,18 +153,18 @@ def test_a_parametrised_a_patched_or_a_missing_head_is_refused(make_model):
 
 
 def test_hooks_fire_and_the_weight_is_used_inside_the_heads_call(make_model, batch):
-    """What FSDP or ZeRO need: hooks of model, layers and head, and the head's weight present only during its call."""
+    """FSDP and ZeRO need it: hooks of model, layers and head, and the head's weight present only during its call."""
     model = make_model("llama")
     fused = FusedLM(model)
     expected = fused_sequence_logprobs(fused, batch).detach()
-    seen = []
+    calls = []
     layer, head = model.model.layers[0], model.lm_head
     for name, module in (("model", model), ("layer", layer), ("head", head)):
-        module.register_forward_pre_hook(lambda *_, name=name: seen.append(f"{name} starts"))
-        module.register_forward_hook(lambda *_, name=name: seen.append(f"{name} ends"))
-    layer.register_full_backward_hook(lambda *_: seen.append("layer backward"))
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(f"{name} starts"))
+        module.register_forward_hook(lambda *_, name=name: calls.append(f"{name} ends"))
+    layer.register_full_backward_hook(lambda *_: calls.append("layer backward"))
     head.register_forward_hook(
-        lambda _module, _args, out: out.register_hook(lambda _: seen.append("head backward")) and None
+        lambda _module, _args, out: out.register_hook(lambda _: calls.append("head backward")) and None
     )
     weight = head.weight
     shard = nn.Parameter(torch.full_like(weight, float("nan")))  # what is there outside the head's call
@@ -174,9 +174,9 @@ def test_hooks_fire_and_the_weight_is_used_inside_the_heads_call(make_model, bat
 
     logprobs = fused_sequence_logprobs(fused, batch)
     torch.testing.assert_close(logprobs, expected)
-    assert seen == ["model starts", "layer starts", "layer ends", "head starts", "head ends", "model ends"]
+    assert calls == ["model starts", "layer starts", "layer ends", "head starts", "head ends", "model ends"]
     logprobs.sum().backward()
-    assert seen[6:] == ["head backward", "layer backward"]
+    assert calls[6:] == ["head backward", "layer backward"]
     assert weight.grad is not None and shard.grad is None
 
 
@@ -267,10 +267,10 @@ def test_autocast_reaches_the_head_and_weights_stay_fp32(make_model, batch):
     model = make_model("llama")
     hidden = {flag: FusedLM(model, bf16=flag)(batch, lambda hidden, head: hidden).detach() for flag in (False, True)}
     assert not torch.equal(hidden[False], hidden[True].float())
-    seen = []
-    FusedLM(model, bf16=True)(batch, lambda hidden, head: seen.append(torch.is_autocast_enabled("cpu")))
-    FusedLM(model)(batch, lambda hidden, head: seen.append(torch.is_autocast_enabled("cpu")))
-    assert seen == [True, False]
+    autocast = []
+    FusedLM(model, bf16=True)(batch, lambda hidden, head: autocast.append(torch.is_autocast_enabled("cpu")))
+    FusedLM(model)(batch, lambda hidden, head: autocast.append(torch.is_autocast_enabled("cpu")))
+    assert autocast == [True, False]
     assert model.lm_head.weight.dtype == torch.float32
 
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def sequences():
-    """Of 2 to 30 tokens, all with the end-of-sequence token at their end, and one with two of them."""
+    """Sequences of 2 to 30 tokens, all with the end-of-sequence token at their end, and one with two of them."""
     generator = torch.Generator().manual_seed(0)
     draw = [[*torch.randint(3, 390, (1 + i,), generator=generator).tolist(), EOS] for i in (9, 0, 29, 4, 4, 17, 1)]
     return [*draw, [5, EOS, 8, EOS]]
@@ -35,7 +35,7 @@ def make_judge(make_model):
 
 @torch.no_grad()
 def own_rewards(model, sequences):
-    """By the model's own forward, one at a time, with a padding token that is in none of them."""
+    """Rewards by the model's own forward, one at a time, with a padding token that is in none of them."""
     config = model.config
     before, config.pad_token_id = config.pad_token_id, UNUSED
     try:
@@ -145,7 +145,7 @@ SMALL_BERT = {
     [
         ("BertConfig", "only models whose reward is that can be used"),  # reads its first token, through a pooler
         ("DebertaV2Config", "expected a causal model"),
-        ("RobertaConfig", "expected one linear layer with one output on top, found 0"),
+        ("RobertaConfig", "expected one linear layer with one output on top, got 0"),
     ],
 )
 def test_an_encoder_is_refused(config, message, tmp_path):

@@ -93,7 +93,7 @@ def test_sft_on_the_assistants_turns(model_folder, rows, write_jsonl, records_of
 
 
 def test_reward(model_folder, rows, write_jsonl, records_of, tmp_path):
-    """From the same head, with a padding token of its own."""
+    """Both start from the same head, with a padding token of its own."""
     data = rows(ROWS)
     tokenizer = AutoTokenizer.from_pretrained(model_folder("llama"))
     tokenizer.add_special_tokens({"pad_token": PAD})

@@ -129,7 +129,7 @@ def test_packed_conversations_have_the_log_probs_of_each_alone(family, attention
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_conversation_a_row_of_equal_lengths(family, make_model):
-    """Then transformers sees no packing at all, and no mask: plain causal attention is right."""
+    """In such a batch transformers sees no packing at all, and no mask: plain causal attention is right."""
     model, sequences = make_model(family), conversations([19, 19])
     with torch.no_grad():
         packed = picked(model, collate_packed([[s] for s in sequences], pad_id=1))
@@ -141,9 +141,9 @@ def test_packed_gradients_are_the_sum_of_each_alone(family, make_model):
     model, sequences = make_model(family), conversations([20, 9, 12, 3])
     names = [name for name, _ in model.named_parameters()]
     packed = picked(model, collate_packed([sequences[:3], sequences[3:]], pad_id=1)).sum()
-    found = torch.autograd.grad(packed, list(model.parameters()))
-    expected = torch.autograd.grad(alone(model, sequences).sum(), list(model.parameters()))
-    for name, ours, theirs in zip(names, found, expected, strict=True):
+    of_packed = torch.autograd.grad(packed, list(model.parameters()))
+    of_each = torch.autograd.grad(alone(model, sequences).sum(), list(model.parameters()))
+    for name, ours, theirs in zip(names, of_packed, of_each, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -201,7 +201,7 @@ def test_a_model_that_says_nan_is_not_trusted(make_model):
 
 
 def test_rows_that_are_kept_apart_only_one_at_a_time_leak(make_model):
-    """As with flash attention: it reads packing from positions where the batch has one row."""
+    """Flash attention does so: it reads packing from positions where the batch has one row."""
     model = make_model("llama")
     forward = model.forward
 

@@ -29,10 +29,10 @@ def test_rows_by_hand():
     ids, mask, _, positions = pairs.batch
     assert ids.tolist() == [[5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 23, 24, 27, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 5, 6], [0, 1, 2, 3, 4, 5, 2, 3, 4, 0, 0]]
-    seen = mask[0, 0]
-    assert seen[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8], "the prompt and itself"
-    assert seen[10].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 9, 10]
-    assert seen[2].nonzero().flatten().tolist() == [0, 1, 2], "the prompt sees no response"
+    attended = mask[0, 0]
+    assert attended[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8], "the prompt and itself"
+    assert attended[10].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 9, 10]
+    assert attended[2].nonzero().flatten().tolist() == [0, 1, 2], "the prompt sees no response"
     assert pairs.labels.tolist()[1] == [-100, 14, -100, -100, -100]
     assert pairs.gather[1, :2].tolist() == [4, 8], "the prompt's last token, then the response's"
     assert pairs.gather[3].tolist() == [11 + 1, 11 + 2, 11 + 3, 11 + 4, 11 + 5]

@@ -74,7 +74,7 @@ def damaged_bytes(path):
 
 
 def flipped_value(path):
-    """As a bad disk would have it: a valid file with another number in it."""
+    """The work of a bad disk: a valid file with another number in it."""
     content = bytearray(path.read_bytes())
     content[-2] ^= 0x10
     path.write_bytes(content)

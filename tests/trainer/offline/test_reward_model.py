@@ -167,7 +167,7 @@ def test_it_learns_and_reports_on_held_out_pairs(model_folder, write_jsonl, rewa
 
 
 def test_held_out_pairs_are_scored_once_an_evaluation(model_folder, rows, write_jsonl, reward, monkeypatch):
-    """Before training, at its end; the report takes up the last, whose margins stand in the order of the plan."""
+    """Evaluations are before training and at its end; the report is of the last, with margins in the plan's order."""
     calls = []
     original = RewardTask.loss_and_margins
 
@@ -209,7 +209,7 @@ def test_options_are_checked_before_anything_is_loaded(options, message, reward)
 
 
 def test_ensemble_members_are_checked_before_training(model_folder, rows, write_jsonl, reward, tokenizer, tmp_path):
-    """One that is not there, one that reads other tokens, one that is no reward model."""
+    """A folder that is not there, a model that reads other tokens, one that is no reward model."""
     import copy
 
     data = write_jsonl(rows(4))
@@ -249,7 +249,7 @@ def test_a_tokenizer_of_another_model_is_refused(model_folder, tokenizer, rows, 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_reward_model_is_no_language_model(family, model_folder, rows, write_jsonl, reward, train):
-    """Where embeddings are tied, no weight is missing, so nothing else would tell."""
+    """With tied embeddings no weight is missing, so that nothing else would show."""
     data = write_jsonl(rows(4))
     folder, _ = reward(model_name_or_path=model_folder(family), dataset_name=data, max_steps=1)
     with pytest.raises(UsageError, match=r"is a reward model|lacks weights"):

@@ -79,7 +79,7 @@ def eager_metrics(folder, data, learned_spans):
 
 
 def turn(texts, k):
-    """What the assistant wrote in message k, without its header and the line break behind it."""
+    """The place of the assistant's words in message k, without its header and the line break behind it."""
     return len(texts[k - 1]) + len(ASSISTANT), len(texts[k]) - len("\n")
 
 
@@ -94,7 +94,7 @@ LEARNED = {
 def test_the_loss_is_the_mean_over_learned_tokens(
     options, learned_spans, model_folder, conversations, write_jsonl, sft
 ):
-    """Of the whole batch, whatever the micro-batches; by default headers and users' turns are not learned."""
+    """The mean is of the whole batch, whatever the micro-batches; headers and users' turns are not learned."""
     data, folder = conversations(7), model_folder("llama")
     expected = eager_metrics(folder, data, learned_spans)
     common = {"model_name_or_path": folder, "dataset_name": write_jsonl(data), "chat_template_path": "chatml"}
@@ -129,7 +129,7 @@ def test_packing_is_refused_where_attention_leaks(tokenizer, conversations, writ
 
 
 def test_chatml_brings_its_tokens(make_model, tokenizer, conversations, write_jsonl, sft, tmp_path):
-    """To a tokenizer without them, for a model without room: embeddings grow, and old logits stay."""
+    """A tokenizer without them gains them, and a model without room for them gains embeddings; old logits stay."""
     fresh = transformers.GPT2TokenizerFast(
         tokenizer_object=tokenizers_without(tokenizer, ("<|im_start|>", "<|im_end|>")), eos_token="<s>"
     )

@@ -175,7 +175,7 @@ def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stag
 
 
 def test_a_run_that_replaces_another_goes_on_too(stage, tmp_path):
-    """By the same command and --resume_from_checkpoint; the old output, of other settings, stays until the end."""
+    """The same command with --resume_from_checkpoint does it; the old output, of other settings, stays until then."""
     run = stage("sft")
     run("out", seed=3)
     whole = run("whole")

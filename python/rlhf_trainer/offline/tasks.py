@@ -1,0 +1,40 @@
+"""A command's two tasks: the one that it trains on and, with eval_dataset, the one that it is evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.base import TrainConfig
+from ..models.checks import check_fit
+from ..training.task import Task
+
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+def load_tasks(
+    load_task: Callable[..., AnyTask], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> tuple[AnyTask, AnyTask | None]:
+    """The task of dataset_name, whose examples are shuffled, and that of eval_dataset, or None.
+
+    `load_task(config, tokenizer, source, split, accelerator, shuffled)` makes each of them.
+    """
+    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
+    if config.eval_dataset is None:
+        return task, None
+    split = config.dataset_test_split
+    return task, load_task(config, tokenizer, config.eval_dataset, split, accelerator, shuffled=False)
+
+
+def check_examples_fit(
+    config: TrainConfig, tasks: Sequence[Task | None], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """UsageError, naming the row, where the model has too few embeddings or positions for the tasks' examples."""
+    for task, source in zip(tasks, (config.dataset_name, config.eval_dataset), strict=True):
+        if task is not None:
+            examples = task.examples(range(len(task.counts)))
+            rows, lengths = [example.row for example in examples], [example.length for example in examples]
+            check_fit(model, tokenizer, rows, lengths, str(source))
