@@ -7,7 +7,6 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -52,22 +51,21 @@ def sample_completions(
     sampling = Sampling(config.max_completion_length, config.temperature)
     if config.server_url is not None:
         is_main = setup.accelerator.is_main_process
-        return broadcast_object_list([sampler.generate(requests, sampling, seed=seed, number=0) if is_main else None])[
-            0
-        ]
+        samples = sampler.generate(requests, sampling, seed=seed, number=0) if is_main else None
+        return broadcast_object_list([samples])[0]
     batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
 
     def generate(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:
         number, positions = part
         return sampler.generate([requests[i] for i in positions], sampling, seed=seed, number=number)
 
-    samples: list[Any] = [None] * len(requests)
-    for positions, completions in zip(
-        batches, over_processes(list(enumerate(batches)), generate, setup.accelerator), strict=True
-    ):
-        for i, completion in zip(positions, completions, strict=True):
-            samples[i] = completion
-    return samples
+    results = over_processes(list(enumerate(batches)), generate, setup.accelerator)
+    by_position = {
+        i: completion
+        for positions, completions in zip(batches, results, strict=True)
+        for i, completion in zip(positions, completions, strict=True)
+    }
+    return [by_position[i] for i in range(len(requests))]
 
 
 def report_failures(setup: Setup, samples: Sequence[Completion | Failure], work: Path, step: int) -> None:
@@ -93,9 +91,7 @@ def complete_groups(
 ) -> tuple[list[Prompt], list[Completion]]:
     """The prompts all of whose completions are there, and these: a group is compared as a whole."""
     size = config.num_generations
-    whole = [
-        k for k in range(0, len(samples), size) if not any(isinstance(one, Failure) for one in samples[k : k + size])
-    ]
+    whole = [k for k in range(0, len(samples), size) if not any(isinstance(s, Failure) for s in samples[k : k + size])]
     positions = [i for k in whole for i in range(k, k + size)]
     return [prompts[i] for i in positions], [samples[i] for i in positions]
 
@@ -114,6 +110,7 @@ def compute_rewards(setup: Setup, prompts: Sequence[Prompt], completions: Sequen
 
 
 def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Scores) -> list[Episode]:
+    """The completions with their prompts and rewards; log-probs and advantages come later."""
     return [
         Episode(
             prompt.row, prompt.ids, completion.ids, completion.finished, reward,
@@ -123,11 +120,14 @@ def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], 
     ]  # fmt: skip
 
 
-def plan_mini_batches(setup: Setup, episodes: Sequence[Episode], seed: int) -> list[list[MicroBatch]]:
-    """Mini-batches of micro-batches."""
+def plan_mini_batches(
+    setup: Setup, episodes: Sequence[Episode], chosen: Sequence[int], seed: int
+) -> list[list[MicroBatch]]:
+    """Mini-batches of micro-batches of the episodes at the places `chosen`; each mini-batch is an optimizer step."""
     config = setup.config
-    if not episodes:
+    if not chosen:
         return []
-    mini = math.ceil(len(episodes) / config.num_mini_batches)
+    mini = math.ceil(len(chosen) / config.num_mini_batches)
     micro = min(config.micro_batch_size, math.ceil(mini / setup.accelerator.num_processes))
-    return plan_batches([episode.length for episode in episodes], mini, micro, seed)
+    plan = plan_batches([episodes[i].length for i in chosen], mini, micro, seed)
+    return [[[chosen[k] for k in micro_batch] for micro_batch in batch] for batch in plan]

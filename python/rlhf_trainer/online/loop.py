@@ -1,7 +1,8 @@
 """Learning from the model's own completions: the loop of `rlhf ppo` and `rlhf grpo`.
 
 `run_iteration` is one iteration from top to bottom: sample completions, reward them, score them with the policy, its
-reference and its values, turn rewards into advantages, and learn from these in one or several optimizer steps.
+reference and its values, turn rewards into advantages, and learn from these in one or several optimizer steps. What
+tells PPO from GRPO, advantages and loss, is in ppo.py and grpo.py; the steps before are in collect.py and episodes.py.
 """
 
 from __future__ import annotations
@@ -114,22 +115,23 @@ def run_iteration(
     episodes = make_episodes(prompts, completions, scores)
 
     # Score each token with the policy before its update, its reference and its values.
-    plan = plan_mini_batches(setup, episodes, seed)
+    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed)
     if algorithm.needs_scores(beta):
         micro_batches = [micro_batch for batch in plan for micro_batch in batch]
         episodes = score_episodes(setup, run.unwrapped, episodes, micro_batches, with_reference=beta != 0)
 
     # Turn rewards, KL and values into advantages.
-    episodes, metrics = algorithm.compute_advantages(episodes, beta)
-    metrics = rollout_metrics(episodes, scores, setup.rewards.names, config, beta) | metrics
+    episodes, advantage_metrics = algorithm.compute_advantages(episodes, beta)
     if config.mask_truncated_completions:
-        episodes = [episode for episode in episodes if episode.finished]
-        plan = plan_mini_batches(setup, episodes, seed)
+        finished = [i for i, episode in enumerate(episodes) if episode.finished]
+        plan = plan_mini_batches(setup, episodes, finished, seed)
 
     # Learn from them: an optimizer step for each mini-batch, in one or several passes.
     task = EpisodeTask(setup, algorithm, episodes, plan, beta)
     orders = [epoch_order(len(plan), seed, number) for number in range(algorithm.passes)]
     updates = [run.update(task, plan[index], step)[0] for order in orders for index in order]
+
+    metrics = rollout_metrics(task.episodes, scores, setup.rewards.names, config, beta) | advantage_metrics
     metrics |= means_of_updates(updates) | task.mismatch() | failed
     if config.target_kl is not None:
         beta = adapted_beta(beta, metrics["objective/kl"], config.target_kl, config.kl_gain)

@@ -18,7 +18,8 @@ from .episodes import Episode
 def rollout_metrics(
     episodes: Sequence[Episode], scores: Scores, names: Sequence[str], config: OnlineConfig, beta: float
 ) -> Metrics:
-    """Metrics of the completions as they were drawn, before the policy learns from them."""
+    """Metrics of the completions as they were drawn. Their log-probs may be known only after the policy has learned
+    from them, and not to a process that learned from a part of them: then there is no entropy."""
     metrics = reward_metrics(scores, names) | length_metrics(episodes) | {"beta": beta}
     clipped = [config.score_of(episode.reward, episode.finished) for episode in episodes]
     metrics["objective/scores"] = sum(clipped) / len(clipped)
@@ -30,7 +31,7 @@ def rollout_metrics(
             "objective/non_score_reward": -penalty,
             "objective/rlhf_reward": metrics["objective/scores"] - penalty,
         }
-    if episodes[0].logprobs is not None:
+    if all(episode.logprobs is not None for episode in episodes):
         metrics["objective/entropy"] = -sum(episode.logprobs.sum().item() for episode in episodes) / len(episodes)
     return metrics
 

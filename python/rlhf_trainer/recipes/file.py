@@ -105,7 +105,7 @@ class UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for i, key in enumerate(keys) if key in keys[:i]]
         if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} is there twice, the second time in{node.start_mark}")
+            raise yaml.YAMLError(f"duplicate key {twice[0]!r}, in the mapping that begins{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 

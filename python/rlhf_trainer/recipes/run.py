@@ -17,7 +17,6 @@ import torch
 import yaml
 
 from ..commands import COMMANDS
-from ..config.parse import dump_yaml
 from ..errors import TrainingError, UsageError
 from ..training.files import write_whole
 from ..training.output_folder import CONFIG_FILE, begin, commit_output, is_taken, open_output, partial_folder
@@ -46,7 +45,7 @@ def run_recipe(config: RecipeConfig) -> Path:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
 
-    work = open_output(folder, config.overwrite_output_dir, dump_yaml(config), config.resume_from_checkpoint)
+    work = open_output(config)
     check_same_stages(work, recipe)
     write_whole(work / RECIPE_FILE, recipe.text())
     done: dict[str, Any] = json.loads((work / DONE_FILE).read_text()) if (work / DONE_FILE).exists() else {}

@@ -60,7 +60,7 @@ def sample(config: SampleConfig) -> Path:
         return Path(config.output_dir)
     twice = sorted({name for name in config.models if config.models.count(name) > 1})
     if twice:
-        raise UsageError(f"models: {twice[0]!r} is there twice; for more completions raise num_completions")
+        raise UsageError(f"models: duplicate {twice[0]!r}; for more completions raise num_completions")
 
     parts: list[Part] = []
     for name in config.models:  # everything but the weights is looked at before any model works for hours

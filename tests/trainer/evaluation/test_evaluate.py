@@ -86,14 +86,14 @@ def test_kl_is_that_of_the_models_own_logits(make_model, family):
     assert kl_of_sequences(FusedLM(policy), FusedLM(policy), sequences, 2, pad_id=1) == pytest.approx([0] * 3, abs=1e-6)
 
 
-# --- the stage: the judge rewards the share of " cat" among all tokens, the end included
+# --- the stage: the reward model rewards the share of " cat" among all tokens, the end included
 
 
 @pytest.fixture(scope="module")
 def folders(tokenizer, tmp_path_factory):
-    """The judge; a model that writes nothing but cats, two at most; one that ends at once; their reference."""
+    """The reward model; a model that writes nothing but cats, two at most; one that ends at once; their reference."""
     (cat,), (dogs,) = tokenizer(" cat").input_ids, tokenizer(" green").input_ids
-    made = {"judge": save_word_judge(tmp_path_factory.mktemp("judge"), copy.deepcopy(tokenizer), " cat")}
+    made = {"reward": save_word_judge(tmp_path_factory.mktemp("reward"), copy.deepcopy(tokenizer), " cat")}
     for name, model in {
         "cats": dice({cat: 1.0}),
         "silent": dice({tokenizer.eos_token_id: 1.0}),
@@ -115,11 +115,12 @@ ROWS = [
 
 @pytest.fixture
 def run(folders, write_jsonl, tmp_path):
-    def run(model="cats", reference=None, judge="judge", rows=ROWS, output="out", **options):
+    def run(model="cats", reference=None, reward_model="reward", rows=ROWS, output="out", **options):
         small = {
-            "model_name_or_path": folders[model], "reward_model_name_or_path": folders[judge], "dataset_name": write_jsonl(rows),
-            "ref_model_name_or_path": None if reference is None else folders[reference], "max_new_tokens": 2,
-            "batch_size": 2, "resamples": 200, "output_dir": str(tmp_path / output),
+            "model_name_or_path": folders[model], "reward_model_name_or_path": folders[reward_model],
+            "dataset_name": write_jsonl(rows), "max_new_tokens": 2,
+            "ref_model_name_or_path": None if reference is None else folders[reference],
+            "per_device_generation_batch_size": 2, "resamples": 200, "output_dir": str(tmp_path / output),
         }  # fmt: skip
         folder = evaluate(EvaluateConfig(**small | options))
         lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -214,9 +215,9 @@ def test_an_unusable_answer_is_named_or_left_out(run, capsys):
     assert "row 5, field 'answer'" in capsys.readouterr().out
 
 
-def test_a_judge_that_cannot_read_chats_shows_before_anything_is_generated(run, folders, tmp_path):
+def test_a_reward_model_that_cannot_read_chats_shows_before_anything_is_generated(run, folders, tmp_path):
     plain = tmp_path / "plain"
-    shutil.copytree(folders["judge"], plain)
+    shutil.copytree(folders["reward"], plain)
     (plain / "chat_template.jinja").unlink()
     prompt = [{"role": "user", "content": "the"}]
     with pytest.raises(UsageError, match=r"train.jsonl, row 1, for the tokenizer of .*plain: .* no chat template"):
@@ -225,8 +226,8 @@ def test_a_judge_that_cannot_read_chats_shows_before_anything_is_generated(run, 
 
 
 def test_models_that_do_not_fit(run, folders, model_folder, make_model, tokenizer, tmp_path):
-    with pytest.raises(UsageError, match=r"reward_model: .* lacks weights"):
-        run(judge="start")
+    with pytest.raises(UsageError, match=r"reward_model_name_or_path: .* lacks weights"):
+        run(reward_model="start")
     make_model("llama", vocab_size=500).save_pretrained(tmp_path / "larger")
     with pytest.raises(UsageError, match="ref_model_name_or_path: a vocabulary of 500 tokens, the model has 397"):
         run(ref_model_name_or_path=str(tmp_path / "larger"))

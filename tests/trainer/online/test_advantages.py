@@ -60,12 +60,12 @@ def test_whitening_of_nothing_or_of_equals_is_zero():
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 3.0], [2.0, 2.0, 2.0, 2.0]])
 
 
-@pytest.mark.parametrize("variant", ["grpo", "dapo", "gspo", "cispo"])
-def test_group_advantages_are_z_scores(variant):
-    found = group_advantages(REWARDS, variant)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo", "cispo"])
+def test_group_advantages_are_z_scores(loss_type):
+    advantages = group_advantages(REWARDS, loss_type)
     expected = (REWARDS[0] - 1.0) / (2.0**0.5 + 1e-4)  # squares of 0, 1, 1, 2 over 3
-    torch.testing.assert_close(found[0], expected)
-    assert not found[1].any()
+    torch.testing.assert_close(advantages[0], expected)
+    assert not advantages[1].any()
 
 
 def test_other_baselines():

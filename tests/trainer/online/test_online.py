@@ -1,4 +1,4 @@
-"""The loop of PPO and GRPO: what is asked, what is seen, what happens when something fails."""
+"""The loop of PPO and GRPO: its prompts, losses and gradients, and failures on the way."""
 
 import json
 import math
@@ -10,19 +10,28 @@ import pytest
 import torch
 
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.online import loop as online
-from rlhf_trainer.online.collect import draw, judge, make_episodes, plan_of, prompts_of_step
+from rlhf_trainer.online import loop
+from rlhf_trainer.online.algorithm import EpisodeTask
+from rlhf_trainer.online.collect import (
+    compute_rewards,
+    make_episodes,
+    plan_mini_batches,
+    prompts_of_step,
+    sample_completions,
+)
 from rlhf_trainer.online.config import GRPOConfig, PPOConfig
 from rlhf_trainer.online.critic import make_actor_critic
 from rlhf_trainer.online.episodes import Episode, score_episodes
 from rlhf_trainer.online.grpo import GRPO, train_grpo
-from rlhf_trainer.online.metrics import kl_of_tokens
+from rlhf_trainer.online.metrics import kl_of_tokens, rollout_metrics
 from rlhf_trainer.online.ppo import PPO, token_rewards, train_ppo
 from rlhf_trainer.online.setup import prepare
+from rlhf_trainer.rewards.rewards import Scores
 from rlhf_trainer.rollouts.sampler import Failure, LocalSampler
 from tests.trainer.online import known_tasks as tasks
 
-ALGORITHMS = {"ppo": (PPOConfig, train_ppo), "grpo": (GRPOConfig, train_grpo)}
+UNUSED = {"model_name_or_path": "m", "dataset_name": "d", "reward_funcs": ["exact_answer"], "output_dir": "out"}
+ALGORITHMS = {"ppo": (PPOConfig, PPO, train_ppo), "grpo": (GRPOConfig, GRPO, train_grpo)}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +43,9 @@ def task(tmp_path_factory):
     model = tasks.half_taught(tasks.small_gpt2(tokenizer, width=32, layers=1), tokenizer, rows, 200, seed=0)
     return {
         "model_name_or_path": tasks.save(folder / "model", model, tokenizer),
-        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["exact_answer"], "batch_size": 16,
-        "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 2,
-        "learning_rate": 1e-3,
+        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["exact_answer"],
+        "batch_size": 16, "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8,
+        "max_completion_length": 5, "max_steps": 2, "learning_rate": 1e-3,
     }  # fmt: skip
 
 
@@ -46,7 +55,7 @@ def run(task, tmp_path):
     made = iter(range(100))
 
     def train(algorithm, **options):
-        config, function = ALGORITHMS[algorithm]
+        config, _, function = ALGORITHMS[algorithm]
         more = {"num_generations": 4} if algorithm == "grpo" else {"value_model": "shared"}
         options = task | more | {"output_dir": str(tmp_path / f"out{next(made)}")} | options
         folder = function(config(**options))
@@ -59,20 +68,18 @@ def run(task, tmp_path):
 
 
 def first_batch(config, algorithm):
-    """(setup, task, plan) of the first iteration, as the loop makes them."""
+    """The module that trains, and the first iteration's task, as the loop makes them."""
     setup = prepare(config)
     module = make_actor_critic(setup, config) if algorithm.needs_values else setup.policy
     prompts = prompts_of_step(setup, 1)
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
-    completions = draw(setup, sampler, prompts, seed=1, source="rows")
-    episodes = make_episodes(prompts, completions, judge(setup, prompts, completions))
-    plan = plan_of(setup, episodes, seed=1)
-    micros = [micro for batch in plan for micro in batch]
-    episodes = score_episodes(
-        episodes, micros, module, setup.reference, setup.accelerator, pad_id=setup.pad_id,
-        temperature=config.temperature, exact_kl=config.kl_estimator == "exact",
-    )  # fmt: skip
-    return module, algorithm.task(setup, algorithm.credit(config, episodes, config.beta).episodes, plan, config.beta)
+    completions = sample_completions(setup, sampler, prompts, seed=1, source="rows")
+    episodes = make_episodes(prompts, completions, compute_rewards(setup, prompts, completions))
+    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed=1)
+    micro_batches = [micro_batch for batch in plan for micro_batch in batch]
+    episodes = score_episodes(setup, module, episodes, micro_batches, with_reference=True)
+    episodes = algorithm.compute_advantages(episodes, config.beta).episodes
+    return module, EpisodeTask(setup, algorithm, episodes, plan, config.beta)
 
 
 def next_logprobs(model, episode, temperature):
@@ -108,22 +115,23 @@ def test_in_bf16_too_the_policy_begins_as_its_reference(run):
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3", "exact"])
-@pytest.mark.parametrize("algorithm", [PPO(), GRPO()], ids=["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_loss_and_gradient_are_those_of_full_logits(task, tmp_path, algorithm, kind):
     """One micro-batch, away from the reference, at a temperature, with the KL in the loss."""
-    config_of = PPOConfig if algorithm.needs_values else GRPOConfig
-    more = {"value_model": "shared", "entropy_coef": 0.01} if algorithm.needs_values else {"num_generations": 4}
-    config = config_of(
+    config_class, algorithm_class, _ = ALGORITHMS[algorithm]
+    is_ppo = algorithm == "ppo"
+    more = {"value_model": "shared", "entropy_coef": 0.01} if is_ppo else {"num_generations": 4}
+    config = config_class(
         **task | more | {"output_dir": str(tmp_path / "out"), "micro_batch_size": 16, "temperature": 0.7, "beta": 0.3},
         kl_in="loss", kl_estimator=kind,
     )  # fmt: skip
-    module, online_task = first_batch(config, algorithm)
+    module, online_task = first_batch(config, algorithm_class(config))
     policy, reference = online_task.setup.policy.model, online_task.setup.reference.model
     moved(policy, 0.02)
     indices = online_task.plan[0][0]
-    measured = online_task.measure(module, indices)
-    measured.loss.backward()
-    found = {name: weight.grad.clone() for name, weight in policy.named_parameters()}
+    output = online_task.compute_loss(module, indices)
+    output.loss.backward()
+    gradients = {name: weight.grad.clone() for name, weight in policy.named_parameters()}
     policy.zero_grad()
 
     rows, tokens, entropies = [], 0, []
@@ -135,22 +143,22 @@ def test_loss_and_gradient_are_those_of_full_logits(task, tmp_path, algorithm, k
         rows.append(-gain + 0.3 * plain_kl(now, then, episode.ids, kind))
         entropies.append(-(now.exp() * now).sum(-1))
         tokens += len(episode.ids)
-    if algorithm.needs_values:
+    if is_ppo:
         value = torch.cat([online_task.episodes[i].returns.square() for i in indices]).sum() / 2  # values are still 0
         expected = torch.cat(rows).sum() / tokens + (0.1 * value - 0.01 * torch.cat(entropies).sum()) / tokens
     else:
         expected = torch.stack([row.mean() for row in rows]).mean()
     expected.backward()
-    assert measured.loss.item() == pytest.approx(expected.item(), abs=2e-6)
+    assert output.loss.item() == pytest.approx(expected.item(), abs=2e-6)
     for name, weight in policy.named_parameters():
-        error = (found[name] - weight.grad).norm() / weight.grad.norm().clamp(min=1e-6)
+        error = (gradients[name] - weight.grad).norm() / weight.grad.norm().clamp(min=1e-6)
         assert error < 1e-3, (name, error)
 
 
-@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
-def test_micro_batches_change_nothing(run, variant):
-    """Gradients of 16 completions at once are those of 8 times 2: each variant's mean is over the whole batch."""
-    lines = [run("grpo", variant=variant, micro_batch_size=size)[1] for size in (16, 2)]
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
+def test_micro_batches_change_nothing(run, loss_type):
+    """Gradients of 16 completions at once are those of 8 times 2: each loss_type's mean is over the whole batch."""
+    lines = [run("grpo", loss_type=loss_type, micro_batch_size=size)[1] for size in (16, 2)]
     for one, other in zip(*lines, strict=True):
         assert one["grad_norm"] > 0
         for name in ("loss", "grad_norm", "reward"):
@@ -167,24 +175,52 @@ def test_before_an_update_every_ratio_is_one(run):
     assert lines[0]["val/ratio"] != 1.0 and lines[0]["policy/approxkl_avg"] > 0.0
 
 
+def test_each_iteration_learns_as_often_as_it_is_told(run, monkeypatch):
+    """num_iterations passes of GRPO, num_ppo_epochs of PPO, over num_mini_batches each."""
+    updates, update = [], loop.Run.update
+    monkeypatch.setattr(loop.Run, "update", lambda *arguments: (updates.append(1), update(*arguments))[1])
+    for algorithm, name in (("grpo", "num_iterations"), ("ppo", "num_ppo_epochs")):
+        updates.clear()
+        run(algorithm, max_steps=1, num_mini_batches=2, **{name: 3})
+        assert len(updates) == 6
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "low", "high"), [("ppo", "cliprange", "cliprange_high"), ("grpo", "epsilon", "epsilon_high")]
+)
+def test_without_an_upper_clip_it_is_the_lower_one(run, algorithm, low, high):
+    passes = {"ppo": "num_ppo_epochs", "grpo": "num_iterations"}[algorithm]
+    options = {passes: 4, "max_steps": 1, "learning_rate": 1e-2, low: 0.05}
+    one, same, wider = (run(algorithm, **options, **more)[1][0] for more in ({}, {high: 0.05}, {high: 0.5}))
+    assert one["loss"] == same["loss"] != wider["loss"]
+
+
+def test_the_entropy_of_an_iteration_is_logged_where_all_log_probs_are_known():
+    """A process that learned from a part of the completions knows those of its own only."""
+    logprobs = torch.tensor([-1.0, -0.5])
+    known, unknown = (Episode(1, [0], [1, 2], True, 1.0, None, values) for values in (logprobs, None))
+    config, scores = GRPOConfig(**UNUSED), Scores(torch.ones(2), torch.ones(2, 1))
+    assert rollout_metrics([known, known], scores, ["r"], config, 0.0)["objective/entropy"] == 1.5
+    for episodes in ([known, unknown], [unknown, known]):
+        assert "objective/entropy" not in rollout_metrics(episodes, scores, ["r"], config, 0.0)
+
+
 @torch.no_grad()
 def test_estimates_of_the_kl_agree_with_the_exact_one(task, tmp_path):
     """Means over 512 completions of a policy that has moved away; k1 and k3 are unbiased."""
     config = PPOConfig(
-        **task | {"output_dir": str(tmp_path / "out"), "micro_batch_size": 128, "per_device_generation_batch_size": 128},
+        **task
+        | {"output_dir": str(tmp_path / "out"), "micro_batch_size": 128, "per_device_generation_batch_size": 128},
         kl_estimator="exact", value_model="shared",
     )  # fmt: skip
     setup = prepare(config)
     moved(setup.policy.model, 0.05)
     prompts = setup.prompts * 32
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
-    completions = draw(setup, sampler, prompts, seed=1, source="rows")
-    episodes = make_episodes(prompts, completions, judge(setup, prompts, completions))
-    micros = [list(range(k, k + 128)) for k in range(0, 512, 128)]
-    episodes = score_episodes(
-        episodes, micros, setup.policy, setup.reference, setup.accelerator, pad_id=setup.pad_id, temperature=1.0,
-        exact_kl=True,
-    )  # fmt: skip
+    completions = sample_completions(setup, sampler, prompts, seed=1, source="rows")
+    episodes = make_episodes(prompts, completions, compute_rewards(setup, prompts, completions))
+    micro_batches = [list(range(k, k + 128)) for k in range(0, 512, 128)]
+    episodes = score_episodes(setup, setup.policy, episodes, micro_batches, with_reference=True)
     exact = torch.cat([kl_of_tokens(episode, config) for episode in episodes])
     assert exact.mean() > 0.01
     for kind in ("k1", "k3"):
@@ -210,7 +246,7 @@ def test_beta_adapts_to_the_target(run):
 # --- prompts, failures, samplers
 
 
-def test_each_epoch_asks_every_prompt_once(task, tmp_path):
+def test_each_epoch_takes_every_prompt_once(task, tmp_path):
     config = GRPOConfig(**task | {"output_dir": str(tmp_path / "out")}, num_generations=4)
     setup = prepare(config)
     rows = [prompt.row for step in range(1, 9) for prompt in prompts_of_step(setup, step)]
@@ -227,17 +263,17 @@ class Failing(LocalSampler):
         super().__init__(sampler.model, sampler.tokenizer, sampler.bf16)
         self.fails = fails
 
-    def generate(self, asked, sampling, *, seed, number):
-        done = super().generate(asked, sampling, seed=seed, number=number)
+    def generate(self, requests, sampling, *, seed, number):
+        done = super().generate(requests, sampling, seed=seed, number=number)
         return [
             Failure(one.where, "it stalls") if self.fails(one.prompt) else completion
-            for one, completion in zip(asked, done, strict=True)
+            for one, completion in zip(requests, done, strict=True)
         ]
 
 
 def with_sampler(monkeypatch, change):
-    make = online.make_sampler
-    monkeypatch.setattr(online, "make_sampler", lambda *given: change(make(*given)))
+    make = loop.make_sampler
+    monkeypatch.setattr(loop, "make_sampler", lambda *arguments: change(make(*arguments)))
 
 
 def test_prompts_that_fail_are_reported_and_the_others_learned_from(run, monkeypatch):
@@ -254,11 +290,11 @@ def test_an_iteration_without_a_whole_group_teaches_nothing(run, monkeypatch):
     """One completion of each group fails: there is nothing to compare, and the run goes on."""
 
     class OneOfFour(LocalSampler):
-        def generate(self, asked, sampling, *, seed, number):
-            done = super().generate(asked, sampling, seed=seed, number=number)
+        def generate(self, requests, sampling, *, seed, number):
+            done = super().generate(requests, sampling, seed=seed, number=number)
             return [
                 Failure(one.where, "it stalls") if k % 4 == 0 else c
-                for k, (one, c) in enumerate(zip(asked, done, strict=True))
+                for k, (one, c) in enumerate(zip(requests, done, strict=True))
             ]
 
     with_sampler(monkeypatch, lambda sampler: OneOfFour(sampler.model, sampler.tokenizer, sampler.bf16))
@@ -270,7 +306,7 @@ def test_an_iteration_without_a_whole_group_teaches_nothing(run, monkeypatch):
 def test_held_out_prompts_that_fail_are_reported(run, task, tmp_path, monkeypatch):
     with_sampler(monkeypatch, lambda sampler: Failing(sampler, lambda prompt: prompt.startswith("a")))
     held_out = tmp_path / "held_out.jsonl"
-    shutil.copy(task["dataset"], held_out)
+    shutil.copy(task["dataset_name"], held_out)
     folder, lines = run("ppo", eval_dataset=str(held_out), max_steps=1)
     assert [line["eval/rollouts/failed"] for line in lines] == [4, 4]
     failures = [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
@@ -290,8 +326,8 @@ class Shifted(LocalSampler):
 
     shift = None
 
-    def generate(self, asked, sampling, *, seed, number):
-        done = super().generate(asked, sampling, seed=seed, number=number)
+    def generate(self, requests, sampling, *, seed, number):
+        done = super().generate(requests, sampling, seed=seed, number=number)
         if self.shift is None:
             return [one._replace(logprobs=None) for one in done]
         return [one._replace(logprobs=[value - self.shift for value in one.logprobs]) for one in done]
@@ -318,7 +354,7 @@ def test_correcting_for_a_sampler_takes_its_log_probs(run, monkeypatch):
     with_sampler(monkeypatch, lambda sampler: Shifted(sampler.model, sampler.tokenizer, sampler.bf16))
     assert "sampling/kl" not in run("grpo", max_steps=1)[1][0]
     with pytest.raises(
-        UsageError, match="importance_sampling_cap: the sampler tells no log-probs of its tokens; use a server"
+        UsageError, match="importance_sampling_cap: the sampler returns no log-probs of its tokens; use a server"
     ):
         run("grpo", importance_sampling_cap=2.0)
 
@@ -327,11 +363,11 @@ def test_correcting_for_a_sampler_takes_its_log_probs(run, monkeypatch):
 
 
 def test_completions_that_did_not_end(run):
-    """max_new_tokens=2 ends none in time: they are punished, or not learned from."""
-    _, lines = run("ppo", max_new_tokens=2, missing_eos_penalty=1.0, lam=1.0)
+    """max_completion_length=2 ends none in time: they are punished, or not learned from."""
+    _, lines = run("ppo", max_completion_length=2, missing_eos_penalty=1.0, lam=1.0)
     assert lines[0]["completions/clipped_ratio"] == 1.0 and lines[0]["val/num_eos_tokens"] == 0
     assert lines[0]["val/returns"] == pytest.approx(lines[0]["reward"] - 1.0, abs=1e-5)
-    _, lines = run("grpo", max_new_tokens=2, mask_truncated_completions=True)
+    _, lines = run("grpo", max_completion_length=2, mask_truncated_completions=True)
     assert "loss" not in lines[0]  # there was nothing to learn
 
 
@@ -369,27 +405,27 @@ def test_the_kl_in_the_reward_has_the_gradient_of_the_kl(task, kind):
     for ids in sequences:
         states = [0, *(1 + i for i in ids)][: len(ids)]
         score = float(sum(ids)) - 2.0 * (ids[0] == 1)
-        told = [table[states, ids].detach() for table in (logp, ref)]
+        logprobs, ref_logprobs = (table[states, ids].detach() for table in (logp, ref))
         episodes.append(
-            Episode(1, [0], ids, True, score, None, told[0], told[1], kl[states].detach(), torch.zeros(len(ids)))
+            Episode(1, [0], ids, True, score, None, logprobs, ref_logprobs, kl[states].detach(), torch.zeros(len(ids)))
         )
         chances.append(logp[states, ids])
         scores.append(score - beta * (chances[-1] - ref[states, ids]).sum())
-    credited = PPO().credit(config, episodes, beta).episodes
+    with_advantages = PPO(config).compute_advantages(episodes, beta).episodes
     total = [chance.sum().exp() for chance in chances]
     assert sum(total).item() == pytest.approx(1.0)
     aim = sum(
         (whole.detach() * chance * episode.advantages).sum()
-        for whole, chance, episode in zip(total, chances, credited, strict=True)
+        for whole, chance, episode in zip(total, chances, with_advantages, strict=True)
     )
-    (found,) = torch.autograd.grad(aim, logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(aim, logits, retain_graph=True)
     objective = sum(whole * score for whole, score in zip(total, scores, strict=True))
     (expected,) = torch.autograd.grad(objective, logits)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_without_an_answer_are_skipped_if_that_is_wanted(run, task, tmp_path, capsys):
-    rows = [json.loads(line) for line in Path(task["dataset"]).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(task["dataset_name"]).read_text().splitlines()]
     del rows[5]["answer"]
     data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UsageError, match=r"row 6, .*needs a column"):
@@ -401,18 +437,19 @@ def test_rows_without_an_answer_are_skipped_if_that_is_wanted(run, task, tmp_pat
 def test_a_kl_that_is_not_known_is_not_logged(run):
     _, lines = run("grpo")
     assert "kl" not in lines[0] and "objective/kl" not in lines[0]
+    assert lines[0]["objective/entropy"] > 0  # its log-probs are known when it has learned
     folder, lines = run("grpo", beta=0.1)
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6) and lines[1]["kl"] > 0
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
 
 
 def test_groups_of_equal_rewards_are_counted(run):
-    _, lines = run("grpo", max_new_tokens=1)
+    _, lines = run("grpo", max_completion_length=1)
     assert lines[0]["frac_reward_zero_std"] == 1.0 and lines[0]["grad_norm"] == 0.0
 
 
 def test_held_out_prompts_are_answered_alike_every_time(run, task):
-    folder, lines = run("grpo", eval_dataset=task["dataset"], eval_steps=1, learning_rate=1e-12)
+    folder, lines = run("grpo", eval_dataset=task["dataset_name"], eval_steps=1, learning_rate=1e-12)
     rewards = [line["eval/reward"] for line in lines]
     assert len(rewards) == 3 and len(set(rewards)) == 1
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
@@ -434,14 +471,14 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("ppo", {"num_mini_batches": 3}, "num_mini_batches must divide batch_size=16, got 3"),
         ("ppo", {"kl_gain": 5.0}, "kl_gain must be below 5"),
         ("ppo", {"beta": math.inf}, "beta must be finite"),
-        ("ppo", {"reward_funcs": []}, "nothing judges"),
-        ("ppo", {"max_new_tokens": 40}, "max_prompt_length and max_new_tokens together"),
+        ("ppo", {"reward_funcs": []}, "nothing rewards the completions"),
+        ("ppo", {"max_completion_length": 40}, "max_prompt_length and max_completion_length together"),
         ("ppo", {"beta": 0.0, "ref_model_name_or_path": "x"}, "with beta 0 nothing is compared with it"),
         ("ppo", {"reward_funcs": ["json_schema"]}, "row 1.*json_schema.*needs a column 'schema'"),
         ("ppo", {"reward_funcs": ["math:sqrt"]}, "math:sqrt"),
     ],
 )
-def test_what_cannot_work_is_told_before_anything_is_drawn(run, monkeypatch, algorithm, options, message):
+def test_what_cannot_work_is_refused_before_anything_is_sampled(run, monkeypatch, algorithm, options, message):
     monkeypatch.setattr(LocalSampler, "generate", None)
     with pytest.raises(UsageError, match=message):
         run(algorithm, **options)

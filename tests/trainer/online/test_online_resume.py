@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.online import loop as online
+from rlhf_trainer.online import loop
 from rlhf_trainer.online.config import GRPOConfig, PPOConfig
 from rlhf_trainer.online.grpo import train_grpo
 from rlhf_trainer.online.ppo import train_ppo
 from rlhf_trainer.rollouts.sampler import Failure, LocalSampler
-from rlhf_trainer.training import checkpoint as state
+from rlhf_trainer.training import checkpoint
 from rlhf_trainer.training import loop as training
 from tests.trainer.online import known_tasks as tasks
 from tests.trainer.training.test_distributed import LAUNCH
@@ -29,16 +29,17 @@ ALGORITHMS = {"ppo": (PPOConfig, train_ppo, PPO), "grpo": (GRPOConfig, train_grp
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """Of 5 iterations, with a state after the second and the fourth."""
+    """Options of a run of 5 iterations, with a checkpoint after the second and the fourth."""
     folder = tmp_path_factory.mktemp("reversal")
     torch.manual_seed(0)
     tokenizer, rows = tasks.character_tokenizer(), tasks.reversals(2)
     model = tasks.small_gpt2(tokenizer, width=16, layers=1)
     return {
         "model_name_or_path": tasks.save(folder / "model", model, tokenizer),
-        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["regex:[ab]"], "batch_size": 16,
-        "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8, "max_new_tokens": 5, "max_steps": 5,
-        "learning_rate": 1e-2, "save_steps": 2, "eval_dataset": str(folder / "rows.jsonl"), "eval_steps": 2,
+        "dataset_name": tasks.write_rows(folder / "rows.jsonl", rows), "reward_funcs": ["regex:[ab]"],
+        "batch_size": 16, "micro_batch_size": 4, "per_device_generation_batch_size": 8, "max_prompt_length": 8,
+        "max_completion_length": 5, "max_steps": 5, "learning_rate": 1e-2, "save_steps": 2,
+        "eval_dataset": str(folder / "rows.jsonl"), "eval_steps": 2,
     }  # fmt: skip
 
 
@@ -52,12 +53,12 @@ def run(options, tmp_path):
 
 
 KILLS = {
-    "before any state": (online, "draw", at_call(3)),  # the first call is the evaluation's
-    "half a state": (state, "save_file", at_call(2)),
-    "after a state": (training, "save_state", at_call(1, after=True)),
+    "before any checkpoint": (loop, "sample_completions", at_call(3)),  # the first call is the evaluation's
+    "half a checkpoint": (checkpoint, "save_file", at_call(2)),
+    "after a checkpoint": (training, "save_checkpoint", at_call(1, after=True)),
     "between an iteration's updates": (training, "learning_rate_at", at_call(10)),
-    "before the second state": (training, "save_state", at_call(2)),
-    "the result written": (online, "save_model", at_call(1, after=True)),
+    "before the second checkpoint": (training, "save_checkpoint", at_call(2)),
+    "the result written": (loop, "save_model", at_call(1, after=True)),
 }
 
 
@@ -65,7 +66,7 @@ KILLS = {
 @pytest.mark.parametrize("point", KILLS)
 def test_a_killed_run_goes_on(algorithm, point, run):
     if algorithm == "grpo" and point == "between an iteration's updates":
-        point = "before any state"  # it has but one update an iteration
+        point = "before any checkpoint"  # it has but one update an iteration
     whole = run(algorithm, "whole")
     killed(lambda: run(algorithm, "broken"), KILLS[point])
     assert_same(run(algorithm, "broken", resume_from_checkpoint=True), whole)
@@ -73,36 +74,36 @@ def test_a_killed_run_goes_on(algorithm, point, run):
 
 def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
     """Rewards go by the columns of the rows, so these are part of what a run began with."""
-    rows = [json.loads(line) for line in Path(options["dataset"]).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(options["dataset_name"]).read_text().splitlines()]
     data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
-    killed(lambda: run("grpo", "broken", dataset_name=data), (online, "draw", at_call(5)))
+    killed(lambda: run("grpo", "broken", dataset_name=data), (loop, "sample_completions", at_call(5)))
     tasks.write_rows(tmp_path / "rows.jsonl", [row | {"answer": "x"} for row in rows])
     with pytest.raises(
-        UsageError, match="is not what the run began with, so --resume_from_checkpoint cannot go on with it"
+        UsageError, match="is not the one that the run began with, so --resume_from_checkpoint cannot go on with it"
     ):
         run("grpo", "broken", dataset_name=data, resume_from_checkpoint=True)
 
 
 def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
     class Failing(LocalSampler):
-        def generate(self, asked, sampling, *, seed, number):
-            done = super().generate(asked, sampling, seed=seed, number=number)
+        def generate(self, requests, sampling, *, seed, number):
+            done = super().generate(requests, sampling, seed=seed, number=number)
             return [
                 Failure(one.where, "it stalls") if one.prompt.startswith("a") else completion
-                for one, completion in zip(asked, done, strict=True)
+                for one, completion in zip(requests, done, strict=True)
             ]
 
-    make = online.make_sampler
-    monkeypatch.setattr(online, "make_sampler", lambda *given: Failing((s := make(*given)).model, s.tokenizer, s.bf16))
+    make = loop.make_sampler
+    monkeypatch.setattr(loop, "make_sampler", lambda *args: Failing((s := make(*args)).model, s.tokenizer, s.bf16))
     whole = (run("grpo", "whole") / "failures.jsonl").read_text()
-    killed(lambda: run("grpo", "broken"), (online, "draw", at_call(5)))
+    killed(lambda: run("grpo", "broken"), (loop, "sample_completions", at_call(5)))
     assert (run("grpo", "broken", resume_from_checkpoint=True) / "failures.jsonl").read_text() == whole
     assert whole
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_processes_train_as_one(algorithm, options, tmp_path, python):
-    """Each draws and judges a share of the completions, and all learn from the whole."""
+    """Each samples and rewards a share of the completions, and all learn from the whole."""
     own = ALGORITHMS[algorithm][2]
     script = str(Path(__file__).with_name("online_stages.py"))
     (tmp_path / "options.json").write_text(json.dumps(options | own))

@@ -44,7 +44,7 @@ def accuracies(train, config):
 
 
 COMMON = {
-    "reward_funcs": ["exact_answer"], "max_prompt_length": 8, "max_new_tokens": 6, "batch_size": 256,
+    "reward_funcs": ["exact_answer"], "max_prompt_length": 8, "max_completion_length": 6, "batch_size": 256,
     "micro_batch_size": 256, "per_device_generation_batch_size": 512,
 }  # fmt: skip
 FALLING = {"learning_rate": 5e-4, "lr_scheduler_type": "linear"}
@@ -65,11 +65,11 @@ def test_grpo_reverses_words(reversal, tmp_path):
     assert before < 0.8 and after > 0.9
 
 
-@pytest.mark.parametrize("variant", ["dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"])
 @pytest.mark.xdist_group("reversal")
-def test_every_variant_learns(reversal, tmp_path, variant):
+def test_every_loss_type_learns(reversal, tmp_path, loss_type):
     more = {"num_generations": 8, "max_steps": 10, "learning_rate": 1e-3}
-    config = GRPOConfig(**COMMON, **reversal, output_dir=str(tmp_path / "out"), variant=variant, **more)
+    config = GRPOConfig(**COMMON, **reversal, output_dir=str(tmp_path / "out"), loss_type=loss_type, **more)
     before, after = accuracies(train_grpo, config)
     assert after > before + 0.1
 

@@ -90,11 +90,16 @@ SCORED = [
 
 def test_the_pairs_are_ready_for_dpo(run, write_jsonl, tokenizer, capsys):
     folder = run(write_jsonl(SCORED), pairing="all")
-    said = capsys.readouterr().out
-    assert "3 pairs of 3 prompts (without a pair: 1 equal rewards, 1 fewer than two usable completions)" in said
-    pairs = load_groups(str(folder / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=9, max_length=20)
-    found = [tuple(tokenizer.decode(ids[:-1]) for ids in (p.chosen, p.rejected)) for p in pairs.examples]
-    assert found == [(" cat", " fish"), (" cat", " dogs"), (" fish", " dogs")]
+    out = capsys.readouterr().out
+    assert "3 pairs of 3 prompts (without a pair: 1 equal rewards, 1 fewer than two usable completions)" in out
+    loaded = load_groups(str(folder / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=9, max_length=20)
+    (group,) = loaded.examples
+    responses = [tokenizer.decode(ids[:-1]) for ids in group.responses]
+    assert [(responses[better], responses[worse]) for better, worse in group.pairs] == [
+        (" cat", " fish"),
+        (" cat", " dogs"),
+        (" fish", " dogs"),
+    ]
     assert json.loads((folder / "report.json").read_text()) == {
         "completions": 6, "prompts": 3, "pairs": 3,
         "prompts_without_pair": {"equal rewards": 1, "fewer than two usable completions": 1},
@@ -144,7 +149,7 @@ def test_bad_sources(run, write_jsonl, tmp_path, capsys):
     data = write_jsonl(SCORED)
     with pytest.raises(UsageError, match="scored: name at least one file"):
         run()
-    with pytest.raises(UsageError, match=r"scored: .*train.jsonl is there twice"):
+    with pytest.raises(UsageError, match=r"scored: .*duplicate .*train.jsonl"):
         run(data, data)
     with pytest.raises(UsageError, match="is empty: expected rows with prompt, completion and reward"):
         run(write_jsonl([], "empty.jsonl"))

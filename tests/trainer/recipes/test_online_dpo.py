@@ -17,7 +17,6 @@ from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models import scoring
 from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.offline.dpo import train_dpo
-from rlhf_trainer.offline.pair_batches import GROUP_PAIRS
 from rlhf_trainer.preferences.pairs import pair_up
 from rlhf_trainer.recipes import online_dpo
 from rlhf_trainer.recipes.config import OnlineDPOConfig
@@ -30,7 +29,7 @@ from tests.trainer.known_models import dice, save_word_judge
 from tests.trainer.preferences.test_pairs import NOTHING
 from tests.trainer.training.test_resume import at_call, kill, killed
 
-# --- whole runs: the model draws each token from given probabilities, the judge rewards the share of " cat"
+# --- whole runs: the model draws each token from given probabilities, the reward model rewards the share of " cat"
 
 WORDS = {" cat": 0.2, " dogs": 0.5}
 END = 1
@@ -54,20 +53,20 @@ def writer(save_dice):
 
 
 @pytest.fixture(scope="module")
-def word_judge(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("judge"), copy.deepcopy(tokenizer), " cat")
+def word_reward_model(tokenizer, tmp_path_factory):
+    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
 @pytest.fixture(scope="module")
-def options(writer, word_judge, tmp_path_factory):
+def options(writer, word_reward_model, tmp_path_factory):
     """Two rounds on 4 prompts, each of 24 completions in 6 batches and of 4 steps."""
     prompts = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     write_rows(prompts, [{"prompt": prompt} for prompt in ("the", "on a", "see me the", "green hills")])
     return {
-        "model_name_or_path": writer, "reward_model_name_or_path": word_judge, "dataset_name": str(prompts),
-        "rounds": 2, "num_completions": 6, "per_device_generation_batch_size": 4, "max_new_tokens": 12, "max_prompt_length": 16,
-        "max_length": 40, "optim": "adamw", "learning_rate": 0.03, "warmup_steps": 0, "batch_size": 2,
-        "micro_batch_size": 2, "num_train_epochs": 2, "save_steps": 1,
+        "model_name_or_path": writer, "reward_model_name_or_path": word_reward_model, "dataset_name": str(prompts),
+        "rounds": 2, "num_completions": 6, "per_device_generation_batch_size": 4, "max_new_tokens": 12,
+        "max_prompt_length": 16, "max_length": 40, "optim": "adamw_torch_fused", "learning_rate": 0.03,
+        "warmup_steps": 0, "batch_size": 2, "micro_batch_size": 2, "num_train_epochs": 2, "save_steps": 1,
     }  # fmt: skip
 
 
@@ -175,9 +174,9 @@ def test_all_pairs_of_chats(run, write_jsonl, tokenizer):
     assert all(len(row["pairs"]) > len(row["responses"]) > 3 for row in rows)
     (report,) = json.loads((folder / "report.json").read_text())["rounds"]
     loaded = load_groups(str(pairs), tokenizer, split="train", **lengths)
-    assert report["pairs"] == len(loaded.examples) == sum(len(row["pairs"]) for row in rows) and loaded.cut == 0
-    groups = GROUP_PAIRS(loaded.examples)
-    assert [len(group.responses) for group in groups] == [len(row["responses"]) for row in rows]
+    assert report["pairs"] == sum(len(row["pairs"]) for row in rows) and loaded.cut == 0
+    assert [group.pairs for group in loaded.examples] == [[tuple(pair) for pair in row["pairs"]] for row in rows]
+    assert [len(group.responses) for group in loaded.examples] == [len(row["responses"]) for row in rows]
 
 
 def test_a_file_system_without_hard_links_gets_a_copy(run, monkeypatch):
@@ -322,7 +321,7 @@ def test_a_later_round_without_pairs_names_the_model_so_far(run, monkeypatch, tm
         ({"loss_type": "robust", "label_smoothing": 0.6}, "label_smoothing"),
         ({"model_name_or_path": "/no/such"}, "model_name_or_path: no such folder: /no/such"),
         ({"reference": "first", "ref_model_name_or_path": "/no/such"}, "ref_model_name_or_path: no such folder"),
-        ({"reward_model_name_or_path": "/no/such"}, "reward_model: no such folder: /no/such"),
+        ({"reward_model_name_or_path": "/no/such"}, "reward_model_name_or_path: no such folder: /no/such"),
         ({"max_new_tokens": 95}, r"prompts.jsonl, row \d: .* but the model has 96 positions"),
         ({"dataset_name": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
         ({"eval_dataset": "/no/such.jsonl"}, "/no/such.jsonl: no such file"),
@@ -336,7 +335,7 @@ def test_bad_input_is_told_at_once(wrong, message, run, tmp_path):
 
 
 def test_models_that_cannot_serve_are_told_at_once(run, writer, model_folder, make_model, tokenizer, tmp_path):
-    with pytest.raises(UsageError, match=r"reward_model: .* lacks weights, which would start at random"):
+    with pytest.raises(UsageError, match=r"reward_model_name_or_path: .* lacks weights, which would start at random"):
         run(reward_model_name_or_path=writer)
     with pytest.raises(UsageError, match="share_prefix: the attention of model_name_or_path"):
         run(model_name_or_path=model_folder("gemma2"), share_prefix=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from rlhf_trainer.errors import UsageError
+from rlhf_trainer.errors import TrainingError, UsageError
 from rlhf_trainer.recipes import run as recipe
 from rlhf_trainer.recipes.config import RecipeConfig
 from rlhf_trainer.recipes.run import run_recipe
@@ -36,8 +36,8 @@ def three(model_folder, rows, tmp_path_factory):
     small = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2, "max_length": 96}
     stages = {
         "sft": {
-            "command": "sft", "model_name_or_path": "${base}", "dataset_name": "${data}", **small, "num_train_epochs": 2,
-            "save_steps": 2,
+            "command": "sft", "model_name_or_path": "${base}", "dataset_name": "${data}", **small,
+            "num_train_epochs": 2, "save_steps": 2,
         },
         "half": {"python": "steps_of_mine:halve", "options": {"source": "${data}"}},
         "dpo": {
@@ -61,11 +61,10 @@ def whole(three, tmp_path_factory):
 
 @pytest.fixture
 def run(three, tmp_path):
-    def of(output="out", **options):
-        given = {"recipe": str(three), "output_dir": str(tmp_path / output)}
-        return run_recipe(RecipeConfig(**given | options))
+    def run(output="out", **options):
+        return run_recipe(RecipeConfig(**{"recipe": str(three), "output_dir": str(tmp_path / output)} | options))
 
-    return of
+    return run
 
 
 def report_of(folder):
@@ -82,11 +81,12 @@ def test_the_report_tells_what_each_stage_consumed_and_left(run, three, capsys):
     folder = run()
     sft, half, dpo = json.loads((folder / "report.json").read_text())["stages"]
     data = {"from": str(three.with_name("train.jsonl")), "rows": 12}
-    assert sft["consumed"]["dataset"] == data and sft["steps"] == 6
+    assert sft["consumed"]["dataset_name"] == data and sft["steps"] == 6
     assert sft["metrics"]["loss"]["last"] < sft["metrics"]["loss"]["first"]
     assert half["rows"] == {"half.jsonl": 6} and half["report"]["kept"] == 0.5
     assert dpo["consumed"] == {
-        "model_name_or_path": {"from": "sft"}, "dataset_name": {"from": "half/half.jsonl", "rows": 6}, "eval_dataset": data,
+        "model_name_or_path": {"from": "sft"}, "dataset_name": {"from": "half/half.jsonl", "rows": 6},
+        "eval_dataset": data,
     }  # fmt: skip
     assert dpo["steps"] == 2 and {"eval/loss", "loss"} <= dpo["metrics"].keys()
     assert all(stage["seconds"] > 0 and stage["resumed"] is False for stage in (sft, dpo))
@@ -96,11 +96,13 @@ def test_the_report_tells_what_each_stage_consumed_and_left(run, three, capsys):
     assert ".partial" not in text + (folder / "report.json").read_text()
 
 
-def test_what_stages_were_told_holds_when_all_is_in_place(run, whole):
+def test_configurations_of_stages_hold_when_all_is_in_place(run, whole):
     folder = whole
-    told = yaml.safe_load((folder / "dpo" / CONFIG_FILE).read_text())
-    assert told["model_name_or_path"] == str(folder / "sft") and told["output_dir"] == str(folder / "dpo")
-    assert told["dataset"] == str(folder / "half" / "half.jsonl")
+    dpo, half = (yaml.safe_load((folder / name / CONFIG_FILE).read_text()) for name in ("dpo", "half"))
+    assert dpo["model_name_or_path"] == str(folder / "sft") and dpo["output_dir"] == str(folder / "dpo")
+    assert dpo["dataset_name"] == str(folder / "half" / "half.jsonl")
+    assert half["python"] == "steps_of_mine:halve" and half["output_dir"] == str(folder / "half")
+    assert half["options"] == {"source": dpo["eval_dataset"]}
     assert all(".partial" not in path.read_text() for path in folder.rglob("*.yaml"))
     assert (folder / "cache").is_dir()
     again = run("again", recipe=str(folder / "recipe.yaml"))  # the recipe as it was run needs no variables
@@ -119,7 +121,7 @@ KILLS = {
     "inside the third stage": (training, "learning_rate_at", at_call(8)),
     "the last stage not noted": (recipe, "run_stage", at_call(3, after=True)),
     "before the report": (recipe, "report_of", at_call(1)),
-    "what stages were told half renamed": (recipe, "write", at_call(8)),
+    "half the configurations renamed": (recipe, "write_whole", at_call(8)),
     "all done and not moved": (recipe, "commit_output", at_call(2)),
 }
 
@@ -176,6 +178,14 @@ def test_a_stage_that_fails_is_named_and_mended_goes_on(run, whole, tmp_path):
     assert str(partial_folder(tmp_path / "out")) in str(error.value)
     folder = run(resume_from_checkpoint=True, set=["dpo.max_prompt_length=48"])
     assert_same(folder / "dpo", whole / "dpo")
+
+
+def test_a_training_that_diverges_is_reported_with_its_stage(run, tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"(?s)three.yaml, stage sft: step \d.*What is done is kept in .*--resume_from_checkpoint"
+    ):
+        run(set=["sft.learning_rate=1e30", "sft.warmup_steps=0"])
+    assert (partial_folder(tmp_path / "out") / "sft.partial").is_dir()
 
 
 def test_a_function_that_raises_is_named_with_its_own_traceback(run, tmp_path):

@@ -14,11 +14,12 @@ GOOD = """
 title: Two stages
 variables: {base: /my/base, data: data.jsonl, rate: 1e-3, deep: "${base}/deep"}
 stages:
-  sft: {command: sft, model_name_or_path: "${base}", dataset: "${data}", learning_rate: "${rate}"}
+  sft: {command: sft, model_name_or_path: "${base}", dataset_name: "${data}", learning_rate: "${rate}"}
   pick: {python: "shutil:copy", options: {dst: "${sft}/x", follow_symlinks: false}}
-  dpo: {command: dpo, model_name_or_path: "${sft}", dataset: "${pick}/pairs.jsonl", ref_cache_dir: "${output}/cache"}
+  dpo:
+    {command: dpo, model_name_or_path: "${sft}", dataset_name: "${pick}/pairs.jsonl", ref_cache_dir: "${output}/cache"}
 """
-METHODS = ("sft", "reward", "dpo", "ppo", "grpo", "reject")
+METHODS = ("sft", "reward", "dpo", "ppo", "grpo", "rejection")
 SIX = ("cold_start", "reasoning_prompts", "held_out_prompts", "other_demonstrations", "all_prompts", "preferences")
 HAS_TO_BE_SET = {"deepseek_r1": [f"{name}=some/{name}" for name in SIX]}
 
@@ -64,17 +65,25 @@ def test_what_a_recipe_became_is_a_recipe_that_does_the_same(recipe):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("command: sft", "command: stf", r"mine.yaml, stage sft: unknown command 'stf'; the commands are: sft, reward"),
+        (
+            "command: sft",
+            "command: stf",
+            r"mine.yaml, stage sft: unknown command 'stf'; did you mean 'sft'\?; the commands are: sft, reward",
+        ),
         ("command: sft", "command: demo", r"stage sft: unknown command 'demo'"),
         ("command: sft", "command: recipe", r"stage sft: unknown command 'recipe'"),
         ("{command: sft", "{python: f, command: sft", r"stage sft: expected either command, .* or python"),
         ("{command: sft,", "{", r"stage sft: expected either command, .* got the keys model_name_or_path"),
-        ("learning_rate:", "learnin_rate:", r"stage sft: unknown key 'learnin_rate'; the keys are: "),
+        (
+            "learning_rate:",
+            "learnin_rate:",
+            r"stage sft: unknown key 'learnin_rate'; did you mean 'learning_rate'\?\n`rlhf sft --help` lists",
+        ),
         ("rate: 1e-3", "rate: fast", r"stage sft: key 'learning_rate': expected float, got str 'fast'"),
         ("rate: 1e-3", "rate: -1", r"stage sft: learning_rate must be at least 0"),
         ("learning_rate:", "output_dir:", r"stage sft: key 'output_dir' is the recipe's: pass --output_dir"),
-        ("learning_rate:", "resume:", r"stage sft: key 'resume' is the recipe's"),
-        ('dataset: "${data}", ', "", r"stage sft: missing, but needed by sft: dataset"),
+        ("learning_rate:", "resume_from_checkpoint:", r"stage sft: key 'resume_from_checkpoint' is the recipe's"),
+        ('dataset_name: "${data}", ', "", r"stage sft: missing, but needed by sft: dataset_name"),
         ("rate: 1e-3", "rate: null", r"mine.yaml: variable 'rate' has no value: pass --set rate=\.\.\."),
         ("${rate}", "${speed}", r"stage sft: key 'learning_rate': \$\{speed\} is no variable or earlier stage; those"),
         ("${sft}/x", "${dpo}/x", r"stage pick: key 'dst': \$\{dpo\} comes later"),
@@ -83,14 +92,14 @@ def test_what_a_recipe_became_is_a_recipe_that_does_the_same(recipe):
         ("  sft:", "  base:", r"'base' cannot name a stage"),
         ("  sft:", "  output:", r"'output' cannot name a stage"),
         ("  sft:", "  a/b:", r"'a/b' cannot name a stage"),
-        ("  pick:", "  sft:", r"mine.yaml is not YAML: key 'sft' is there twice"),
+        ("  pick:", "  sft:", r"mine.yaml is not YAML: duplicate key 'sft'"),
         ("title:", "titel:", r"mine.yaml: unknown key 'titel'; the keys are: title, source"),
         ("title:", "threads: many\ntitle:", r"mine.yaml: threads: expected a whole number above 0, got 'many'"),
         ("shutil:copy", "shutil:copie", r"stage pick: python 'shutil:copie': .*has no 'copie'"),
         ("shutil:copy", "no_such_module:f", r"stage pick: python 'no_such_module:f': cannot import"),
         ("dst:", "destination:", r"stage pick: python 'shutil:copy' cannot be called with its options: missing a"),
         ("options:", "option:", r"stage pick: unknown key 'option' beside python; give it as options"),
-        ("data.jsonl", "/no/such.jsonl", r"stage sft: key 'dataset': no such file or folder: /no/such.jsonl"),
+        ("data.jsonl", "/no/such.jsonl", r"stage sft: key 'dataset_name': no such file or folder: /no/such.jsonl"),
         ("/my/base", "/no/such", r"stage sft: key 'model_name_or_path': no such file or folder: /no/such"),
         (GOOD, "stages: {}", r"mine.yaml: stages: there is none"),
         (GOOD, "stages: [sft]", r"mine.yaml: stages: expected 'key: value' lines, got list"),
@@ -119,7 +128,7 @@ def test_a_bad_recipe_is_told_before_anything_runs(old, new, message, recipe, tm
         ),
         ("rate=[", r"--set rate=\[: the value is not YAML"),
         ("ppo.beta=1", r"no variable 'ppo.beta'"),
-        ("sft.betta=1", r"stage sft: unknown key 'betta'"),
+        ("sft.betta=1", r"stage sft: unknown key 'betta'\n`rlhf sft --help` lists the keys"),
     ],
 )
 def test_a_bad_change_is_told(change, message, recipe):

@@ -71,21 +71,21 @@ def test_random_takes_as_many_of_each_prompt_and_does_not_look_at_rewards():
     assert random_per_prompt(flipped, 2, seed=5) == random_per_prompt(CANDIDATES, 2, seed=5)
 
 
-# --- the stage: the judge rewards the share of " cat" among all tokens, the end included
+# --- the stage: the reward model rewards the share of " cat" among all tokens, the end included
 
 
 @pytest.fixture(scope="module")
-def word_judge(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("judge"), copy.deepcopy(tokenizer), " cat")
+def word_reward_model(tokenizer, tmp_path_factory):
+    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
 @pytest.fixture
-def run(word_judge, tmp_path):
+def run(word_reward_model, tmp_path):
     def run(*completions, output="out", **options):
         return rejection(
             RejectionConfig(
                 completions=list(completions),
-                reward_model_name_or_path=word_judge,
+                reward_model_name_or_path=word_reward_model,
                 output_dir=str(tmp_path / output),
                 **options,
             )
@@ -189,7 +189,7 @@ def test_what_is_too_long_is_left_out(run, write_jsonl):
 
 def test_a_run_goes_on_with_the_batches_it_has(run, write_jsonl, tmp_path, monkeypatch):
     data = write_jsonl(ROWS)
-    whole = run(data, output="whole", batch_size=1)
+    whole = run(data, output="whole", per_device_eval_batch_size=1)
     scoring, last_values, calls = rlhf_trainer.models.scoring, rlhf_trainer.models.scoring.last_values, []
 
     def break_off_at(call):
@@ -204,9 +204,9 @@ def test_a_run_goes_on_with_the_batches_it_has(run, write_jsonl, tmp_path, monke
 
     break_off_at(5)  # the check of the head at loading and at scoring, two batches, and in the third
     with pytest.raises(KeyboardInterrupt):
-        run(data, batch_size=1)
+        run(data, per_device_eval_batch_size=1)
     break_off_at(0)
-    folder = run(data, batch_size=1, resume_from_checkpoint=True)
+    folder = run(data, per_device_eval_batch_size=1, resume_from_checkpoint=True)
     assert len(calls) == 2 + 2
     for name in ("scored.jsonl", "selected.jsonl", "report.json"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
@@ -233,7 +233,7 @@ def test_bad_sources(run, write_jsonl, tmp_path):
     data = write_jsonl(ROWS)
     with pytest.raises(UsageError, match="no such file"):
         run(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UsageError, match=r"completions: .*train.jsonl is there twice"):
+    with pytest.raises(UsageError, match=r"completions: .*duplicate .*train.jsonl"):
         run(data, data)
     with pytest.raises(UsageError, match="is empty: expected rows with prompt and completion"):
         run(write_jsonl([], "empty.jsonl"))
@@ -266,23 +266,23 @@ def shortness(completions, level):
 
 
 @pytest.fixture
-def judged(tmp_path, monkeypatch):
+def run_by_functions(tmp_path, monkeypatch):
     """Without a reward model."""
     (tmp_path / "lengths.py").write_text(LENGTH)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "lengths", raising=False)
 
-    def judged(*completions, output="out", **options):
+    def run(*completions, output="out", **options):
         return rejection(RejectionConfig(completions=list(completions), output_dir=str(tmp_path / output), **options))
 
-    yield judged
+    yield run
     sys.modules.pop("lengths", None)
 
 
-def test_only_what_is_right_is_selected(judged, write_jsonl, capsys):
+def test_only_what_is_right_is_selected(run_by_functions, write_jsonl, capsys):
     """DeepSeek-R1's third step: of many completions, those whose answer is right."""
-    folder = judged(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.0, k=9)
+    folder = run_by_functions(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.0, k=9)
     selected = [(line["prompt"], line["completion"]) for line in lines_of(folder / "selected.jsonl")]
     assert selected == [("2 + 2", " It is 4."), ("2 + 3", " 5 cat"), ("2 + 3", " #### 5")]
     scored = lines_of(folder / "scored.jsonl")
@@ -292,23 +292,23 @@ def test_only_what_is_right_is_selected(judged, write_jsonl, capsys):
     assert report["below_min_reward"] == 2 and report["selected"]["prompts"] == 2
     assert "selected:   3 of 2 prompts, mean reward +1.0000" in capsys.readouterr().out
 
-    folder = judged(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.5, output="none")
+    folder = run_by_functions(write_jsonl(MATHS), reward_funcs=["exact_answer"], min_reward=1.5, output="none")
     assert (folder / "selected.jsonl").read_text() == ""
     assert "selected:   0 of 0 prompts, none has min_reward" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("selection", ["top_k_overall", "random"])
-def test_min_reward_goes_before_every_selection(judged, write_jsonl, selection):
+def test_min_reward_goes_before_every_selection(run_by_functions, write_jsonl, selection):
     options = {"reward_funcs": ["exact_answer"], "min_reward": 0.5, "selection": selection}
     for seed in range(4):
-        folder = judged(write_jsonl(MATHS), output=f"out{seed}", k=2, seed=seed, **options)
+        folder = run_by_functions(write_jsonl(MATHS), output=f"out{seed}", k=2, seed=seed, **options)
         assert {line["reward"] for line in lines_of(folder / "selected.jsonl")} == {1}
 
 
-def test_a_weighted_sum_of_a_reward_model_and_functions(judged, write_jsonl, word_judge):
-    folder = judged(
-        write_jsonl(MATHS), reward_model_name_or_path=word_judge, reward_funcs=["exact_answer", "lengths:shortness"],
-        reward_weights=[10.0, 1.0, 2.0],
+def test_a_weighted_sum_of_a_reward_model_and_functions(run_by_functions, write_jsonl, word_reward_model):
+    folder = run_by_functions(
+        write_jsonl(MATHS), reward_model_name_or_path=word_reward_model,
+        reward_funcs=["exact_answer", "lengths:shortness"], reward_weights=[10.0, 1.0, 2.0],
     )  # fmt: skip
     scored = lines_of(folder / "scored.jsonl")
     for line in scored[:5]:
@@ -321,10 +321,12 @@ def test_a_weighted_sum_of_a_reward_model_and_functions(judged, write_jsonl, wor
     assert sys.modules["lengths"].calls == [[1, 1, None, None, None]]
 
 
-def test_functions_are_not_called_again_when_a_run_goes_on(judged, write_jsonl, word_judge, monkeypatch):
+def test_functions_are_not_called_again_when_a_run_goes_on(
+    run_by_functions, write_jsonl, word_reward_model, monkeypatch
+):
     data = write_jsonl(MATHS)
-    options = {"reward_funcs": ["lengths:shortness", f"model:{word_judge}"]}
-    whole = judged(data, output="whole", **options)
+    options = {"reward_funcs": ["lengths:shortness", f"model:{word_reward_model}"]}
+    whole = run_by_functions(data, output="whole", **options)
     calls, last_values = sys.modules["lengths"].calls, rlhf_trainer.models.scoring.last_values
     calls.clear()
 
@@ -335,17 +337,17 @@ def test_functions_are_not_called_again_when_a_run_goes_on(judged, write_jsonl, 
 
     monkeypatch.setattr(rlhf_trainer.models.scoring, "last_values", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        judged(data, **options)
+        run_by_functions(data, **options)
     monkeypatch.setattr(rlhf_trainer.models.scoring, "last_values", last_values)
     assert len(calls) == 1
-    folder = judged(data, resume_from_checkpoint=True, **options)
+    folder = run_by_functions(data, resume_from_checkpoint=True, **options)
     assert len(calls) == 1
     assert (folder / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
 
 
-def test_what_rewards_cannot_use_is_named_before_anything_is_written(judged, write_jsonl, tmp_path):
+def test_what_rewards_cannot_use_is_named_before_anything_is_written(run_by_functions, write_jsonl, tmp_path):
     with pytest.raises(UsageError, match=r"train.jsonl, row 2, prompt 'on': the reward 'exact_answer' needs a column"):
-        judged(write_jsonl([MATHS[0], row("on", " cat")]), reward_funcs=["exact_answer"])
+        run_by_functions(write_jsonl([MATHS[0], row("on", " cat")]), reward_funcs=["exact_answer"])
     for line, message in (
         (row("a", " b", columns=[1]), "row 1, field 'columns': expected a mapping, got a list"),
         (row(["a"], " b"), r"row 1, field 'prompt\[0\]': expected"),
@@ -353,11 +355,13 @@ def test_what_rewards_cannot_use_is_named_before_anything_is_written(judged, wri
         (row("a", 7), "row 1, field 'completion': expected text, as in 'prompt', got int 7"),
     ):
         with pytest.raises(UsageError, match=message):
-            judged(write_jsonl([line]), reward_funcs=["regex:a"])
-    with pytest.raises(UsageError, match="nothing judges: name a reward_model or rewards"):
-        judged("none.jsonl")
+            run_by_functions(write_jsonl([line]), reward_funcs=["regex:a"])
+    with pytest.raises(
+        UsageError, match="nothing rewards the completions: pass reward_model_name_or_path or reward_funcs"
+    ):
+        run_by_functions("none.jsonl")
     with pytest.raises(UsageError, match="min_reward must be a number, got nan"):
-        judged("none.jsonl", reward_funcs=["regex:a"], min_reward=float("nan"))
+        run_by_functions("none.jsonl", reward_funcs=["regex:a"], min_reward=float("nan"))
     assert not partial_folder(tmp_path / "out").exists()
 
 

@@ -79,9 +79,11 @@ def functions(tmp_path, monkeypatch):
     sys.modules.pop("my_rewards", None)
 
 
-def load(*rewards, reward_model_name_or_path=None, weights=(), **options):
-    config = RewardsConfig(output_dir="out", reward_model_name_or_path=reward_model, reward_funcs=list(rewards),
-                         reward_weights=list(weights))  # fmt: skip
+def load(*reward_funcs, reward_model=None, weights=(), **options):
+    config = RewardsConfig(
+        output_dir="out", reward_model_name_or_path=reward_model, reward_funcs=list(reward_funcs),
+        reward_weights=list(weights),
+    )  # fmt: skip
     return load_rewards(config, CPU, **options)
 
 
@@ -212,8 +214,8 @@ def test_a_long_prompt_is_shortened_and_a_chat_shows_its_last_message(functions)
     ],
 )
 def test_what_cannot_be_loaded_is_told_before_any_model_is_loaded(functions, monkeypatch, spec, message):
-    monkeypatch.setattr("rlhf_trainer.rewards.rewards.ModelReward", None)
-    with pytest.raises(UsageError, match=f"rewards: .*{message}"):
+    monkeypatch.setattr("rlhf_trainer.rewards.loading.ModelReward", None)
+    with pytest.raises(UsageError, match=f"reward_funcs: .*{message}"):
         load("model:somewhere", spec)
 
 
@@ -223,11 +225,11 @@ def test_what_cannot_be_loaded_is_told_before_any_model_is_loaded(functions, mon
 def test_columns_of_rows_reach_the_rewards(tokenizer, write_jsonl):
     rows = [
         {"prompt": "two and two", "ground_truth": "4", "expression": "2+2"},
-        {"messages": [{"role": "user", "content": "q"}], "ground_truth": "5", "expression": "9/3", "dataset_name": "x"},
+        {"messages": [{"role": "user", "content": "q"}], "ground_truth": "5", "expression": "9/3", "dataset": "x"},
     ]
     prompts = load_prompts(write_jsonl(rows), tokenizer, split="train", max_prompt_length=64).examples
     assert [p.columns for p in prompts] == [
-        {"ground_truth": "4", "expression": "2+2"}, {"ground_truth": "5", "expression": "9/3", "dataset_name": "x"}
+        {"ground_truth": "4", "expression": "2+2"}, {"ground_truth": "5", "expression": "9/3", "dataset": "x"}
     ]  # fmt: skip
     rewards = load("exact_answer", "arithmetic", weights=[1, 10])
     rewards.check(prompts)
@@ -284,13 +286,15 @@ def test_unit_tests_of_several_completions_run_at_once_and_keep_their_places(cap
 
 
 @pytest.fixture(scope="module")
-def word_judge(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("judge"), copy.deepcopy(tokenizer), " cat")
+def word_reward_model(tokenizer, tmp_path_factory):
+    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
-def test_a_reward_model_judges_prompt_and_completion_as_its_tokenizer_writes_them(word_judge, tokenizer, functions):
+def test_a_reward_model_reads_prompt_and_completion_as_its_tokenizer_writes_them(
+    word_reward_model, tokenizer, functions
+):
     rewards = load(
-        "my_rewards:length", f"model:{word_judge}", reward_model_name_or_path=word_judge, weights=[3, 0, 0.5]
+        "my_rewards:length", f"model:{word_reward_model}", reward_model=word_reward_model, weights=[3, 0, 0.5]
     )
     assert rewards.names == ("reward_model", "length", "reward_model-2")
     chat = [{"role": "user", "content": "the"}]
@@ -303,7 +307,7 @@ def test_a_reward_model_judges_prompt_and_completion_as_its_tokenizer_writes_the
         )
         for p, t in zip(prompts, texts, strict=True)
     ]
-    expected = score_sequences(load_reward_model(word_judge, key="k"), sequences, 4, 1, CPU)
+    expected = score_sequences(load_reward_model(word_reward_model, key="k"), sequences, 4, 1, CPU)
     total, parts = rewards(prompts, texts)
     assert expected[1] > expected[0] > 0
     torch.testing.assert_close(parts[:, 0], expected)
@@ -311,15 +315,15 @@ def test_a_reward_model_judges_prompt_and_completion_as_its_tokenizer_writes_the
     torch.testing.assert_close(total, 3.5 * expected)  # the reward_model comes first, with the first weight
 
 
-def test_an_empty_completion_is_judged_as_the_prompt_with_its_end(word_judge, tokenizer):
-    reward = load(reward_model_name_or_path=word_judge)([prompt("the cat cat")], [" \n"]).total
+def test_an_empty_completion_is_rewarded_as_the_prompt_with_its_end(word_reward_model, tokenizer):
+    reward = load(reward_model=word_reward_model)([prompt("the cat cat")], [" \n"]).total
     ids = [*tokenizer("the cat cat").input_ids, tokenizer.eos_token_id]
-    torch.testing.assert_close(reward, score_sequences(load_reward_model(word_judge, key="k"), [ids], 1, 1, CPU))
+    torch.testing.assert_close(reward, score_sequences(load_reward_model(word_reward_model, key="k"), [ids], 1, 1, CPU))
     assert reward > 0
 
 
-def test_what_is_too_long_for_a_reward_model_is_named(word_judge):
-    rewards = load(reward_model_name_or_path=word_judge)
+def test_what_is_too_long_for_a_reward_model_is_named(word_reward_model):
+    rewards = load(reward_model=word_reward_model)
     with pytest.raises(
         UsageError, match=r"p.jsonl, row 1: 98 tokens, but the model has 96 positions; the reward model"
     ):
@@ -329,9 +333,9 @@ def test_what_is_too_long_for_a_reward_model_is_named(word_judge):
 
 
 def test_a_folder_that_is_not_there():
-    with pytest.raises(UsageError, match="reward_model: no such folder"):
-        load(reward_model_name_or_path="./none")
-    with pytest.raises(UsageError, match="rewards: no such folder"):
+    with pytest.raises(UsageError, match="reward_model_name_or_path: no such folder"):
+        load(reward_model="./none")
+    with pytest.raises(UsageError, match="reward_funcs: no such folder"):
         load("model:./none")
 
 

@@ -39,8 +39,8 @@ def test_local_rollouts_compute_in_the_precision_of_the_run(make_model, tokenize
     model, seen = make_model("llama"), []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     try:
-        for precision in ("fp32", "bf16"):
-            config = ServerConfig(output_dir="out", precision=precision)
+        for bf16 in (False, True):
+            config = ServerConfig(output_dir="out", bf16=bf16)
             make_sampler(config, model, tokenizer).generate(ASKED, Sampling(1), seed=0, number=0)
     finally:
         handle.remove()

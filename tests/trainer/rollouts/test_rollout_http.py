@@ -95,7 +95,7 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     """<s> is in the chat template's text, and tokenizers put another one before every text."""
     own = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="<|im_end|>",
-        chat_template_path="{{ bos_token }}" + tokenizer.chat_template,
+        chat_template="{{ bos_token }}" + tokenizer.chat_template,
     )  # fmt: skip
     own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     messages = [{"role": "user", "content": "see me"}]

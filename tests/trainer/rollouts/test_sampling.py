@@ -31,7 +31,7 @@ def run(model_folder, rows, write_jsonl, tmp_path):
     def run(output="out", **options):
         small = {
             "models": [model_folder("llama"), model_folder("gpt2")], "dataset_name": prompts, "num_completions": 3,
-            "max_new_tokens": 6, "batch_size": 4, "output_dir": str(tmp_path / output),
+            "max_new_tokens": 6, "per_device_generation_batch_size": 4, "output_dir": str(tmp_path / output),
         }  # fmt: skip
         return sample(SampleConfig(**small | options))
 
@@ -163,7 +163,7 @@ def test_resuming_with_other_settings_or_data_is_refused(run, rows, write_jsonl,
     with pytest.raises(UsageError, match="Pass --resume_from_checkpoint to go on"):
         run("broken")
     write_jsonl([{"prompt": row["prompt"]} for row in rows(5, seed=9)], "prompts.jsonl")
-    with pytest.raises(UsageError, match="the data or a tokenizer is not what the run began with"):
+    with pytest.raises(UsageError, match="the data or a tokenizer is not the one that the run began with"):
         run("broken", resume_from_checkpoint=True)
     assert partial_folder(tmp_path / "broken").exists()
 
@@ -174,7 +174,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, monkeypatch, capsys):
     monkeypatch.setattr(sampling, "load_tokenizer", None)
     assert run(resume_from_checkpoint=True) == folder
     assert (folder / COMPLETIONS_FILE).stat().st_mtime_ns == before
-    assert "is finished" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists; choose another one, or pass --overwrite_output_dir"):
         run()
 
@@ -183,7 +183,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, monkeypatch, capsys):
 
 
 def test_a_model_may_not_be_there_twice(run, model_folder):
-    with pytest.raises(UsageError, match=r"models: .* is there twice; for more completions raise num_completions"):
+    with pytest.raises(UsageError, match=r"models: duplicate .*; for more completions raise num_completions"):
         run(models=[model_folder("llama")] * 2)
 
 

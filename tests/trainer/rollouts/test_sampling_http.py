@@ -42,7 +42,8 @@ def run(model_folder, write_jsonl, tmp_path, monkeypatch):
     def run(url, output="out", **options):
         small = {
             "models": [model_folder("llama")], "dataset_name": prompts, "num_completions": 4, "max_new_tokens": 6,
-            "batch_size": 4, "output_dir": str(tmp_path / output), "server_url": url, "server_retries": 1,
+            "per_device_generation_batch_size": 4, "output_dir": str(tmp_path / output), "server_url": url,
+            "server_retries": 1,
         }  # fmt: skip
         return sample(SampleConfig(**small | options))
 

@@ -125,7 +125,7 @@ def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_js
     def written(output, **options):
         config = SampleConfig(
             output_dir=str(tmp_path / output), models=[folder], dataset_name=data, num_completions=2, temperature=0.0,
-            max_new_tokens=12, batch_size=4, **options,
+            max_new_tokens=12, per_device_generation_batch_size=4, **options,
         )  # fmt: skip
         return (sample(config) / COMPLETIONS_FILE).read_bytes()
 
@@ -138,9 +138,10 @@ def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl,
     data = write_jsonl([{"prompt": one.prompt} for one in asked])
     trained = train_grpo(
         GRPOConfig(
-            output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data, reward_funcs=["regex:cat|mat|sat"],
-            server_url=url, server_prompts="text", server_sync="folder", server_timeout=60.0, max_prompt_length=48,
-            max_new_tokens=6, batch_size=32, num_generations=8, max_steps=5, learning_rate=1e-2,
+            output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data,
+            reward_funcs=["regex:cat|mat|sat"], server_url=url, server_prompts="text",
+            server_sync="folder", server_timeout=60.0, max_prompt_length=48,
+            max_completion_length=6, batch_size=32, num_generations=8, max_steps=5, learning_rate=1e-2,
         )
     )  # fmt: skip
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]

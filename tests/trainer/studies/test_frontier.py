@@ -105,7 +105,7 @@ def test_a_training_that_fails_is_named_with_its_log(tmp_path):
 def test_a_finished_run_is_left_alone(folder, capsys):
     told = FrontierConfig(output_dir=str(folder), quick=True, resume_from_checkpoint=True)
     assert frontier.run(told) == folder
-    assert "finished" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists"):
         frontier.run(FrontierConfig(output_dir=str(folder), quick=True))
     with pytest.raises(UsageError, match="seeds: 3 then, 2 now"):
