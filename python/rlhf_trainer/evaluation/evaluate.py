@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: a model answers held-out prompts; a reward model judges its answers beside those of the data.
+"""`rlhf evaluate`: a model answers held-out prompts; a reward model scores its answers beside those of the data.
 
 Measured are, each with a 95% interval:
 - win rate: how often the model's answer gets a higher reward than the data's answer to the same prompt. Equal rewards
@@ -7,7 +7,7 @@ Measured are, each with a 95% interval:
   Bootstrap intervals over prompts.
 KL of an answer is the exact divergence of the two next-token distributions before each of its tokens, summed, in nats.
 Its mean estimates the KL of whole answers where they are drawn from the model as it is: temperature 1, no top_k, no
-top_p. An answer that was cut at max_new_tokens is judged as it is. An empty one has no reward.
+top_p. An answer that was cut at max_new_tokens is scored as it is. An empty one has no reward.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from ..models.kl import kl_of_sequences
 from ..models.loading import load_tokenizer
 from ..models.scoring import batch_count, load_reward_model, score_sequences
 from ..rollouts.generation import Completion, completion_text, generate
-from ..rollouts.loading import prompts_of, sampling_of
-from ..rollouts.sample import SHORTER
+from ..rollouts.loading import SHORTER, prompts_of, sampling_of
 from ..training.journal import Journal, RunBatch, write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
@@ -45,7 +44,7 @@ class Answer(NamedTuple):
 
     content: Any  # text, or messages after messages
     tokens: int  # of the model's tokenizer, with the end
-    judged: list[int] | None  # prompt and answer as the reward model's tokenizer makes them; None: empty
+    reward_ids: list[int] | None  # prompt and answer in the reward model's tokens; None: empty
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -53,27 +52,29 @@ def evaluate(config: EvaluateConfig) -> Path:
     device = single_process("rlhf evaluate")
     if not begin(config):
         return Path(config.output_dir)
-    tokenizer, judge_tokenizer = (
+    tokenizer, reward_tokenizer = (
         load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
         for key in ("model_name_or_path", "reward_model_name_or_path")
     )
     prompts = prompts_of(config, tokenizer, config.dataset_test_split).examples
-    check_prompts(config, prompts, judge_tokenizer)
-    theirs = answers_of_data(config, prompts, tokenizer, judge_tokenizer)
-    models = load_models(config, prompts, theirs, tokenizer, judge_tokenizer)
+    check_prompts(config, prompts, reward_tokenizer)
+    theirs = answers_of_data(config, prompts, tokenizer, reward_tokenizer)
+    models = load_models(config, prompts, theirs, tokenizer, reward_tokenizer)
 
     work = open_output(config)
-    data = [(prompt.ids, answer and answer.judged) for prompt, answer in zip(prompts, theirs, strict=True)]
+    data = [(prompt.ids, answer and answer.reward_ids) for prompt, answer in zip(prompts, theirs, strict=True)]
     batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (
         1 if config.ref_model_name_or_path is None else 2
     )
     with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
         completions, kl = answer_prompts(config, prompts, models, tokenizer, device, progress.run)
         ours = [
-            own_answer(config, prompt, completion, tokenizer, judge_tokenizer)
+            own_answer(config, prompt, completion, tokenizer, reward_tokenizer)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        rewards, their_rewards = judge(config, prompts, [ours, theirs], models.judge, judge_tokenizer, device, progress)
+        rewards, their_rewards = score_answers(
+            config, prompts, [ours, theirs], models.reward_model, reward_tokenizer, device, progress
+        )
     samples = [
         {
             "prompt": prompt.prompt, "prompt_row": prompt.row, "completion": own.content, "finished": done.finished,
@@ -97,9 +98,10 @@ def answers_of_data(
     config: EvaluateConfig,
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
-    judge_tokenizer: PreTrainedTokenizerBase,
+    reward_tokenizer: PreTrainedTokenizerBase,
 ) -> list[Answer | None]:
-    """None where the row has no answer. An unusable answer is a UsageError; told and None if rows may be skipped."""
+    """The data's answers, None where there is none. An unusable one is a UsageError; if rows may be skipped, it is
+    printed and left out."""
     answers: list[Answer | None] = []
     problems: list[str] = []
     for prompt in prompts:
@@ -107,23 +109,23 @@ def answers_of_data(
         if prompt.answer is not None:
             try:
                 tokens = len(encode_response(tokenizer, prompt.prompt, prompt.answer, "answer"))
-                answer = Answer(prompt.answer, tokens, judged_ids(judge_tokenizer, prompt, prompt.answer))
+                answer = Answer(prompt.answer, tokens, reward_ids_of(reward_tokenizer, prompt, prompt.answer))
             except RowError as error:
                 problems.append(f"row {prompt.row}, {error}")
         answers.append(answer)
     if problems:
-        told = f"{config.dataset_name}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
+        message = f"{config.dataset_name}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
         if not config.skip_invalid_rows:
-            raise UsageError(f"{told}\nFix them, or pass --skip_invalid_rows to compare on the others.")
-        print(told)
+            raise UsageError(f"{message}\nFix them, or pass --skip_invalid_rows to compare on the others.")
+        print(message)
     return answers
 
 
-def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], judge_tokenizer: PreTrainedTokenizerBase) -> None:
+def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], reward_tokenizer: PreTrainedTokenizerBase) -> None:
     """UsageError where the reward model's tokenizer, say without a chat template, makes nothing of a prompt."""
     for prompt in prompts:
         try:
-            encode_prompt(judge_tokenizer, prompt.prompt)
+            encode_prompt(reward_tokenizer, prompt.prompt)
         except RowError as error:
             raise UsageError(
                 f"{config.dataset_name}, row {prompt.row}, for the tokenizer of {config.reward_model_name_or_path}: "
@@ -131,9 +133,9 @@ def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], judge_token
             ) from error
 
 
-def judged_ids(judge_tokenizer: PreTrainedTokenizerBase, prompt: Prompt, content: Any) -> list[int]:
-    return encode_prompt(judge_tokenizer, prompt.prompt) + encode_response(
-        judge_tokenizer, prompt.prompt, content, "answer"
+def reward_ids_of(reward_tokenizer: PreTrainedTokenizerBase, prompt: Prompt, content: Any) -> list[int]:
+    return encode_prompt(reward_tokenizer, prompt.prompt) + encode_response(
+        reward_tokenizer, prompt.prompt, content, "answer"
     )
 
 
@@ -142,20 +144,20 @@ def own_answer(
     prompt: Prompt,
     completion: Completion,
     tokenizer: PreTrainedTokenizerBase,
-    judge_tokenizer: PreTrainedTokenizerBase,
+    reward_tokenizer: PreTrainedTokenizerBase,
 ) -> Answer:
     content = like_prompt(prompt.prompt, completion_text(tokenizer, completion))
     try:
-        judged = None if is_empty(content) else judged_ids(judge_tokenizer, prompt, content)
+        reward_ids = None if is_empty(content) else reward_ids_of(reward_tokenizer, prompt, content)
     except RowError as error:
         raise UsageError(f"{config.dataset_name}, row {prompt.row}, the model's answer {content!r}: {error}") from error
-    return Answer(content, len(completion.ids), judged)
+    return Answer(content, len(completion.ids), reward_ids)
 
 
 class Models(NamedTuple):
     policy: FusedLM
     reference: FusedLM | None
-    judge: PreTrainedModel
+    reward_model: PreTrainedModel
 
 
 def load_models(
@@ -163,7 +165,7 @@ def load_models(
     prompts: Sequence[Prompt],
     theirs: Sequence[Answer | None],
     tokenizer: PreTrainedTokenizerBase,
-    judge_tokenizer: PreTrainedTokenizerBase,
+    reward_tokenizer: PreTrainedTokenizerBase,
 ) -> Models:
     """All models, on the CPU until it is their turn; UsageError where they do not fit each other or the prompts."""
     rows = [prompt.row for prompt in prompts]
@@ -179,14 +181,14 @@ def load_models(
     reference = None if config.ref_model_name_or_path is None else load("ref_model_name_or_path")
     if reference is not None:
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
-    judge = load_reward_model(
+    reward_model = load_reward_model(
         config.reward_model_name_or_path, key="reward_model_name_or_path",
         attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    # How long the model's own answers are in the judge's tokens will be known when they are written.
-    judged = [len(answer.judged) if answer and answer.judged else 0 for answer in theirs]
-    check_fit(judge, judge_tokenizer, rows, judged, config.dataset_name, "leave it out")
-    return Models(policy, reference, judge)
+    # The lengths of the model's own answers in the reward model's tokens will be known when they are written.
+    lengths = [len(answer.reward_ids) if answer and answer.reward_ids else 0 for answer in theirs]
+    check_fit(reward_model, reward_tokenizer, rows, lengths, config.dataset_name, "leave it out")
+    return Models(policy, reference, reward_model)
 
 
 def answer_prompts(
@@ -213,11 +215,11 @@ def answer_prompts(
             )
         ]
         reference.to("cpu")
-    policy.to("cpu")  # room for the judge
+    policy.to("cpu")  # room for the reward model
     return completions, kl
 
 
-def judge(
+def score_answers(
     config: EvaluateConfig,
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[Answer | None]],
@@ -227,27 +229,21 @@ def judge(
     progress: Journal,
 ) -> list[list[float | None]]:
     """Rewards of the answers, list by list; None where there is no answer or an empty one."""
-    judged = [
-        (prompt.row, answer.judged)
+    scored = [
+        (prompt.row, answer.reward_ids)
         for column in answers
         for prompt, answer in zip(prompts, column, strict=True)
-        if answer and answer.judged
+        if answer and answer.reward_ids
     ]
-    if not judged:
+    if not scored:
         return [[None] * len(prompts) for _ in answers]
-    sequences = [ids for _, ids in judged]
-    check_fit(
-        model,
-        tokenizer,
-        [row for row, _ in judged],
-        [len(ids) for ids in sequences],
-        config.dataset_name,
-        "leave it out",
-    )
+    sequences = [ids for _, ids in scored]
+    rows, lengths = [row for row, _ in scored], [len(ids) for ids in sequences]
+    check_fit(model, tokenizer, rows, lengths, config.dataset_name, "leave it out")
     progress.expect(batch_count(sequences, config.per_device_generation_batch_size))
     rewards = score_sequences(
         model, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), device, bf16=config.bf16,
         run=progress.run,
     )  # fmt: skip
-    found = iter(rewards.tolist())
-    return [[next(found) if answer and answer.judged else None for answer in column] for column in answers]
+    values = iter(rewards.tolist())
+    return [[next(values) if answer and answer.reward_ids else None for answer in column] for column in answers]

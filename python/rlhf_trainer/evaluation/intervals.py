@@ -1,4 +1,4 @@
-"""How sure a measured share or mean is: 95% intervals over the prompts (or trials) it was measured on."""
+"""95% intervals of shares and means over the prompts (or trials) that they were measured on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Interval(NamedTuple):
 
 
 def wilson_interval(rate: float, count: int) -> Interval:
-    """Of a share of `count` independent trials (Wilson, 1927): unlike rate +- error it stays within [0, 1] and has a
-    width where all trials agree."""
+    """The interval of a share of `count` independent trials (Wilson, 1927): unlike rate +- error it stays within [0, 1]
+    and has a width where all trials agree."""
     spread = Z_95**2 / count
     centre = (rate + spread / 2) / (1 + spread)
     half = Z_95 * math.sqrt((rate * (1 - rate) + spread / 4) / count) / (1 + spread)
@@ -30,7 +30,7 @@ def wilson_interval(rate: float, count: int) -> Interval:
 
 
 def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> Interval:
-    """Of the mean: the 2.5% and 97.5% quantiles of the means of `resamples` samples, drawn with replacement."""
+    """The interval of the mean: 2.5% and 97.5% quantiles of the means of `resamples` samples with replacement."""
     data = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(data), (len(data),), generator=generator) for _ in range(resamples))

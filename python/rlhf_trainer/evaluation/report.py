@@ -1,4 +1,4 @@
-"""What `rlhf evaluate` found, from its samples: as numbers with intervals, and as a table for a person."""
+"""The report of `rlhf evaluate`, from its samples: numbers with intervals, and a table for a person."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def outcome(reward: float | None, answer_reward: float) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """What a person reads."""
+    """The report as text, for a person."""
     measures = [
         ("win rate against the answers of the data", "win_rate", 100, "%"),
         ("reward, mean", "reward", 1, ""),
@@ -63,7 +63,7 @@ def table(report: dict[str, Any]) -> str:
         ("KL(model || reference) of an answer, nats, mean", "kl_nats", 1, ""),
     ]
     lines = [
-        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, judged by {report['reward_model']}",
+        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, scored by {report['reward_model']}",
         f"  {'':<48}{'value':>10}   {'95% interval':^22}{'prompts':>9}",
     ]
     for name, key, factor, unit in measures:
@@ -72,7 +72,7 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"  {name:<48}{value:>10}   {f'[{low}, {high}]':^22}{report[key]['count']:>9}")
     lines.append(
         f"  {report['wins']} wins, {report['ties']} ties (half a win each), {report['losses']} losses. "
-        f"{report['unfinished']} answers were cut at max_new_tokens and judged so; {report['empty']} are empty: no "
+        f"{report['unfinished']} answers were cut at max_new_tokens and scored so; {report['empty']} are empty: no "
         "reward, and lost."
     )
     lines.append(

@@ -1,4 +1,4 @@
-"""From rewards to advantages: pure functions of small tensors. `mask` is True where a token counts."""
+"""Advantages from rewards: pure functions of small tensors. `mask` is True where a token counts."""
 
 from __future__ import annotations
 

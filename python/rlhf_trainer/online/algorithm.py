@@ -1,4 +1,5 @@
-"""What tells PPO from GRPO, and the task that both train on: the loss of an iteration's episodes."""
+"""The differences between PPO and GRPO, `Algorithm`, and the task that both train on, `EpisodeTask`: the loss of an
+iteration's episodes."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class EpisodeBatch(NamedTuple):
 
     episodes: list[Episode]
     output: PolicyOutput
-    old_logprobs: Tensor  # of the policy that drew the completions
+    old_logprobs: Tensor  # the policy's before this iteration's updates, which drew the completions
     kl: Tensor | None  # with a gradient, where the KL is in the loss
     beta: float
 
@@ -42,20 +43,17 @@ class EpisodeBatch(NamedTuple):
 
 
 class Algorithm(ABC):
-    """Advantages and loss of `rlhf ppo` or `rlhf grpo`; all else is the loop's.
+    """Advantages and loss of `rlhf ppo` or `rlhf grpo`; all else is the loop's."""
 
-    `passes`: over an iteration's completions. `needs_values`: whether advantages are made from values.
-    """
-
-    passes: int
-    needs_values = False
+    passes: int  # over an iteration's completions
+    needs_values = False  # for the advantages
 
     def __init__(self, config: OnlineConfig) -> None:
         self.config = config
 
     @abstractmethod
     def compute_advantages(self, episodes: list[Episode], beta: float) -> Advantages:
-        """`beta`: the strength of the KL penalty in this iteration."""
+        """Advantages from the episodes' rewards; `beta`: the strength of the KL penalty in this iteration."""
 
     @abstractmethod
     def weights(self, episodes: Sequence[Episode]) -> list[float]:
@@ -66,7 +64,8 @@ class Algorithm(ABC):
         """The batch's mean loss, with gradient, and its metrics."""
 
     def needs_scores(self, beta: float) -> bool:
-        """Whether the completions' log-probs, values or KL must be known before the first update."""
+        """True if the completions' log-probs, values or KL must be known before the first update: for advantages, or
+        because a later update compares its policy with the one before the first."""
         several_updates = self.config.num_mini_batches * self.passes > 1
         return several_updates or self.needs_values or beta != 0
 
@@ -105,8 +104,8 @@ class EpisodeTask(Task):
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens)
 
     def old_logprobs(self, indices: MicroBatch, output: PolicyOutput) -> Tensor:
-        """The log-probs of the policy that drew the episodes; where it learns from them once, its own, which are
-        kept."""
+        """The log-probs of the policy that drew the episodes: those of `score_episodes`, or, where there were
+        none, those of this very forward pass, which are kept for the metrics."""
         episodes = [self.episodes[i] for i in indices]
         old = pad([episode.logprobs for episode in episodes], output.mask)
         if old is None:
@@ -117,7 +116,7 @@ class EpisodeTask(Task):
         return old
 
     def mismatch(self) -> Metrics:
-        """How far the sampler's log-probs are from the policy's, over this process' episodes."""
+        """The distance of the sampler's log-probs from the policy's, over this process' episodes."""
         pairs = [
             (episode.sampler_logprobs, episode.logprobs)
             for episode in self.episodes

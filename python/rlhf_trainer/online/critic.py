@@ -14,7 +14,8 @@ from .setup import SHORTER, Setup
 
 
 def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
-    """With a new head, all zeros, where there is none to start from: every state is then worth nothing at first."""
+    """The policy with its values: a shared or separate model. A new head is all zeros, so that every state is worth
+    nothing at first."""
     policy, tokenizer = setup.policy, setup.tokenizer
     if config.value_model == "shared":
         head = nn.Linear(policy.model.get_output_embeddings().in_features, 1)

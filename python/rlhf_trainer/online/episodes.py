@@ -24,9 +24,9 @@ class Episode(NamedTuple):
     All log-probs are at the sampling temperature, in nats.
     """
 
-    row: int  # of its prompt in the data
+    row: int  # the prompt's, in the data
     prompt: list[int]
-    ids: list[int]  # of the completion, with the token that ends it
+    ids: list[int]  # the completion's, with the token that ends it
     finished: bool
     reward: float  # the weighted sum of all rewards
     sampler_logprobs: Tensor | None  # as the sampler drew
@@ -65,7 +65,8 @@ class PolicyOutput(NamedTuple):
 
 
 def forward(model: nn.Module, batch: Batch, temperature: float, reference: States | None = None) -> PolicyOutput:
-    """`model`: a FusedLM or an ActorCritic, wrapped or not; `reference`: the reference's, where exact KL is wanted."""
+    """The model's output for a batch. `model`: a FusedLM or an ActorCritic, wrapped or not; `reference`: the
+    reference's hidden states, where exact KL is wanted."""
     targets = targets_of(batch)
     mask = targets != IGNORED
 
@@ -90,6 +91,7 @@ def logprobs_of(
 
 
 def targets_of(batch: Batch) -> Tensor:
+    """The next tokens [S, T - 1] where these are of completions, else IGNORED."""
     return batch.labels[:, 1:].contiguous()
 
 
@@ -131,12 +133,12 @@ def score_episodes(
 
 
 def batch_of(episodes: Sequence[Episode], pad_id: int) -> Batch:
-    """[S, T]; the completions are the labels."""
+    """The episodes as a batch [S, T]; the completions are the labels."""
     return pad_sequences([(episode.prompt, episode.ids) for episode in episodes], pad_id)
 
 
 def pad(tensors: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:
-    """[T_i] each -> [S, T - 1] where `mask` is, 0 elsewhere; None if they are."""
+    """Tensors [T_i] of S completions -> [S, T - 1], 0 where not `mask`; None if they are None."""
     if tensors[0] is None:
         return None
     rows = torch.zeros(mask.shape, device=mask.device)

@@ -28,7 +28,7 @@ def train_grpo(config: GRPOConfig) -> Path:
 
 
 class GRPO(Algorithm):
-    """Rewards relative to those of the group; means are over completions or their tokens, as loss_type wants."""
+    """Rewards are compared within the group; means are over completions or their tokens, as loss_type wants."""
 
     config: GRPOConfig
 
@@ -87,7 +87,7 @@ class GRPO(Algorithm):
         return loss, metrics if batch.kl is None else metrics | {"kl": self.mean(batch.kl, output.mask)}
 
     def sampler_logprobs(self, batch: EpisodeBatch) -> Tensor | None:
-        """Where the loss corrects for the sampler; a completion whose log-probs it did not return has weight 1."""
+        """The sampler's log-probs, where the loss corrects for it; a completion without them gets weight 1."""
         if self.config.importance_sampling_cap is None:
             return None
         rows = [

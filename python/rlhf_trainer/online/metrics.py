@@ -52,7 +52,7 @@ def reward_metrics(scores: Scores, names: Sequence[str]) -> Metrics:
 
 
 def length_metrics(episodes: Sequence[Episode]) -> Metrics:
-    """In tokens, the end token included."""
+    """Lengths of completions in tokens, the end token included."""
     lengths = [len(episode.ids) for episode in episodes]
     ended = [len(episode.ids) for episode in episodes if episode.finished]
     return {

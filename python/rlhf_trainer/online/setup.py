@@ -23,7 +23,7 @@ SHORTER = "max_prompt_length and max_completion_length together may be at most {
 
 
 class Setup(NamedTuple):
-    """Models, data and rewards."""
+    """The models, data and rewards of a run."""
 
     config: OnlineConfig
     accelerator: Accelerator

@@ -15,13 +15,12 @@ from typing import Any
 
 from ..data.completions import PAIRS_FILE, SCORED_FILE, files_in, in_numbers, read_scored
 from ..errors import UsageError
-from ..rewards.rejection import Candidate, best_first
 from ..training.journal import write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
 from .config import Pairing, PairsConfig
 
-EQUAL, TOO_FEW = "equal rewards", "fewer than two usable completions"  # why a prompt gives no pair
+EQUAL, TOO_FEW = "equal rewards", "fewer than two usable completions"  # reasons for a prompt without a pair
 
 
 def make_pairs(config: PairsConfig) -> Path:
@@ -54,7 +53,8 @@ def make_pairs(config: PairsConfig) -> Path:
 
 
 def pair_up(scored: Sequence[dict[str, Any]], pairing: Pairing) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Lines of scored.jsonl -> rows of pairs.jsonl, one of each prompt that gives pairs; how many give none, and why.
+    """Lines of scored.jsonl -> rows of pairs.jsonl, one of each prompt that gives pairs; and the numbers of
+    prompts that give none, by reason.
 
     Completions that were left out have no reward and are in no pair. Equal completions are one response.
     """
@@ -82,8 +82,8 @@ def pairs_among(rewards: Sequence[float], pairing: Pairing) -> list[tuple[int, i
     """Positions of (better, worse), the best ones first; none where all are equal.
 
     best_worst: the best and the worst; of equal rewards, the earlier is the better one, as for `rlhf rejection`. all:
-    whatever two rewards differ.
+    any two whose rewards differ.
     """
-    order = best_first([Candidate(0, reward) for reward in rewards], range(len(rewards)))
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])  # stable: of equal rewards the earlier one first
     pairs = zip(order[:1], order[-1:], strict=True) if pairing == "best_worst" else itertools.combinations(order, 2)
     return [(better, worse) for better, worse in pairs if rewards[better] > rewards[worse]]

@@ -51,7 +51,7 @@ class OnlineDPOConfig(DPOConfig, GenerationConfig):
 
 @dataclass(kw_only=True)
 class FunctionConfig(FolderConfig):
-    """A stage of a recipe that is a function of the user's."""
+    """The configuration of a stage that is a function of the user's: `python` is module:function."""
 
     python: str
     options: dict[str, Any]

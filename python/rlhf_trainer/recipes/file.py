@@ -2,7 +2,7 @@
 
     title: ...
     source: ...                 # the paper
-    variables:                  # what --set name=value changes; null: it has to be set
+    variables:                  # changed by --set name=value; null: has to be set
       base: ...
     stages:
       sft: {command: sft, model_name_or_path: "${base}", dataset: ...}       # a command of `rlhf` with its own keys
@@ -31,13 +31,14 @@ from ..errors import UsageError, did_you_mean
 SHIPPED = Path(__file__).parent
 OUTPUT = "output"
 KEYS = ("title", "source", "threads", "variables", "stages")
-OF_THE_RECIPE = tuple(field.name for field in dataclasses.fields(FolderConfig))  # not for a stage to say
+KEYS_OF_RECIPE = tuple(field.name for field in dataclasses.fields(FolderConfig))  # no stage may have them
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class Stage(NamedTuple):
-    """`options` hold values for variables, but still name other stages as ${name}: those move when all is done."""
+    """A stage as it was read. `options` hold values for variables, but still name other stages as ${name}: those move
+    when all is done."""
 
     name: str
     kind: str  # "command" or "python"
@@ -47,7 +48,7 @@ class Stage(NamedTuple):
 
     @property
     def content(self) -> dict[str, Any]:
-        """As it stands in a file."""
+        """The stage as it stands in a file."""
         if self.kind == "python":
             return {"python": self.what, "options": self.options}
         return {"command": self.what, **self.options}
@@ -56,7 +57,7 @@ class Stage(NamedTuple):
 class Recipe(NamedTuple):
     title: str
     source: str
-    threads: int | None  # of torch; none: as torch chooses
+    threads: int | None  # torch's; None: torch's choice
     stages: list[Stage]
 
     def text(self) -> str:
@@ -82,13 +83,13 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     variables, stages = (mapping(content.get(key), f"{where}: {key}") for key in ("variables", "stages"))
     if not stages:
         raise UsageError(f"{where}: stages: there is none; name at least one")
-    for stage, given in stages.items():
+    for stage, keys in stages.items():
         if not NAME.fullmatch(str(stage)) or stage in (OUTPUT, *variables):
             raise UsageError(
                 f"{where}: {stage!r} cannot name a stage: expected letters, digits, - and _, and not the name of a "
                 f"variable or {OUTPUT!r}"
             )
-        mapping(given, f"{where}, stage {stage}")
+        mapping(keys, f"{where}, stage {stage}")
     apply(changes, variables, stages, where)
     values = filled_variables(variables, where)
     threads = content.get("threads")
@@ -99,13 +100,13 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error: the first stage of two with one name would be lost."""
+    """YAML in which a duplicate key is an error: the first stage of two with one name would be lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.YAMLError(f"duplicate key {twice[0]!r}, in the mapping that begins{node.start_mark}")
+        duplicates = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if duplicates:
+            raise yaml.YAMLError(f"duplicate key {duplicates[0]!r}, in the mapping that begins{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 
@@ -165,29 +166,29 @@ def filled_variables(variables: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], where: str) -> Stage:
-    given = dict(stages[name])
+    content = dict(stages[name])
     commands = [name for name, command in COMMANDS.items() if issubclass(command.load_config(), OutputConfig)]
-    kinds = [kind for kind in ("command", "python") if kind in given]
+    kinds = [kind for kind in ("command", "python") if kind in content]
     if len(kinds) != 1:
         raise UsageError(
             f"{where}: expected either command, one of {', '.join(commands)}, or python, a module:function, and its "
-            f"keys; got the keys {', '.join(map(str, given)) or 'none'}"
+            f"keys; got the keys {', '.join(map(str, content)) or 'none'}"
         )
     (kind,) = kinds
-    what = given.pop(kind)
+    what = content.pop(kind)
     if kind == "command" and what not in commands:
         raise UsageError(
             f"{where}: unknown command {what!r}{did_you_mean(str(what), commands)}; "
             f"the commands are: {', '.join(commands)}"
         )
     if kind == "python":
-        other = [str(key) for key in given if key != "options"]
+        other = [str(key) for key in content if key != "options"]
         if other:
             raise UsageError(f"{where}: unknown key {', '.join(map(repr, other))} beside python; give it as options")
-        given = mapping(given.get("options"), f"{where}: options")
-    theirs = [key for key in OF_THE_RECIPE if key in given]
-    if theirs:
-        raise UsageError(f"{where}: key {theirs[0]!r} is the recipe's: pass --{theirs[0]} to rlhf recipe")
+        content = mapping(content.get("options"), f"{where}: options")
+    forbidden = [key for key in KEYS_OF_RECIPE if key in content]
+    if forbidden:
+        raise UsageError(f"{where}: key {forbidden[0]!r} is the recipe's: pass --{forbidden[0]} to rlhf recipe")
     order = list(stages)
     earlier, later = order[: order.index(name)], order[order.index(name) :]
     options = {
@@ -200,7 +201,7 @@ def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], 
             ),
             f"{where}: key {key!r}",
         )
-        for key, value in given.items()
+        for key, value in content.items()
     }
     return Stage(name, kind, what, options, where)
 
@@ -209,16 +210,16 @@ Lookup = Callable[[str, str], Any]
 
 
 def lookup(known: Mapping[str, Any], refused: Mapping[str, str], names: Sequence[str]) -> Lookup:
-    """(name, where) -> its value; UsageError where there is none, which says why, or lists `names`."""
+    """The function (name, where) -> value; UsageError for a name without one, which says why, or lists `names`."""
 
-    def of(name: str, where: str) -> Any:
+    def find(name: str, where: str) -> Any:
         if name in known:
             return known[name]
         if name in refused:
             raise UsageError(f"{where}: ${{{name}}} {refused[name]}, so there is nothing to take from it yet")
         raise UsageError(f"{where}: ${{{name}}} is no variable or earlier stage; those are: {', '.join(names)}")
 
-    return of
+    return find
 
 
 def filled(value: Any, find: Lookup, where: str) -> Any:
@@ -234,7 +235,7 @@ def filled(value: Any, find: Lookup, where: str) -> Any:
 
 
 def placed(stage: Stage, folder: Path) -> dict[str, Any]:
-    """Its options, where all stages' folders lie in `folder`."""
+    """The stage's options, where all stages' folders lie in `folder`."""
     return filled(stage.options, lambda name, _: str(folder if name == OUTPUT else folder / name), stage.where)
 
 

@@ -48,7 +48,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
     single_process("rlhf online-dpo")
     if not begin(config):
         return Path(config.output_dir)
-    judge_tokenizer = check_input(config)
+    reward_tokenizer = check_input(config)
     work = open_output(config)
     model = config.model_name_or_path
     reports: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
         folder = work / f"round-{number}"
         seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
         completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], seed=seed))
-        written = read_completions(str(completions / COMPLETIONS_FILE), [judge_tokenizer], config.max_length)
+        written = read_completions(str(completions / COMPLETIONS_FILE), [reward_tokenizer], config.max_length)
         if all(row.left_out is not None for row in written):
             raise no_pair(number, model, left_out(written), noun="completions")
         scored = rejection(
@@ -72,8 +72,8 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
         if not rows:
             raise no_pair(number, model, without)
         write_jsonl(folder / "pairs.jsonl", rows)
-        judged = json.loads((scored / "report.json").read_text(encoding="utf-8"))
-        reports.append(report_of(number, judged, sum(len(row["pairs"]) for row in rows), without))
+        rewards = json.loads((scored / "report.json").read_text(encoding="utf-8"))
+        reports.append(report_of(number, rewards, sum(len(row["pairs"]) for row in rows), without))
         (work / "report.json").write_text(json.dumps({"rounds": reports}, indent=2) + "\n", encoding="utf-8")
         print(in_words(reports[-1]))
 
@@ -106,15 +106,16 @@ def check_input(config: OnlineDPOConfig) -> PreTrainedTokenizerBase:
     tokenizer, work = load_tokenizer_for(config), partial_folder(config.output_dir)
     prompts = prompts_of(config, tokenizer, config.dataset_train_split).examples
     rows, written = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
-    judge = load_reward_model(
+    reward_model = load_reward_model(
         config.reward_model_name_or_path, key="reward_model_name_or_path",
         attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    judge_tokenizer = load_tokenizer(
+    reward_tokenizer = load_tokenizer(
         config.reward_model_name_or_path, key="reward_model_name_or_path", trust_remote_code=config.trust_remote_code
     )
-    check_fit(judge, judge_tokenizer, rows, [min(length, config.max_length) for length in written], config.dataset_name)
-    del judge  # before the others take memory
+    lengths = [min(length, config.max_length) for length in written]
+    check_fit(reward_model, reward_tokenizer, rows, lengths, config.dataset_name)
+    del reward_model  # before the others take memory
 
     keys = [key for key in ("model_name_or_path", "ref_model_name_or_path") if getattr(config, key) is not None]
     models = [load_fused(config, getattr(config, key), key) for key in keys]
@@ -123,11 +124,11 @@ def check_input(config: OnlineDPOConfig) -> PreTrainedTokenizerBase:
         if config.share_prefix:
             check_sharing(model, key)
     check_fit(models[0].model, tokenizer, rows, written, config.dataset_name)
-    accelerator = make_accelerator(config.report_to, work)  # looks at report_to, too
+    accelerator = make_accelerator(config.report_to, work)  # checks report_to, too
     if config.eval_dataset is not None:
         dpo_config = stage(DPOConfig, config, work, dataset_format="auto")
         load_task(dpo_config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False)
-    return judge_tokenizer
+    return reward_tokenizer
 
 
 def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompts") -> UsageError:
@@ -139,14 +140,15 @@ def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompt
     )
 
 
-def report_of(number: int, judged: dict[str, Any], pairs: int, without: dict[str, int]) -> dict[str, Any]:
-    """Of one round; `judged`: the report of `reject`. The completions are of the model that the round starts from."""
+def report_of(number: int, rewards: dict[str, Any], pairs: int, without: dict[str, int]) -> dict[str, Any]:
+    """A round's report; `rewards`: that of `rlhf rejection`. The completions are of the model that the round starts
+    from."""
     return {
         "round": number,
-        "mean_reward": judged["candidates"]["mean_reward"],
-        "completions": judged["candidates"]["completions"],
-        "left_out": judged["left_out"],
-        "prompts": judged["prompts"],
+        "mean_reward": rewards["candidates"]["mean_reward"],
+        "completions": rewards["candidates"]["completions"],
+        "left_out": rewards["left_out"],
+        "prompts": rewards["prompts"],
         "pairs": pairs,
         "prompts_without_pair": without,
     }
@@ -167,7 +169,7 @@ def link_model(source: Path, target: Path) -> None:
 
 
 def link_file(source: str, target: str) -> None:
-    Path(target).unlink(missing_ok=True)  # of a run that died here
+    Path(target).unlink(missing_ok=True)  # left by a run that died here
     try:
         Path(target).hardlink_to(source)
     except OSError:  # a file system without hard links

@@ -77,7 +77,7 @@ def rows_of(path: Path) -> int | None:
 
 
 def course(path: Path) -> dict[str, Any]:
-    """Of metrics.jsonl: how many steps, and each metric at its first and last mention."""
+    """The number of steps in metrics.jsonl, and each metric at its first and last mention."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     metrics: dict[str, dict[str, float]] = {}
     for record in records:

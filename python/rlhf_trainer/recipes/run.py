@@ -1,8 +1,8 @@
 """`rlhf recipe`: the stages of one YAML file in order, each consuming what earlier ones left, ending in one report.
 
-A stage is a command of `rlhf` or a function of the user's own (recipe_file.py says how they are written). The whole
+A stage is a command of `rlhf` or a function of the user's own (file.py says how they are written). The whole
 recipe is checked before its first stage runs. The stages run in one process, each in output_dir/STAGE, and each goes on
-where it was interrupted; so a run of a recipe does, too: stages that are done are not looked at again.
+where it was interrupted; so a run of a recipe does, too: stages that are done are left alone.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ def run_recipe(config: RecipeConfig) -> Path:
     if config.dry_run:
         print("\n".join(as_commands(recipe, folder)))
         return folder
-    if (
-        config.resume_from_checkpoint and not partial_folder(folder).exists()
-    ):  # before `begin` says that nothing is left to do
-        check_same_stages(folder, recipe)
+    if config.resume_from_checkpoint and not partial_folder(folder).exists():
+        check_same_stages(folder, recipe)  # before `begin` says that nothing is left to do
     single_process("rlhf recipe")
     if not begin(config):
         return folder
@@ -67,11 +65,11 @@ def run_recipe(config: RecipeConfig) -> Path:
     report = renamed(report_of(recipe, work, done), f"{work}/", "")  # its paths begin at output_dir
     write_whole(work / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     write_whole(work / "report.md", in_markdown(report))
-    # The stages were told of folders that are about to move. What they were told can be told to `rlhf` again.
+    # The stages' folders are about to move. Their configurations name the new places, for `rlhf` to read them again.
     for path in work.rglob(CONFIG_FILE):
         if path.parent != work:
-            told = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), str(work), str(folder))
-            write_whole(path, yaml.safe_dump(told, sort_keys=False))
+            content = renamed(yaml.safe_load(path.read_text(encoding="utf-8")), str(work), str(folder))
+            write_whole(path, yaml.safe_dump(content, sort_keys=False))
     commit_output(config)
     print(f"\n{in_markdown(report)}\nsaved to {folder}; this report is {folder / 'report.md'}")
     return folder
@@ -102,7 +100,7 @@ def has_begun(work: Path, name: str) -> bool:
 
 
 def check_same_stages(folder: Path, recipe: Recipe) -> None:
-    """Raises UsageError if a stage that has begun in `folder` was told otherwise. Those to come may be changed."""
+    """Raises UsageError if a stage that has begun in `folder` had other options. Those to come may be changed."""
     if not (folder / RECIPE_FILE).exists():
         return
     then = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))["stages"]
@@ -126,7 +124,7 @@ def other_recipe(folder: Path, difference: str) -> UsageError:
 
 
 def as_commands(recipe: Recipe, folder: Path) -> list[str]:
-    """The stages as commands, for who wants to launch each in his own way; functions as a comment."""
+    """The stages as commands, to be launched one by one; functions as a comment."""
     lines = [f"# {recipe.title} ({recipe.source})"]
     for stage in recipe.stages:
         if stage.kind == "python":

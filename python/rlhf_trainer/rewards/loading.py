@@ -15,7 +15,7 @@ from .verifiable import VERIFIABLE
 
 
 def load_rewards(config: RewardsConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
-    """The functions that a configuration names, the reward_model first. Models, which cost most, are loaded last, and
+    """The functions that a configuration names, the reward model first. Models, which cost most, are loaded last, and
     score `batch_size` completions at once."""
     makers = (
         []
@@ -35,7 +35,7 @@ def model_maker(name: str, key: str) -> Maker:
 
 
 def maker_of(spec: str) -> Maker:
-    """What makes the reward that `spec` names; UsageError where there is none such."""
+    """The function that makes the reward named by `spec`; UsageError where there is none such."""
     name, _, argument = spec.partition(":")
     if name == MODEL:
         return model_maker(argument, "reward_funcs")

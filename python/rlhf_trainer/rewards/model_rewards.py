@@ -25,8 +25,8 @@ OFFSET_MODELS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "rober
 class ModelReward:
     """A reward model's value of prompt, completion and end of the turn, as the model's own tokenizer writes them.
 
-    A completion that did not end is judged as if it had ended there. An empty one is judged as the prompt with the end
-    of sequence behind it: what the model thinks of saying nothing.
+    A completion that did not end is scored as if it had ended there. An empty one is scored as the prompt with the end
+    of sequence behind it: the model's value of silence.
     """
 
     name = "reward_model"
@@ -42,7 +42,7 @@ class ModelReward:
 
     def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
         lengths = [len(encode_prompt(self.tokenizer, prompt.prompt)) + max_new_tokens for prompt in prompts]
-        advice = f"the reward model {self.source!r} judges prompt and max_new_tokens, {{positions}} tokens at most"
+        advice = f"the reward model {self.source!r} reads prompt and max_new_tokens, {{positions}} tokens at most"
         check_fit(self.model, self.tokenizer, [prompt.row for prompt in prompts], lengths, source, advice)
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
@@ -98,7 +98,7 @@ class ClassifierReward:
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
         ).to(device)  # fmt: skip
         check_vocabulary(self.model, largest_id(self.tokenizer))
-        labels = {said: i for i, said in self.model.config.id2label.items()}
+        labels = {name: i for i, name in self.model.config.id2label.items()}
         if len(labels) < 2:
             raise UsageError(f"reward_funcs: {name!r} has one output, so it is a reward model: name it as model:{name}")
         if label not in labels:

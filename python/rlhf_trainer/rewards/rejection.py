@@ -1,7 +1,7 @@
 """`rlhf rejection`: rejection sampling. Completions get rewards, and the best are kept to be learned by SFT.
 
 Rewards make a matrix, prompts by completions (a ragged one: numbers may differ). `top_per_prompt` takes the best of
-each row (k = 1: best of N), so every prompt is represented; `top_overall` the best of the whole matrix, so prompts
+each row (k = 1: best of N), so every prompt is represented; `top_k_overall` the best of the whole matrix, so prompts
 with high rewards are represented more often; `random` as many of each row as `top_per_prompt`, to tell what choosing
 by reward is worth. With `min_reward`, only completions with at least that reward can be selected: those that are right,
 say, where the reward is a verifiable one (DeepSeek-R1 makes its data for SFT in this way).
@@ -59,7 +59,7 @@ def top_per_prompt(candidates: Sequence[Candidate], k: int) -> list[int]:
     return [i for positions in by_prompt(candidates) for i in best_first(candidates, positions)[:k]]
 
 
-def top_overall(candidates: Sequence[Candidate], k: int, max_per_prompt: int | None = None) -> list[int]:
+def top_k_overall(candidates: Sequence[Candidate], k: int, max_per_prompt: int | None = None) -> list[int]:
     """Positions of the k best of all, best first; of a prompt only its max_per_prompt best count. Ties as above."""
     taken: Counter[int] = Counter()
     selected: list[int] = []
@@ -86,7 +86,8 @@ def by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
 
 
 def best_first(candidates: Sequence[Candidate], positions: Sequence[int]) -> list[int]:
-    return sorted(positions, key=lambda i: (-candidates[i].reward, i))
+    """Positions, which ascend, by falling reward; of equal rewards the earlier one first."""
+    return sorted(positions, key=lambda i: -candidates[i].reward)
 
 
 def select(config: RejectionConfig, candidates: Sequence[Candidate]) -> list[int]:
@@ -96,7 +97,7 @@ def select(config: RejectionConfig, candidates: Sequence[Candidate]) -> list[int
         chosen = select(replace(config, min_reward=None), [candidates[i] for i in good])
         return [good[i] for i in chosen]
     if config.selection == "top_k_overall":
-        return top_overall(candidates, config.k, config.max_per_prompt)
+        return top_k_overall(candidates, config.k, config.max_per_prompt)
     if config.selection == "random":
         return random_per_prompt(candidates, config.k, config.seed)
     return top_per_prompt(candidates, config.k)
@@ -108,8 +109,8 @@ def rejection(config: RejectionConfig) -> Path:
     if not begin(config):
         return Path(config.output_dir)
     files = files_in(config.completions, COMPLETIONS_FILE, "completions")
-    judges = load_rewards(config, device, batch_size=config.per_device_eval_batch_size)
-    tokenizers = [model.tokenizer for model in judges.models]
+    reward = load_rewards(config, device, batch_size=config.per_device_eval_batch_size)
+    tokenizers = [model.tokenizer for model in reward.models]
     rows = [row for file in files for row in read_completions(file, tokenizers, config.max_length)]
     usable = [row for row in rows if row.left_out is None]
     if not usable:
@@ -118,22 +119,22 @@ def rejection(config: RejectionConfig) -> Path:
     texts = [text_of(row.completion) for row in usable]
     for file, group in itertools.groupby(range(len(usable)), key=lambda i: usable[i].source):
         places = list(group)
-        for j, model in enumerate(judges.models):
+        for j, model in enumerate(reward.models):
             lengths = [len(usable[i].ids[j]) for i in places]
             check_fit(model.model, model.tokenizer, [usable[i].number for i in places], lengths, file)
-        judges.check([prompts[i] for i in places], file)
+        reward.check([prompts[i] for i in places], file)
 
     work = open_output(config)
     data = [(row.ids, row.prompt_key, text, row.columns) for row, text in zip(usable, texts, strict=True)]
-    batches = judges.batch_count(prompts, texts)
+    batches = reward.batch_count(prompts, texts)
     with Journal(work / "progress.jsonl", batches, "rlhf rejection", data) as progress:
-        scores = judges(prompts, texts, run=progress.run)
+        scores = reward(prompts, texts, run=progress.run)
     rewards = scores.total.tolist()
     numbers = {name: i for i, name in enumerate(dict.fromkeys(row.prompt_key for row in usable))}
     candidates = [Candidate(numbers[row.prompt_key], reward) for row, reward in zip(usable, rewards, strict=True)]
     selected = select(config, candidates)
 
-    parts = [dict(zip(judges.names, values, strict=True)) for values in scores.parts.tolist()]
+    parts = [dict(zip(reward.names, values, strict=True)) for values in scores.parts.tolist()]
     known = iter(zip(rewards, parts, strict=True))
     scored = [as_scored(row, *(next(known) if row.left_out is None else (None, {}))) for row in rows]
     write_jsonl(work / SCORED_FILE, scored)

@@ -3,14 +3,14 @@
 A reward is named by text:
 
     exact_answer            the final answer is the row's (`ground_truth`, `answer` or `solution`)
-    regex:PATTERN           PATTERN is found in the completion
+    regex:PATTERN           the completion has a match of PATTERN
     json_schema             JSON that the row's `schema` allows
     arithmetic              the value of the row's `expression`
     format:think_answer     <think>...</think><answer>...</answer>, as DeepSeek-R1 writes
     unit_tests              the share of the row's `tests` that the code in the completion passes
     model:NAME              a reward model, a folder or a hub id
     classifier:NAME:LABEL   the log-odds of LABEL by a classifier, a folder or a hub id
-    module:function         a function of the user's, found as `import module` finds it, or in the working directory
+    module:function         a function of the user's, from where `import module` takes it, or the working directory
 
 A user's function has TRL's signature, `f(prompts, completions, **columns) -> list of numbers`: it is called once with
 all prompts and completions, text or messages as in the data, and the other columns of their rows, each a list with
@@ -67,11 +67,11 @@ class Rewards:
     """Functions and their weights. `names`: one a function, a repeated one with -2, -3, ... behind it."""
 
     def __init__(self, functions: Sequence[Reward], weights: Sequence[float]) -> None:
-        seen: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         names = []
         for function in functions:
-            seen[function.name] += 1
-            names.append(function.name if seen[function.name] == 1 else f"{function.name}-{seen[function.name]}")
+            counts[function.name] += 1
+            names.append(function.name if counts[function.name] == 1 else f"{function.name}-{counts[function.name]}")
         self.functions, self.names, self.weights = list(functions), tuple(names), list(weights)
 
     @property
@@ -84,7 +84,7 @@ class Rewards:
             function.check(prompts, source, max_new_tokens)
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
-        """How often `run` will be called."""
+        """The number of calls of `run`."""
         return sum(function.batch_count(prompts, texts) for function in self.functions)
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], *, run: RunBatch = compute_only) -> Scores:
@@ -100,7 +100,7 @@ class Rewards:
 
 
 def line_of(error: BaseException) -> str:
-    """Where it was raised."""
+    """The place where an error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}, in {frame.name}"
 
@@ -130,7 +130,7 @@ class RowReward:
         return run(score)
 
     def expected(self, prompt: Prompt, source: str = "the prompts") -> Any:
-        """What the row says, as the function wants it."""
+        """The row's value, as the function wants it."""
         columns = self.verifiable.columns
         if not columns:
             return None
@@ -165,7 +165,7 @@ class UserReward:
             raise UsageError(
                 f"reward_funcs: {spec!r} must take {positional[0]!r} by name: f(prompts, completions, **columns)"
             )
-        self.asked = [p.name for p in named]
+        self.parameters = [p.name for p in named]
         self.needed = [p.name for p in named if p.default is p.empty and p.name not in ("prompts", "completions")]
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -188,10 +188,12 @@ class UserReward:
         try:
             return self.call(prompts, texts)
         except Exception as error:
-            prompt, found = self.culprit(prompts, texts) or (None, error)
+            prompt, cause = self.culprit(prompts, texts) or (None, error)
             place = "all prompts together" if prompt is None else where(prompt)
-            said = f"raised {type(found).__name__}: {found} (for {place}; {line_of(found)})"
-            raise UsageError(f"the reward function {self.spec!r} {said}") from found
+            raise UsageError(
+                f"the reward function {self.spec!r} raised {type(cause).__name__}: {cause} (for {place}; "
+                f"{line_of(cause)})"
+            ) from cause
 
     def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, Exception] | None:
         for prompt, text in zip(prompts, texts, strict=True):
@@ -203,11 +205,13 @@ class UserReward:
 
     def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         present = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
-        columns = present if self.takes_all else [column for column in present if column in self.asked]
-        given = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
-        given["prompts"] = [prompt.prompt for prompt in prompts]
-        given["completions"] = list(map(like_prompt, given["prompts"], texts))
-        return self.function(**{name: given[name] for name in given if self.takes_all or name in self.asked})
+        columns = present if self.takes_all else [column for column in present if column in self.parameters]
+        arguments = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
+        arguments["prompts"] = [prompt.prompt for prompt in prompts]
+        arguments["completions"] = list(map(like_prompt, arguments["prompts"], texts))
+        if not self.takes_all:
+            arguments = {name: arguments[name] for name in arguments if name in self.parameters}
+        return self.function(**arguments)
 
 
 def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float]:
@@ -232,8 +236,10 @@ def number(name: str, value: Any, prompt: Prompt) -> float:
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
-        said = "None" if value is None else kind(value)
-        raise UsageError(f"the reward function {name!r} gave {said}, expected a finite number (for {where(prompt)})")
+        description = "None" if value is None else kind(value)
+        raise UsageError(
+            f"the reward function {name!r} gave {description}, expected a finite number (for {where(prompt)})"
+        )
     return float(value)
 
 

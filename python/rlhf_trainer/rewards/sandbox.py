@@ -63,7 +63,7 @@ class Limits(NamedTuple):
 
 
 class Confinement(NamedTuple):
-    """How processes are started here."""
+    """The way in which processes are started here."""
 
     prefix: tuple[str, ...]  # UNSHARE, or nothing where it does not work
     as_nobody: bool  # as a user that owns nothing; needs root
@@ -187,7 +187,7 @@ def as_user(user: int | None) -> dict[str, Any]:
 
 
 def protections() -> str:
-    """What holds here, in words."""
+    """The protections that hold here, in words."""
     how = confinement()
     network = "without network" if how.prefix else "WITH network (unshare does not work here)"
     user = "as a user of its own" if how.as_nobody else f"as user {os.geteuid()}, with that user's files"

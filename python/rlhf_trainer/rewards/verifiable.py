@@ -1,4 +1,4 @@
-"""Verifiable rewards: what can be checked of a text without a model, 1.0 where it holds and 0.0 where not.
+"""Verifiable rewards: properties of a text that are checked without a model, 1.0 where they hold, else 0.0.
 
 Only what follows the last </think> counts; of a text that thinks and does not come to an end, nothing does.
 """
@@ -54,7 +54,7 @@ class Verifiable(NamedTuple):
 
 
 def exact_answer(text: str, answers: list[str]) -> float:
-    """Whether the final answer of a text is one of `answers`.
+    """1.0 if the final answer of a text is one of `answers`.
 
     The final answer is what stands in the last <answer>...</answer>; if there is none, in the last \\boxed{...}; if
     none, behind the last ####, in its line; if none, behind the last "answer is" or "answer:", in its line. Within
@@ -70,17 +70,17 @@ def exact_answer(text: str, answers: list[str]) -> float:
 
 
 def answers_with(text: str, expected: str) -> bool:
-    said = without_thoughts(text)
-    if said is None:
+    content = without_thoughts(text)
+    if content is None:
         return False
     number = number_of(expected)
-    found = marked_answer(said)
-    if found is None:
+    marked = marked_answer(content)
+    if marked is None:
         if number is None:
-            return normal(said) == normal(expected)
-        numbers = numbers_in(said)
+            return normal(content) == normal(expected)
+        numbers = numbers_in(content)
         return bool(numbers) and numbers[-1] == number
-    answer, mark = found
+    answer, mark = marked
     if number is None:
         return normal(answer) == normal(expected)
     numbers = numbers_in(answer)
@@ -88,9 +88,9 @@ def answers_with(text: str, expected: str) -> bool:
 
 
 def without_thoughts(text: str) -> str | None:
-    """What follows the last </think>; None where a <think> is open at the end."""
-    _, _, said = text.rpartition(END_OF_THINK)
-    return None if THINK in said else said
+    """The text behind the last </think>; None where a <think> is open at the end."""
+    _, _, content = text.rpartition(END_OF_THINK)
+    return None if THINK in content else content
 
 
 def marked_answer(text: str) -> tuple[str, str] | None:
@@ -108,7 +108,7 @@ def marked_answer(text: str) -> tuple[str, str] | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last \\boxed{...} with balanced braces holds; \\{ and \\} are no braces."""
+    """The content of the last \\boxed{...} with balanced braces; \\{ and \\} are no braces."""
     for piece in reversed(text.split(BOXED)[1:]):
         depth = 1
         for mark in re.finditer(r"\\.|[{}]", piece, re.DOTALL):
@@ -126,8 +126,8 @@ def normal(text: str) -> str:
 
 def numbers_in(text: str) -> list[Fraction]:
     text = plain_numbers(text)
-    found = [number_from(match) for match in NUMBER.findall(text)]
-    return [number for number in found if number is not None]
+    numbers = [number_from(match) for match in NUMBER.findall(text)]
+    return [number for number in numbers if number is not None]
 
 
 def number_of(text: str) -> Fraction | None:
@@ -169,7 +169,7 @@ def expected_answers(value: Any) -> list[str]:
 
 
 def arithmetic(text: str, value: Fraction) -> float:
-    """Whether the final answer of a text, as `exact_answer` finds it, is this number, exactly: 0.33 is not 1/3."""
+    """1.0 if the final answer of a text, as in `exact_answer`, is this number, exactly: 0.33 is not 1/3."""
     return exact_answer(text, [str(value)])
 
 
@@ -177,7 +177,7 @@ def arithmetic(text: str, value: Fraction) -> float:
 
 
 def think_answer(text: str, _expected: None = None) -> float:
-    """Whether a text is <think>...</think><answer>...</answer>, each tag once, neither part blank, and nothing else
+    """1.0 if a text is <think>...</think><answer>...</answer>, each tag once, neither part blank, and nothing else
     but white space around them."""
     once = all(text.count(tag) == 1 for tag in (THINK, END_OF_THINK, "<answer>", "</answer>"))
     parts = THINK_ANSWER.fullmatch(text) if once else None
@@ -188,19 +188,19 @@ def think_answer(text: str, _expected: None = None) -> float:
 
 
 def json_schema(text: str, schema: dict[str, Any] | bool) -> float:
-    """Whether a text holds JSON that the schema allows.
+    """1.0 if a text holds JSON that the schema allows.
 
     The JSON is the content of the last <answer> tags, or of the last ``` block, or else the whole text. NaN and
     Infinity are not JSON. References of the schema to other places are not followed.
     """
-    said = without_thoughts(text)
-    if said is None:
+    content = without_thoughts(text)
+    if content is None:
         return 0.0
-    tagged = ANSWER_TAGS.findall(said)
-    said = tagged[-1] if tagged else said
-    blocks = code_blocks(said)
+    tagged = ANSWER_TAGS.findall(content)
+    content = tagged[-1] if tagged else content
+    blocks = code_blocks(content)
     try:
-        value = json.loads(blocks[-1] if blocks else said, parse_constant=refuse_constant)
+        value = json.loads(blocks[-1] if blocks else content, parse_constant=refuse_constant)
         return float(validator_of(schema).is_valid(value))
     except (ValueError, RecursionError):  # not JSON, or nested too deeply
         return 0.0
@@ -235,9 +235,9 @@ def code_blocks(text: str) -> list[str]:
 # --- patterns
 
 
-def found_by(pattern: Any) -> Callable[[str, None], float]:
-    """Whether the pattern is found anywhere in a text, thoughts included; \\A and \\Z anchor it. A search that takes
-    over a second counts as not found."""
+def matcher_of(pattern: Any) -> Callable[[str, None], float]:
+    """The reward 1.0 for a text with a match of the pattern anywhere, thoughts included; \\A and \\Z anchor it. A
+    search that takes over a second has none."""
 
     def search(text: str, _expected: None = None) -> float:
         try:
@@ -256,16 +256,16 @@ def unit_tests(text: str, tests: list[str]) -> float:
 
     `sandbox.run_tests` says what passing means, and what a run may use.
     """
-    said = without_thoughts(text)
-    if said is None:
+    content = without_thoughts(text)
+    if content is None:
         return 0.0
-    blocks = code_blocks(said)
-    passed = sandbox.run_tests(blocks[-1] if blocks else said, tests)
+    blocks = code_blocks(content)
+    passed = sandbox.run_tests(blocks[-1] if blocks else content, tests)
     return sum(passed) / len(passed)
 
 
 def all_unit_tests(text: str, tests: list[str]) -> float:
-    """Whether the code in a text passes all tests."""
+    """1.0 if the code in a text passes all tests."""
     return float(unit_tests(text, tests) == 1.0)
 
 
@@ -298,7 +298,7 @@ def regex_of(argument: str) -> Verifiable:
         raise ValueError(f"not a pattern: {error}") from error
     if not argument:
         raise ValueError("expected regex:PATTERN")
-    return Verifiable(found_by(pattern))
+    return Verifiable(matcher_of(pattern))
 
 
 def format_of(argument: str) -> Verifiable:

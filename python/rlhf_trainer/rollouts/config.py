@@ -20,7 +20,8 @@ class ServerConfig(OutputConfig):
     server_model: str | None = SERVER.option(None, "The model's name on the server; default: its name here.")
     server_prompts: Literal["ids", "text"] = SERVER.option("ids", "How prompts travel: vLLM and SGLang take token ids.")
     server_sync: Literal["none", "folder", "reload"] = SERVER.option(
-        "none", "The policy goes to the server: never; as a folder that is asked for by name; by reloading (SGLang)."
+        "none",
+        "The policy goes to the server: never; as a folder whose name is then the model's; by reloading (SGLang).",
     )
     server_timeout: float = SERVER.option(600.0, "Seconds to wait for an answer.", may_change=True)
     server_retries: int = SERVER.option(

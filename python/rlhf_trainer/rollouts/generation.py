@@ -25,7 +25,7 @@ from ..training.journal import RunBatch, batches_of_like_length, compute_only
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn: logits over temperature, then the top_k of them, then the top_p of what is left."""
+    """The options of drawing a token: from logits over temperature, the top_k of them, and of these the top_p."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: the likeliest token
@@ -34,7 +34,7 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What a model wrote after a prompt, without padding; `finished`: its last token ends the sequence.
+    """The tokens that a model wrote after a prompt, without padding; `finished`: the last one ends the sequence.
 
     `logprobs`: of each of ids, nats, under the distribution that it was drawn from: of the logits over the temperature,
     renormalised over what top_k and top_p left. At temperature 0, where nothing is drawn, under the model's own.
@@ -64,8 +64,8 @@ def generate(
     for number, positions in enumerate(batches_of_like_length([len(prompt) for prompt in prompts], batch_size)):
 
         def write(number: int = number, positions: list[int] = positions) -> list[Completion]:
-            asked = [prompts[i] for i in positions]
-            return generate_batch(model, tokenizer, asked, sampling, seed=seed, number=number, bf16=bf16)
+            batch = [prompts[i] for i in positions]
+            return generate_batch(model, tokenizer, batch, sampling, seed=seed, number=number, bf16=bf16)
 
         for i, completion in zip(positions, run(write), strict=True):
             completions[i] = Completion(*completion)  # what was kept as JSON is a list
@@ -89,7 +89,7 @@ def generate_batch(
     # Padded on the left, so that each prompt's last token is where generation begins.
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    # The distribution is made here: in a config, top_k would be 50 unless told, and warpers would come after `drawn`.
+    # The distribution is made here: in a config, top_k would be 50 by default, and warpers would come after `drawn`.
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=sampling.temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
         pad_token_id=pad_id, eos_token_id=ends or None,
@@ -115,7 +115,7 @@ def generate_batch(
 
 
 def warpers(sampling: Sampling) -> list[LogitsProcessor]:
-    """What turns logits into those of the distribution to draw from, in its order; nothing where nothing is drawn."""
+    """The processors that make of logits those of the distribution to draw from; none at temperature 0."""
     if sampling.temperature == 0:
         return []
     return [
@@ -181,8 +181,8 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, completion: Completion) 
 def without_own_settings(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model has no generation_config of its own.
 
-    `generate` fills what it is not told from there (repetition_penalty, min_length, suppressed tokens, ...): the
-    samples would not be from the distribution that losses and KL are computed of.
+    `generate` takes options that are not passed from there (repetition_penalty, min_length, suppressed tokens, ...):
+    the samples would not be from the distribution that losses and KL are computed of.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig()

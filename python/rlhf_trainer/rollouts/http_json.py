@@ -1,4 +1,4 @@
-"""JSON over HTTP with a server that may be slow, down for a while, or talk rubbish: tried again, then told in words."""
+"""JSON over HTTP with a server that may be slow, down for a while, or talk rubbish: retried, then a RequestError."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Result = TypeVar("Result")
 KEY_VARIABLE = "RLHF_SERVER_KEY"  # its value goes along as a bearer token, for servers started with a key
 LONGEST_DELAY_S = 60.0
 READ_BYTES = 65536
-SAID = 300  # characters of what a server said that a message repeats
+EXCERPT = 300  # characters of a server's answer that a message repeats
 
 
 class RequestError(Exception):
-    """What a request came to, in words; `again`: whether another try may come to something else."""
+    """A request without a usable answer; `retryable`: whether another try may have one."""
 
-    def __init__(self, reason: str, again: bool = True) -> None:
+    def __init__(self, reason: str, retryable: bool = True) -> None:
         super().__init__(reason)
-        self.again = again
+        self.retryable = retryable
 
 
 class Server:
@@ -33,16 +33,17 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s, self.retries, self.first_delay_s = timeout_s, retries, first_delay_s
 
-    def ask(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Result]) -> Result:
-        """`read` of the answer to POST body, or to GET; RequestError where every try, or `read` of its answer, is."""
+    def request(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Result]) -> Result:
+        """`read(answer)` of POST body, or of GET without one; RequestError where no try has an answer that `read`
+        takes."""
         retry = 0
         while True:
             try:
                 return read(self._exchange(path, body))
             except RequestError as problem:
-                if not problem.again or retry == self.retries:
+                if not problem.retryable or retry == self.retries:
                     tries = "" if retry == 0 else f" (at the last of {retry + 1} tries)"
-                    raise RequestError(f"{problem}{tries}", problem.again) from problem
+                    raise RequestError(f"{problem}{tries}", problem.retryable) from problem
             time.sleep(min(self.first_delay_s * 2**retry, LONGEST_DELAY_S))
             retry += 1
 
@@ -57,9 +58,8 @@ class Server:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 answer = self._read(response, deadline)
         except urllib.error.HTTPError as error:
-            raise RequestError(
-                f"HTTP {error.code}: {said_by(error)}", again=error.code >= 500 or error.code in (408, 429)
-            ) from error
+            retryable = error.code >= 500 or error.code in (408, 429)
+            raise RequestError(f"HTTP {error.code}: {excerpt_of(error)}", retryable) from error
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)  # URLError wraps what happened while connecting
             if isinstance(cause, TimeoutError):
@@ -68,10 +68,10 @@ class Server:
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"the answer is not JSON: {answer[:SAID].decode(errors='replace')!r}") from error
+            raise RequestError(f"the answer is not JSON: {answer[:EXCERPT].decode(errors='replace')!r}") from error
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
-        """All of it by the deadline: a socket's timeout starts anew with every byte that drips in."""
+        """The whole answer, by the deadline: a socket's timeout starts anew with every byte that drips in."""
         parts = []
         while part := response.read1(READ_BYTES):
             parts.append(part)
@@ -80,9 +80,9 @@ class Server:
         return b"".join(parts)
 
 
-def said_by(error: urllib.error.HTTPError) -> str:
-    """The start of what came with an HTTP error; what cannot be read is left out."""
+def excerpt_of(error: urllib.error.HTTPError) -> str:
+    """The start of an HTTP error's text, or its reason where the text cannot be read."""
     try:
-        return error.read1(SAID).decode(errors="replace").strip() or str(error.reason)
+        return error.read1(EXCERPT).decode(errors="replace").strip() or str(error.reason)
     except (OSError, http.client.HTTPException):
         return str(error.reason)

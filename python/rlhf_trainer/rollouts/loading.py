@@ -10,6 +10,8 @@ from .generation import Sampling, end_ids
 from .sampler import LocalSampler, Sampler
 from .server import ServerSampler
 
+SHORTER = "prompt and max_new_tokens together may have at most {positions}"  # advice where a model is too short
+
 
 def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     """The server, if there is one and it answers, else the model itself."""

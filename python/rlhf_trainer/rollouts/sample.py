@@ -2,7 +2,7 @@
 
 Text travels, not token ids: what is written here is encoded again by whoever reads it (`encode_prompt`,
 `encode_response`), with a tokenizer of its own, and ends with that tokenizer's end of sequence. A completion that a
-model ended at once is empty; it stays, as num_completions a prompt were asked for, and is counted.
+model ended at once is empty; it stays, so that each prompt has num_completions, and is counted.
 
 With server_url, a server writes, and each of models is the folder or hub id of what it serves: its tokenizer is needed
 here, its weights are not. What the server fails at goes to failures.jsonl, which is a dataset of prompts again.
@@ -28,26 +28,25 @@ from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
 from .config import SampleConfig
 from .generation import Completion, completion_text, generate_batch
-from .loading import make_sampler, prompts_of, sampling_of
+from .loading import SHORTER, make_sampler, prompts_of, sampling_of
 from .sampler import Failure, Sampler, request_of
 
 FAILURES_FILE = "failures.jsonl"
-SHORTER = "prompt and max_new_tokens together may have at most {positions}"
 
 
 class Part(NamedTuple):
-    """What one model has to do. `number`: of its first batch, counted over all models, as draws are seeded by it."""
+    """The work of one model. `number`: the place of its first batch among those of all models; it seeds the draws."""
 
     model: str
     tokenizer: PreTrainedTokenizerBase
-    asked: list[Prompt]  # each prompt num_completions times
-    batches: list[list[int]]  # positions in `asked`
+    prompts: list[Prompt]  # each num_completions times
+    batches: list[list[int]]  # positions in `prompts`
     number: int
     server: Sampler | None  # None: the model is loaded here, when it is its turn
 
 
 class Written(NamedTuple):
-    """What came of a prompt: a text, and whether it ended; or, where `finished` is None, why there is none."""
+    """A completion's text, and whether it ended; or, where `finished` is None, the reason why there is none."""
 
     text: str
     finished: bool | None
@@ -58,28 +57,28 @@ def sample(config: SampleConfig) -> Path:
     device = single_process("rlhf sample")
     if not begin(config):
         return Path(config.output_dir)
-    twice = sorted({name for name in config.models if config.models.count(name) > 1})
-    if twice:
-        raise UsageError(f"models: duplicate {twice[0]!r}; for more completions raise num_completions")
+    duplicates = sorted({name for name in config.models if config.models.count(name) > 1})
+    if duplicates:
+        raise UsageError(f"models: duplicate {duplicates[0]!r}; for more completions raise num_completions")
 
     parts: list[Part] = []
-    for name in config.models:  # everything but the weights is looked at before any model works for hours
+    for name in config.models:  # everything but the weights is checked before any model works for hours
         tokenizer = load_tokenizer(name, key="models", trust_remote_code=config.trust_remote_code)
-        prompts = prompts_of(config, tokenizer, config.dataset_train_split).examples
-        asked = [prompt for prompt in prompts for _ in range(config.num_completions)]
-        batches = batches_of_like_length([prompt.length for prompt in asked], config.per_device_generation_batch_size)
-        lengths = [prompt.length + config.max_new_tokens for prompt in asked]
-        shell = meta_model(name, key="models", trust_remote_code=config.trust_remote_code)
-        check_fit(shell, tokenizer, [prompt.row for prompt in asked], lengths, config.dataset_name, SHORTER)
-        server = None if config.server_url is None else make_sampler(config, shell, tokenizer)
-        parts.append(Part(name, tokenizer, asked, batches, sum(len(part.batches) for part in parts), server))
+        read = prompts_of(config, tokenizer, config.dataset_train_split).examples
+        prompts = [prompt for prompt in read for _ in range(config.num_completions)]
+        batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
+        lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
+        model = meta_model(name, key="models", trust_remote_code=config.trust_remote_code)
+        check_fit(model, tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name, SHORTER)
+        server = None if config.server_url is None else make_sampler(config, model, tokenizer)
+        parts.append(Part(name, tokenizer, prompts, batches, sum(len(part.batches) for part in parts), server))
 
     work = open_output(config)
     total = sum(len(part.batches) for part in parts)
-    data = [(part.model, [prompt.ids for prompt in part.asked]) for part in parts]
+    data = [(part.model, [prompt.ids for prompt in part.prompts]) for part in parts]
     with Journal(work / "progress.jsonl", total, "rlhf sample", data) as progress:
-        found = [row for part in parts for row in completions_of(config, part, progress, device)]
-    rows, failures = [row for row in found if "reason" not in row], [row for row in found if "reason" in row]
+        lines = [line for part in parts for line in completions_of(config, part, progress, device)]
+    rows, failures = [line for line in lines if "reason" not in line], [line for line in lines if "reason" in line]
     write_jsonl(work / COMPLETIONS_FILE, rows)
     if failures:
         write_jsonl(work / FAILURES_FILE, failures)
@@ -92,21 +91,21 @@ def sample(config: SampleConfig) -> Path:
 
 
 def completions_of(config: SampleConfig, part: Part, progress: Journal, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of one model, in the order of what it is asked."""
+    """The rows of one model, in the order of its prompts."""
     draw = drawer_of(config, part, device)
     rows: dict[int, dict[str, Any]] = {}
     for number, positions in enumerate(part.batches, start=part.number):
-        asked = [part.asked[i] for i in positions]
+        prompts = [part.prompts[i] for i in positions]
 
-        def write(number: int = number, asked: list[Prompt] = asked) -> list[Written]:
+        def write(number: int = number, prompts: list[Prompt] = prompts) -> list[Written]:
             return [
                 Written(done.reason, None)
                 if isinstance(done, Failure)
                 else Written(completion_text(part.tokenizer, done), done.finished)
-                for done in draw(asked, number)
+                for done in draw(prompts, number)
             ]
 
-        for i, prompt, written in zip(positions, asked, progress.run(write), strict=True):
+        for i, prompt, written in zip(positions, prompts, progress.run(write), strict=True):
             rows[i] = row_of(prompt, part.model, *written)
     return [rows[i] for i in range(len(rows))]
 
@@ -114,7 +113,7 @@ def completions_of(config: SampleConfig, part: Part, progress: Journal, device: 
 def drawer_of(
     config: SampleConfig, part: Part, device: torch.device
 ) -> Callable[[list[Prompt], int], list[Completion | Failure]]:
-    """What continues a batch of prompts, given its number: the server, or the model, loaded here."""
+    """The function (prompts, batch number) -> completions: by the server, or by the model, loaded here."""
     sampling = sampling_of(config)
     if part.server is not None:
         return lambda prompts, number: part.server.generate(

@@ -1,7 +1,7 @@
 """Rollouts: completions from the policy as it is now, with the log-probs that they were drawn at, behind one interface.
 
-`LocalSampler` is transformers' generate on the very model that trains; `rollout_http.ServerSampler` asks a server. What
-they return is the same: a `Completion` with the sampler's own log-probs, or a `Failure` that says what went wrong.
+`LocalSampler` is transformers' generate on the very model that trains; `server.ServerSampler` sends requests to a
+server. Both return the same: a `Completion` with the sampler's own log-probs, or a `Failure` with its reason.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .generation import Completion, Sampling, generate_batch
 
 
 class GenerationRequest(NamedTuple):
-    """One prompt to be continued; the same one may be asked several times."""
+    """A prompt to be continued; several requests may have the same one."""
 
-    ids: list[int]  # as `data.encode_prompt` makes them
+    ids: list[int]  # as `data.encoding.encode_prompt` makes them
     prompt: str | list[dict[str, Any]]  # the same as text or messages, for samplers that take no ids
     where: str  # "prompts.jsonl, row 7", for messages
 
@@ -40,10 +40,10 @@ class Failure(NamedTuple):
 
 class Sampler(Protocol):
     def generate(
-        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
-        """One for each of asked, in their order. (seed, number) seeds the draws: the same arguments give the same
-        completions, where the sampler can do that."""
+        """A completion for each request, in their order. (seed, number) seeds the draws: the same arguments give the
+        same completions, where the sampler can do that."""
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """The policy has changed: later completions are from this one. `folder` is free for the sampler's use."""
@@ -56,11 +56,11 @@ class LocalSampler:
         self.model, self.tokenizer, self.bf16 = model, tokenizer, bf16
 
     def generate(
-        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
         return generate_batch(
-            self.model, self.tokenizer, [one.ids for one in asked], sampling, seed=seed, number=number, bf16=self.bf16,
-            with_logprobs=True,
+            self.model, self.tokenizer, [request.ids for request in requests], sampling, seed=seed, number=number,
+            bf16=self.bf16, with_logprobs=True,
         )  # fmt: skip
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -71,7 +71,7 @@ def mismatch(sampler_logprobs: Tensor, trainer_logprobs: Tensor) -> dict[str, fl
     """sampler_logprobs, trainer_logprobs [N] of the same tokens, drawn by the sampler -> how far the two are apart.
 
     With d = trainer - sampler, nats a token: mean and largest |d|; mean, smallest and largest importance ratio e^d; and
-    KL(sampler || trainer), as the mean of e^d - 1 - d. The first two have TRL's names. Of no tokens: nothing.
+    KL(sampler || trainer), as the mean of e^d - 1 - d. The first two have TRL's names. Without tokens, {}.
     """
     if sampler_logprobs.numel() == 0:
         return {}

@@ -1,12 +1,12 @@
 """Rollouts from an OpenAI-compatible HTTP server: vLLM, SGLang, transformers' own `serve`, and the like.
 
 One request a completion, several at a time. What goes wrong on the way (no connection, no answer in time, an error of
-the server's, an answer that is not what was asked for) is tried again after a while, then reported for that prompt.
+the server's, an answer of another form) is tried again after a while, then reported for that prompt.
 
-What a server has to be told for its log-probs to be those of the distribution it draws from: vLLM says those of the
-model before temperature, top_k and top_p unless started with `--logprobs-mode processed_logprobs`. transformers' serve
-has none, and it keeps each model it was asked for: start it with a short `--model-timeout` where sync is by folder. Its
-draws are the same on every run only at server_concurrency 1, as one state of the random numbers serves all requests.
+A server's log-probs should be those of the distribution that it draws from: vLLM returns those of the model before
+temperature, top_k and top_p unless started with `--logprobs-mode processed_logprobs`. transformers' serve has none, and
+it keeps every model that was requested: start it with a short `--model-timeout` where sync is by folder. Its draws are
+the same on every run only at server_concurrency 1, as one state of the random numbers serves all requests.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ..errors import RowError, UsageError
 from ..models.checks import pad_id_of
 from ..models.loading import save_model
 from .generation import Completion, Sampling, up_to_end
-from .http_json import SAID, RequestError, Server
+from .http_json import EXCERPT, RequestError, Server
 from .sampler import Failure, GenerationRequest
 
 
 class ServerSampler:
-    """A `Sampler` that asks a server for one completion a request.
+    """A `Sampler` that sends a server one request a completion.
 
     `prompts`: "ids" sends token ids, asks for token ids, and knows the names that vLLM and SGLang have for what is
-    beyond OpenAI's; "text" sends text, and for transformers' serve, which draws nothing unless its model's
+    beyond OpenAI's; "text" sends text, and, for transformers' serve, which draws nothing unless its model's
     generation_config says so, a generation_config. Where no ids come back, the text is encoded again.
 
-    `sync_mode`: "none" leaves the server's model as it is; "folder" saves the policy and asks for it by its folder's
+    `sync_mode`: "none" leaves the server's model as it is; "folder" saves the policy, whose folder is then the model's
     name; "reload" saves it and has the server load it (SGLang's update_weights_from_disk). The server must see the
     folder under the same path.
     """
@@ -67,9 +67,9 @@ class ServerSampler:
 
     def check(self) -> None:
         """UsageError, at once, where no such server answers."""
-        at_once = Server(self.server.url, min(self.server.timeout_s, 30.0), retries=0)
+        without_retries = Server(self.server.url, min(self.server.timeout_s, 30.0), retries=0)
         try:
-            at_once.ask("/v1/models", None, listed_models)
+            without_retries.request("/v1/models", None, listed_models)
         except RequestError as problem:
             raise UsageError(
                 f"server_url: no OpenAI-compatible server answers at {self.server.url}/v1/models: {problem}. Start it, "
@@ -77,48 +77,48 @@ class ServerSampler:
             ) from problem
 
     def generate(
-        self, asked: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
-        """One for each of asked; UsageError where there is none and the server never gave one, or is gone."""
+        """A result for each request; UsageError where all are failures and the server never worked, or is gone."""
 
-        def one(position: int) -> Completion | Failure:
+        def complete(position: int) -> Completion | Failure:
             draw = random.Random(f"{seed}, batch {number}, completion {position}").getrandbits(31)
             try:
-                body = self._body(asked[position], sampling, draw)
-                return self.server.ask("/v1/completions", body, lambda answer: self._completion(answer, sampling))
+                body = self._body(requests[position], sampling, draw)
+                return self.server.request("/v1/completions", body, lambda answer: self._completion(answer, sampling))
             except RequestError as problem:
-                return Failure(asked[position].where, str(problem))
+                return Failure(requests[position].where, str(problem))
 
         pool = ThreadPoolExecutor(self.concurrency)
         try:
-            found = list(pool.map(one, range(len(asked))))
+            results = list(pool.map(complete, range(len(requests))))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for requests not yet made
-        failed = all(isinstance(each, Failure) for each in found)
-        if found and failed and not self.has_worked:
+        failed = all(isinstance(result, Failure) for result in results)
+        if results and failed and not self.has_worked:
             raise UsageError(
-                f"server_url: {self.server.url} gave no completion for any of {len(found)} prompts. The first, "
-                f"{found[0].where}: {found[0].reason}. Check that it serves {self.model_name!r} (server_model), and "
-                f"whether it takes prompts as {self.prompts} (server_prompts)"
+                f"server_url: {self.server.url} gave no completion for any of {len(results)} prompts. The first, "
+                f"{results[0].where}: {results[0].reason}. Check that it serves {self.model_name!r} (server_model), "
+                f"and whether it takes prompts as {self.prompts} (server_prompts)"
             )
-        if found and failed:  # these prompts may all be bad ones: of a group, they are even the same
+        if results and failed:  # these prompts may all be bad ones: of a group, they are even the same
             self.check()
         self.has_worked = self.has_worked or not failed
-        return found
+        return results
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        """After it, the server's completions are from `model`, unless sync_mode is "none"."""
+        """Has the server's next completions come from `model`, unless sync_mode is "none"."""
         self.tokenizer = tokenizer
         if self.sync_mode == "none":
             return
-        # A name that never was: a server keeps what it once loaded under a name, also over our restarts.
+        # A new name each time: a server keeps what it once loaded under a name, also over our restarts.
         saved = folder.resolve() / f"policy-{uuid.uuid4().hex}"
         save_model(model, tokenizer, saved)
         if self.sync_mode == "folder":
             self.model_name = str(saved)
         else:
             try:
-                self.server.ask("/update_weights_from_disk", {"model_path": str(saved)}, updated)
+                self.server.request("/update_weights_from_disk", {"model_path": str(saved)}, updated)
             except RequestError as problem:
                 raise UsageError(
                     f"server_sync: reload: {self.server.url}/update_weights_from_disk did not load {saved}: {problem}"
@@ -127,42 +127,42 @@ class ServerSampler:
             if old.resolve() != saved:
                 shutil.rmtree(old)
 
-    def _body(self, asked: GenerationRequest, sampling: Sampling, draw: int) -> dict[str, Any]:
-        """What is posted: all that shapes the distribution, as servers fill gaps from the model's own settings."""
+    def _body(self, request: GenerationRequest, sampling: Sampling, draw: int) -> dict[str, Any]:
+        """The body of the POST. It names all that shapes the distribution: servers fill gaps from their own."""
         body = {
             "model": self.model_name, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
             "top_p": sampling.top_p, "seed": draw, "logprobs": 1,
         }  # fmt: skip
         if self.prompts == "ids":
             return body | {
-                "prompt": asked.ids, "top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0,
+                "prompt": request.ids, "top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0,
                 "stop_token_ids": self.ends, "return_token_ids": True,
             }  # fmt: skip
         settings = {
             "do_sample": sampling.temperature > 0, "top_k": sampling.top_k, "repetition_penalty": 1.0,
             "eos_token_id": self.ends or None, "pad_token_id": pad_id_of(self.tokenizer),
         }  # fmt: skip
-        return body | {"prompt": self._text(asked), "generation_config": json.dumps(settings)}
+        return body | {"prompt": self._text(request), "generation_config": json.dumps(settings)}
 
-    def _text(self, asked: GenerationRequest) -> str:
-        """A text that tokenizers make asked.ids of; special tokens that they put in front must not be there twice."""
+    def _text(self, request: GenerationRequest) -> str:
+        """The text that tokenizers turn into request.ids; special tokens that they put in front are left out of it."""
         try:
-            text = prompt_text(self.tokenizer, asked.prompt)
+            text = prompt_text(self.tokenizer, request.prompt)
         except RowError as error:
-            raise RequestError(str(error), again=False) from error
+            raise RequestError(str(error), retryable=False) from error
         for candidate in (text, text.removeprefix(self.tokenizer.bos_token or "")):
-            if self.tokenizer(candidate).input_ids == asked.ids:
+            if self.tokenizer(candidate).input_ids == request.ids:
                 return candidate
         raise RequestError(
             "a server would make other tokens of this prompt's text than the trainer does: pass server_prompts: ids",
-            again=False,
+            retryable=False,
         )
 
     def _completion(self, answer: Any, sampling: Sampling) -> Completion:
         """The completion in an answer, which may be anything."""
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            count = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:SAID]!r}"
+            count = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:EXCERPT]!r}"
             raise RequestError(f"expected an answer with one choice, got {count}")
         choice = choices[0]
         if choice.get("finish_reason") not in ("stop", "length"):  # an aborted one is no completion of the policy's
@@ -175,9 +175,9 @@ class ServerSampler:
             done = up_to_end(ids, self.ends)
             done = done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
         else:
-            raise RequestError(f"expected token_ids from 0 to {self.vocabulary - 1}, got {str(ids)[:SAID]}")
+            raise RequestError(f"expected token_ids from 0 to {self.vocabulary - 1}, got {str(ids)[:EXCERPT]}")
         if stopped and not done.finished and self.tokenizer.eos_token_id is not None:
-            done = Completion([*done.ids, self.tokenizer.eos_token_id], True)  # the end itself was not given
+            done = Completion([*done.ids, self.tokenizer.eos_token_id], True)  # the server leaves the end itself out
         if len(done.ids) > sampling.max_new_tokens:  # text encoded again may have more tokens than it was drawn with
             done = Completion(done.ids[: sampling.max_new_tokens], False)
         if not done.ids:
@@ -189,7 +189,7 @@ class ServerSampler:
         text = choice.get("text")
         if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
             # JSON can spell half of a character
-            raise RequestError(f"expected a choice with text, got {str(choice)[:SAID]!r}")
+            raise RequestError(f"expected a choice with text, got {str(choice)[:EXCERPT]!r}")
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         if stopped and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
@@ -203,20 +203,20 @@ class ServerSampler:
 def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None:
     """The first `kept` of a choice's log-probs if there is one for each of its `count` tokens, else None."""
     logprobs = choice.get("logprobs")
-    found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-    if not isinstance(found, list) or len(found) != count:
+    values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+    if not isinstance(values, list) or len(values) != count:
         return None
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in found):
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         return None
-    return [float(value) for value in found[:kept]]
+    return [float(value) for value in values[:kept]]
 
 
 def listed_models(answer: Any) -> list[Any]:
     if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
-        raise RequestError(f"expected a list of models, got {str(answer)[:SAID]!r}")
+        raise RequestError(f"expected a list of models, got {str(answer)[:EXCERPT]!r}")
     return answer["data"]
 
 
 def updated(answer: Any) -> None:
     if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise RequestError(f"expected success, got {str(answer)[:SAID]!r}")
+        raise RequestError(f"expected success, got {str(answer)[:EXCERPT]!r}")

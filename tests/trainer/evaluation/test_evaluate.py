@@ -81,8 +81,8 @@ def test_kl_is_that_of_the_models_own_logits(make_model, family):
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         expected.append((p.exp() * (p - q)).sum().item())
     for batch_size in (1, 2, 3):
-        found = kl_of_sequences(FusedLM(policy), FusedLM(reference), sequences, batch_size, pad_id=1)
-        assert found == pytest.approx(expected, rel=1e-4)
+        kl = kl_of_sequences(FusedLM(policy), FusedLM(reference), sequences, batch_size, pad_id=1)
+        assert kl == pytest.approx(expected, rel=1e-4)
     assert kl_of_sequences(FusedLM(policy), FusedLM(policy), sequences, 2, pad_id=1) == pytest.approx([0] * 3, abs=1e-6)
 
 
@@ -149,10 +149,10 @@ def test_what_is_measured(run, capsys):
     # The reference says " cat" with 1/2, the model always: log 2 a token, and two tokens.
     assert report["kl_nats"]["value"] == pytest.approx(2 * math.log(2), rel=1e-5)
 
-    said = capsys.readouterr().out
-    assert "on 4 prompts of" in said and "95% interval" in said
-    assert "win rate against the answers of the data            50.00%" in said
-    assert "1 wins, 1 ties (half a win each), 1 losses. 4 answers were cut at max_new_tokens" in said
+    out = capsys.readouterr().out
+    assert "on 4 prompts of" in out and "95% interval" in out
+    assert "win rate against the answers of the data            50.00%" in out
+    assert "1 wins, 1 ties (half a win each), 1 losses. 4 answers were cut at max_new_tokens" in out
     assert sorted(path.name for path in folder.iterdir()) == ["report.json", CONFIG_FILE, "samples.jsonl"]
 
 

@@ -1,4 +1,4 @@
-"""Recipes as files: what they may say, and that what is wrong is told before anything runs, by stage and key."""
+"""Recipes as files: their form, and errors that are reported before anything runs, by stage and key."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def recipe(tmp_path):
 
 def test_variables_and_stages_are_filled_in(recipe):
     sft, pick, dpo = read_recipe(recipe(GOOD)).stages
-    told = config_of(sft, Path("/out"))
-    assert (told.model_name_or_path, told.dataset_name, told.learning_rate) == ("/my/base", "data.jsonl", 1e-3)
-    assert (told.output_dir, told.resume_from_checkpoint, told.overwrite_output_dir) == ("/out/sft", True, False)
+    config = config_of(sft, Path("/out"))
+    assert (config.model_name_or_path, config.dataset_name, config.learning_rate) == ("/my/base", "data.jsonl", 1e-3)
+    assert (config.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir) == ("/out/sft", True, False)
     assert placed(pick, Path("/out")) == {"dst": "/out/sft/x", "follow_symlinks": False}
-    told = config_of(dpo, Path("/out"))
-    assert (told.model_name_or_path, told.dataset_name) == ("/out/sft", "/out/pick/pairs.jsonl")
-    assert told.ref_cache_dir == "/out/cache"
+    config = config_of(dpo, Path("/out"))
+    assert (config.model_name_or_path, config.dataset_name) == ("/out/sft", "/out/pick/pairs.jsonl")
+    assert config.ref_cache_dir == "/out/cache"
 
 
 def test_set_changes_variables_and_keys_of_stages(recipe):
@@ -107,7 +107,7 @@ def test_what_a_recipe_became_is_a_recipe_that_does_the_same(recipe):
         (GOOD, "a: [", r"mine.yaml is not YAML"),
     ],
 )
-def test_a_bad_recipe_is_told_before_anything_runs(old, new, message, recipe, tmp_path, monkeypatch):
+def test_a_bad_recipe_is_refused_before_anything_runs(old, new, message, recipe, tmp_path, monkeypatch):
     assert GOOD.count(old) >= 1
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").touch()
@@ -131,7 +131,7 @@ def test_a_bad_recipe_is_told_before_anything_runs(old, new, message, recipe, tm
         ("sft.betta=1", r"stage sft: unknown key 'betta'\n`rlhf sft --help` lists the keys"),
     ],
 )
-def test_a_bad_change_is_told(change, message, recipe):
+def test_a_bad_change_is_refused(change, message, recipe):
     with pytest.raises(UsageError, match=message):
         check_recipe(
             read_recipe(recipe(GOOD.replace("/my/base", "m").replace("data.jsonl", "d")), [change]), Path("/o")

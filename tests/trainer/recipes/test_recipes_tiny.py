@@ -22,19 +22,19 @@ REWARD, LANGUAGE, RIGHT, FORM = (
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """name -> what the last stage of the recipe measured, by model; each recipe runs once."""
-    found = {}
+    reports = {}
 
     def of(name):
-        if name not in found:
+        if name not in reports:
             folder = run_recipe(RecipeConfig(recipe=name, output_dir=str(tmp_path_factory.mktemp(name) / "out")))
-            found[name] = json.loads((folder / "measured" / "report.json").read_text())
-        return found[name]
+            reports[name] = json.loads((folder / "measured" / "report.json").read_text())
+        return reports[name]
 
     return of
 
 
 def test_zephyr(measured):
-    """SFT teaches to write one review and to stop; DPO, what the judge likes."""
+    """SFT teaches to write one review and to stop; DPO, what the annotator likes."""
     base, sft, dpo = measured("zephyr-tiny").values()
     assert base[LANGUAGE] < 0.1 and sft[LANGUAGE] > 0.6
     assert dpo[REWARD] > sft[REWARD] + 0.5
@@ -42,7 +42,7 @@ def test_zephyr(measured):
 
 
 def test_instructgpt(measured):
-    """The hidden reward rises, though PPO has never seen it: the reward model that it maximises has learned it."""
+    """The hidden reward rises, though PPO never meets it: the reward model that it maximises has learned it."""
     base, sft, ppo = measured("instructgpt-tiny").values()
     assert base[LANGUAGE] < 0.1 and sft[LANGUAGE] > 0.6
     assert ppo[REWARD] > sft[REWARD] + 0.5
@@ -93,15 +93,15 @@ def test_of_a_sum_the_right_answer_is_preferred():
 
 
 def test_all_pairs_of_what_was_sampled_are_compared(tmp_path):
-    def row(prompt, completion, finished=True):
+    def line(prompt, completion, finished=True):
         return {"prompt": prompt, "completion": completion, "finished": finished}
 
     right = "<think> x </think> <answer> 3 </answer>"
-    rows = [row("1 + 2 =", "4"), row("1 + 2 =", right), row("1 + 2 =", right), row("1 + 2 =", "5", finished=False)]
-    rows += [row("1 + 1 =", "2"), row("1 + 1 =", "")]
-    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    lines = [line("1 + 2 =", "4"), line("1 + 2 =", right), line("1 + 2 =", right), line("1 + 2 =", "5", finished=False)]
+    lines += [line("1 + 1 =", "2"), line("1 + 1 =", "")]
+    (tmp_path / "completions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     compare(tmp_path, completions=str(tmp_path))
-    (found,) = map(json.loads, (tmp_path / "preferences.jsonl").read_text().splitlines())
-    assert found == {"prompt": "1 + 2 =", "responses": ["4", right], "pairs": [[1, 0]]}
+    (row,) = map(json.loads, (tmp_path / "preferences.jsonl").read_text().splitlines())
+    assert row == {"prompt": "1 + 2 =", "responses": ["4", right], "pairs": [[1, 0]]}
     join(tmp_path, files=[str(tmp_path / "completions.jsonl"), str(tmp_path / "preferences.jsonl")])
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 7

@@ -10,7 +10,7 @@ import rlhf_trainer.models.scoring
 from rlhf_trainer.data.examples import load_conversations
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rewards.config import RejectionConfig
-from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, rejection, top_overall, top_per_prompt
+from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, rejection, top_k_overall, top_per_prompt
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.known_models import save_word_judge
 
@@ -37,18 +37,18 @@ def test_top_two_per_prompt_are_best_first_and_equal_rewards_keep_their_order():
     assert cells(top_per_prompt(CANDIDATES, 2)) == [(0, 1), (0, 3), (1, 1), (1, 3), (2, 0), (2, 2), (3, 0)]
 
 
-def test_top_overall_takes_the_largest_of_the_matrix():
+def test_top_k_overall_takes_the_largest_of_the_matrix():
     """As many as best of N takes, but prompt 1 is gone: all its rewards are lower."""
-    assert cells(top_overall(CANDIDATES, 4)) == [(2, 0), (2, 2), (2, 1), (0, 1)]
+    assert cells(top_k_overall(CANDIDATES, 4)) == [(2, 0), (2, 2), (2, 1), (0, 1)]
 
 
-def test_top_overall_with_a_limit_per_prompt():
-    assert cells(top_overall(CANDIDATES, 4, max_per_prompt=1)) == [(2, 0), (0, 1), (3, 0), (1, 1)]
-    assert cells(top_overall(CANDIDATES, 5, max_per_prompt=2)) == [(2, 0), (2, 2), (0, 1), (0, 3), (3, 0)]
+def test_top_k_overall_with_a_limit_per_prompt():
+    assert cells(top_k_overall(CANDIDATES, 4, max_per_prompt=1)) == [(2, 0), (0, 1), (3, 0), (1, 1)]
+    assert cells(top_k_overall(CANDIDATES, 5, max_per_prompt=2)) == [(2, 0), (2, 2), (0, 1), (0, 3), (3, 0)]
 
 
 def test_more_than_there_are_is_all_there_are():
-    assert sorted(top_per_prompt(CANDIDATES, 9)) == sorted(top_overall(CANDIDATES, 99)) == list(range(13))
+    assert sorted(top_per_prompt(CANDIDATES, 9)) == sorted(top_k_overall(CANDIDATES, 99)) == list(range(13))
     assert random_per_prompt(CANDIDATES, 9, seed=0) == list(range(13))
 
 
@@ -56,7 +56,7 @@ def test_prompts_need_not_be_adjacent():
     """Completions of another model follow after those of the first one."""
     mixed = [Candidate(0, 1.0), Candidate(1, 5.0), Candidate(0, 2.0), Candidate(1, 4.0)]
     assert top_per_prompt(mixed, 1) == [2, 1]
-    assert top_overall(mixed, 2, max_per_prompt=1) == [1, 2]
+    assert top_k_overall(mixed, 2, max_per_prompt=1) == [1, 2]
 
 
 def test_random_takes_as_many_of_each_prompt_and_does_not_look_at_rewards():
@@ -137,9 +137,9 @@ def test_the_best_of_each_prompt_is_ready_for_sft(run, write_jsonl, tokenizer, c
     assert report["candidates"]["mean_reward"] == pytest.approx(sum(rewards) / 4)
     assert report["selected"]["mean_reward"] == pytest.approx((rewards[1] + rewards[3]) / 2)
     assert (report["selected"]["completions"], report["selected"]["prompts"]) == (2, 2)
-    said = capsys.readouterr().out
-    assert "6 completions of 2 prompts, left out: 1 unfinished, 1 empty, 0 too long" in said
-    assert "candidates: 4 of 2 prompts, mean reward +" in said and "selected:   2 of 2 prompts, mean reward +" in said
+    out = capsys.readouterr().out
+    assert "6 completions of 2 prompts, left out: 1 unfinished, 1 empty, 0 too long" in out
+    assert "candidates: 4 of 2 prompts, mean reward +" in out and "selected:   2 of 2 prompts, mean reward +" in out
     assert sorted(path.name for path in folder.iterdir()) == [
         "report.json", CONFIG_FILE, "scored.jsonl", "selected.jsonl",
     ]  # fmt: skip
@@ -161,10 +161,12 @@ def test_one_prompt_of_several_models_and_folders_is_one_prompt(run, write_jsonl
 
 def test_equal_prompts_of_messages_are_one_prompt(run, write_jsonl):
     user, user_again = {"role": "user", "content": "the"}, {"content": "the", "role": "user"}
-    said = [[{"role": "assistant", "content": text}] for text in ("fish fish", "fish cat", " ")]
-    folder = run(write_jsonl([row([user], said[0]), row([user_again], said[1]), row([user], said[2])]))
+    completions = [[{"role": "assistant", "content": text}] for text in ("fish fish", "fish cat", " ")]
+    folder = run(
+        write_jsonl([row([user], completions[0]), row([user_again], completions[1]), row([user], completions[2])])
+    )
     (selected,) = lines_of(folder / "selected.jsonl")
-    assert selected["completion"] == said[1] and selected["prompt"] == [user]
+    assert selected["completion"] == completions[1] and selected["prompt"] == [user]
     assert [line["left_out"] for line in lines_of(folder / "scored.jsonl")] == [None, None, "empty"]
 
 

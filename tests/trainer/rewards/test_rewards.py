@@ -1,4 +1,4 @@
-"""Rewards of completions: which functions a configuration names, what they are given, and what becomes of bad ones."""
+"""Rewards of completions: the functions of a configuration, their arguments, and errors about bad ones."""
 
 import copy
 import math
@@ -131,8 +131,8 @@ def test_a_function_is_called_once_with_all_prompts_completions_and_columns(func
     prompts = [prompt("a", target="x", level=1), prompt(user, target="y")]
     load("my_rewards:everything")(prompts, ["one", "two"])
     (call,) = sys.modules["my_rewards"].calls
-    said = [{"role": "assistant", "content": "two"}]
-    assert call == (["a", user], ["one", said], {"target": ["x", "y"], "level": [1, None]})
+    conversation = [{"role": "assistant", "content": "two"}]
+    assert call == (["a", user], ["one", conversation], {"target": ["x", "y"], "level": [1, None]})
 
 
 def test_a_function_gets_the_columns_that_its_parameters_ask_for(functions):

@@ -202,11 +202,11 @@ def test_what_does_not_work_here_is_not_used(monkeypatch):
 
 def test_under_root_a_user_of_its_own_where_it_can_read_python(monkeypatch):
     """A Python of the system's, as one in root's home is not for others to run; who is not root stays who he is."""
-    found = [path for path in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(path).exists()]
-    if os.geteuid() != 0 or not found:
+    pythons = [path for path in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(path).exists()]
+    if os.geteuid() != 0 or not pythons:
         assert not confinement().as_nobody
         return
-    monkeypatch.setattr(sandbox.sys, "executable", found[0])
+    monkeypatch.setattr(sandbox.sys, "executable", pythons[0])
     confinement.cache_clear()
     try:
         assert confinement().as_nobody

@@ -16,8 +16,8 @@ from rlhf_trainer.rewards.verifiable import (
     checked_tests,
     exact_answer,
     expected_answers,
-    found_by,
     json_schema,
+    matcher_of,
     think_answer,
     unit_tests,
 )
@@ -62,26 +62,26 @@ def test_an_answer_tag_that_does_not_close_is_no_mark():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("text", "expected"),
     [
         ("1,234,567.50", "1234567.5"), ("1234567.5", "1,234,567.50"), ("-3", "−3"), ("5-3 = 2", "2"), ("is −7", "-7"),
         ("0.5", "1/2"), ("\\boxed{\\dfrac{1}{2}}", ".5"), (".50", "0.5"), ("1e3", "1000"), ("12{,}345", "12345"),
         ("9" * 900, "9" * 900), ("9" * 900 + ".0", "9" * 900), ("0", "-0"),
     ],
 )  # fmt: skip
-def test_numbers_are_equal_by_value(said, expected):
-    assert exact_answer(said, [expected]) == 1.0
+def test_numbers_are_equal_by_value(text, expected):
+    assert exact_answer(text, [expected]) == 1.0
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("text", "expected"),
     [
         ("0.333", "1/3"), ("9" * 900, "9" * 899 + "8"), ("1e400", "1e399"), ("10000000000000001", "10000000000000000"),
         ("5-3", "-3"), ("1.5", "15"), ("1,5", "15"),
     ],
 )  # fmt: skip
-def test_numbers_are_compared_exactly(said, expected):
-    assert exact_answer(said, [expected]) == 0.0
+def test_numbers_are_compared_exactly(text, expected):
+    assert exact_answer(text, [expected]) == 0.0
 
 
 def test_numbers_too_large_to_compute_with_are_texts():
@@ -93,7 +93,7 @@ def test_numbers_too_large_to_compute_with_are_texts():
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "reward"),
+    ("text", "expected", "reward"),
     [
         ("olleh", "olleh", 1), (" Olleh.\n", "olleh", 1), ("'olleh'", "olleh", 1), ("hello", "olleh", 0),
         ("The answer is Paris. It is in France.", "Paris", 1), ("The answer is not Paris", "Paris", 0),
@@ -105,8 +105,8 @@ def test_numbers_too_large_to_compute_with_are_texts():
         ("<answer><answer>a</answer>", "a", 1), ("<ANSWER>a</ANSWER>", "a", 0),
     ],
 )  # fmt: skip
-def test_texts_are_equal_but_for_case_space_and_punctuation_around(said, expected, reward):
-    assert exact_answer(said, [expected]) == reward
+def test_texts_are_equal_but_for_case_space_and_punctuation_around(text, expected, reward):
+    assert exact_answer(text, [expected]) == reward
 
 
 def test_any_of_several_right_answers():
@@ -243,16 +243,16 @@ def test_schemas_of_other_drafts_and_of_all_and_nothing():
 
 
 def test_a_pattern_is_found_anywhere_unless_anchored():
-    assert found_by(regex.compile("a+b"))("xx aab yy") == 1.0
-    assert found_by(regex.compile(r"\Aa+b\Z"))("xx aab") == 0.0
-    assert found_by(regex.compile(r"\Aa+b\Z"))("aab") == 1.0
-    assert found_by(regex.compile("(?s)a.b"))("a\nb") == 1.0 and found_by(regex.compile("a.b"))("a\nb") == 0.0
-    assert found_by(regex.compile("a"))("") == 0.0
+    assert matcher_of(regex.compile("a+b"))("xx aab yy") == 1.0
+    assert matcher_of(regex.compile(r"\Aa+b\Z"))("xx aab") == 0.0
+    assert matcher_of(regex.compile(r"\Aa+b\Z"))("aab") == 1.0
+    assert matcher_of(regex.compile("(?s)a.b"))("a\nb") == 1.0 and matcher_of(regex.compile("a.b"))("a\nb") == 0.0
+    assert matcher_of(regex.compile("a"))("") == 0.0
 
 
 def test_a_pattern_that_backtracks_without_end_is_not_found_in_a_second():
     start = time.monotonic()
-    assert found_by(regex.compile(r"(a|aa)+$"))("a" * 80 + "c") == 0.0
+    assert matcher_of(regex.compile(r"(a|aa)+$"))("a" * 80 + "c") == 0.0
     assert time.monotonic() - start < 10
 
 

@@ -1,4 +1,4 @@
-"""A server on loopback that answers as a test tells it to."""
+"""A server on loopback that answers as a test scripts it."""
 
 import json
 import threading
@@ -7,13 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Scripted:
-    """Answers POST and GET as `answer(path, body)` says, and keeps what it was asked.
+    """Answers POST and GET as `answer(path, body)` says, and keeps the requests.
 
     The answer: (status, JSON or bytes), or bytes that are sent as they are, without so much as a status line.
     """
 
     def __init__(self):
-        self.asked, self.keys, self.answer, self.lock = [], [], None, threading.Lock()
+        self.requests, self.keys, self.answer, self.lock = [], [], None, threading.Lock()
         self.over = threading.Event()
 
     @contextmanager
@@ -25,21 +25,21 @@ class Scripted:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 body = json.loads(body) if body else None
                 with script.lock:
-                    script.asked.append((self.path, body))
+                    script.requests.append((self.path, body))
                     script.keys.append(self.headers.get("Authorization"))
-                said = script.answer(self.path, body)
+                answer = script.answer(self.path, body)
                 with suppress(ConnectionError):  # the client did not wait for it
-                    if isinstance(said, bytes):
-                        self.wfile.write(said)
+                    if isinstance(answer, bytes):
+                        self.wfile.write(answer)
                     else:
-                        self.say(*said)
+                        self.send(*answer)
 
-            def say(self, status, said):
-                said = said if isinstance(said, bytes) else json.dumps(said).encode()
+            def send(self, status, content):
+                content = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(said)))
+                self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(said)
+                self.wfile.write(content)
 
             do_GET = do_POST
 

@@ -1,4 +1,4 @@
-"""Completions: from the distribution that is asked for, the same on every run, whole."""
+"""Completions: from the distribution of the options, the same on every run, whole."""
 
 from collections import Counter
 
@@ -54,7 +54,7 @@ def shares(model, tokenizer, **sampling):
     ],
     ids=str,
 )
-def test_tokens_are_drawn_as_asked(die, tokenizer, sampling, expected):
+def test_tokens_are_drawn_by_the_options(die, tokenizer, sampling, expected):
     drawn = shares(die, tokenizer, **sampling)
     assert drawn.keys() == expected.keys()
     for id, share in expected.items():
@@ -90,9 +90,9 @@ def test_a_completion_ends_with_its_end(tokenizer):
 
 def test_ends_are_those_of_model_and_tokenizer(die, tokenizer):
     own = die.generation_config.eos_token_id
-    for said, known in ((None, [1]), (1, [1]), ([5, 9], [1, 5, 9])):
-        die.generation_config.eos_token_id = said
-        assert end_ids(die, tokenizer) == known
+    for ends, expected in ((None, [1]), (1, [1]), ([5, 9], [1, 5, 9])):
+        die.generation_config.eos_token_id = ends
+        assert end_ids(die, tokenizer) == expected
     die.generation_config.eos_token_id = own
 
 
@@ -157,14 +157,14 @@ def test_results_stay_in_the_order_of_the_prompts_whatever_was_kept(make_model, 
 
 
 def test_bf16_computes_in_bfloat16(make_model, tokenizer):
-    model, seen = make_model("llama"), []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    model, dtypes = make_model("llama"), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     try:
         for bf16 in (False, True):
             generate(model, tokenizer, PROMPTS[:2], Sampling(max_new_tokens=1), batch_size=2, seed=0, bf16=bf16)
     finally:
         handle.remove()
-    assert seen == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_the_longest_batches_come_first():
@@ -202,8 +202,8 @@ def trainer_logprobs(model, prompts, completions, temperature):
 
     def logprobs(hidden, head):
         targets = batch.labels[:, 1:]
-        found = rk.linear_logprobs(hidden[:, :-1], head.weight, targets, temperature=temperature, **head.options())
-        return [row[counted].tolist() for row, counted in zip(found.logprobs, targets != -100, strict=True)]
+        outputs = rk.linear_logprobs(hidden[:, :-1], head.weight, targets, temperature=temperature, **head.options())
+        return [row[counted].tolist() for row, counted in zip(outputs.logprobs, targets != -100, strict=True)]
 
     return fused(batch, logprobs)
 

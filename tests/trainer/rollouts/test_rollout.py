@@ -13,13 +13,13 @@ from rlhf_trainer.rollouts.loading import make_sampler
 from rlhf_trainer.rollouts.sampler import GenerationRequest, LocalSampler, mismatch
 
 PROMPTS = [[30 + i, *range(40, 40 + i % 5)] for i in range(6)]
-ASKED = [GenerationRequest(ids, "unused", f"row {i}") for i, ids in enumerate(PROMPTS, start=1)]
+REQUESTS = [GenerationRequest(ids, "unused", f"row {i}") for i, ids in enumerate(PROMPTS, start=1)]
 
 
 def test_local_rollouts_are_generates_with_logprobs(make_model, tokenizer):
     model, sampling = make_model("llama"), Sampling(max_new_tokens=6, temperature=0.8)
     sampler = LocalSampler(model, tokenizer, bf16=False)
-    drawn = sampler.generate(ASKED, sampling, seed=3, number=4)
+    drawn = sampler.generate(REQUESTS, sampling, seed=3, number=4)
     assert drawn == generate_batch(model, tokenizer, PROMPTS, sampling, seed=3, number=4, with_logprobs=True)
     assert all(len(done.logprobs) == len(done.ids) for done in drawn)
 
@@ -27,36 +27,36 @@ def test_local_rollouts_are_generates_with_logprobs(make_model, tokenizer):
 def test_local_rollouts_are_from_the_policy_as_it_is_now(make_model, tokenizer, tmp_path):
     model, sampling = make_model("llama"), Sampling(max_new_tokens=6, temperature=0.0)
     sampler = LocalSampler(model, tokenizer, bf16=False)
-    before = sampler.generate(ASKED, sampling, seed=0, number=0)
+    before = sampler.generate(REQUESTS, sampling, seed=0, number=0)
     with torch.no_grad():
         model.lm_head.weight.neg_()
     sampler.sync(model, tokenizer, tmp_path / "free")
-    assert sampler.generate(ASKED, sampling, seed=0, number=0) != before
+    assert sampler.generate(REQUESTS, sampling, seed=0, number=0) != before
     assert not (tmp_path / "free").exists()  # nothing had to travel
 
 
 def test_local_rollouts_compute_in_the_precision_of_the_run(make_model, tokenizer):
-    model, seen = make_model("llama"), []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    model, dtypes = make_model("llama"), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     try:
         for bf16 in (False, True):
             config = ServerConfig(output_dir="out", bf16=bf16)
-            make_sampler(config, model, tokenizer).generate(ASKED, Sampling(1), seed=0, number=0)
+            make_sampler(config, model, tokenizer).generate(REQUESTS, Sampling(1), seed=0, number=0)
     finally:
         handle.remove()
-    assert seen == [torch.float32, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_rollouts_are_json_so_that_a_run_can_keep_them(make_model, tokenizer):
-    drawn = LocalSampler(make_model("llama"), tokenizer, bf16=False).generate(ASKED, Sampling(4), seed=0, number=0)
+    drawn = LocalSampler(make_model("llama"), tokenizer, bf16=False).generate(REQUESTS, Sampling(4), seed=0, number=0)
     assert [type(done)(*kept) for done, kept in zip(drawn, json.loads(json.dumps(drawn)), strict=True)] == drawn
 
 
 def test_mismatch_is_what_its_formulas_say():
     sampler, trainer = torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([-1.5, -2.0, -0.25])
-    said = mismatch(sampler, trainer.requires_grad_())
+    metrics = mismatch(sampler, trainer.requires_grad_())
     ratios = [math.exp(-0.5), 1.0, math.exp(0.25)]
-    assert said == pytest.approx(
+    assert metrics == pytest.approx(
         {
             "sampling/sampling_logp_difference/mean": 0.25,
             "sampling/sampling_logp_difference/max": 0.5,
@@ -66,24 +66,26 @@ def test_mismatch_is_what_its_formulas_say():
             "sampling/kl": ((ratios[0] - 1 + 0.5) + 0.0 + (ratios[2] - 1 - 0.25)) / 3,
         }
     )
-    json.dumps(said)  # a line of metrics
+    json.dumps(metrics)  # a line of metrics
 
 
 def test_the_expected_mismatch_is_the_exact_kl():
     """Every token weighted by its share of the sampler's draws: a thousand tokens of probabilities in tenths."""
     sampler, trainer = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.3, 0.5])
     drawn = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
-    said = mismatch(sampler.log()[drawn], trainer.log()[drawn])
-    assert said["sampling/kl"] == pytest.approx((sampler * (sampler / trainer).log()).sum().item(), abs=1e-6)
-    assert said["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0)  # as it is over draws of the sampler
+    metrics = mismatch(sampler.log()[drawn], trainer.log()[drawn])
+    assert metrics["sampling/kl"] == pytest.approx((sampler * (sampler / trainer).log()).sum().item(), abs=1e-6)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(
+        1.0
+    )  # as it is over draws of the sampler
 
 
-def test_of_no_tokens_nothing_is_said():
+def test_without_tokens_there_is_no_mismatch():
     assert mismatch(torch.zeros(0), torch.zeros(0)) == {}
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"server_url": "localhost:8000"}, "must start with http"),
         ({"server_sync": "reload"}, "pass server_url"),
@@ -95,6 +97,6 @@ def test_of_no_tokens_nothing_is_said():
     ],
     ids=lambda value: str(value),
 )
-def test_what_a_server_cannot_be_told_is_refused(options, said):
-    with pytest.raises(UsageError, match=said):
+def test_options_that_no_server_can_follow_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
         ServerConfig(output_dir="out", **options)

@@ -1,4 +1,4 @@
-"""Rollouts over HTTP, from a server that can be told to misbehave; `test_transformers_serve.py` has a real one."""
+"""Rollouts over HTTP, from a server that misbehaves on request; `test_transformers_serve.py` has a real one."""
 
 import json
 import re
@@ -46,11 +46,11 @@ def sampler(scripted, tokenizer):
 SAMPLING = Sampling(max_new_tokens=4, temperature=0.7, top_k=5, top_p=0.9)
 
 
-def generate(sampler, asked, seed=0, number=0):
-    return sampler.generate(asked, SAMPLING, seed=seed, number=number)
+def generate(sampler, requests, seed=0, number=0):
+    return sampler.generate(requests, SAMPLING, seed=seed, number=number)
 
 
-def test_ids_travel_both_ways_with_their_logprobs(scripted, sampler, asked):
+def test_ids_travel_both_ways_with_their_logprobs(scripted, sampler, requests):
     def answer(path, body):
         first = body["prompt"][0]
         return choice(
@@ -59,34 +59,34 @@ def test_ids_travel_both_ways_with_their_logprobs(scripted, sampler, asked):
         )  # fmt: skip
 
     scripted.answer = answer
-    done = generate(sampler(), asked)  # answers come in any order, completions in that of the prompts
-    assert done == [Completion([one.ids[0], 7, END], True, [-0.5, -1.25, -one.ids[0] / 8]) for one in asked]
-    assert {path for path, _ in scripted.asked} == {"/v1/completions"}
-    bodies = sorted((body for _, body in scripted.asked), key=lambda body: body["prompt"])
-    assert [body["prompt"] for body in bodies] == sorted(one.ids for one in asked)
+    done = generate(sampler(), requests)  # answers come in any order, completions in that of the prompts
+    assert done == [Completion([one.ids[0], 7, END], True, [-0.5, -1.25, -one.ids[0] / 8]) for one in requests]
+    assert {path for path, _ in scripted.requests} == {"/v1/completions"}
+    bodies = sorted((body for _, body in scripted.requests), key=lambda body: body["prompt"])
+    assert [body["prompt"] for body in bodies] == sorted(one.ids for one in requests)
     assert bodies[0].items() >= {
         "model": "policy", "max_tokens": 4, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.0,
         "repetition_penalty": 1.0, "stop_token_ids": [END], "return_token_ids": True,
     }.items()  # fmt: skip
-    assert len({body["seed"] for body in bodies}) == len(asked)
+    assert len({body["seed"] for body in bodies}) == len(requests)
 
 
-def test_seeds_depend_on_seed_batch_and_place_alone(scripted, sampler, asked):
+def test_seeds_depend_on_seed_batch_and_place_alone(scripted, sampler, requests):
     scripted.answer = lambda path, body: choice(token_ids=[body["seed"] % 300 + 2, body["seed"] // 300 % 300 + 2])
     make = sampler(concurrency=2)
-    first = generate(make, asked)
-    assert generate(make, asked) == first
-    assert generate(make, asked, seed=1) != first and generate(make, asked, number=1) != first
+    first = generate(make, requests)
+    assert generate(make, requests) == first
+    assert generate(make, requests, seed=1) != first and generate(make, requests, number=1) != first
 
 
-def test_text_travels_where_ids_cannot(scripted, sampler, asked, tokenizer):
+def test_text_travels_where_ids_cannot(scripted, sampler, requests, tokenizer):
     scripted.answer = lambda path, body: choice(text=" the cat", finish_reason="stop")
-    done = generate(sampler(prompts="text"), asked)
+    done = generate(sampler(prompts="text"), requests)
     ids = tokenizer(" the cat").input_ids
     assert done == [Completion([*ids, END], True, None)] * 4
     assert completion_text(tokenizer, done[0]) == " the cat"
-    for _, body in scripted.asked:
-        assert tokenizer(body["prompt"]).input_ids in [one.ids for one in asked]
+    for _, body in scripted.requests:
+        assert tokenizer(body["prompt"]).input_ids in [one.ids for one in requests]
         assert not body.keys() & {"top_k", "min_p", "stop_token_ids", "return_token_ids"}  # transformers refuses them
         assert json.loads(body["generation_config"])["top_k"] == 5
 
@@ -111,7 +111,7 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
             GenerationRequest(encode_prompt(own, "the cat"), "the cat", "row 2"),
         ],
     )
-    assert sorted(own(body["prompt"]).input_ids for _, body in scripted.asked) == sorted(
+    assert sorted(own(body["prompt"]).input_ids for _, body in scripted.requests) == sorted(
         [ids, encode_prompt(own, "the cat")]
     )
     (failure, good) = generate(
@@ -120,7 +120,7 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     assert failure.where == "row 1" and "other tokens" in failure.reason and isinstance(good, Completion)
 
 
-def test_logprobs_are_kept_only_with_the_tokens_they_are_of(scripted, sampler, asked, tokenizer):
+def test_logprobs_are_kept_only_with_the_tokens_they_are_of(scripted, sampler, requests, tokenizer):
     ids = tokenizer(" sat on").input_ids
     tokens = [" sat", " on"]
     assert [tokenizer.decode([id]) for id in ids] == tokens
@@ -151,11 +151,11 @@ def test_logprobs_are_kept_only_with_the_tokens_they_are_of(scripted, sampler, a
     ]  # fmt: skip
     for answer, expected in cases:
         scripted.answer = lambda path, body, answer=answer: answer
-        assert generate(sampler(), asked[:1]) == [expected], answer
+        assert generate(sampler(), requests[:1]) == [expected], answer
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ((500, b"out of memory"), "HTTP 500: out of memory"),
         ((503, b""), "HTTP 503: Service Unavailable"),
@@ -182,40 +182,38 @@ def test_logprobs_are_kept_only_with_the_tokens_they_are_of(scripted, sampler, a
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_trouble_is_tried_again_then_reported(scripted, sampler, asked, bad, said):
+def test_trouble_is_tried_again_then_reported(scripted, sampler, requests, bad, message):
     """Row 1 works at its third try, row 2 never, row 3 at once."""
-    tries = {tuple(one.ids): 0 for one in asked}
+    tries = {tuple(one.ids): 0 for one in requests}
 
     def answer(path, body):
         prompt = tuple(body["prompt"])
         tries[prompt] += 1
-        fails = {tuple(asked[0].ids): 2, tuple(asked[1].ids): 99}.get(prompt, 0)
+        fails = {tuple(requests[0].ids): 2, tuple(requests[1].ids): 99}.get(prompt, 0)
         return bad if tries[prompt] <= fails else choice(token_ids=[3])
 
     scripted.answer = answer
-    first, failed, third = generate(sampler(), asked[:3])
+    first, failed, third = generate(sampler(), requests[:3])
     assert first == third == Completion([3], False)
     assert isinstance(failed, Failure) and failed.where == "row 2"
     assert "at the last of 4 tries" in failed.reason
-    assert re.search(said, failed.reason)
+    assert re.search(message, failed.reason)
     assert list(tries.values()) == [3, 4, 1, 0]
 
 
-def test_a_server_that_stalls_is_not_waited_for(scripted, sampler, asked):
+def test_a_server_that_stalls_is_not_waited_for(scripted, sampler, requests):
     def answer(path, body):
-        if body["prompt"] == asked[0].ids:
+        if body["prompt"] == requests[0].ids:
             scripted.over.wait(20)
         return choice(token_ids=[3])
 
     scripted.answer = answer
-    began = time.monotonic()
-    failed, good = generate(sampler(timeout_s=0.3, retries=1), asked[:2])
-    assert time.monotonic() - began < 5
-    assert failed == Failure("row 1", "no answer within 0.3 seconds (at the last of 2 tries)")
+    failed, good = generate(sampler(timeout_s=1.0, retries=1), requests[:2])
+    assert failed == Failure("row 1", "no answer within 1 seconds (at the last of 2 tries)")
     assert good == Completion([3], False)
 
 
-def test_an_answer_that_drips_in_forever_ends_with_the_timeout(asked, tokenizer):
+def test_an_answer_that_drips_in_forever_ends_with_the_timeout(requests, tokenizer):
     """Each byte is in time, the whole never is."""
     listening = socket.create_server(("127.0.0.1", 0))
     over = threading.Event()
@@ -238,100 +236,98 @@ def test_an_answer_that_drips_in_forever_ends_with_the_timeout(asked, tokenizer)
             f"http://127.0.0.1:{listening.getsockname()[1]}", "policy", tokenizer, ends=[END], vocabulary=VOCABULARY,
             timeout_s=0.5, retries=0,
         )  # fmt: skip
-        began = time.monotonic()
         with pytest.raises(UsageError, match=r"row 1: no answer within 0\.5 seconds"):
-            generate(sampler, asked[:1])
-        assert time.monotonic() - began < 5
+            generate(sampler, requests[:1])
     finally:
         over.set()
         thread.join()
         listening.close()
 
 
-def test_what_the_server_refuses_is_not_asked_again(scripted, sampler, asked):
+def test_what_the_server_refuses_is_not_requested_again(scripted, sampler, requests):
     def answer(path, body):
-        too_long = body["prompt"] == asked[2].ids
+        too_long = body["prompt"] == requests[2].ids
         return (400, {"error": "prompt too long"}) if too_long else choice(token_ids=[3])
 
     scripted.answer = answer
-    done = generate(sampler(), asked)
+    done = generate(sampler(), requests)
     assert done[2] == Failure("row 3", 'HTTP 400: {"error": "prompt too long"}')
     assert [type(each) for each in done] == [Completion, Completion, Failure, Completion]
-    assert len(scripted.asked) == 4
+    assert len(scripted.requests) == 4
 
 
-def test_if_nothing_comes_the_run_stops_and_says_what_to_check(scripted, sampler, asked):
+def test_if_nothing_comes_the_run_stops_and_says_what_to_check(scripted, sampler, requests):
     scripted.answer = lambda path, body: (404, {"error": "no model policy"})
     with pytest.raises(UsageError, match=r"any of 4 prompts.*row 1: HTTP 404.*no model policy.*server_model"):
-        generate(sampler(), asked)
+        generate(sampler(), requests)
     assert generate(sampler(), []) == []
 
 
-def test_a_batch_of_bad_prompts_alone_does_not_stop_a_run_that_worked(scripted, sampler, asked):
+def test_a_batch_of_bad_prompts_alone_does_not_stop_a_run_that_worked(scripted, sampler, requests):
     """But a server that is gone does."""
     make, gone = sampler(retries=0), []
 
     def answer(path, body):
         if path == "/v1/models":
             return (500, b"dying") if gone else (200, {"data": []})
-        return (400, b"too long") if body["prompt"] == asked[0].ids else choice(token_ids=[3])
+        return (400, b"too long") if body["prompt"] == requests[0].ids else choice(token_ids=[3])
 
     scripted.answer = answer
-    generate(make, asked)
-    assert generate(make, asked[:1] * 3) == [Failure("row 1", "HTTP 400: too long")] * 3
+    generate(make, requests)
+    assert generate(make, requests[:1] * 3) == [Failure("row 1", "HTTP 400: too long")] * 3
     gone.append(True)
     with pytest.raises(UsageError, match=r"no OpenAI-compatible server answers at .*: HTTP 500: dying"):
-        generate(make, asked[:1])
+        generate(make, requests[:1])
 
 
-def test_delays_between_tries_double(scripted, sampler, asked, monkeypatch):
+def test_delays_between_tries_double(scripted, sampler, requests, monkeypatch):
     delays = []
     monkeypatch.setattr(time, "sleep", delays.append)
     scripted.answer = lambda path, body: (500, b"")
     with pytest.raises(UsageError):
-        generate(sampler(retries=8, first_delay_s=1.0), asked[:1])
+        generate(sampler(retries=8, first_delay_s=1.0), requests[:1])
     assert delays == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
 
 
-def test_no_more_requests_are_under_way_than_allowed(scripted, sampler, asked):
-    under_way, most, lock = 0, 0, threading.Lock()
+def test_no_more_requests_are_under_way_than_allowed(scripted, sampler, requests):
+    under_way, most, lock, three = 0, 0, threading.Lock(), threading.Barrier(3)
 
     def answer(path, body):
         nonlocal under_way, most
         with lock:
             under_way += 1
             most = max(most, under_way)
-        time.sleep(0.03)
+        three.wait(60)  # for two others to be under way
         with lock:
             under_way -= 1
         return choice(token_ids=[3])
 
     scripted.answer = answer
-    generate(sampler(concurrency=3), asked * 4)
+    assert generate(sampler(concurrency=3, timeout_s=90.0), requests * 3) == [Completion([3], False)] * 12
     assert most == 3
 
 
-def test_a_key_goes_along(scripted, sampler, asked, monkeypatch):
+def test_a_key_goes_along(scripted, sampler, requests, monkeypatch):
     scripted.answer = lambda path, body: choice(token_ids=[3])
-    generate(sampler(), asked[:1])
+    generate(sampler(), requests[:1])
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    generate(sampler(), asked[:1])
+    generate(sampler(), requests[:1])
     assert scripted.keys == [None, "Bearer secret"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [((404, b"?"), "HTTP 404"), ((200, b"<html>"), "not JSON"), ((200, {"models": []}), "expected a list of models")],
     ids=lambda value: str(value)[:30],
 )
-def test_what_is_no_such_server_is_told_at_the_start(scripted, sampler, answer, said):
+def test_what_is_no_such_server_is_reported_at_the_start(scripted, sampler, answer, message):
     scripted.answer = lambda path, body: answer
-    with pytest.raises(UsageError, match=rf"no OpenAI-compatible server answers at .*/v1/models: .*{said}"):
+    with pytest.raises(UsageError, match=rf"no OpenAI-compatible server answers at .*/v1/models: .*{message}"):
         sampler().check()
-    assert len(scripted.asked) == 1
+    assert len(scripted.requests) == 1
 
 
-def test_a_server_that_is_not_there_is_told_at_the_start(make_model, tokenizer):
+def test_a_server_that_is_not_there_is_reported_at_the_start(make_model, tokenizer):
     with socket.socket() as free:  # bound, but not listening
         free.bind(("127.0.0.1", 0))
         config = ServerConfig(output_dir="out", server_url=f"http://127.0.0.1:{free.getsockname()[1]}/v1/")
@@ -354,7 +350,7 @@ def test_reload_has_the_server_load_what_was_saved(scripted, sampler, make_model
         make.sync(model, tokenizer, tmp_path / "policy")
         assert len(list((tmp_path / "policy").iterdir())) == 1
     assert loaded == [model.lm_head.weight[3, 0].item() for model in models]
-    assert [path for path, _ in scripted.asked] == ["/update_weights_from_disk"] * 2
+    assert [path for path, _ in scripted.requests] == ["/update_weights_from_disk"] * 2
     assert make.model_name == "policy"
 
 
@@ -367,4 +363,4 @@ def test_a_reload_that_fails_stops_the_run(scripted, sampler, make_model, tokeni
 
 def test_no_sync_leaves_the_server_and_the_folder_alone(scripted, sampler, make_model, tokenizer, tmp_path):
     sampler().sync(make_model("llama"), tokenizer, tmp_path / "policy")
-    assert not (tmp_path / "policy").exists() and not scripted.asked
+    assert not (tmp_path / "policy").exists() and not scripted.requests

@@ -41,17 +41,17 @@ def run(model_folder, rows, write_jsonl, tmp_path):
 def test_every_model_writes_completions_of_every_prompt(run, rows, model_folder, capsys):
     folder = run()
     lines = lines_of(folder)
-    asked = [row["prompt"] for row in rows(5)]
+    prompts = [row["prompt"] for row in rows(5)]
     assert [line["model"] for line in lines] == [model_folder("llama")] * 15 + [model_folder("gpt2")] * 15
-    assert [line["prompt"] for line in lines] == [prompt for prompt in asked for _ in range(3)] * 2
+    assert [line["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(3)] * 2
     assert [line["prompt_row"] for line in lines] == [row for row in (1, 2, 3, 4, 5) for _ in range(3)] * 2
     assert all(isinstance(line["completion"], str) and isinstance(line["finished"], bool) for line in lines)
     assert all(line.keys() == {"prompt", "completion", "model", "prompt_row", "finished"} for line in lines)
     assert len({(line["model"], line["prompt"], line["completion"]) for line in lines}) > 25
     assert sorted(path.name for path in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
     cut, empty = sum(not line["finished"] for line in lines), sum(not line["completion"].strip() for line in lines)
-    assert f"30 completions of 5 prompts; {cut} did not end within max_new_tokens, {empty} are empty" in said
+    assert f"30 completions of 5 prompts; {cut} did not end within max_new_tokens, {empty} are empty" in out
 
 
 def test_a_run_is_determined_by_its_configuration(run):

@@ -19,7 +19,7 @@ PROMPTS = ["the cat", "dogs ran far", "a mat on the green hills"]
 
 @pytest.fixture
 def server(monkeypatch, loopback_without_proxy):
-    """It writes three words by the seed it is given."""
+    """It writes three words by the seed of the request."""
     monkeypatch.setattr(json_server, "LONGEST_DELAY_S", 0.01)
 
     def answer(path, body):
@@ -64,7 +64,7 @@ def test_a_server_writes_in_the_models_place(server, run, model_folder):
     assert [line["prompt"] for line in lines] == [prompt for prompt in PROMPTS for _ in range(4)]
     assert {line["model"] for line in lines} == {model_folder("llama")}
     assert len({line["completion"] for line in lines}) > 6 and all(line["finished"] for line in lines)
-    assert {body["model"] for path, body in server.asked if path == "/v1/completions"} == {"tiny"}
+    assert {body["model"] for path, body in server.requests if path == "/v1/completions"} == {"tiny"}
     assert sorted(path.name for path in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
 
 
@@ -81,8 +81,8 @@ def test_what_fails_at_every_try_is_kept_apart_and_can_be_sampled_again(server, 
         failures = lines_of(folder / FAILURES_FILE)
         assert [(line["prompt"], line["prompt_row"]) for line in failures] == [(PROMPTS[1], 2)] * 2
         assert all(line["reason"] == "HTTP 500: crashed (at the last of 2 tries)" for line in failures)
-        said = capsys.readouterr().out
-        assert "4 completions of 2 prompts" in said and "2 more failed" in said and "HTTP 500: crashed" in said
+        out = capsys.readouterr().out
+        assert "4 completions of 2 prompts" in out and "2 more failed" in out and "HTTP 500: crashed" in out
         server.answer = works
         again = run(url, "again", dataset_name=str(folder / FAILURES_FILE), num_completions=1)
     assert [line["prompt"] for line in lines_of(again / COMPLETIONS_FILE)] == [PROMPTS[1]] * 2
@@ -92,10 +92,10 @@ def test_a_run_whose_server_died_goes_on_with_another(server, run, tmp_path):
     works = server.answer
     with server.running() as url:
         whole = (run(url, "whole") / COMPLETIONS_FILE).read_bytes()
-        server.asked.clear()
+        server.requests.clear()
 
         def dies(path, body):
-            made = sum(path == "/v1/completions" for path, _ in server.asked)
+            made = sum(path == "/v1/completions" for path, _ in server.requests)
             return works(path, body) if made <= 4 else (500, b"dead")
 
         server.answer = dies
@@ -108,7 +108,7 @@ def test_a_run_whose_server_died_goes_on_with_another(server, run, tmp_path):
         assert (
             run(url, "broken", resume_from_checkpoint=True, server_timeout=5.0) / COMPLETIONS_FILE
         ).read_bytes() == whole
-    assert sum(path == "/v1/completions" for path, _ in other.asked) == 8  # 4 were there
+    assert sum(path == "/v1/completions" for path, _ in other.requests) == 8  # 4 were there
 
 
 def test_no_server_is_told_before_anything_is_written(run, tmp_path):
@@ -118,15 +118,15 @@ def test_no_server_is_told_before_anything_is_written(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"server_sync": "reload"}, "nothing changes the models"),
         ({"server_model": "tiny", "models": ["a", "b"]}, "the name of one model"),
     ],
     ids=["sync", "two models"],
 )
-def test_what_a_server_cannot_be_told_to_sample_is_refused(options, said):
-    with pytest.raises(UsageError, match=said):
+def test_options_that_no_server_can_follow_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
         SampleConfig(
             **{"models": ["a"], "dataset_name": "d", "output_dir": "o", "server_url": "http://127.0.0.1:9"} | options
         )

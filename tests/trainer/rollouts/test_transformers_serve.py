@@ -82,21 +82,21 @@ def over_http(served, model, tokenizer, **options):
     return make_sampler(config, model, tokenizer)
 
 
-def test_greedy_completions_of_transformers_serve_are_those_made_here(served, make_model, tokenizer, asked):
+def test_greedy_completions_of_transformers_serve_are_those_made_here(served, make_model, tokenizer, requests):
     model = writes_words(make_model, tokenizer, seed=0)
-    here = LocalSampler(model, tokenizer, bf16=False).generate(asked, GREEDY, seed=0, number=0)
-    assert len({tuple(done.ids) for done in here}) == len(asked)
-    there = over_http(served, model, tokenizer).generate(asked, GREEDY, seed=0, number=0)
+    here = LocalSampler(model, tokenizer, bf16=False).generate(requests, GREEDY, seed=0, number=0)
+    assert len({tuple(done.ids) for done in here}) == len(requests)
+    there = over_http(served, model, tokenizer).generate(requests, GREEDY, seed=0, number=0)
     assert there == [done._replace(logprobs=None) for done in here]  # it has no log-probs
 
 
-def test_transformers_serve_draws_as_asked(served, make_model, tokenizer, asked):
+def test_transformers_serve_draws_as_requested(served, make_model, tokenizer, requests):
     """Alone, it would take the likeliest token whatever the temperature: the model's settings say not to draw."""
     sampler = over_http(served, writes_words(make_model, tokenizer, seed=0), tokenizer, server_concurrency=1)
 
     def drawn(seed, **options):
         sampling = Sampling(max_new_tokens=12, **options)
-        return [tuple(done.ids) for done in sampler.generate([asked[0]] * 6, sampling, seed=seed, number=0)]
+        return [tuple(done.ids) for done in sampler.generate([requests[0]] * 6, sampling, seed=seed, number=0)]
 
     first = drawn(0)
     assert len(set(first)) > 3
@@ -104,23 +104,23 @@ def test_transformers_serve_draws_as_asked(served, make_model, tokenizer, asked)
     assert len(set(drawn(0, top_k=1))) == 1
 
 
-def test_sync_by_folder_changes_what_transformers_serve_writes(served, make_model, tokenizer, asked, tmp_path):
+def test_sync_by_folder_changes_what_transformers_serve_writes(served, make_model, tokenizer, requests, tmp_path):
     model = writes_words(make_model, tokenizer, seed=0)
     sampler = over_http(served, model, tokenizer, server_sync="folder")
-    before = sampler.generate(asked, GREEDY, seed=0, number=0)
+    before = sampler.generate(requests, GREEDY, seed=0, number=0)
     for seed in (1, 2):
         changed = writes_words(make_model, tokenizer, seed=seed)
         sampler.sync(changed, tokenizer, tmp_path / "policy")
-        here = LocalSampler(changed, tokenizer, bf16=False).generate(asked, GREEDY, seed=0, number=0)
-        after = sampler.generate(asked, GREEDY, seed=0, number=0)
+        here = LocalSampler(changed, tokenizer, bf16=False).generate(requests, GREEDY, seed=0, number=0)
+        after = sampler.generate(requests, GREEDY, seed=0, number=0)
         assert after == [done._replace(logprobs=None) for done in here] != before
         assert len(list((tmp_path / "policy").iterdir())) == 1  # that of the policy before is gone
         before = after
 
 
-def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_jsonl, asked, tmp_path):
+def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_jsonl, requests, tmp_path):
     url, folder = served
-    data = write_jsonl([{"prompt": one.prompt} for one in asked])
+    data = write_jsonl([{"prompt": request.prompt} for request in requests])
 
     def written(output, **options):
         config = SampleConfig(
@@ -132,10 +132,10 @@ def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_js
     assert written("there", server_url=url, server_prompts="text") == written("here")
 
 
-def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl, asked, tmp_path):
+def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl, requests, tmp_path):
     """The server follows the policy: what is rewarded becomes more frequent in what the server writes."""
     url, folder = served
-    data = write_jsonl([{"prompt": one.prompt} for one in asked])
+    data = write_jsonl([{"prompt": request.prompt} for request in requests])
     trained = train_grpo(
         GRPOConfig(
             output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data,
@@ -147,11 +147,11 @@ def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl,
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
     assert all(line["rollouts/failed"] == 0 for line in lines)
-    assert not (trained / "policy").exists()  # what the server was given is not part of the result
+    assert not (trained / "policy").exists()  # what the server loaded is not part of the result
 
 
-def test_what_transformers_serve_refuses_is_told_in_its_words(served, make_model, tokenizer, asked):
+def test_what_transformers_serve_refuses_is_reported_in_its_words(served, make_model, tokenizer, requests):
     sampler = over_http(served, make_model("llama"), tokenizer)
     sampler.prompts = "ids"
     with pytest.raises(UsageError, match=r"any of 4 prompts.*row 1: HTTP 422: .*Unexpected fields.*server_prompts"):
-        sampler.generate(asked, GREEDY, seed=0, number=0)
+        sampler.generate(requests, GREEDY, seed=0, number=0)

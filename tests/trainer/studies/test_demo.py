@@ -61,7 +61,7 @@ def test_the_tokenizer_knows_every_word():
     assert len({len(tokenizer(prompt).input_ids) for prompt in all_prompts()}) == 1  # `sample` relies on it
 
 
-def test_the_judge_is_bradley_terry():
+def test_the_annotator_is_bradley_terry():
     rng = random.Random(0)
     wins = sum(prefers_first("warm", "bland", rng) for _ in range(4000)) / 4000
     assert wins == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)

@@ -37,7 +37,7 @@ def folder(tmp_path_factory, small):
 
 
 @pytest.fixture(scope="module")
-def found(folder):
+def results(folder):
     return json.loads((folder / "frontier.json").read_text())
 
 
@@ -47,46 +47,46 @@ def without_times(value):
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
-def test_it_leaves_numbers_a_report_and_both_pictures(folder, found):
+def test_it_leaves_numbers_a_report_and_both_pictures(folder, results):
     report = (folder / "report.txt").read_text()
-    for point in found["points"]:
+    for point in results["points"]:
         assert point["method"] in report
     for name in ("frontier", "overoptimisation"):
         assert image.imread(folder / f"{name}.png").shape[:2] > (300, 300)
         assert "<svg" in (folder / f"{name}.svg").read_text()
 
 
-def test_the_numbers_say_where_from_and_how_long(found):
-    assert {"device", "versions", "commit", "measured", "sizes", "seed"} <= set(found)
+def test_the_numbers_say_where_from_and_how_long(results):
+    assert {"device", "versions", "commit", "measured", "sizes", "seed"} <= set(results)
     methods = {"rejection sampling + SFT", "DPO", "PPO", "GRPO", "DPO, half from PPO"}
-    assert {point["method"] for point in found["points"]} == methods
-    assert all(point["train_seconds"] > 0 for point in found["points"])
-    assert [run["pairs"] for run in found["overoptimisation"]] == [50, 200]
+    assert {point["method"] for point in results["points"]} == methods
+    assert all(point["train_seconds"] > 0 for point in results["points"])
+    assert [run["pairs"] for run in results["overoptimisation"]] == [50, 200]
 
 
-def test_every_model_has_moved_and_none_is_above_the_optimum(found):
-    for point in found["points"]:
+def test_every_model_has_moved_and_none_is_above_the_optimum(results):
+    for point in results["points"]:
         assert point["kl"] > 0
         assert point["reward"] <= point["best_reward"] + 1e-6
-    (first,) = [said for said in found["expectations"] if said["expected"].startswith("no method")]
+    (first,) = [one for one in results["expectations"] if one["expected"].startswith("no method")]
     assert first["holds"]
 
 
-def test_the_pairs_are_of_the_judge_and_as_many_as_asked_for(folder, tmp_path):
+def test_the_pairs_are_of_the_annotator_and_as_many_as_wanted(folder, tmp_path):
     questions = folder / "world" / "prompts.jsonl"
-    seen = [json.loads(line)["prompt"] for line in questions.read_text().splitlines()]
-    held_out = sorted({*all_prompts()} - {*seen})
+    train = [json.loads(line)["prompt"] for line in questions.read_text().splitlines()]
+    held_out = sorted({*all_prompts()} - {*train})
     assert len(held_out) == SMALL.held_out
-    world = World(str(folder / "world" / "reference"), str(questions), seen, held_out, SMALL)
+    world = World(str(folder / "world" / "reference"), str(questions), train, held_out, SMALL)
     with frontier.quiet(tmp_path / "log"):
         path = write_pairs(world, 120, 5, tmp_path)
     margins = []
     for row in map(json.loads, path.read_text().splitlines()):
-        assert row["prompt"] in seen and all(row["responses"])
+        assert row["prompt"] in train and all(row["responses"])
         rewards = [hidden_reward(row["prompt"], text) for text in row["responses"]]
         margins += [rewards[better] - rewards[worse] for better, worse in row["pairs"]]
     assert len(margins) == 120
-    assert 0.55 < sum(margin > 0 for margin in margins) / 120 < 0.95  # the judge errs, but not too often
+    assert 0.55 < sum(margin > 0 for margin in margins) / 120 < 0.95  # the annotator errs, but not too often
 
 
 def test_a_training_that_fails_is_named_with_its_log(tmp_path):
@@ -103,8 +103,8 @@ def test_a_training_that_fails_is_named_with_its_log(tmp_path):
 
 
 def test_a_finished_run_is_left_alone(folder, capsys):
-    told = FrontierConfig(output_dir=str(folder), quick=True, resume_from_checkpoint=True)
-    assert frontier.run(told) == folder
+    config = FrontierConfig(output_dir=str(folder), quick=True, resume_from_checkpoint=True)
+    assert frontier.run(config) == folder
     assert "already finished" in capsys.readouterr().out
     with pytest.raises(UsageError, match="exists"):
         frontier.run(FrontierConfig(output_dir=str(folder), quick=True))
@@ -114,7 +114,7 @@ def test_a_finished_run_is_left_alone(folder, capsys):
         FrontierConfig(workers=0)
 
 
-def test_a_killed_run_goes_on_to_the_unbroken_result_in_other_processes(folder, found):
+def test_a_killed_run_goes_on_to_the_unbroken_result_in_other_processes(folder, results):
     """What is there is not done again; what is missing, or was half done, is done by two workers."""
     partial = folder.rename(folder.with_name("out.partial"))
     kept = {path.name: path.stat().st_mtime_ns for path in (partial / "points").iterdir()}
@@ -123,5 +123,5 @@ def test_a_killed_run_goes_on_to_the_unbroken_result_in_other_processes(folder, 
         del kept[f"{name}.json"]
     (partial / "frontier.json").unlink()
     again = frontier.run(FrontierConfig(output_dir=str(folder), quick=True, workers=2, resume_from_checkpoint=True))
-    assert without_times(json.loads((again / "frontier.json").read_text())) == without_times(found)
+    assert without_times(json.loads((again / "frontier.json").read_text())) == without_times(results)
     assert {name: (again / "points" / name).stat().st_mtime_ns for name in kept} == kept

@@ -86,8 +86,8 @@ def places(count, seed=0):
 
 
 def ids_of_leaf(tokenizer, leaf):
-    said = tokenizer(leaf_text(leaf)).input_ids
-    return said if len(said) == MAX_WORDS else [*said, tokenizer.eos_token_id]
+    ids = tokenizer(leaf_text(leaf)).input_ids
+    return ids if len(ids) == MAX_WORDS else [*ids, tokenizer.eos_token_id]
 
 
 def test_every_completion_is_one_leaf():
@@ -122,9 +122,9 @@ def test_the_sum_over_leaves_is_the_expected_exact_kl_of_the_tokens(models, leav
     batch = pad_sequences([(ids[0], ids_of_leaf(tokenizer, leaf)) for leaf in range(LEAVES)], pad_id=0)
     of_tokens = kl_per_sequence(policy, reference, batch).double()
     expected = (leaves[0][0].exp() * of_tokens).sum().item()
-    found = value_of(leaves[0][:1], leaves[1][:1], torch.zeros(1, LEAVES)).kl
-    assert found > 0.5  # they differ
-    assert found == pytest.approx(expected, rel=1e-4)
+    kl = value_of(leaves[0][:1], leaves[1][:1], torch.zeros(1, LEAVES)).kl
+    assert kl > 0.5  # they differ
+    assert kl == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_the_trainer_draws_has_the_mean_that_is_counted(models, leaves, tokenizer, ids, rewards):
@@ -162,7 +162,7 @@ def test_a_word_said_again_costs_wherever_it_was_said():
     assert cost("moon moon") == pytest.approx(REPEATED)
     assert cost("moon bird moon bird") == pytest.approx(2 * REPEATED)
     assert cost("moon moon moon") == pytest.approx(2 * REPEATED)
-    assert cost("sun sea") == pytest.approx(0)  # the prompt's words may be said
+    assert cost("sun sea") == pytest.approx(0)  # the prompt's words may be repeated
 
 
 def test_the_language_is_short_and_has_every_word_but_hardly_twice():
@@ -244,8 +244,8 @@ def test_without_ties_among_many_the_bound_is_reached():
 def test_equal_rewards_share_what_they_win():
     """Two of three leaves are equally good: the best of 2 is one of them unless both draws are the bad one."""
     ref = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
-    found = best_of(ref, torch.tensor([[0.0, 1.0, 1.0]]), 2).exp()
-    torch.testing.assert_close(found, torch.tensor([[0.25, 0.75 * 0.6, 0.75 * 0.4]], dtype=torch.float64))
+    best = best_of(ref, torch.tensor([[0.0, 1.0, 1.0]]), 2).exp()
+    torch.testing.assert_close(best, torch.tensor([[0.25, 0.75 * 0.6, 0.75 * 0.4]], dtype=torch.float64))
 
 
 # --- importance weights

@@ -49,8 +49,8 @@ def gold():
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("judge"), make_tokenizer()
+def reward_model(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("reward_model"), make_tokenizer()
     torch.manual_seed(1)
     save_model(make_model(), tokenizer, folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
@@ -62,18 +62,18 @@ def judge(tmp_path_factory):
     return load_reward_model(str(folder), key="model")
 
 
-def test_a_proxy_gives_each_leaf_what_the_trainer_scores_its_text(judge, tokenizer, prompt, ref):
-    proxy = proxy_rewards(judge, [prompt], ref)[0]
+def test_a_proxy_scores_each_leaf_as_the_trainer_scores_its_text(reward_model, tokenizer, prompt, ref):
+    proxy = proxy_rewards(reward_model, [prompt], ref)[0]
     chosen = [1, 5, 10, 11, 57, 110, 111, 790, 1110, 1111, 5000, LEAVES - 1]
-    said = [tokenizer(leaf_text(leaf)).input_ids for leaf in chosen]
-    sequences = [prompt + (ids if len(ids) == MAX_WORDS else [*ids, 0]) for ids in said]
-    scores = score_sequences(judge, sequences, 4, 11, torch.device("cpu")).double()
+    texts = [tokenizer(leaf_text(leaf)).input_ids for leaf in chosen]
+    sequences = [prompt + (ids if len(ids) == MAX_WORDS else [*ids, 0]) for ids in texts]
+    scores = score_sequences(reward_model, sequences, 4, 11, torch.device("cpu")).double()
     assert scores.std() > 0.1
     torch.testing.assert_close(proxy[chosen] - proxy[chosen[0]], scores - scores[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_proxy_is_centred_where_it_judges(judge, prompt, ref):
-    proxy = proxy_rewards(judge, [prompt], ref)[0]
+def test_a_proxy_is_centred_where_it_was_trained(reward_model, prompt, ref):
+    proxy = proxy_rewards(reward_model, [prompt], ref)[0]
     assert proxy[0] == NO_ANSWER
     assert abs((ref[0, 1:].exp() * proxy[1:]).sum()) < 1e-12
 
@@ -125,15 +125,15 @@ def points(rewards_by_beta, best=2.0):
 
 def test_a_model_above_the_optimum_is_told():
     assert none_above(points({1.0: [1.0, 2.0]}))["holds"]
-    said = none_above(points({1.0: [1.0, 2.1]}))
-    assert not said["holds"] and "PPO, beta 1, seed 1" in said["found"]
+    expectation = none_above(points({1.0: [1.0, 2.1]}))
+    assert not expectation["holds"] and "PPO, beta 1, seed 1" in expectation["found"]
 
 
 def test_a_step_against_the_expectation_counts_beyond_its_error_only():
     assert grows(points({2.0: [0.5, 0.6, 0.7], 0.5: [1.0, 1.1, 1.2]}), "PPO")["holds"]
     assert grows(points({2.0: [0.5, 0.6, 0.7], 0.5: [0.4, 0.58, 0.7]}), "PPO")["holds"]
-    said = grows(points({2.0: [0.5, 0.6, 0.7], 0.5: [0.1, 0.2, 0.3]}), "PPO")
-    assert not said["holds"] and "reward 0.60 to 0.20 from beta 2 to 0.5" in said["found"]
+    expectation = grows(points({2.0: [0.5, 0.6, 0.7], 0.5: [0.1, 0.2, 0.3]}), "PPO")
+    assert not expectation["holds"] and "reward 0.60 to 0.20 from beta 2 to 0.5" in expectation["found"]
 
 
 def test_near_is_a_share_of_the_gain_at_every_beta():

@@ -19,7 +19,7 @@ def draw_curves(metrics_file: Path, hidden_rewards: dict[str, list[int]], path: 
     records = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
     loss, rewards, accuracy, hidden = figure.subplots(2, 2).flat
-    figure.suptitle("DPO on preferences from a hidden reward (the judge errs: no model can agree with every label)")
+    figure.suptitle("DPO on preferences from a hidden reward (the annotator errs: no model can agree with every label)")
 
     _lines(loss, records, {"loss": (BLUE, "training batches")}, dotted=True)
     _lines(loss, records, {"eval/loss": (ORANGE, "held-out pairs")})

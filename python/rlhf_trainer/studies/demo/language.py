@@ -4,8 +4,8 @@ A prompt names a dish and a place: "review of the soup at the harbour :". A revi
 "the soup was warm . the waiter was rude .". Its writer is as often pleased as not, sentence by sentence.
 
 The hidden reward of a review: +1 for every kind word, -1 for every unkind word. Nobody tells the model. It sees pairs
-of its own reviews, of which a judge preferred one; the judge is a Bradley-Terry judge, who prefers a to b with
-probability sigma(reward(a) - reward(b)), and so is sometimes wrong.
+of its own reviews, of which an annotator preferred one, as Bradley and Terry have it: a is preferred to b with
+probability sigma(reward(a) - reward(b)), so the annotator is sometimes wrong.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def write_review(prompt: str, rng: random.Random) -> str:
 
 
 def is_grammatical(prompt: str, review: str) -> bool:
-    """Whether `write_review` could have written this for the prompt."""
+    """True if `write_review` could have written this for the prompt."""
 
     def says(things: list[str], words: tuple[list[str], list[str]]) -> str:
         return f"the ({'|'.join(things)}) was ({'|'.join(words[0] + words[1])}) [.]"
@@ -71,7 +71,7 @@ def hidden_reward(review: str) -> int:
 
 
 def prefers_first(first: str, second: str, rng: random.Random) -> bool:
-    """A Bradley-Terry judge: prefers the first with probability sigma(reward(first) - reward(second))."""
+    """A Bradley-Terry annotator's choice: the first with probability sigma(reward(first) - reward(second))."""
     return rng.random() < 1.0 / (1.0 + math.exp(hidden_reward(second) - hidden_reward(first)))
 
 

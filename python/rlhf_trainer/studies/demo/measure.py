@@ -1,4 +1,4 @@
-"""The demo's measurements of a model on prompts that no stage has seen, and their table."""
+"""The demo's measurements of a model on prompts that no stage learned from, and their table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def score(
 def ranking_accuracy(
     policy: FusedLM, reference: FusedLM, tokenizer: PreTrainedTokenizerBase, groups: list[Group]
 ) -> float:
-    """How often the review with the higher hidden reward has the larger log pi - log pi_ref; a tie counts half."""
+    """The share of pairs whose review of the higher hidden reward has the larger log pi - log pi_ref; a tie is half."""
     batch = collate_groups(groups, pad_id_of(tokenizer))
     gains = sequence_logprobs(policy, batch) - sequence_logprobs(reference, batch)
     gain = gains[batch.chosen_idxs] - gains[batch.rejected_idxs]

@@ -1,8 +1,8 @@
 """`rlhf demo`: a model from nothing, a known hidden reward, and the supervised pipeline raising it, on a CPU.
 
-The language and its reward are described in demo_language.py. Every stage is the one a user runs (`rlhf sft`, `reward`,
-`sample`, `reject`, `dpo`), on files such as a user would have; only the making of the first model, the judge and the
-measuring belong to the demo.
+The language and its reward are described in language.py. Every stage is the one a user runs (`rlhf sft`, `reward`,
+`sample`, `rejection`, `dpo`), on files such as a user would have; only the making of the first model, the annotator and
+the measuring belong to the demo.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ LM_BATCH, LM_TOKENS = 64, 40
 LM_PEAK_LEARNING_RATE = 7e-3
 # A model this small needs larger learning rates than the defaults.
 SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 3e-3, 1e-3, 1e-4
-DPO_BETA = (
-    1.0  # the default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there
-)
+# The default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there.
+DPO_BETA = 1.0
 
 INTRODUCTION = """\
 A small language: reviews of dishes at places, such as
     review of the soup at the harbour :  the soup was warm . the waiter was rude . i will happily return .
-A hidden reward, which no model is ever told: +1 for every kind word (warm, helpful, happily, ...),
+A hidden reward, which no model ever sees: +1 for every kind word (warm, helpful, happily, ...),
 -1 for every unkind word (bland, rude, sadly, ...). The people here are as often pleased as not.
 """
 
@@ -69,7 +68,7 @@ def run(config: DemoConfig) -> Path:
     torch.manual_seed(config.seed)
     prompts = all_prompts()
     rng.shuffle(prompts)
-    held_out, seen = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
+    held_out, train = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
     print(INTRODUCTION)
 
     print(f"1/5  Pretraining: a tiny GPT-2 reads text of the language from scratch, in {config.lm_steps} steps.")
@@ -83,18 +82,20 @@ def run(config: DemoConfig) -> Path:
 
     print(f"2/5  SFT: {config.demonstrations} demonstrations, a prompt and one review each.")
     demonstrations = [
-        {"prompt": p, "completion": write_review(p, rng)} for p in rng.choices(seen, k=config.demonstrations)
+        {"prompt": p, "completion": write_review(p, rng)} for p in rng.choices(train, k=config.demonstrations)
     ]
     write_rows(folder / "demonstrations.jsonl", demonstrations)
     train_sft(sft_config(folder, "base_model", "demonstrations.jsonl", "sft_model", config))
     sft = load(folder / "sft_model")
     print(f"     Of its answers, {ends_in_time(sft, tokenizer, held_out, config.seed):.0%} are one review and stop.\n")
 
-    print("3/5  A judge who knows the hidden reward, but errs, compares its reviews; a reward model learns from that.")
-    repeated = [seen[i % len(seen)] for i in range(config.pairs)]
+    print("3/5  An annotator who knows the hidden reward, but errs, compares reviews; a reward model learns from that.")
+    repeated = [train[i % len(train)] for i in range(config.pairs)]
     right = write_preferences(folder / "preferences.jsonl", sft, tokenizer, repeated, rng)
     write_preferences(folder / "held_out.jsonl", sft, tokenizer, held_out * HELD_OUT_PAIRS_PER_PROMPT, rng)
-    print(f"     {config.pairs} pairs; where rewards differ, the judge chose the higher one in {right:.0%} of them.")
+    print(
+        f"     {config.pairs} pairs; where rewards differ, the annotator chose the higher one in {right:.0%} of them."
+    )
     train_reward(
         RewardConfig(
             **pair_options(folder, config), output_dir=str(folder / "reward_model"), project="reward",
@@ -103,7 +104,7 @@ def run(config: DemoConfig) -> Path:
     )  # fmt: skip
 
     print(f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, of which the best 4 are learned.")
-    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in seen])
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
     sample(
         SampleConfig(
             models=[str(folder / "sft_model")], dataset_name=str(folder / "prompts.jsonl"),
@@ -133,11 +134,11 @@ def run(config: DemoConfig) -> Path:
     groups = load_groups(
         str(folder / "held_out.jsonl"), tokenizer, split="train", max_prompt_length=16, max_length=POSITIONS
     ).examples
-    judge = load_reward_model(str(folder / "reward_model"), key="reward_model_name_or_path")
+    reward_model = load_reward_model(str(folder / "reward_model"), key="reward_model_name_or_path")
     scores = {}
     for name, stage in (("SFT", "sft_model"), ("rejection", "rejection_model"), ("DPO", "dpo_model")):
         model = load(folder / stage)
-        scores[name] = score(model, sft, judge, tokenizer, held_out, groups, REVIEWS_PER_PROMPT, config.seed)
+        scores[name] = score(model, sft, reward_model, tokenizer, held_out, groups, REVIEWS_PER_PROMPT, config.seed)
     report = table(scores, DPO_BETA) + "\n\n" + examples(held_out, scores)
     print(report)
     (folder / "report.txt").write_text(f"{INTRODUCTION}\n{report}\n", encoding="utf-8")
@@ -170,7 +171,7 @@ def sft_config(folder: Path, model: str, dataset: str, output: str, config: Demo
 
 
 def pair_options(folder: Path, config: DemoConfig) -> dict:
-    """The options that both trainings on the judge's pairs share."""
+    """The options that both trainings on the annotator's pairs share."""
     return {
         "model_name_or_path": str(folder / "sft_model"), "dataset_name": str(folder / "preferences.jsonl"),
         "eval_dataset": str(folder / "held_out.jsonl"), "eval_steps": 8, "micro_batch_size": 64,
@@ -234,9 +235,9 @@ def ends_in_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
 def write_preferences(
     path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], rng: random.Random
 ) -> float:
-    """Two reviews for each prompt, compared by the judge, as rows of a JSONL file.
+    """Writes two reviews for each prompt, compared by the annotator, as rows of a JSONL file.
 
-    Returns how often the judge chose the one with the higher reward, where they differ.
+    Returns how often the annotator chose the one with the higher reward, where they differ.
     """
     right, rows = [], []
     both = [sample_reviews(model, tokenizer, prompts, seed=rng.getrandbits(32)) for _ in range(2)]

@@ -1,6 +1,6 @@
 """The world of the tiny recipes: a base model and data of two tasks whose answers are known, made on a CPU in seconds.
 
-Reviews are the demo's (demo_language.py): a hidden reward for kind words, and a judge who errs as Bradley-Terry says.
+Reviews are the demo's (language.py): a hidden reward for kind words, and an annotator who errs as Bradley-Terry says.
 Sums are of two digits below seven, "3 + 5 =". People here answer them in three ways:
 
     careful   <think> count 3 + 5 is 8 </think> <answer> 8 </answer>      right
@@ -34,8 +34,8 @@ from .run import load, make_model, train_lm
 
 ALL_SUMS = [f"{a} + {b} =" for a, b in itertools.product(range(7), range(7))]
 WORDS_OF_SUMS = ["<think> count + is = easy </think> <answer> </answer>", *map(str, range(-2, 15))]
-TALK = {"careful": 3, "hasty": 1, "bare": 1}  # what the base model has read
-DEMONSTRATIONS = {"careful": 1, "hasty": 2}  # of those who were asked to say how they found it
+TALK = {"careful": 3, "hasty": 1, "bare": 1}  # parts of the text that the base model reads
+DEMONSTRATIONS = {"careful": 1, "hasty": 2}  # by people who write down how they came to it
 MAX_NEW_TOKENS = 32
 LM_BATCH, PEAK_LEARNING_RATE = 64, 1e-2
 ANSWERS_PER_PROMPT = 16
@@ -60,40 +60,40 @@ def make(
     rng = random.Random(seed)
     torch.manual_seed(seed)
     everything = {"reviews": all_prompts(), "sums": list(ALL_SUMS)}
-    asked = {task: everything[task] for task in tasks}
-    for prompts in asked.values():
+    of_task = {task: everything[task] for task in tasks}
+    for prompts in of_task.values():
         rng.shuffle(prompts)
     tokenizer = make_tokenizer(WORDS_OF_SUMS)
     model = make_model(tokenizer, width=64, layers=1)
 
     def talk() -> Batch:
-        """What people say, each saying from the first position on; nothing marks its end."""
-        prompts = [rng.choice(asked[rng.choice(list(asked))]) for _ in range(LM_BATCH)]
+        """Texts of people, each from the first position on; nothing marks its end."""
+        prompts = [rng.choice(of_task[rng.choice(list(of_task))]) for _ in range(LM_BATCH)]
         texts = [f"{prompt} {answer(prompt, rng, TALK)}" for prompt in prompts]
         return pad_sequences([([], ids) for ids in tokenizer(texts).input_ids], pad_id=0)
 
     train_lm(model, talk, steps, PEAK_LEARNING_RATE)
     save_model(model, tokenizer, folder / "base")
 
-    for task, prompts in asked.items():
+    for task, prompts in of_task.items():
         held_out = round(len(prompts) * held_out_share)
-        told = [
+        demonstrated = [
             {"prompt": prompt, "completion": answer(prompt, rng, DEMONSTRATIONS)}
             for prompt in some(prompts if task == "sums" else prompts[held_out:], demonstrations)
         ]
-        write_jsonl(folder / f"{task}_demonstrations.jsonl", told)
+        write_jsonl(folder / f"{task}_demonstrations.jsonl", demonstrated)
         for name, part, count in (("", prompts[held_out:], pairs), ("held_out_", prompts[:held_out], pairs // 4)):
             write_jsonl(folder / f"{name}{task}_prompts.jsonl", list(map(as_row, part)))
             write_jsonl(folder / f"{name}{task}_preferences.jsonl", [compared(p, rng) for p in some(part, count)])
 
 
 def some(prompts: Sequence[str], count: int) -> list[str]:
-    """Each as often as the others."""
+    """`count` prompts, each as often as the others."""
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def answer(prompt: str, rng: random.Random, ways: dict[str, int]) -> str:
-    """What people here say to a prompt; ways: how often they are careful, hasty, bare with a sum."""
+    """An answer as people here write it; ways: how often they are careful, hasty, bare with a sum."""
     if not is_sum(prompt):
         return write_review(prompt, rng)
     (way,) = rng.choices(list(ways), list(ways.values()))
@@ -116,19 +116,19 @@ def right(prompt: str) -> int:
 
 
 def as_row(prompt: str) -> dict[str, Any]:
-    """`ground_truth` is what rewards go by that can be verified."""
+    """The row of a prompt; verifiable rewards go by its `ground_truth`."""
     return {"prompt": prompt, "ground_truth": str(right(prompt))} if is_sum(prompt) else {"prompt": prompt}
 
 
 def reward_of(prompt: str, text: str) -> float:
-    """Of a review the hidden reward; of a sum 1 if the answer is right and in form, else 0."""
+    """The reward of an answer: for a review the hidden one; for a sum 1 if it is right and in form, else 0."""
     if not is_sum(prompt):
         return float(hidden_reward(text))
     return exact_answer(text, [str(right(prompt))]) * think_answer(text)
 
 
 def compared(prompt: str, rng: random.Random) -> dict[str, Any]:
-    """Two different answers of people, in the order of the judge, who never errs on sums."""
+    """Two different answers of people, in the order of the annotator, who never errs on sums."""
     a = b = answer(prompt, rng, DEMONSTRATIONS)
     while a == b or (is_sum(prompt) and reward_of(prompt, a) == reward_of(prompt, b)):
         b = answer(prompt, rng, DEMONSTRATIONS)
@@ -142,7 +142,7 @@ def better(prompt: str, a: str, b: str, rng: random.Random) -> bool:
 
 
 def compare(folder: Path, *, completions: str, seed: int = 0) -> None:
-    """Writes preferences.jsonl: the completions of `rlhf sample`, all pairs of a prompt's in the judge's order."""
+    """Writes preferences.jsonl: the completions of `rlhf sample`, all pairs of a prompt's in the annotator's order."""
     rng = random.Random(seed)
     written: dict[str, list[str]] = {}
     for _, row in read_rows(f"{completions}/completions.jsonl", split="train"):
@@ -169,29 +169,29 @@ def kind(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], seed: int = 0) -> None:
-    """Writes report.json: of each model, what its answers to these prompts are worth, ANSWERS_PER_PROMPT to each."""
-    asked = [row["prompt"] for file in prompts for _, row in read_rows(file, split="train")] * ANSWERS_PER_PROMPT
+    """Writes report.json: the measures of each model's answers, ANSWERS_PER_PROMPT to each prompt."""
+    repeated = [row["prompt"] for file in prompts for _, row in read_rows(file, split="train")] * ANSWERS_PER_PROMPT
     report = {}
     for name, path in models.items():
         tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
-        ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
-        found = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
-        texts = [completion_text(tokenizer, completion) for completion in found]
-        report[name] = measures(list(zip(asked, texts, strict=True)))
+        ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
+        completions = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
+        texts = [completion_text(tokenizer, completion) for completion in completions]
+        report[name] = measures(list(zip(repeated, texts, strict=True)))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def measures(answers: list[tuple[str, str]]) -> dict[str, float]:
     sums = [pair for pair in answers if is_sum(pair[0])]
     reviews = [pair for pair in answers if not is_sum(pair[0])]
-    found = {}
+    results = {}
     if sums:
-        found["sums right and in form"] = mean([reward_of(*pair) for pair in sums])
-        found["sums in form"] = mean([think_answer(text) for _, text in sums])
+        results["sums right and in form"] = mean([reward_of(*pair) for pair in sums])
+        results["sums in form"] = mean([think_answer(text) for _, text in sums])
     if reviews:
-        found["reviews, hidden reward"] = mean([reward_of(*pair) for pair in reviews])
-        found["reviews in the language"] = mean([float(is_grammatical(*pair)) for pair in reviews])
-    return found
+        results["reviews, hidden reward"] = mean([reward_of(*pair) for pair in reviews])
+        results["reviews in the language"] = mean([float(is_grammatical(*pair)) for pair in reviews])
+    return results
 
 
 def mean(values: Sequence[float]) -> float:

@@ -27,7 +27,7 @@ LEAVES = sum(W**words for words in range(MAX_WORDS + 1))
 
 
 class Value(NamedTuple):
-    """What a policy is worth: its mean reward, and KL(policy || reference) of a whole completion in nats."""
+    """A policy's mean reward, and its KL(policy || reference) of a whole completion in nats."""
 
     reward: float
     kl: float
@@ -106,7 +106,7 @@ def optimum(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
 
 def reward_at(ref_logprobs: Tensor, rewards: Tensor, kl: float) -> float:
     """The largest mean reward of any policy with this mean KL: that of the optimum whose KL it is, by bisection."""
-    low, high = math.log(1e-3), math.log(1e4)  # of beta, along which KL falls
+    low, high = math.log(1e-3), math.log(1e4)  # log beta, along which KL falls
     if kl >= value_of(optimum(ref_logprobs, rewards, math.exp(low)), ref_logprobs, rewards).kl:
         return rewards.amax(-1).mean().item()
     for _ in range(40):
@@ -115,7 +115,7 @@ def reward_at(ref_logprobs: Tensor, rewards: Tensor, kl: float) -> float:
             low = middle
         else:
             high = middle
-    # Of the two that are left the one with the larger KL, so that what has exactly `kl` is not found above it.
+    # The larger KL of the two that are left, so that a policy of exactly `kl` is not above the optimum.
     return value_of(optimum(ref_logprobs, rewards, math.exp(low)), ref_logprobs, rewards).reward
 
 

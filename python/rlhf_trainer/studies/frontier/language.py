@@ -1,16 +1,16 @@
 """The language of `rlhf frontier`, small enough that every completion can be counted, and the reward hidden in it.
 
 A prompt is three words, such as "sun stone rain"; a completion goes on with up to four: "moon wind tree". The model
-knows the ten words and the end, eleven tokens, and is given four steps: whatever it does, it has then said one of
+knows the ten words and the end, eleven tokens, and has four steps: whatever it does, it has then written one of
 10^0 + 10^1 + 10^2 + 10^3 completions that ended, or one of the 10^4 of four words, which ended or not.
 
 The hidden reward of a completion y_1 ... y_n of a prompt x_1 x_2 x_3, in nats, is a sum of what each word is worth,
 what it is worth with the prompt's second word, and what it is worth behind the word before it; a word that the
-completion has said before costs REPEATED:
+completion had before costs REPEATED:
 
     r(x, y) = sum_i LIKED[y_i] + SUITS[x_2][y_i] + FOLLOWS[y_{i-1}][y_i] + REPEATED [y_i in y_1 ... y_{i-1}],  y_0 = x_3
 
-A completion that says nothing has the reward NO_ANSWER. All tables are drawn, once for all. The language hardly ever
+An empty completion has the reward NO_ANSWER. All tables are drawn, once for all. The language hardly ever
 repeats a word, so few pairs hardly tell that this is bad: it is what a reward model can be over-optimised by.
 """
 
@@ -32,10 +32,10 @@ from transformers import PreTrainedTokenizerFast
 WORDS = ("sun", "moon", "sea", "wind", "rain", "stone", "tree", "bird", "fire", "snow")
 END = "<end>"  # token 0; WORDS are tokens 1 to 10
 PROMPT_WORDS = 3
-MAX_WORDS = 4  # of a completion, and steps of whoever writes one
-LENGTHS = {2: 0.2, 3: 0.35, 4: 0.45}  # of completions as the language has them
+MAX_WORDS = 4  # in a completion, and steps of whoever writes one
+LENGTHS = {2: 0.2, 3: 0.35, 4: 0.45}  # shares of completions with so many words in the language
 NO_ANSWER, REPEATED = -4.0, -2.0
-SAID_BEFORE = 0.03  # how much less likely the language makes a word that the completion has said
+AGAIN = 0.03  # factor of the probability of a word that the completion has already
 
 
 def _table(seed: str, rows: int, scale: float) -> list[list[float]]:
@@ -54,7 +54,7 @@ def all_prompts() -> list[str]:
 
 
 def numbers_of(text: str) -> list[int]:
-    """Of the words, from 0."""
+    """The words as numbers from 0."""
     return [WORDS.index(word) for word in text.split()]
 
 
@@ -62,45 +62,45 @@ def write_completion(prompt: str, rng: random.Random) -> str:
     """A completion as the language has them: two to four words."""
     first, _, last = numbers_of(prompt)
     (length,) = rng.choices(list(LENGTHS), weights=list(LENGTHS.values()))
-    said: list[int] = []
+    words: list[int] = []
     for _ in range(length):
-        following = zip(NEXT[said[-1] if said else last], ABOUT[first], strict=True)
-        weights = [math.exp(a + b) * (SAID_BEFORE if word in said else 1) for word, (a, b) in enumerate(following)]
-        said += rng.choices(range(len(WORDS)), weights=weights)
-    return " ".join(WORDS[word] for word in said)
+        following = zip(NEXT[words[-1] if words else last], ABOUT[first], strict=True)
+        weights = [math.exp(a + b) * (AGAIN if word in words else 1) for word, (a, b) in enumerate(following)]
+        words += rng.choices(range(len(WORDS)), weights=weights)
+    return " ".join(WORDS[word] for word in words)
 
 
 def hidden_reward(prompt: str, completion: str) -> float:
     _, second, last = numbers_of(prompt)
-    said = numbers_of(completion)
-    if not said:
+    words = numbers_of(completion)
+    if not words:
         return NO_ANSWER
-    pairs = zip([last, *said], said, strict=False)
+    pairs = zip([last, *words], words, strict=False)
     worth = sum(LIKED[word] + SUITS[second][word] + FOLLOWS[before][word] for before, word in pairs)
-    return worth + REPEATED * (len(said) - len(set(said)))
+    return worth + REPEATED * (len(words) - len(set(words)))
 
 
 def gold(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The hidden reward as a user's reward function, for `rewards: [rlhf_trainer.studies.frontier.language:gold]`."""
-    return [hidden_reward(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
+    """The hidden reward as a user's function, for `reward_funcs: [rlhf_trainer.studies.frontier.language:gold]`."""
+    return [hidden_reward(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
 def prefers_first(first: float, second: float, rng: random.Random) -> bool:
-    """A Bradley-Terry judge of two rewards: the first wins with probability sigma(first - second)."""
+    """A Bradley-Terry annotator's choice between two rewards: the first wins with probability sigma(first - second)."""
     return rng.random() < 1.0 / (1.0 + math.exp(second - first))
 
 
 def leaf_rewards(prompt: str) -> Tensor:
-    """The hidden reward of every completion, [leaves] fp64, in the order of `frontier_exact`."""
+    """The hidden reward of every completion, [leaves] fp64, in the order of `exact`."""
     _, second, last = numbers_of(prompt)
     liked = torch.tensor(LIKED, dtype=torch.float64) + torch.tensor(SUITS[second], dtype=torch.float64)
     gain = torch.tensor(FOLLOWS, dtype=torch.float64) + liked  # [before, word]
     levels = [torch.full((1,), NO_ANSWER, dtype=torch.float64)]
-    for words in range(1, MAX_WORDS + 1):
-        said = torch.cartesian_prod(*[torch.arange(len(WORDS))] * words).view(-1, words)
-        before = torch.cat([torch.full_like(said[:, :1], last), said[:, :-1]], dim=1)
-        again = sum((said[:, :i] == said[:, i : i + 1]).any(1) for i in range(words))
-        levels.append(gain[before, said].sum(1) + REPEATED * again)
+    for count in range(1, MAX_WORDS + 1):
+        words = torch.cartesian_prod(*[torch.arange(len(WORDS))] * count).view(-1, count)
+        before = torch.cat([torch.full_like(words[:, :1], last), words[:, :-1]], dim=1)
+        again = sum((words[:, :i] == words[:, i : i + 1]).any(1) for i in range(count))
+        levels.append(gain[before, words].sum(1) + REPEATED * again)
     return torch.cat(levels)
 
 

@@ -1,7 +1,7 @@
 """The methods that `rlhf frontier` compares: each a function (world, strength, seed, folder) -> folder of the model.
 
 Every method starts from the reference model and sees the training prompts only. They are the stages that a user runs,
-on files such as a user would have; the hidden reward speaks through a Bradley-Terry judge of pairs (DPO, reward
+on files such as a user would have; the hidden reward speaks through a Bradley-Terry annotator of pairs (DPO, reward
 models), or as a reward function (rejection sampling, PPO, GRPO). Learning rates and sizes were chosen on training
 prompts, with another seed than those of the comparison.
 """
@@ -52,10 +52,10 @@ WIDTH, LAYERS, HEADS = 64, 2, 4
 
 
 class Sizes(NamedTuple):
-    """How much there is of everything."""
+    """The sizes of data and trainings."""
 
     held_out: int  # prompts
-    demonstrations: int  # of the language, for the reference model
+    demonstrations: int  # completions of the language, for the reference model
     completions: int  # a prompt, that pairs are made of
     pairs: int
     dpo_epochs: int
@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
     reward_steps: int  # at least, of a reward model
     reward_pairs: tuple[int, ...]
     betas: tuple[float, ...]
-    counts: tuple[int, ...]  # of which rejection sampling keeps the best
+    counts: tuple[int, ...]  # N of rejection sampling, best of N
 
 
 WHOLE = Sizes(
@@ -81,11 +81,11 @@ QUICK = Sizes(
 
 
 class World(NamedTuple):
-    """Where the reference model is, and what there is to learn from."""
+    """The reference model's folder, and the prompts to learn from and to measure on."""
 
     reference: str
     prompts_file: str  # those that methods may see
-    seen: list[str]
+    train: list[str]
     held_out: list[str]
     sizes: Sizes
 
@@ -95,12 +95,12 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     rng = random.Random(seed)
     prompts = all_prompts()
     rng.shuffle(prompts)
-    held_out, seen = prompts[: sizes.held_out], prompts[sizes.held_out :]
+    held_out, train = prompts[: sizes.held_out], prompts[sizes.held_out :]
     start, texts, questions = folder / "start", folder / "demonstrations.jsonl", folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    repeated = rng.choices(seen, k=sizes.demonstrations)
+    repeated = rng.choices(train, k=sizes.demonstrations)
     write_jsonl(texts, [{"prompt": prompt, "completion": write_completion(prompt, rng)} for prompt in repeated])
-    write_jsonl(questions, [{"prompt": prompt} for prompt in seen])
+    write_jsonl(questions, [{"prompt": prompt} for prompt in train])
     torch.manual_seed(seed)
     save_model(make_model(), make_tokenizer(), start)
     reference = train_sft(
@@ -109,7 +109,7 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
             num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_steps=20, resume_from_checkpoint=True,
         )
     )  # fmt: skip
-    return World(str(reference), str(questions), seen, held_out, sizes)
+    return World(str(reference), str(questions), train, held_out, sizes)
 
 
 def make_model() -> GPT2LMHeadModel:
@@ -122,7 +122,7 @@ def make_model() -> GPT2LMHeadModel:
 
 
 def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
-    """What all stages that train are options."""
+    """The options of all stages that train."""
     return {
         "output_dir": str(output), "model_name_or_path": str(model), "seed": seed, "max_length": MAX_LENGTH,
         "batch_size": 256, "micro_batch_size": 256, "save_steps": 100_000, "project": output.name,
@@ -149,12 +149,12 @@ def completions_of(
 
 
 def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
-    """`count` pairs of completions, of the reference or `writers`, spread over the training prompts, each judged once.
+    """`count` pairs of completions, of the reference or `writers`, spread over the training prompts, compared once.
 
     Empty completions are left out, and pairs of equals.
     """
     rng = random.Random(seed)
-    per_prompt = -(-count // len(world.seen))
+    per_prompt = -(-count // len(world.train))
     rows, left = [], count
     each = min(world.sizes.completions, 2 * per_prompt)
     for group in completions_of(world, each, seed, folder / "completions", writers=writers):
@@ -175,7 +175,7 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
 
 
 def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
-    """As many pairs of each prompt's completions, each judged once; about five prompts a step."""
+    """DPO on as many pairs of each prompt's completions, each compared once; about five prompts a step."""
     pairs = write_pairs(world, world.sizes.pairs, seed, folder, writers)
     options = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
     return train_dpo(
@@ -188,8 +188,8 @@ def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[st
 
 
 def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
-    """The same, but half of the completions are of a policy that PPO has brought near the optimum for this beta: what
-    the best policy says, which the reference says hardly ever, is then among the pairs."""
+    """DPO, but half of the completions are of a policy that PPO has brought near the optimum for this beta: completions
+    of the best policy, which the reference hardly ever writes, are then among the pairs."""
     near_optimum = ppo(world, beta, seed, folder / "ppo")
     return dpo(world, beta, seed, folder, (world.reference, str(near_optimum)))
 
@@ -214,7 +214,7 @@ def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
 
 
 def online(world: World, beta: float, seed: int, output: Path) -> dict[str, Any]:
-    """What PPO and GRPO are options alike."""
+    """The options of PPO and GRPO."""
     options = common(output, world.reference, seed) | {"batch_size": 512, "micro_batch_size": 512}
     del options["max_length"]
     return options | {
@@ -247,7 +247,7 @@ def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
 
 
 def reward_model(world: World, pairs: float, seed: int, folder: Path) -> Path:
-    """From so many pairs: four passes over them, or more where those would be fewer than reward_steps."""
+    """A reward model from so many pairs: four passes, or more where those would be fewer than reward_steps."""
     path = write_pairs(world, int(pairs), seed, folder)
     options = common(folder / "model", world.reference, seed) | {"batch_size": 64, "micro_batch_size": 64}
     steps = -(-int(pairs) // 64)
@@ -265,7 +265,7 @@ class Method(NamedTuple):
     name: str
     strength: str
     train: Callable[[World, float, int, Path], Path]
-    most: int | None = None  # of the strengths, from the first
+    most: int | None = None  # strengths to take, from the first; None: all
 
     def strengths(self, sizes: Sizes) -> tuple[float, ...]:
         return {"beta": sizes.betas, "N": sizes.counts, "pairs": sizes.reward_pairs}[self.strength][: self.most]

@@ -1,4 +1,4 @@
-"""Over-optimisation (Gao et al., 2023, arXiv:2210.10760) with nothing sampled: what a reward model makes of policies.
+"""Over-optimisation (Gao et al., 2023, arXiv:2210.10760) with nothing sampled: the best policies for a reward model.
 
 A reward model is learned from pairs of the reference's completions, and stands for the hidden reward. The best policy
 for it at each beta, pi_ref exp(proxy / beta) / Z, is known by counting; so are its reward by the model (proxy) and its
@@ -22,22 +22,22 @@ from .language import MAX_WORDS, NO_ANSWER
 # From hardly any optimisation to nearly all that there is: a proxy of few pairs may be small.
 BETAS = tuple(20.0 * 0.8**step for step in range(43))  # down to 0.0017
 
-ROUNDING = 1e-9  # of sums over leaves
+ROUNDING = 1e-9  # error of sums over leaves
 
 
 @torch.no_grad()
 def proxy_rewards(model: PreTrainedModel, prompts: Sequence[list[int]], ref_logprobs: Tensor) -> Tensor:
-    """What a reward model gives every leaf, [prompts, leaves] fp64, centred: the reference's mean is 0 for each prompt.
+    """A reward model's value of every leaf, [prompts, leaves] fp64, centred: the reference's mean is 0 for each prompt.
 
-    It judges an answer where its training did: at the end, or at the last of MAX_WORDS words. What says nothing is not
-    for it to judge, and has NO_ANSWER here, too.
+    An answer is scored where it was in training: at the end, or at the last of MAX_WORDS words. The empty one, which it
+    has never met, has NO_ANSWER here, too.
     """
     head = value_head_of(model)
     rewards = torch.full((len(prompts), LEAVES), NO_ANSWER, dtype=torch.float64)
     for row, prompt, logprobs in zip(rewards, prompts, ref_logprobs, strict=True):
         _, *answers = (head(hidden).squeeze(-1).double() for hidden in states(model, prompt, MAX_WORDS, ended=True))
-        judged = torch.cat(answers)
-        row[1:] = judged - (logprobs[1:].softmax(0) * judged).sum()
+        scores = torch.cat(answers)
+        row[1:] = scores - (logprobs[1:].softmax(0) * scores).sum()
     return rewards
 
 
@@ -67,7 +67,7 @@ def agreement(ref_logprobs: Tensor, proxy: Tensor, gold: Tensor) -> float:
 
 
 def peak(points: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Where gold is largest: sqrt(KL) there, gold there and at the end, and whether it falls on both sides."""
+    """The point of the largest gold: sqrt(KL) there, gold there and at the end, and whether it falls on both sides."""
     best = max(points, key=lambda point: point["gold"])
     top, first, last = best["gold"], points[0]["gold"], points[-1]["gold"]
     return {

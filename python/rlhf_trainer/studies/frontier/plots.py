@@ -24,20 +24,20 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rlhf_trainer", "font.size": 10
 
 
 @matplotlib.rc_context(STYLE)
-def draw_frontier(found: dict[str, Any], path: Path) -> None:
+def draw_frontier(results: dict[str, Any], path: Path) -> None:
     """Reward over KL: what is possible, best of n, and every method's points, with errors over seeds."""
     figure, (axis,) = figure_of(1, (9.2, 6.0))
-    frontier, best = found["frontier"], found["best_of_n"]
+    frontier, best = results["frontier"], results["best_of_n"]
     optimum = r"the best possible: $\pi_{ref}\,e^{r/\beta}/Z$"
     axis.plot(*columns(frontier, "kl", "reward"), color=INK, linewidth=2, label=optimum)
-    for point in near(frontier, strengths_of(found["points"], "beta")):
+    for point in near(frontier, strengths_of(results["points"], "beta")):
         axis.plot(point["kl"], point["reward"], "|", color=INK, markersize=14, markeredgewidth=1.6)
         note(axis, rf"$\beta$={point['beta']:.1g}", point, INK, (0, 13), "right")
     axis.plot(*columns(best, "kl", "reward"), color=BEST_OF_N, linewidth=1.4, marker=".", label="best of N, exact")
     for point in best[1::2]:
         note(axis, f"{point['n']}", point, BEST_OF_N, (4, -11), "left")
     for name, colour in COLOURS.items():
-        points = [point for point in found["points"] if point["method"] == name]
+        points = [point for point in results["points"] if point["method"] == name]
         if points:
             draw_method(axis, points, name, colour)
     axis.set(xlabel="KL(policy || reference), nats a completion", ylabel="hidden reward, mean")
@@ -64,12 +64,12 @@ def draw_method(axis: Axes, points: list[dict[str, Any]], name: str, colour: str
 
 
 @matplotlib.rc_context(STYLE)
-def draw_overoptimisation(found: dict[str, Any], path: Path) -> None:
+def draw_overoptimisation(results: dict[str, Any], path: Path) -> None:
     """Gold and proxy reward over sqrt(KL): a panel for each number of pairs, a line for each seed, the peak of gold."""
-    runs = sorted(found["overoptimisation"], key=lambda run: run["pairs"])
+    runs = sorted(results["overoptimisation"], key=lambda run: run["pairs"])
     groups = [(pairs, list(group)) for pairs, group in groupby(runs, key=lambda run: run["pairs"])]
     figure, axes = figure_of(len(groups), (3.3 * len(groups) + 0.8, 4.2))
-    frontier = [(math.sqrt(p["kl"]), p["reward"] - found["reference"]["reward"]) for p in found["frontier"]]
+    frontier = [(math.sqrt(p["kl"]), p["reward"] - results["reference"]["reward"]) for p in results["frontier"]]
     for axis, (pairs, group), colour in zip(axes, groups, BY_PAIRS, strict=False):
         axis.plot(*zip(*frontier, strict=True), color=INK, linewidth=1.2, label="the best possible")
         for number, one in enumerate(group):
@@ -100,7 +100,7 @@ def figure_of(panels: int, size: tuple[float, float]) -> tuple[Figure, list[Axes
 
 
 def metadata(path: Path) -> dict[str, None]:
-    """The same results give the same bytes: no date."""
+    """Saves without a date: the same results give the same bytes."""
     return {"Date": None} if path.suffix == ".svg" else {}
 
 

@@ -1,52 +1,42 @@
-"""What `rlhf frontier` expected, and whether it came so: every statement is computed from the points."""
+"""The expectations of `rlhf frontier`, and whether they held: every statement is computed from the points."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import platform
-import subprocess
-import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+NEAR = 0.9  # share of the gain over the reference that is possible at the same KL
+ROUNDING = 1e-6  # error of sums over leaves and of bisection
 
-import rlhf_kernels as rk
+COVERING = "DPO, half from PPO"  # DPO on pairs of completions of which half are from PPO
 
-NEAR = 0.9  # of what could be gained over the reference at the same KL
-ROUNDING = 1e-6  # of sums over leaves and of bisection
-
-COVERING = "DPO, half from PPO"  # of its completions
-
-Found = dict[str, Any]
+Results = dict[str, Any]
 Point = dict[str, Any]
 
 
-def report_of(found: Found) -> tuple[list[Point], str]:
+def report_of(results: Results) -> tuple[list[Point], str]:
     """The expectations, each with whether it held and the numbers that say so; and all of it as text."""
-    points, runs = found["points"], found["overoptimisation"]
+    points, runs = results["points"], results["overoptimisation"]
     expectations = [
         none_above(points), *(grows(points, method) for method in methods_of(points)),
         *(is_near(points, method) for method in methods_of(points) if method in ("PPO", "DPO")),
         covers(points), *(is_below(points, method) for method in methods_of(points) if method.startswith("rejection")),
-        within_bound(found["best_of_n"]), proxy_rises(runs), *(falls(runs, pairs) for pairs in pairs_of(runs)),
+        within_bound(results["best_of_n"]), proxy_rises(runs), *(falls(runs, pairs) for pairs in pairs_of(runs)),
         *(peaks_later(runs, a, b) for a, b in itertools.pairwise(pairs_of(runs))),
     ]  # fmt: skip
-    lines = [head_of(found), "", *tables(found), "", "Expected, and what came:"]
-    for said in expectations:
-        lines.append(f"  {'holds ' if said['holds'] else 'FAILED'}  {said['expected']}: {said['found']}")
+    lines = [head_of(results), "", *tables(results), "", "Expected, and what came:"]
+    for one in expectations:
+        lines.append(f"  {'holds ' if one['holds'] else 'FAILED'}  {one['expected']}: {one['found']}")
     return expectations, "\n".join(lines)
 
 
 # --- the expectations
 
 
-def stated(expected: str, holds: bool, found: str) -> Point:
-    return {"expected": expected, "holds": bool(holds), "found": found}
+def stated(expected: str, holds: bool, result: str) -> Point:
+    return {"expected": expected, "holds": bool(holds), "found": result}
 
 
 def none_above(points: Sequence[Point]) -> Point:
@@ -59,7 +49,7 @@ def none_above(points: Sequence[Point]) -> Point:
 
 
 def grows(points: Sequence[Point], method: str) -> Point:
-    """A step against the expectation counts where it is more than twice its error."""
+    """Reward and KL grow with the strength; a step down counts where it is more than twice its error."""
     knob, rows = rows_of(points, method)
     wrong = []
     for weak, strong in itertools.pairwise(rows):
@@ -78,7 +68,7 @@ def is_near(points: Sequence[Point], method: str) -> Point:
 
 
 def covers(points: Sequence[Point]) -> Point:
-    """Where DPO falls short, is it that its pairs lack what the best policy says?"""
+    """DPO does better where its pairs hold completions of the best policy: that these lacked is why it fell short."""
     knob, better = rows_of(points, COVERING)
     plain = {row[knob]: row["share"] for row in rows_of(points, "DPO")[1]}
     gains = [
@@ -102,8 +92,8 @@ def shares(rows: Sequence[Point], knob: str) -> str:
 def within_bound(best: Sequence[Point]) -> Point:
     excess = max(point["kl"] - point["kl_bound"] for point in best)
     last = best[-1]
-    said = f"at N {last['n']} {last['kl']:.4f} of {last['kl_bound']:.4f} nats"
-    return stated("best of N has a KL of at most log N - (N-1)/N", excess <= ROUNDING, said)
+    result = f"at N {last['n']} {last['kl']:.4f} of {last['kl_bound']:.4f} nats"
+    return stated("best of N has a KL of at most log N - (N-1)/N", excess <= ROUNDING, result)
 
 
 def proxy_rises(runs: Sequence[Point]) -> Point:
@@ -127,15 +117,15 @@ def peaks_later(runs: Sequence[Point], fewer: float, more: float) -> Point:
         mean_and_error([run["peak"]["sqrt_kl"] for run in runs if run["pairs"] == pairs]) for pairs in (fewer, more)
     )
     error = math.hypot(a_error, b_error)
-    found = f"sqrt(KL) {a:.2f} and {b:.2f}, a difference of {b - a:+.2f}+-{error:.2f}"
-    return stated(f"gold peaks later with {more:,.0f} pairs than with {fewer:,.0f}", b - a > 2 * error, found)
+    result = f"sqrt(KL) {a:.2f} and {b:.2f}, a difference of {b - a:+.2f}+-{error:.2f}"
+    return stated(f"gold peaks later with {more:,.0f} pairs than with {fewer:,.0f}", b - a > 2 * error, result)
 
 
 # --- numbers
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; 0 of a single value, of which none is known."""
+    """Mean and its standard error, which is 0 for a single value."""
     mean = sum(values) / len(values)
     if len(values) == 1:
         return mean, 0.0
@@ -152,12 +142,13 @@ def pairs_of(runs: Iterable[Point]) -> list[float]:
 
 
 def strengths_of(points: Iterable[Point], knob: str) -> list[float]:
-    """From weak to strong: beta falls, N grows."""
+    """The strengths, from weak to strong: beta falls, N grows."""
     return sorted({point[knob] for point in points if knob in point}, reverse=knob == "beta")
 
 
 def rows_of(points: Sequence[Point], method: str) -> tuple[str, list[Point]]:
-    """What a method is told by ("beta" or "N"), and for each value of it, from weak to strong, (mean, error)s."""
+    """The option that sets a method's strength ("beta" or "N"), and for each of its values, from weak to strong, the
+    (mean, error) of all numbers."""
     own = [point for point in points if point["method"] == method]
     knob = "beta" if "beta" in own[0] else "N"
     rows = []
@@ -176,26 +167,26 @@ def name_of(point: Point) -> str:
 # --- text
 
 
-def head_of(found: Found) -> str:
-    reference = found["reference"]
-    seeds, judges = (len({point["seed"] for point in found[key]}) for key in ("points", "overoptimisation"))
-    weights = ", ".join(f"{row['median']:,.1f} at beta {row['beta']:g}" for row in found["importance_weighting"])
-    least, most = (found["importance_weighting"][0][key] for key in ("least", "most"))
+def head_of(results: Results) -> str:
+    reference, importance = results["reference"], results["importance_weighting"]
+    seeds, reward_seeds = (len({point["seed"] for point in results[key]}) for key in ("points", "overoptimisation"))
+    weights = ", ".join(f"{row['median']:,.1f} at beta {row['beta']:g}" for row in importance)
+    first = importance[0]
     return (
-        f"{found['sizes']['held_out']} held-out prompts with {reference['leaves']:,} completions each; the reference's "
-        f"hidden reward is {reference['reward']:+.3f} (standard deviation {reference['reward_std']:.2f}, the best "
-        f"completion {reference['largest_reward']:+.2f}), its entropy {reference['entropy']:.2f} nats. "
-        f"{seeds} seeds, {judges} of reward models; +- is one standard error over them.\n"
-        f"Effective sample size of {found['importance_weighting'][0]['draws']:,} draws from the reference, weighted by "
-        f"exp(r / beta), median over prompts: {weights} (there {least:,.1f} to {most:,.1f} at the first)."
+        f"{results['sizes']['held_out']} held-out prompts with {reference['leaves']:,} completions each; the "
+        f"reference's hidden reward is {reference['reward']:+.3f} (standard deviation {reference['reward_std']:.2f}, "
+        f"the best completion {reference['largest_reward']:+.2f}), its entropy {reference['entropy']:.2f} nats. "
+        f"{seeds} seeds, {reward_seeds} of reward models; +- is one standard error over them.\n"
+        f"Effective sample size of {first['draws']:,} draws from the reference, weighted by exp(r / beta), median over "
+        f"prompts: {weights} (there {first['least']:,.1f} to {first['most']:,.1f} at the first)."
     )
 
 
-def tables(found: Found) -> list[str]:
+def tables(results: Results) -> list[str]:
     names = (("reward", 16), ("KL, nats", 16), ("best there", 12), ("of gain", 12), ("s CPU", 8))
     lines = [f"{'method':<26}{'strength':>12}" + "".join(f"{name:>{width}}" for name, width in names)]
-    for method in methods_of(found["points"]):
-        knob, rows = rows_of(found["points"], method)
+    for method in methods_of(results["points"]):
+        knob, rows = rows_of(results["points"], method)
         for row in rows:
             reward, kl = (f"{row[key][0]:.3f}+-{row[key][1]:.3f}" for key in ("reward", "kl"))
             share = f"{row['share'][0]:.0%}+-{row['share'][1]:.0%}"
@@ -204,42 +195,9 @@ def tables(found: Found) -> list[str]:
                 f"{share:>12}{row['train_cpu_seconds'][0]:>8.1f}"
             )
     lines += ["", f"{'reward model of':<26}{'agreement':>12}{'gold at peak':>16}{'sqrt(KL) there':>16}{'s CPU':>8}"]
-    for run in sorted(found["overoptimisation"], key=lambda run: (run["pairs"], run["seed"])):
+    for run in sorted(results["overoptimisation"], key=lambda run: (run["pairs"], run["seed"])):
         lines.append(
             f"{run['pairs']:>10,.0f} pairs, seed {run['seed']:<3}{run['agreement']:>12.3f}{run['peak']['gold']:>16.3f}"
             f"{run['peak']['sqrt_kl']:>16.3f}{run['train_cpu_seconds']:>8.1f}"
         )
     return lines
-
-
-def environment() -> dict[str, Any]:
-    """Where and with what the results were computed."""
-    return {
-        "device": cpu_name(),
-        "cores": os.cpu_count(),
-        "versions": {
-            "rlhf_kernels": rk.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": commit(),
-        "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    }  # fmt: skip
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Of the code that runs, where it lies in a git checkout."""
-    words = ("git", "describe", "--always", "--dirty")
-    try:
-        done = subprocess.run(
-            words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=20
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()

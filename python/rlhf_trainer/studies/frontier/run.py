@@ -1,9 +1,9 @@
 """`rlhf frontier`: how far each method comes from the best that is possible, with nothing sampled.
 
-The language and its hidden reward are in frontier_language.py. It is so small that a policy's mean reward and its KL
-from the reference are sums over all completions (frontier_exact.py), and so is the policy that no other can beat. The
-methods are those of frontier_methods.py; every training is one job, whose result is kept in a file as soon as it is
-known. What came out, and whether it is what was expected, is in frontier.json and report.txt.
+The language and its hidden reward are in language.py. It is so small that a policy's mean reward and its KL
+from the reference are sums over all completions (exact.py), and so is the policy that no other can beat. The methods
+are those of methods.py; every training is one job, whose result is kept in a file as soon as it is
+known. The results, and whether they are as expected, are in frontier.json and report.txt.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from ...models.scoring import load_reward_model
 from ...training.files import write_whole
 from ...training.output_folder import begin, commit_output, open_output
 from ..config import FrontierConfig
+from ..machine import commit, environment
 from .exact import best_of, bound_on_best_of, draw, effective_sample_size, leaf_logprobs, optimum, reward_at, value_of
 from .language import leaf_rewards
 from .methods import METHODS, QUICK, REWARD_MODEL, WHOLE, Method, World, make_world
 from .overoptimisation import agreement, curve, peak, proxy_rewards
 from .plots import draw_frontier, draw_overoptimisation
-from .report import commit, environment, report_of
+from .report import report_of
 
 FRONTIER_BETAS = tuple(20.0 * 0.87**step for step in range(46))  # down to 0.04
 BEST_OF = tuple(2**power for power in range(14))  # up to 8192
@@ -61,7 +62,7 @@ class Job(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Of the held-out prompts: their ids, and all leaves' log-probs under the reference and hidden rewards."""
+    """The held-out prompts' ids, and all leaves' log-probs under the reference and hidden rewards."""
 
     prompts: list[list[int]]
     ref_logprobs: Tensor  # [prompts, leaves]
@@ -90,22 +91,22 @@ def run(config: FrontierConfig) -> Path:
     ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
-    for _ in tqdm(results(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
+    for _ in tqdm(do_all(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
         pass
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
-    found = environment() | {
+    results = environment() | {
         "seed": config.seed, "sizes": sizes._asdict(),
         "seconds_of_this_run": round(time.perf_counter() - started, 1),
     } | counted(truth, config.seed)  # fmt: skip
-    found["points"] = [point for point in points if "curve" not in point]
-    found["overoptimisation"] = [point for point in points if "curve" in point]
-    found["expectations"], report = report_of(found)
-    (work / "frontier.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results["points"] = [point for point in points if "curve" not in point]
+    results["overoptimisation"] = [point for point in points if "curve" in point]
+    results["expectations"], report = report_of(results)
+    (work / "frontier.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (work / "report.txt").write_text(report + "\n", encoding="utf-8")
     for name, draw_picture in (("frontier", draw_frontier), ("overoptimisation", draw_overoptimisation)):
         for kind in ("png", "svg"):
-            draw_picture(found, work / f"{name}.{kind}")
+            draw_picture(results, work / f"{name}.{kind}")
     print(report)
     folder = commit_output(config)
     print(f"saved to {folder}: frontier.json, report.txt, frontier.png, overoptimisation.png")
@@ -123,7 +124,7 @@ def truth_of(world: World, path: Path) -> Truth:
 
 
 def counted(truth: Truth, seed: int) -> dict[str, Any]:
-    """What no training is needed for: the reference, the frontier, the best of n, and how importance weights fare."""
+    """The numbers without any training: the reference, the frontier, best of n, and importance weights."""
     _, ref, rewards = truth
     probabilities = ref.exp()
     frontier = [value_of(optimum(ref, rewards, beta), ref, rewards) for beta in FRONTIER_BETAS]
@@ -160,7 +161,7 @@ def point_file(work: Path, job: Job) -> Path:
     return work / "points" / f"{job.name}.json"
 
 
-def results(jobs: list[Job], world: World, work: Path, workers: int | None) -> Iterator[None]:
+def do_all(jobs: list[Job], world: World, work: Path, workers: int | None) -> Iterator[None]:
     """Does the jobs, each in one of `workers` processes with one thread, or in this one; yields as each is done."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
@@ -195,7 +196,7 @@ def begin_worker() -> None:
 def do(job: Job, world: World, work: Path) -> None:
     """Trains and measures; leaves points/JOB.json, whole once it is there, and the training's files in runs/JOB."""
     folder = work / "runs" / job.name
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
     folder.mkdir(parents=True)
     log = folder / "log.txt"
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -228,12 +229,12 @@ def measure(job: Job, model: Path, truth: Truth) -> dict[str, Any]:
     start = value_of(ref, ref, rewards).reward
     best = reward_at(ref, rewards, value.kl)
     share = share_of_gain(value.reward, best, start)
-    silence = logprobs[:, 0].exp().mean().item()  # of the completion that says nothing
+    silence = logprobs[:, 0].exp().mean().item()  # the empty completion's
     return {"reward": value.reward, "kl": value.kl, "best_reward": best, "share": share, "silence": silence}
 
 
 def share_of_gain(reward: float, best: float, start: float) -> float:
-    """Of what could be gained over the reference at the same KL, the part that was; not a number where none."""
+    """The share of the gain over the reference that is possible at the same KL; NaN where none is possible."""
     return (reward - start) / (best - start) if best > start else math.nan
 
 
