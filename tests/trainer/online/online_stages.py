@@ -1,4 +1,7 @@
-"""PPO or GRPO, in as many processes as this was started with: `online_stages.py ALGORITHM OPTIONS.json FOLDER`."""
+"""PPO and GRPO, one after the other, in as many processes as this was started with:
+`online_stages.py OPTIONS.json FOLDER`. OPTIONS.json: {"ppo" or "grpo": {option: value}}; FOLDER/ppo and FOLDER/grpo are
+the results.
+"""
 
 import json
 import sys
@@ -9,7 +12,9 @@ from rlhf_trainer.online.grpo import train_grpo
 from rlhf_trainer.online.ppo import train_ppo
 from rlhf_trainer.training.processes import leave_processes
 
-algorithm, options, folder = sys.argv[1:]
-config, train = {"ppo": (PPOConfig, train_ppo), "grpo": (GRPOConfig, train_grpo)}[algorithm]
-train(config(**json.loads(Path(options).read_text()), output_dir=folder))
+ALGORITHMS = {"ppo": (PPOConfig, train_ppo), "grpo": (GRPOConfig, train_grpo)}
+stages, folder = sys.argv[1:]
+for algorithm, options in json.loads(Path(stages).read_text()).items():
+    config, train = ALGORITHMS[algorithm]
+    train(config(**options, output_dir=f"{folder}/{algorithm}"))
 leave_processes()

@@ -101,21 +101,21 @@ def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
     assert whole
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_two_processes_train_as_one(algorithm, options, tmp_path, python):
+def test_two_processes_train_as_one(options, tmp_path, python):
     """Each samples and rewards a share of the completions, and all learn from the whole."""
-    own = ALGORITHMS[algorithm][2]
+    stages = {algorithm: options | own for algorithm, (_, _, own) in ALGORITHMS.items()}
+    (tmp_path / "options.json").write_text(json.dumps(stages))
     script = str(Path(__file__).with_name("online_stages.py"))
-    (tmp_path / "options.json").write_text(json.dumps(options | own))
     for name, launch in (("one", ()), ("two", LAUNCH)):
-        done = python(*launch, script, algorithm, "options.json", name, ACCELERATE_USE_CPU="true")
+        done = python(*launch, script, "options.json", name, ACCELERATE_USE_CPU="true")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("saved to") == 1
-    (one_weights, one), (two_weights, two) = (result_of(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == len(two) == 6
-    assert one[-1]["loss"] != one[1]["loss"]
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), key
-    assert all(torch.allclose(one_weights[name], two_weights[name], atol=1e-4) for name in one_weights)
+        assert done.stdout.count("saved to") == len(stages)
+    for algorithm in stages:
+        (one_weights, one), (two_weights, two) = (result_of(tmp_path / name / algorithm) for name in ("one", "two"))
+        assert len(one) == len(two) == 6
+        assert one[-1]["loss"] != one[1]["loss"]
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (algorithm, key)
+        assert all(torch.allclose(one_weights[name], two_weights[name], atol=1e-4) for name in one_weights)

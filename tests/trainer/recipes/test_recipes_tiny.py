@@ -4,6 +4,8 @@ Margins are about half of what these seeds gave; measures are over 384 reviews a
 errors are below 0.1 (reward) and 0.03 (shares).
 """
 
+import copy
+import itertools
 import json
 import random
 
@@ -12,27 +14,47 @@ import pytest
 from rlhf_trainer.recipes.config import RecipeConfig
 from rlhf_trainer.recipes.run import run_recipe
 from rlhf_trainer.recipes.steps import join, right_where_known
+from rlhf_trainer.studies.demo import tiny_world
 from rlhf_trainer.studies.demo.tiny_world import ALL_SUMS, answer, compare, compared, kind, reward_of, right_in_form
+from rlhf_trainer.training.files import checksum
 
 REWARD, LANGUAGE, RIGHT, FORM = (
     "reviews, hidden reward", "reviews in the language", "sums right and in form", "sums in form",
 )  # fmt: skip
 
 
+class Pretraining:
+    """`train_lm`, which trains once on the same batches from the same weights: two recipes each share a base model."""
+
+    def __init__(self, train_lm):
+        self.train_lm, self.results = train_lm, {}
+
+    def __call__(self, model, draw, steps, peak):
+        batches = [draw() for _ in range(steps)]  # the recipe's later draws go on from here
+        state = [*model.state_dict().values(), *itertools.chain.from_iterable(batches)]
+        key = checksum(b"".join(tensor.numpy().tobytes() for tensor in state) + repr(peak).encode())
+        if key not in self.results:
+            loss = self.train_lm(model, iter(batches).__next__, steps, peak)
+            self.results[key] = loss, copy.deepcopy(model.state_dict())
+        loss, weights = self.results[key]
+        model.load_state_dict(weights)
+        return loss
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """name -> what the last stage of the recipe measured, by model; each recipe runs once."""
-    reports = {}
+    """name -> the measures of the recipe's last stage, by model."""
 
-    def of(name):
-        if name not in reports:
-            folder = run_recipe(RecipeConfig(recipe=name, output_dir=str(tmp_path_factory.mktemp(name) / "out")))
-            reports[name] = json.loads((folder / "measured" / "report.json").read_text())
-        return reports[name]
+    def run(name):
+        folder = run_recipe(RecipeConfig(recipe=name, output_dir=str(tmp_path_factory.mktemp(name) / "out")))
+        return json.loads((folder / "measured" / "report.json").read_text())
 
-    return of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_world, "train_lm", Pretraining(tiny_world.train_lm))
+        yield run
 
 
+@pytest.mark.xdist_group("tiny recipes")  # one worker, which pretrains once for two recipes
 def test_zephyr(measured):
     """SFT teaches to write one review and to stop; DPO, what the annotator likes."""
     base, sft, dpo = measured("zephyr-tiny").values()
@@ -41,6 +63,7 @@ def test_zephyr(measured):
     assert dpo[LANGUAGE] > 0.6
 
 
+@pytest.mark.xdist_group("tiny recipes")
 def test_instructgpt(measured):
     """The hidden reward rises, though PPO never meets it: the reward model that it maximises has learned it."""
     base, sft, ppo = measured("instructgpt-tiny").values()
@@ -49,6 +72,7 @@ def test_instructgpt(measured):
     assert ppo[LANGUAGE] > 0.6
 
 
+@pytest.mark.xdist_group("tiny recipes")
 def test_tulu3(measured):
     """DPO raises what it compares, reviews; RL with a verifiable reward what it verifies, sums."""
     base, sft, dpo, rlvr = measured("tulu3-tiny").values()
@@ -58,6 +82,7 @@ def test_tulu3(measured):
     assert rlvr[REWARD] > sft[REWARD] + 0.1  # what DPO has taught is not forgotten
 
 
+@pytest.mark.xdist_group("tiny recipes")
 def test_deepseek_r1(measured):
     """Step 2 raises reasoning; step 3 learns it anew, with all else; step 4 raises that, reasoning nearly stays."""
     base, cold_start, reasoning, sft, everything = measured("deepseek_r1-tiny").values()

@@ -22,7 +22,10 @@ from rlhf_trainer.rollouts.sample import sample
 from rlhf_trainer.rollouts.sampler import LocalSampler
 from tests.trainer.conftest import VOCABULARY, WORDS
 
-pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
+pytestmark = [
+    pytest.mark.usefixtures("loopback_without_proxy"),
+    pytest.mark.xdist_group("transformers serve"),  # one worker, one server
+]
 END = 1
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 

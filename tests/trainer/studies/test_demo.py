@@ -85,6 +85,7 @@ def test_pretraining_reads_running_text_without_an_end():
     assert torch.equal(batch.labels, batch.input_ids)
 
 
+@pytest.mark.xdist_group("demo")  # one worker, one run
 def test_a_short_run_leaves_everything(result):
     names = {path.name for path in result.iterdir()}
     stages = {f"{stage}_model" for stage in ("base", "sft", "reward", "rejection", "dpo")}
@@ -101,6 +102,7 @@ def test_a_short_run_leaves_everything(result):
     assert [record["step"] for record in records[1:]] == [1, 2, 3, 4]
 
 
+@pytest.mark.xdist_group("demo")
 def test_the_report_has_table_and_samples(result):
     text = (result / "report.txt").read_text()
     for phrase in ("hidden reward", "what the reward model says", "KL to the SFT model", "recognised", "optimum"):

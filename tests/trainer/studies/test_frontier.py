@@ -11,6 +11,7 @@ from rlhf_trainer.studies.frontier import run as frontier
 from rlhf_trainer.studies.frontier.language import all_prompts, hidden_reward
 from rlhf_trainer.studies.frontier.methods import QUICK, Method, World, write_pairs
 
+pytestmark = pytest.mark.xdist_group("frontier")  # one worker, one run
 SMALL = QUICK._replace(
     demonstrations=512,
     ppo_iterations=1,
