@@ -80,7 +80,7 @@ class EpisodeTask(Task):
     ) -> None:
         super().__init__(plan, algorithm.weights(episodes), setup.accelerator.device)
         self.setup, self.config, self.algorithm = setup, setup.config, algorithm
-        self.episodes, self.beta = episodes, beta
+        self.episodes, self.beta = list(episodes), beta
 
     def examples(self, indices: MicroBatch) -> list[Any]:
         return [self.episodes[i].record() for i in indices]
@@ -116,10 +116,11 @@ class EpisodeTask(Task):
         return old
 
     def mismatch(self) -> Metrics:
-        """The distance of the sampler's log-probs from the policy's, over this process' episodes."""
+        """The distance between the sampler's log-probs and the policy's, over the episodes of this process' updates."""
+        learned_from = sorted(i for batch in self.plan for micro_batch in batch for i in micro_batch)
         pairs = [
             (episode.sampler_logprobs, episode.logprobs)
-            for episode in self.episodes
+            for episode in (self.episodes[i] for i in learned_from)
             if episode.sampler_logprobs is not None and episode.logprobs is not None
         ]
         return mismatch(*(torch.cat(side) for side in zip(*pairs, strict=True))) if pairs else {}

@@ -44,7 +44,7 @@ from .setup import Setup, data_checksum
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES = 8  # completions of an evaluation that are kept for a person to read
-POLICY_FOLDER = "policy"  # where a server finds the policy
+POLICY_FOLDER = "policy"  # of the policy that a server loads
 
 
 def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
@@ -95,7 +95,7 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
 def run_iteration(
     setup: Setup, run: Run, sampler: Sampler, algorithm: Algorithm, step: int, beta: float
 ) -> tuple[Metrics, float]:
-    """Returns the metrics and the next iteration's beta, the strength of the KL penalty."""
+    """One iteration; returns its metrics and the next iteration's beta, the strength of the KL penalty."""
     config = setup.config
     seed = random.Random(f"{config.seed}, iteration {step}").getrandbits(48)
 
@@ -114,7 +114,8 @@ def run_iteration(
         save_samples(setup, prompts, completions, scores, run.work)
     episodes = make_episodes(prompts, completions, scores)
 
-    # Score each token with the policy before its update, its reference and its values.
+    # Score each token with the policy before its update, its reference and its values, in the micro-batches in which
+    # the policy will learn from them.
     plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed)
     if algorithm.needs_scores(beta):
         micro_batches = [micro_batch for batch in plan for micro_batch in batch]
@@ -128,8 +129,11 @@ def run_iteration(
 
     # Learn from them: an optimizer step for each mini-batch, in one or several passes.
     task = EpisodeTask(setup, algorithm, episodes, plan, beta)
-    orders = [epoch_order(len(plan), seed, number) for number in range(algorithm.passes)]
-    updates = [run.update(task, plan[index], step)[0] for order in orders for index in order]
+    updates = []
+    for number in range(algorithm.passes):
+        for index in epoch_order(len(plan), seed, number):
+            update_metrics, _ = run.update(task, plan[index], step)
+            updates.append(update_metrics)
 
     metrics = rollout_metrics(task.episodes, scores, setup.rewards.names, config, beta) | advantage_metrics
     metrics |= means_of_updates(updates) | task.mismatch() | failed
@@ -139,7 +143,7 @@ def run_iteration(
 
 
 def sync_policy(setup: Setup, sampler: Sampler, folder: Path) -> None:
-    """The sampler's next completions are of the policy as it is now."""
+    """Has the sampler's next completions come from the policy as it is now."""
     if setup.accelerator.is_main_process:
         sampler.sync(setup.policy.model, setup.tokenizer, folder)
     setup.accelerator.wait_for_everyone()
@@ -162,7 +166,7 @@ def evaluate(setup: Setup, sampler: Sampler, work: Path, step: int) -> Metrics:
 def save_samples(
     setup: Setup, prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Scores, work: Path
 ) -> None:
-    """The first of the last evaluation, or without one of the last iteration, for a person to read."""
+    """Writes the first completions of the last evaluation, or without one of the last iteration, for a person."""
     if setup.accelerator.is_main_process:
         rows = zip(prompts[:SAMPLES], completions[:SAMPLES], scores.total.tolist()[:SAMPLES], strict=True)
         lines = [
