@@ -34,8 +34,9 @@ def additions():
 
 def small_gpt2(tokenizer, width=64, layers=2):
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=32, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), n_positions=32, n_embd=width, n_layer=layers, n_head=4,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
 
@@ -51,7 +52,7 @@ def half_taught(model, tokenizer, rows, steps, seed, wrong=0.5, learning_rate=3e
             if rng.random() < wrong:
                 answer[rng.randrange(len(answer))] = rng.choice(rows)["answer"][0]
             texts.append(row["prompt"] + "".join(answer) + ".")
-        ids = torch.tensor([tokenizer(text).input_ids for text in texts])
+        ids = torch.tensor(tokenizer(texts).input_ids)
         labels = ids.clone()
         labels[:, : len(tokenizer(rows[0]["prompt"]).input_ids)] = -100
         model(input_ids=ids, labels=labels).loss.backward()

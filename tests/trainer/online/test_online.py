@@ -175,7 +175,7 @@ def test_before_an_update_every_ratio_is_one(run):
     assert lines[0]["val/ratio"] != 1.0 and lines[0]["policy/approxkl_avg"] > 0.0
 
 
-def test_each_iteration_learns_as_often_as_it_is_told(run, monkeypatch):
+def test_each_iteration_learns_in_as_many_passes_as_wanted(run, monkeypatch):
     """num_iterations passes of GRPO, num_ppo_epochs of PPO, over num_mini_batches each."""
     updates, update = [], loop.Run.update
     monkeypatch.setattr(loop.Run, "update", lambda *arguments: (updates.append(1), update(*arguments))[1])

@@ -38,7 +38,7 @@ def test_top_two_per_prompt_are_best_first_and_equal_rewards_keep_their_order():
 
 
 def test_top_k_overall_takes_the_largest_of_the_matrix():
-    """As many as best of N takes, but prompt 1 is gone: all its rewards are lower."""
+    """The selection is as large as best of N, but prompt 1 is gone: all its rewards are lower."""
     assert cells(top_k_overall(CANDIDATES, 4)) == [(2, 0), (2, 2), (2, 1), (0, 1)]
 
 

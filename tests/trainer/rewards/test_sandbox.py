@@ -17,7 +17,7 @@ ADD = "def add(a, b):\n    return a + b\n"
 
 @pytest.fixture
 def shared_folder():
-    """Of anyone's: pytest's own are not for another user to look into."""
+    """A folder open to all: pytest's own are closed to other users."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         yield Path(folder)
@@ -172,7 +172,7 @@ def test_many_forks_end_in_time():
     assert time.monotonic() - start < 15
 
 
-def test_what_holds_here_is_said_as_it_is():
+def test_the_protections_that_hold_here_are_named():
     """The network is where `protections` says it is: a socket to the trainer's loopback is refused in a namespace."""
     import socket
 

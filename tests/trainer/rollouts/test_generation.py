@@ -32,7 +32,7 @@ def die():
 
 
 def shares(model, tokenizer, **sampling):
-    """How often each token is drawn, of 3200."""
+    """The share of each token in 3200 draws."""
     completions = generate(
         model, tokenizer, [[20]] * 64, Sampling(max_new_tokens=50, **sampling), batch_size=64, seed=3
     )
@@ -196,7 +196,7 @@ def test_logprobs_are_of_the_distribution_drawn_from(die, tokenizer):
 
 @torch.no_grad()
 def trainer_logprobs(model, prompts, completions, temperature):
-    """What the losses make of the same tokens, one list a completion: right padding, no cache, one forward."""
+    """The losses' log-probs of the same tokens, one list a completion: right padding, no cache, one forward."""
     fused = FusedLM(model)
     batch = pad_sequences([(p, done.ids) for p, done in zip(prompts, completions, strict=True)], pad_id=1)
 

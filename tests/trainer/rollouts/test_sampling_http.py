@@ -111,7 +111,7 @@ def test_a_run_whose_server_died_goes_on_with_another(server, run, tmp_path):
     assert sum(path == "/v1/completions" for path, _ in other.requests) == 8  # 4 were there
 
 
-def test_no_server_is_told_before_anything_is_written(run, tmp_path):
+def test_a_missing_server_is_reported_before_anything_is_written(run, tmp_path):
     with pytest.raises(UsageError, match=r"server_url: no OpenAI-compatible server answers at http://127.0.0.1:9/"):
         run("http://127.0.0.1:9")
     assert not partial_folder(tmp_path / "out").exists()

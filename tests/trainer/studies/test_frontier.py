@@ -98,7 +98,7 @@ def test_a_training_that_fails_is_named_with_its_log(tmp_path):
     job = frontier.Job(Method("a + b", "beta", refuse), 0.5, 3)
     (tmp_path / "points").mkdir()
     with pytest.raises(UsageError, match=r"a-b-0.5-seed3: no prompts\n.*log.txt; --resume_from_checkpoint"):
-        frontier.do(job, None, tmp_path)
+        frontier.run_job(job, None, tmp_path)
     assert (tmp_path / "runs" / job.name / "log.txt").read_text() == "half way\n"
     assert not frontier.point_file(tmp_path, job).exists()
 
@@ -116,7 +116,7 @@ def test_a_finished_run_is_left_alone(folder, capsys):
 
 
 def test_a_killed_run_goes_on_to_the_unbroken_result_in_other_processes(folder, results):
-    """What is there is not done again; what is missing, or was half done, is done by two workers."""
+    """Points that are there are not computed again; those missing, or half done, are computed by two workers."""
     partial = folder.rename(folder.with_name("out.partial"))
     kept = {path.name: path.stat().st_mtime_ns for path in (partial / "points").iterdir()}
     for name in ("dpo-1-seed1", "reward-model-50-seed1"):

@@ -150,9 +150,9 @@ def test_the_reward_depends_on_the_prompt():
     assert hidden_reward("sun sun sea", "moon bird") != a
 
 
-def test_a_word_said_again_costs_wherever_it_was_said():
+def test_a_repeated_word_costs_wherever_it_stood():
     def cost(text):
-        """Of the last word's second time, against the same words where their worth is counted by hand."""
+        """The cost of the last word's second time, against the same words where their worth is counted by hand."""
         words = [WORDS.index(word) for word in text.split()]
         before = [WORDS.index("sun"), *words[:-1]]
         worth = sum(LIKED[w] + SUITS[WORDS.index("sea")][w] + FOLLOWS[b][w] for b, w in zip(before, words, strict=True))
@@ -174,7 +174,7 @@ def test_the_language_is_short_and_has_every_word_but_hardly_twice():
     assert {word for text in texts for word in text.split()} == set(WORDS)
 
 
-def test_the_judge_errs_as_bradley_and_terry_say():
+def test_the_annotator_errs_as_bradley_and_terry_have_it():
     rng = random.Random(0)
     wins = sum(prefers_first(1.0, 0.0, rng) for _ in range(4000)) / 4000
     assert abs(wins - 1 / (1 + math.exp(-1))) < 0.03

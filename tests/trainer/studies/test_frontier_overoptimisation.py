@@ -123,7 +123,7 @@ def points(rewards_by_beta, best=2.0):
     ]  # fmt: skip
 
 
-def test_a_model_above_the_optimum_is_told():
+def test_a_model_above_the_optimum_is_reported():
     assert none_above(points({1.0: [1.0, 2.0]}))["holds"]
     expectation = none_above(points({1.0: [1.0, 2.1]}))
     assert not expectation["holds"] and "PPO, beta 1, seed 1" in expectation["found"]
@@ -141,7 +141,7 @@ def test_near_is_a_share_of_the_gain_at_every_beta():
     assert not is_near(points({2.0: [1.9, 1.9], 0.5: [1.5, 1.5]}), "PPO")["holds"]
 
 
-def test_a_best_of_n_beyond_its_bound_is_told():
+def test_a_best_of_n_beyond_its_bound_is_reported():
     assert within_bound([{"n": 2, "kl": 0.19, "kl_bound": 0.1931}])["holds"]
     assert not within_bound([{"n": 2, "kl": 0.20, "kl_bound": 0.1931}])["holds"]
 
@@ -153,7 +153,7 @@ def runs(pairs, places, fall):
     ]
 
 
-def test_gold_that_only_rises_and_peaks_that_do_not_move_are_told():
+def test_gold_that_only_rises_and_peaks_that_do_not_move_are_reported():
     assert falls(runs(200, [1.0, 1.1], 0.4), 200)["holds"]
     assert not falls(runs(200, [1.0, 1.1], 0.0), 200)["holds"]
     both = runs(200, [1.0, 1.1], 0.4) + runs(2000, [2.0, 2.1], 0.4)

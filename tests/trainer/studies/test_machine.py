@@ -18,7 +18,7 @@ def test_a_processor_without_a_number_is_named_by_family_and_model(tmp_path):
     assert cpu_name(tmp_path / "none") == cpu_name(tmp_path / "no other") != ""
 
 
-def test_what_cannot_be_known_is_said_to_be_unknown(tmp_path):
+def test_what_cannot_be_known_is_unknown(tmp_path):
     assert commit(tmp_path) == output_of("no-such-command") == output_of("git", "no-such-word") == UNKNOWN
     assert output_of("git", "--version").startswith("git version")
     assert versions("torch", "no-such-package") == {"torch": torch.__version__, "no-such-package": NOT_INSTALLED}

@@ -91,7 +91,7 @@ def run(config: FrontierConfig) -> Path:
     ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
-    for _ in tqdm(do_all(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
+    for _ in tqdm(run_jobs(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
         pass
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
@@ -161,17 +161,17 @@ def point_file(work: Path, job: Job) -> Path:
     return work / "points" / f"{job.name}.json"
 
 
-def do_all(jobs: list[Job], world: World, work: Path, workers: int | None) -> Iterator[None]:
-    """Does the jobs, each in one of `workers` processes with one thread, or in this one; yields as each is done."""
+def run_jobs(jobs: list[Job], world: World, work: Path, workers: int | None) -> Iterator[None]:
+    """Runs the jobs, each in one of `workers` processes with one thread, or in this one; yields as each is done."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
         for job in jobs:
-            do(job, world, work)
+            run_job(job, world, work)
             yield
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads that it has not
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=begin_worker) as pool:
-        futures: list[Future[None]] = [pool.submit(do, job, world, work) for job in jobs]
+        futures: list[Future[None]] = [pool.submit(run_job, job, world, work) for job in jobs]
         try:
             for future in as_completed(futures):
                 future.result()  # or the error of the training
@@ -193,7 +193,7 @@ def begin_worker() -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
-def do(job: Job, world: World, work: Path) -> None:
+def run_job(job: Job, world: World, work: Path) -> None:
     """Trains and measures; leaves points/JOB.json, whole once it is there, and the training's files in runs/JOB."""
     folder = work / "runs" / job.name
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed here
