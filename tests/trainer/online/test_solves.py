@@ -83,6 +83,6 @@ def test_ppo_adds(addition, tmp_path):
 
 @pytest.mark.xdist_group("addition")
 def test_grpo_adds(addition, tmp_path):
-    more = {"num_generations": 8, "max_steps": 30} | FALLING
+    more = {"num_generations": 8, "max_steps": 40} | FALLING
     before, after = accuracies(train_grpo, GRPOConfig(**COMMON, **addition, output_dir=str(tmp_path / "out"), **more))
     assert before < 0.8 and after > 0.9
