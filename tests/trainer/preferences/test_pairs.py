@@ -149,7 +149,7 @@ def test_bad_sources(run, write_jsonl, tmp_path, capsys):
     data = write_jsonl(SCORED)
     with pytest.raises(UsageError, match="scored: name at least one file"):
         run()
-    with pytest.raises(UsageError, match=r"scored: .*duplicate .*train.jsonl"):
+    with pytest.raises(UsageError, match=r"scored: duplicate .*train.jsonl; name each file once"):
         run(data, data)
     with pytest.raises(UsageError, match="is empty: expected rows with prompt, completion and reward"):
         run(write_jsonl([], "empty.jsonl"))

@@ -235,7 +235,7 @@ def test_bad_sources(run, write_jsonl, tmp_path):
     data = write_jsonl(ROWS)
     with pytest.raises(UsageError, match="no such file"):
         run(str(tmp_path / "none.jsonl"))
-    with pytest.raises(UsageError, match=r"completions: .*duplicate .*train.jsonl"):
+    with pytest.raises(UsageError, match=r"completions: duplicate .*train.jsonl; name each file once"):
         run(data, data)
     with pytest.raises(UsageError, match="is empty: expected rows with prompt and completion"):
         run(write_jsonl([], "empty.jsonl"))
