@@ -1,4 +1,4 @@
-"""From a row of text or chat messages to the text of its prompt and of its response, or to a conversation's tokens."""
+"""Rows of text or chat messages: the text of a prompt and of a response, or the tokens of a conversation."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Totals:
         """Folds a micro-batch in. Of `weight` 0 is one that another process has too, run to stay in step: it counts
         nothing."""
         self.tokens = self.tokens + output.tokens.float() * (weight > 0)
-        scaled = {name: value * weight for name, value in output.metrics.items()}
+        scaled = {name: value.float() * weight for name, value in output.metrics.items()}
         for totals, fold, neutral, values in (
             (self.means, torch.add, 0.0, scaled),
             (self.minima, torch.minimum, math.inf, output.minima),

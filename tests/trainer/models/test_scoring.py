@@ -23,7 +23,7 @@ def sequences():
 
 
 @pytest.fixture(scope="module")
-def make_judge(make_model):
+def make_reward_model(make_model):
     def make(family, **changes):
         config = copy.deepcopy(make_model(family).config)
         config.update({"num_labels": 1} | changes)
@@ -46,8 +46,8 @@ def own_rewards(model, sequences):
 
 @pytest.mark.parametrize("pad_token_id", [EOS, None, 2], ids=["pad-is-eos", "no-pad", "own-pad"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
-def test_rewards_are_the_models_own(make_judge, sequences, family, pad_token_id):
-    model = make_judge(family, pad_token_id=pad_token_id)
+def test_rewards_are_the_models_own(make_reward_model, sequences, family, pad_token_id):
+    model = make_reward_model(family, pad_token_id=pad_token_id)
     expected = own_rewards(model, sequences)
     assert expected.std() > 0.1
     for batch_size in (1, 3, 8):
@@ -57,8 +57,8 @@ def test_rewards_are_the_models_own(make_judge, sequences, family, pad_token_id)
             torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
 
 
-def test_other_sequences_and_the_order_do_not_matter(make_judge, sequences):
-    model = make_judge("llama")
+def test_other_sequences_and_the_order_do_not_matter(make_reward_model, sequences):
+    model = make_reward_model("llama")
     scores = score_sequences(model, sequences, 3, EOS, CPU)
     some = [5, 0, 2]
     torch.testing.assert_close(
@@ -66,7 +66,7 @@ def test_other_sequences_and_the_order_do_not_matter(make_judge, sequences):
     )
 
 
-def test_equal_sequences_get_equal_rewards_to_the_bit_and_are_scored_once(make_judge, sequences):
+def test_equal_sequences_get_equal_rewards_to_the_bit_and_are_scored_once(make_reward_model, sequences):
     repeated = sequences * 3
     runs = []
 
@@ -74,31 +74,31 @@ def test_equal_sequences_get_equal_rewards_to_the_bit_and_are_scored_once(make_j
         runs.append(compute())
         return runs[-1]
 
-    scores = score_sequences(make_judge("llama"), repeated, 3, EOS, CPU, run=count).view(3, -1)
+    scores = score_sequences(make_reward_model("llama"), repeated, 3, EOS, CPU, run=count).view(3, -1)
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
     assert len(runs) == batch_count(repeated, 3) == 3
     assert sorted(map(len, runs)) == [2, 3, 3]
 
 
-def test_nothing_to_score(make_judge):
-    assert score_sequences(make_judge("llama"), [], 3, EOS, CPU).shape == (0,)
+def test_nothing_to_score(make_reward_model):
+    assert score_sequences(make_reward_model("llama"), [], 3, EOS, CPU).shape == (0,)
 
 
-def test_bf16_is_near_and_rewards_are_not_rounded_to_it(make_judge, sequences):
-    model = make_judge("llama")
+def test_bf16_is_near_and_rewards_are_not_rounded_to_it(make_reward_model, sequences):
+    model = make_reward_model("llama")
     scores = score_sequences(model, sequences, 3, EOS, CPU)
     low = score_sequences(model, sequences, 3, EOS, CPU, bf16=True)
     assert (low - scores).abs().max() < 0.1 * scores.std()
     assert not torch.equal(low, scores) and not torch.equal(low, low.bfloat16().float())
 
 
-def test_a_reward_that_is_not_a_number_stops(make_judge, sequences):
-    model = make_judge("llama")
+def test_a_reward_that_is_not_a_number_stops(make_reward_model, sequences):
+    model = make_reward_model("llama")
     with torch.no_grad():
         model.score.weight.fill_(float("nan"))
         with pytest.raises(UsageError, match="its forward gives nan"):
             score_sequences(model, sequences, 3, EOS, CPU)
-        model = make_judge("llama")
+        model = make_reward_model("llama")
         model.model.embed_tokens.weight[sequences[2][3]] = float("inf")
     with pytest.raises(UsageError, match=r"the reward model gives nan for 1 of 8 sequences"):
         score_sequences(model, sequences, 3, EOS, CPU)
@@ -107,8 +107,8 @@ def test_a_reward_that_is_not_a_number_stops(make_judge, sequences):
 # --- loading
 
 
-def test_a_reward_model_is_loaded_in_fp32_without_dropout(make_judge, sequences, tmp_path):
-    model = make_judge("gpt2")  # its dropout is 0.1
+def test_a_reward_model_is_loaded_in_fp32_without_dropout(make_reward_model, sequences, tmp_path):
+    model = make_reward_model("gpt2")  # its dropout is 0.1
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = load_reward_model(str(tmp_path), key="reward_model")
     assert loaded.dtype == torch.float32 and not loaded.training
@@ -120,8 +120,8 @@ def test_a_language_model_is_not_a_reward_model(model_folder):
         load_reward_model(model_folder("llama"), key="reward_model")
 
 
-def test_a_classifier_of_two_classes_is_not_a_reward_model(make_judge, tmp_path):
-    make_judge("llama", num_labels=2).save_pretrained(tmp_path)
+def test_a_classifier_of_two_classes_is_not_a_reward_model(make_reward_model, tmp_path):
+    make_reward_model("llama", num_labels=2).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"reward_model: .* gives 2 values a sequence; a reward model gives 1"):
         load_reward_model(str(tmp_path), key="reward_model")
 
@@ -155,9 +155,9 @@ def test_an_encoder_is_refused(config, message, tmp_path):
         load_reward_model(str(tmp_path), key="reward_model")
 
 
-def test_a_model_that_changes_its_rewards_is_refused(make_judge):
+def test_a_model_that_changes_its_rewards_is_refused(make_reward_model):
     """A forward that scales, say, after the head: what the head gives would not be the model's reward."""
-    model = make_judge("llama")
+    model = make_reward_model("llama")
     forward = model.forward
 
     def scaled(**inputs):
@@ -170,7 +170,7 @@ def test_a_model_that_changes_its_rewards_is_refused(make_judge):
         value_head_of(model)
 
 
-def test_the_judge_of_the_other_tests_rewards_the_share_of_a_word(tokenizer, tmp_path):
+def test_the_reward_model_of_the_other_tests_rewards_the_share_of_a_word(tokenizer, tmp_path):
     model = load_reward_model(save_word_judge(tmp_path, copy.deepcopy(tokenizer), " cat"), key="reward_model")
     cat, dog = tokenizer(" cat").input_ids, tokenizer(" green").input_ids
     texts = [dog * 4, cat + dog * 3, cat * 2 + dog * 2, dog + cat * 3, cat * 4]

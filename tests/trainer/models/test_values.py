@@ -38,10 +38,10 @@ def values_of(config, tokenizer, model):
 
 def test_a_separate_critic_starts_as_the_reward_model(config, tokenizer, make_model, tmp_path):
     """Its value at a sequence's last token is the reward of that sequence."""
-    judge = save_word_judge(tmp_path / "judge", tokenizer, "cat")
-    values, _ = values_of(config(reward_model_name_or_path=judge), tokenizer, make_model("llama"))
+    reward_model = save_word_judge(tmp_path / "judge", tokenizer, "cat")
+    values, _ = values_of(config(reward_model_name_or_path=reward_model), tokenizer, make_model("llama"))
     whole = [prompt + response for prompt, response in SEQUENCES]
-    rewards = score_sequences(load_reward_model(judge, key="reward_model"), whole, 4, 0, torch.device("cpu"))
+    rewards = score_sequences(load_reward_model(reward_model, key="reward_model"), whole, 4, 0, torch.device("cpu"))
     last = torch.tensor([len(ids) - 1 for ids in whole])
     torch.testing.assert_close(values[torch.arange(3), last], rewards)
 
@@ -56,7 +56,7 @@ def test_a_language_model_to_start_from_brings_no_head(config, tokenizer, make_m
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 def test_a_new_head_says_nothing_at_first_and_learns(config, tokenizer, make_model, kind):
-    """With a shared trunk the values' gradient reaches the policy, with a separate one it does not."""
+    """The values' gradient reaches the policy through a shared trunk, but not from a separate one."""
     model = make_model("llama")
     values, module = values_of(config(value_model=kind), tokenizer, model)
     assert values.shape == (3, 5) and not values.any()
@@ -71,15 +71,15 @@ def test_a_new_head_says_nothing_at_first_and_learns(config, tokenizer, make_mod
 
 
 def test_a_critic_with_other_tokens_is_refused(config, make_model, tokenizer, tmp_path):
-    judge = save_word_judge(tmp_path / "judge", tokenizer, "cat")
-    other = load_tokenizer(judge, key="reward_model")
+    reward_model = save_word_judge(tmp_path / "judge", tokenizer, "cat")
+    other = load_tokenizer(reward_model, key="reward_model")
     other.add_tokens(["zebra"])
     swapped = other.get_vocab()
     assert swapped["zebra"] not in tokenizer.get_vocab().values()
-    policy_tokens = transformers.AutoTokenizer.from_pretrained(judge)
-    policy_tokens.add_tokens(["lion"])  # at the place where the judge's tokenizer, saved below, has "zebra"
-    other.save_pretrained(judge)
+    policy_tokens = transformers.AutoTokenizer.from_pretrained(reward_model)
+    policy_tokens.add_tokens(["lion"])  # at the place where the reward model's tokenizer, saved below, has "zebra"
+    other.save_pretrained(reward_model)
     policy_tokens.add_tokens(["zebra"])
-    judged = config(reward_model_name_or_path=judge)
+    options = config(reward_model_name_or_path=reward_model)
     with pytest.raises(UsageError, match="has another tokenizer, so values cannot start from it; name a model with"):
-        make_actor_critic(setup_of(judged, policy_tokens, make_model("llama")), judged)
+        make_actor_critic(setup_of(options, policy_tokens, make_model("llama")), options)

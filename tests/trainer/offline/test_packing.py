@@ -129,7 +129,7 @@ def test_packed_conversations_have_the_log_probs_of_each_alone(family, attention
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_conversation_a_row_of_equal_lengths(family, make_model):
-    """In such a batch transformers sees no packing at all, and no mask: plain causal attention is right."""
+    """transformers then sees no packing at all, and no mask: plain causal attention is right."""
     model, sequences = make_model(family), conversations([19, 19])
     with torch.no_grad():
         packed = picked(model, collate_packed([[s] for s in sequences], pad_id=1))
