@@ -31,8 +31,9 @@ class Pretraining:
 
     def __call__(self, model, draw, steps, peak):
         batches = [draw() for _ in range(steps)]  # the recipe's later draws go on from here
-        state = [*model.state_dict().values(), *itertools.chain.from_iterable(batches)]
-        key = checksum(b"".join(tensor.numpy().tobytes() for tensor in state) + repr(peak).encode())
+        tensors = [*model.state_dict().values(), *itertools.chain.from_iterable(batches)]
+        content = b"".join(tensor.numpy().tobytes() for tensor in tensors if tensor is not None)
+        key = checksum(content + repr(peak).encode())
         if key not in self.results:
             loss = self.train_lm(model, iter(batches).__next__, steps, peak)
             self.results[key] = loss, copy.deepcopy(model.state_dict())
