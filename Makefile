@@ -43,7 +43,8 @@ test: $(STAMP)
 	$(if $(TEST_ARGS),,$(MAKE) triton-interpreted)
 
 triton-interpreted: $(STAMP)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup \
+		tests/kernels
 
 # Only what tests/integrations has, with every host there: a host that is missing fails there, where it is skipped by
 # `make test` alone.
