@@ -88,7 +88,9 @@ def without_onednn(native):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [7, 65, 70])  # GEMMs of 16 and of 64 columns
+# GEMMs of 16 and of 64 columns. Not fewer than 13: eager's product of some ten rows takes another kernel of MKL's, five
+# times as exact on some processors as the one that both of them take from there on.
+@pytest.mark.parametrize("rows", [13, 65, 70])
 def test_without_onednn(without_onednn, device, rows, dtype):
     head = T.make_head(rows, 264, 2049, dtype=dtype, bias=True, masked=0.2, device=device)
     op = functools.partial(rk.linear_logprobs, backend="native")
