@@ -22,10 +22,8 @@ from transformers.utils import logging
 import rlhf_kernels
 import rlhf_trainer
 from rlhf_trainer.data.chat import set_chat_template
-from rlhf_trainer.data.encoding import encode_prompt
 from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.offline.dpo import train_dpo
-from rlhf_trainer.rollouts.sampler import GenerationRequest
 
 logging.disable_progress_bar()
 
@@ -171,16 +169,6 @@ def rows():
 def loopback_without_proxy(monkeypatch):
     """Requests to servers of tests go there directly, whatever proxy is set."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-@pytest.fixture(scope="session")
-def asked(tokenizer):
-    """Three texts and a conversation, as samplers are asked to continue them."""
-    prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
-    return [
-        GenerationRequest(encode_prompt(tokenizer, prompt), prompt, f"row {i}")
-        for i, prompt in enumerate(prompts, start=1)
-    ]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def dice(probabilities):
 
 
 @torch.no_grad()
-def save_word_judge(folder, tokenizer, word):
+def save_word_reward_model(folder, tokenizer, word):
     """A reward model and its tokenizer: the larger the share of the token `word` in a sequence, the higher the reward.
 
     Token embeddings say "is it the word?" and a constant; attention is uniform, so its output at the last token is the

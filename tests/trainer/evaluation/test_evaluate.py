@@ -18,7 +18,7 @@ from rlhf_trainer.evaluation.report import outcome
 from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.models.kl import kl_of_sequences, kl_per_sequence
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
-from tests.trainer.known_models import dice, save_word_judge
+from tests.trainer.known_models import dice, save_word_reward_model
 
 # --- intervals
 
@@ -93,7 +93,7 @@ def test_kl_is_that_of_the_models_own_logits(make_model, family):
 def folders(tokenizer, tmp_path_factory):
     """The reward model; a model that writes nothing but cats, two at most; one that ends at once; their reference."""
     (cat,), (dogs,) = tokenizer(" cat").input_ids, tokenizer(" green").input_ids
-    made = {"reward": save_word_judge(tmp_path_factory.mktemp("reward"), copy.deepcopy(tokenizer), " cat")}
+    made = {"reward": save_word_reward_model(tmp_path_factory.mktemp("reward"), copy.deepcopy(tokenizer), " cat")}
     for name, model in {
         "cats": dice({cat: 1.0}),
         "silent": dice({tokenizer.eos_token_id: 1.0}),

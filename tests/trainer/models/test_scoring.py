@@ -8,7 +8,7 @@ import transformers
 
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.scoring import batch_count, load_reward_model, score_sequences, value_head_of
-from tests.trainer.known_models import save_word_judge
+from tests.trainer.known_models import save_word_reward_model
 
 EOS, UNUSED = 1, 396
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_a_model_that_changes_its_rewards_is_refused(make_reward_model):
 
 
 def test_the_reward_model_of_the_other_tests_rewards_the_share_of_a_word(tokenizer, tmp_path):
-    model = load_reward_model(save_word_judge(tmp_path, copy.deepcopy(tokenizer), " cat"), key="reward_model")
+    model = load_reward_model(save_word_reward_model(tmp_path, copy.deepcopy(tokenizer), " cat"), key="reward_model")
     cat, dog = tokenizer(" cat").input_ids, tokenizer(" green").input_ids
     texts = [dog * 4, cat + dog * 3, cat * 2 + dog * 2, dog + cat * 3, cat * 4]
     rewards = score_sequences(model, [[*ids, EOS] for ids in texts], 2, EOS, CPU)

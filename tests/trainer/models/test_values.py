@@ -12,7 +12,7 @@ from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.online.config import PPOConfig
 from rlhf_trainer.online.critic import make_actor_critic
 from rlhf_trainer.online.setup import Setup
-from tests.trainer.known_models import save_word_judge
+from tests.trainer.known_models import save_word_reward_model
 
 SEQUENCES = [([5, 6], [7, 8, 9]), ([5], [11]), ([12, 13, 14], [15, 16])]
 
@@ -38,7 +38,7 @@ def values_of(config, tokenizer, model):
 
 def test_a_separate_critic_starts_as_the_reward_model(config, tokenizer, make_model, tmp_path):
     """Its value at a sequence's last token is the reward of that sequence."""
-    reward_model = save_word_judge(tmp_path / "judge", tokenizer, "cat")
+    reward_model = save_word_reward_model(tmp_path / "judge", tokenizer, "cat")
     values, _ = values_of(config(reward_model_name_or_path=reward_model), tokenizer, make_model("llama"))
     whole = [prompt + response for prompt, response in SEQUENCES]
     rewards = score_sequences(load_reward_model(reward_model, key="reward_model"), whole, 4, 0, torch.device("cpu"))
@@ -71,7 +71,7 @@ def test_a_new_head_says_nothing_at_first_and_learns(config, tokenizer, make_mod
 
 
 def test_a_critic_with_other_tokens_is_refused(config, make_model, tokenizer, tmp_path):
-    reward_model = save_word_judge(tmp_path / "judge", tokenizer, "cat")
+    reward_model = save_word_reward_model(tmp_path / "judge", tokenizer, "cat")
     other = load_tokenizer(reward_model, key="reward_model")
     other.add_tokens(["zebra"])
     swapped = other.get_vocab()

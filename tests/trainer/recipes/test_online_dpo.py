@@ -25,7 +25,7 @@ from rlhf_trainer.rollouts import sample as sampling
 from rlhf_trainer.training import loop as training
 from rlhf_trainer.training.journal import write_jsonl as write_rows
 from rlhf_trainer.training.output_folder import partial_folder
-from tests.trainer.known_models import dice, save_word_judge
+from tests.trainer.known_models import dice, save_word_reward_model
 from tests.trainer.preferences.test_pairs import NOTHING
 from tests.trainer.training.test_resume import at_call, kill, killed
 
@@ -54,7 +54,7 @@ def writer(save_dice):
 
 @pytest.fixture(scope="module")
 def word_reward_model(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
+    return save_word_reward_model(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
 @pytest.fixture(scope="module")

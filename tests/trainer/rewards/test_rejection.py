@@ -12,7 +12,7 @@ from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rewards.config import RejectionConfig
 from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, rejection, top_k_overall, top_per_prompt
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
-from tests.trainer.known_models import save_word_judge
+from tests.trainer.known_models import save_word_reward_model
 
 # Three prompts, four completions each; the fourth prompt has one only.
 #            completion: 0     1     2     3
@@ -76,7 +76,7 @@ def test_random_takes_as_many_of_each_prompt_and_does_not_look_at_rewards():
 
 @pytest.fixture(scope="module")
 def word_reward_model(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
+    return save_word_reward_model(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.rewards.config import RewardsConfig
 from rlhf_trainer.rewards.loading import load_rewards
-from tests.trainer.known_models import save_word_judge
+from tests.trainer.known_models import save_word_reward_model
 
 CPU = torch.device("cpu")
 FUNCTIONS = """
@@ -287,7 +287,7 @@ def test_unit_tests_of_several_completions_run_at_once_and_keep_their_places(cap
 
 @pytest.fixture(scope="module")
 def word_reward_model(tokenizer, tmp_path_factory):
-    return save_word_judge(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
+    return save_word_reward_model(tmp_path_factory.mktemp("reward_model"), copy.deepcopy(tokenizer), " cat")
 
 
 def test_a_reward_model_reads_prompt_and_completion_as_its_tokenizer_writes_them(
