@@ -39,6 +39,18 @@ def saved(ctx: Any) -> tuple[Any, Sequence[Tensor]]:
     return ctx.arguments._replace(**dict(zip(ctx.names, tensors[count:], strict=True))), tensors[:count]
 
 
+def flat(arguments: Any) -> tuple:
+    """An op's arguments, a NamedTuple whose last two, rows and masked, the Triton op alone takes, as that op or the
+    compiled one takes them."""
+    *schema, _rows, _masked = arguments
+    return (*schema, *visited(arguments))
+
+
+def visited(arguments: Any) -> tuple:
+    """The two arguments more of a Triton op; nothing for a compiled one."""
+    return () if arguments.masked is None else (arguments.rows, arguments.masked)
+
+
 def needs_of(ctx: Any, names: Sequence[str]) -> Needs:
     """The gradients of a head that are needed; `names`: the arguments of the op."""
     needed = dict(zip(names, ctx.needs_input_grad, strict=False))  # a native op has fewer than the Triton op

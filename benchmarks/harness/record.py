@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import time
 from pathlib import Path
 
 import torch
 
 import rlhf_kernels as rk
-from benchmarks.harness.peers import ROOT, installed
+from benchmarks.harness.peers import ROOT
+from rlhf_trainer.studies.machine import commit, cpu_name, output_of, utc_now, versions
+from rlhf_trainer.training.files import write_whole
 
 # Two rows that agree in these are the same row, measured twice.
 SAME = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
 SAME += ("contender", "trainer", "host", "case")
-
-
-def output_of(*command: str) -> str:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    """With its family and model where a hypervisor hides its number: those of one name differ twofold in speed."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    if any(character.isdigit() for character in name) or "cpu family" not in facts:
-        return name
-    return f"{name}, family {facts['cpu family']} model {facts['model']}"
 
 
 def machine_of(device: torch.device, build: dict) -> dict:
@@ -56,13 +36,13 @@ def machine_of(device: torch.device, build: dict) -> dict:
 
 def environment(device: torch.device) -> dict:
     build = rk.build_info()
-    versions = {"rlhf_kernels": build["version"], "torch": torch.__version__, "cuda": torch.version.cuda}
-    peers = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
+    ours = {"rlhf_kernels": build["version"], "torch": torch.__version__, "cuda": torch.version.cuda}
+    peers = versions("triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers")
     return {
         "device": machine_of(device, build),
-        "versions": versions | {name: installed(name) or "not installed" for name in peers},
-        "measured": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "versions": ours | peers,
+        "measured": utc_now(),
+        "commit": commit(ROOT),
         "backends": list(rk.available_backends(device)),
         "workspace_budget_mib": build["workspace_budget_mib"],
     }
@@ -87,9 +67,7 @@ class Results:
         return cls(path, head)
 
     def write(self) -> None:
-        whole = self.path.with_suffix(".part")
-        whole.write_text(json.dumps(self.content, indent=1) + "\n")
-        whole.replace(self.path)  # at no time half a file
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def add(self, row: dict, section: str = "rows") -> None:
         """In the place of a row of the same case and contender, if there is one."""

@@ -51,15 +51,6 @@ class Arguments(NamedTuple):
         own, other = sides
         return cls(*own, *other, mask, policy_ref, kept_logits, *(visited or (None, None)))
 
-    def flat(self) -> tuple:
-        """The arguments as the op takes them."""
-        *arguments, _rows, _masked = self
-        return (*arguments, *self.visited())
-
-    def visited(self) -> tuple:
-        """The arguments that the Triton op alone takes."""
-        return () if self.masked is None else (self.rows, self.masked)
-
 
 class Statistics(NamedTuple):
     """The forward's outputs, which backward takes: kl [N], stats [6, N], and the logits kept."""
@@ -72,7 +63,7 @@ class Statistics(NamedTuple):
 def flat_backward(grad_kl: Tensor, statistics: Statistics, arguments: Arguments, needs: Needs) -> tuple:
     """linear_kl_backward's arguments, in the order of the schema in csrc/bindings.cpp."""
     *inputs, _kept_logits, _rows, _masked = arguments
-    return (grad_kl, *statistics, *inputs, *needs, *arguments.visited())
+    return (grad_kl, *statistics, *inputs, *needs, *_ops.visited(arguments))
 
 
 def _fake_kl(*inputs):  # type: ignore[no-untyped-def]

@@ -17,7 +17,7 @@ def linear_kl(policy: Side, ref: Side, mask: Tensor, direction: str) -> Tensor:
     kept, (vocab, width) = 0, weight.shape
     if _ops.needs_gradient(hidden, weight, bias):
         kept = _workspace.logits_to_keep(hidden.shape[0], vocab, width, hidden.device, ref.head.weight.shape[1])
-    kl, _stats, _cache = forward_op(*Arguments.of(policy, ref, mask, direction == "policy_ref", kept).flat())
+    kl, _stats, _cache = forward_op(*_ops.flat(Arguments.of(policy, ref, mask, direction == "policy_ref", kept)))
     return kl
 
 

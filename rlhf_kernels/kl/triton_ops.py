@@ -18,7 +18,7 @@ def linear_kl(policy: Side, ref: Side, mask: Tensor, direction: str) -> Tensor:
     """Same contract as `reference.linear_kl`. Logits are never kept: backward recomputes all."""
     _ops.refuse_forward_mode("linear_kl", *policy.tensors())
     arguments = Arguments.of(policy, ref, mask, direction == "policy_ref", visited=rows_to_visit(mask))
-    kl, _stats, _cache = forward_op(*arguments.flat())
+    kl, _stats, _cache = forward_op(*_ops.flat(arguments))
     return kl
 
 

@@ -51,15 +51,6 @@ class Arguments(NamedTuple):
             log_sum_sq_probs, kept_logits, *(visited or (None, None)),
         )  # fmt: skip
 
-    def flat(self) -> tuple:
-        """The arguments as the op takes them."""
-        *arguments, _rows, _masked = self
-        return (*arguments, *self.visited())
-
-    def visited(self) -> tuple:
-        """The arguments that the Triton op alone takes."""
-        return () if self.masked is None else (self.rows, self.masked)
-
 
 class Statistics(NamedTuple):
     """The forward's outputs that backward takes, of N rows; `logit_cache`: the logits kept."""
@@ -83,7 +74,7 @@ def flat_backward(upstream: Upstream, arguments: Arguments, statistics: Statisti
     a = arguments
     return (
         *upstream, a.hidden, a.weight, a.targets, a.bias, *statistics, a.logit_scale, a.logit_softcap, a.temperature,
-        a.ignore_index, a.gemm_dtype, *needs, *a.visited(),
+        a.ignore_index, a.gemm_dtype, *needs, *_ops.visited(a),
     )  # fmt: skip
 
 

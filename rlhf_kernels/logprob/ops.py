@@ -19,7 +19,7 @@ def linear_logprobs(
     kept, (vocab, width) = 0, weight.shape
     if _ops.needs_gradient(hidden, weight, bias):
         kept = _workspace.logits_to_keep(hidden.shape[0], vocab, width, hidden.device)
-    return results_of(forward_op(*Arguments.of(side, targets, ignore_index, outputs, kept).flat()), outputs)
+    return results_of(forward_op(*_ops.flat(Arguments.of(side, targets, ignore_index, outputs, kept))), outputs)
 
 
 if _extension.native_available():

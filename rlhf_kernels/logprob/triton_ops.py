@@ -25,7 +25,7 @@ def linear_logprobs(
     refuse = functools.partial(check_target_range, *limits)
     visited = rows_to_visit(targets != ignore_index, wrong_targets(*limits), refuse)
     arguments = Arguments.of(side, targets, ignore_index, outputs, visited=visited)
-    return results_of(forward_op(*arguments.flat()), outputs)
+    return results_of(forward_op(*_ops.flat(arguments)), outputs)
 
 
 def _plain_targets(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _ops
 from .. import kl as kl_room
 from .. import logprob as logprob_room
 from .._logits import Gradients, Needs, Side
@@ -61,7 +62,7 @@ def logprob_statistics(
     if backend == "reference":
         return reference.logprob_statistics(side, targets, wanted), side.hidden.new_empty(0)
     arguments = logprob_autograd.Arguments.of(side, targets, -1, wanted, kept_logits, _all_rows(side, backend))
-    results = logprob_room.ops_of(backend).forward_op(*arguments.flat())
+    results = logprob_room.ops_of(backend).forward_op(*_ops.flat(arguments))
     logprobs, max_logit, log_sum, *optional, kept = results
     # Where all logits of the shard are -inf, its log-probs are not numbers.
     target = torch.where(max_logit.isneginf(), max_logit, logprobs + log_sum)
@@ -106,7 +107,7 @@ def kl_statistics(
     if backend == "reference":
         return reference.kl_statistics(policy, ref, policy_ref), policy.hidden.new_empty(0)
     arguments = kl_autograd.Arguments.of(policy, ref, mask, policy_ref, kept_logits, _all_rows(policy, backend))
-    kl, stats, kept = kl_room.ops_of(backend).forward_op(*arguments.flat())
+    kl, stats, kept = kl_room.ops_of(backend).forward_op(*_ops.flat(arguments))
     return [kl, *stats.unbind(0)], kept
 
 
