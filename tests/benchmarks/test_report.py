@@ -261,11 +261,14 @@ def test_a_case_has_a_table_and_targets_of_its_own(tmp_path):
 
 def test_steps_of_today_have_targets_on_their_gradients(tmp_path):
     """As benchmarks/steps/track.py writes them."""
-    targets = {"gradients": {"TRL 1.16.0": 0.6}, "memory": 0.25, "first_loss_error": 1e-6}
+    targets = {"gradients": {"TRL 1.16.0": 0.6, "TRL 1.16.0, fused": 1.0}, "memory": 0.25, "first_loss_error": 1e-6}
     ours = part("rlhf", 100, case="steps", note="a note", judged=True) | {"targets": targets}
     rows = [ours | {"gradients_ms": times(50), "gradients_over_rlhf": 1.0, "dtype": "bfloat16"}]
     rows.append(part("TRL 1.16.0", 150, case="steps") | {"gradients_ms": times(125), "gradients_over_rlhf": 2.5})
+    rows.append(part("TRL 1.16.0, fused", 90, case="steps", peak_extra_mib=10) | {"gradients_ms": times(40)})
     text = written(tmp_path, cpu=only([], steps=rows))
+    assert "time against TRL 1.16.0, fused | 1.250 | ≤ 1 | 2.0e-07 | **MISSED** |" in verdicts_of(text, "steps")
+    assert "memory against the leaner of them | 0.667 |" in text, "of TRL as it is"
     assert verdicts_of(text, "steps")[0] == "time against TRL 1.16.0 | 0.400 | ≤ 0.6 | 2.0e-07 | holds |"
     assert "a note" in text and "| TRL 1.16.0 | 1.50 | 0.90–1.20 | 1,500 | 2.0e-07 | 2.50 | 2.0e-09 |" in text
 
