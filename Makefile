@@ -56,7 +56,7 @@ integrations: $(STAMP) hosts
 # says what would be measured, and for how long at most.
 bench: $(STAMP) peers
 	OMP_NUM_THREADS=1 RLHF_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(BENCH_TESTS)
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' $(BENCH_ARGS)
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
 BENCH_TESTS := $(addprefix tests/kernels/test_,linear_logprobs.py linear_logprobs_rows.py batch_invariance.py linear_kl.py \
 	linear_dpo.py dpo.py bradley_terry.py kl_penalty.py) tests/trainer/offline/test_dpo.py
 

@@ -1,4 +1,4 @@
-"""What the suites share: `measure(case)` takes the turns and keeps the rows; the terminal shows them.
+"""Fixtures of the suites: `measure(case)` takes the turns and keeps the rows; the terminal shows them.
 
 A case's time is its marker, `budget(turns=SECONDS, peaks=SECONDS)`: of trying peers out and of turns, and, beside them,
 of processes that measure peak memory, none by default. Their sum is printed when the cases are collected.
@@ -68,8 +68,11 @@ def keep(results) -> Callable[..., None]:
 
 
 @pytest.fixture(name="measure")
-def measure_case(keep, request):
+def measure_case(benchmark, keep, request):
     """measure(case, targets={contender: {"forward": ratio, "total": ratio}}, section="rows")."""
+
+    def pace(leader: Callable[[], None], others: Callable[[], None], turns: int) -> None:
+        benchmark.pedantic(leader, setup=others, rounds=turns)
 
     def run(case: Case, targets: dict | None = None, *, section: str = "rows", most_turns: int = MOST_TURNS) -> None:
         budget, started = budget_of(request.node), time.perf_counter()
@@ -78,9 +81,14 @@ def measure_case(keep, request):
             needed = is_ours(peer.name) or peer.name in (targets or {})
             return needed or time.perf_counter() - started < TRYING_OUT * budget["turns"]
 
-        limits = {"seconds": (1 - TRYING_OUT) * budget["turns"], "peaks_s": budget["peaks"], "most_turns": most_turns}
-        for row in measure(case, Clock(case.device), may_start=may_start, targets=targets, **limits):
+        seconds = (1 - TRYING_OUT) * budget["turns"]
+        for row in measure(
+            case, Clock(case.device), seconds=seconds, peaks_s=budget["peaks"], most_turns=most_turns,
+            may_start=may_start, targets=targets, pace=pace,
+        ):  # fmt: skip
             keep(row, line_of(row), section)
+            for name, ratio in row.get("over_native", {}).items():
+                benchmark.extra_info[f"{row['contender']}, {name}"] = ratio
             if row["status"] != "measured" and row["contender"] in case.backends:
                 pytest.fail(line_of(row))  # another that cannot is a finding; ours must
 

@@ -25,7 +25,7 @@ class Side:
         self.folder = folder
 
     def receive_facts(self) -> None:
-        """What it says of itself, once it has started."""
+        """The worker's description of itself, once it has started."""
         try:
             self.facts = self.worker.receive()
         except Ended as error:

@@ -1,4 +1,4 @@
-"""What paired times of two sides say: a ratio with an interval, and a verdict.
+"""Verdicts on paired times of two sides: a ratio with an interval.
 
 - Ratio: head / base of the same round; the median of all rounds counts. What disturbs the machine for longer than a
   round falls on both and cancels.

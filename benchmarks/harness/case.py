@@ -90,7 +90,7 @@ class Case(abc.ABC):
         return {"op": self.op, "dtype": dtype, "threads": torch.get_num_threads()}
 
     def needs(self) -> set[str]:
-        """What of peers.LACKS it takes."""
+        """The words of peers.LACKS that hold for it."""
         return {self.device.type}
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from benchmarks.harness.case import HeadCase
 from benchmarks.harness.linear_logprobs import eager_logits
-from benchmarks.harness.peers import EVERYTHING, Peer, installed
+from benchmarks.harness.peers import EVERYTHING, TRL, Peer
 
 
 def our_kl(backend: str, *inputs: Tensor, softcap: float | None = None) -> Tensor:
@@ -55,5 +55,5 @@ class LinearKL(HeadCase):
         mean = "beta=1; its forward computes the gradients of the mean, no value a token"
         return [
             Peer("Liger, sum", liger_kl, EVERYTHING - {"softcap"}, mean, sums=True),
-            Peer(f"TRL {installed('trl')}", trl_kl, note="beta=1; computes the student's entropy too"),
+            Peer(TRL, trl_kl, note="beta=1; computes the student's entropy too"),
         ]

@@ -12,7 +12,7 @@ from torch import Tensor
 import rlhf_kernels as rk
 from benchmarks.harness import overlays
 from benchmarks.harness.case import HeadCase
-from benchmarks.harness.peers import EVERYTHING, GPU_ALONE, CannotRun, Peer, installed
+from benchmarks.harness.peers import EVERYTHING, GPU_ALONE, TRL, CannotRun, Peer
 
 Logprobs = Callable[..., Tensor]
 
@@ -108,7 +108,7 @@ class LinearLogprobs(HeadCase):
         return [
             *([unmasked] if self.sweep == "masked" else []),
             Peer("CCE", partial(cce_logprobs, cce), note=cce_note, slow_start=not cuda),
-            Peer(f"TRL {installed('trl')}", partial(of_counted, trl_logprobs), note=taken_out),
+            Peer(TRL, partial(of_counted, trl_logprobs), note=taken_out),
             Peer("torch chunked", partial(torch_chunked, "none"), no_cap, "linear_cross_entropy, default options"),
             Peer("torch chunked, sum", partial(torch_chunked, "sum"), no_cap, at_once, sums=True),
             Peer("Liger", partial(liger_logprobs, "none"), GPU_ALONE, "reduction='none': computes logits again"),

@@ -50,7 +50,7 @@ class Clock:
         return start.elapsed_time(end)
 
     def peak_mib(self, run: Run, besides: int = 0) -> float:
-        """Of a GPU. A process keeps memory that it once had, so on CPU it takes a fresh one: peak_memory.py."""
+        """The peak on a GPU. On a CPU, whose processes keep their memory, peak_memory.py takes a fresh one."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -89,7 +89,7 @@ def error_of(case: Case, peer: Peer, whole: Tensor, alone: Tensor) -> Tensor:
 
 
 def try_out(case: Case, peer: Peer, clock: Clock) -> tuple[dict, float]:
-    """What is known of a peer besides its times and, on CPU, its memory, and the seconds of a turn; raises what it
+    """A peer's columns besides its times and, on CPU, its memory, and the seconds of a turn; raises what it
     raises. It is warm then."""
     columns: dict = {}
     results: list[Tensor] = []
@@ -136,7 +136,7 @@ def try_out(case: Case, peer: Peer, clock: Clock) -> tuple[dict, float]:
 
 
 def tuner_choices(op: str) -> dict[str, str]:
-    """What Triton's tuner took for the kernels of an op that ran last."""
+    """The choices of Triton's tuner for the kernels of an op that ran last."""
     if op == "linear_kl":
         from rlhf_kernels.kl import triton_kernels as kl
 
@@ -187,6 +187,16 @@ class Contender:
         return statistics.median(self.times_ms[k]) if self.times_ms[k] else None
 
 
+Pace = Callable[[Callable[[], None], Callable[[], None], int], None]
+
+
+def in_a_loop(leader: Callable[[], None], others: Callable[[], None], turns: int) -> None:
+    """The pace of a plain loop. pytest-benchmark's is `pedantic(leader, setup=others, rounds=turns)`."""
+    for _ in range(turns):
+        others()
+        leader()
+
+
 def admit(contenders: list[Contender], needed: tuple[str, ...], seconds: float, turns: int) -> list[Contender]:
     """Those for whose turns there is time: who is needed always, then the fastest first."""
     able = [one for one in contenders if one.name in needed]
@@ -205,6 +215,7 @@ def measure(
     may_start: Callable[[Peer], bool] = lambda peer: True,
     targets: dict[str, dict] | None = None,
     peaks_s: float = 0.0,
+    pace: Pace = in_a_loop,
 ) -> Iterator[dict]:
     """Rows of one case, with `seconds` for turns and, on a CPU, `peaks_s` for peak memory. A peer that may not start is
     not tried out. `targets` by contender: of forward, total."""
@@ -237,7 +248,7 @@ def measure(
     for one in (one for one in contenders if one not in able):
         yield one.row | {"status": f"too slow to take turns: {one.turn_s:.1f} s forward and total, from one run"}
     turns = max(least, min(most_turns, int(seconds / max(1e-9, sum(one.turn_s for one in able)))))
-    take_turns(case, clock, able, turns)
+    take_turns(case, clock, able, turns, pace)
     if bare and able[0].failed:  # nothing to compare with; most likely the device itself is gone
         raise CannotRun(f"{BARE}: {able[0].failed}")
     if peaks_s and not clock.cuda:
@@ -246,15 +257,28 @@ def measure(
     yield from rows_of(case, [one for one in able if not one.failed], turns, targets or {})
 
 
-def take_turns(case: Case, clock: Clock, contenders: list[Contender], turns: int) -> None:
+def take_turns(case: Case, clock: Clock, contenders: list[Contender], turns: int, pace: Pace = in_a_loop) -> None:
     """All contenders once a turn, in an order that is drawn anew for each: or one would always find the caches as the
-    same other one left them. On a GPU a first turn does not count: it fetches memory."""
-    order = random.Random(0)
-    for turn in range(-1 if clock.cuda and turns > 1 else 0, turns):
-        for one in order.sample(contenders, len(contenders)):
+    same other one left them. `pace` takes the turn of native, or else of the last one, after the turns of those that
+    stand before it and of those that stood behind it the time before. On a GPU a first turn does not count: it fetches
+    memory."""
+    if clock.cuda and turns > 1:
+        for one in contenders:
             one.take_turn(case, clock)
-            if turn < 0:
-                one.times_ms = ([], [])
+            one.times_ms = ([], [])
+    leader = next((one for one in contenders if one.name == "native"), contenders[-1])
+    order, behind = random.Random(0), []
+
+    def others() -> None:
+        drawn = order.sample(contenders, len(contenders))
+        place = drawn.index(leader)
+        for one in (*behind, *drawn[:place]):
+            one.take_turn(case, clock)
+        behind[:] = drawn[place + 1 :]
+
+    pace(lambda: leader.take_turn(case, clock), others, turns)
+    for one in behind:
+        one.take_turn(case, clock)
 
 
 def measure_peaks(case: Case, contenders: list[Contender], seconds: float) -> None:

@@ -22,7 +22,7 @@ def status_mib(field: str) -> float:
 
 
 def new_mark_mib() -> float:
-    """What is resident now, from where the high-water mark starts over."""
+    """The resident memory now, from where the high-water mark starts over."""
     ctypes.CDLL(None).malloc_trim(0)  # what was freed but kept would hide what a run needs
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")
@@ -46,15 +46,15 @@ def peaks_of(case: HeadCase, peer: Peer) -> dict:
         for run in filter(None, warm.runs(peer_of(warm, peer.name))):
             run()
     case.make_inputs()
-    found = {}
+    peaks = {}
     for name, run in zip(("peak_forward_mib", "peak_total_mib"), case.runs(peer), strict=True):
         if run is not None:
             before = new_mark_mib()
             run()
             gradients = [leaf.grad for leaf in case.leaves if leaf.grad is not None]
             peak = status_mib("VmHWM") - before - sum(gradient.nbytes for gradient in gradients) / 2**20
-            found[name] = round(peak, 1)
-    return found
+            peaks[name] = round(peak, 1)
+    return peaks
 
 
 def peer_of(case: HeadCase, name: str) -> Peer:

@@ -7,7 +7,6 @@ the op's own file.
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as rk
+from rlhf_trainer.studies.machine import versions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+TRL = f"TRL {versions('trl')['trl']}"
 OURS = ("native", "triton")  # backends: named, never "auto", so that none stands in for another
 # What a case may need, and the reason for which a peer without it is left out.
 LACKS = {
@@ -73,11 +74,3 @@ def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile` of one shape. Without the reset a function at every shape would be past the limit soon."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
-
-
-def installed(package: str) -> str:
-    """Its version, or nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

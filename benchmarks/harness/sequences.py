@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness.case import HeadCase
 from benchmarks.harness.linear_logprobs import eager_logprobs, of_counted, trl_logprobs
-from benchmarks.harness.peers import Peer, compiled, installed
+from benchmarks.harness.peers import TRL, Peer, compiled
 
 
 @dataclass
@@ -38,7 +38,7 @@ class SequenceCase(HeadCase):
 
     def others(self) -> list[Peer]:
         by_trl = partial(self.loss_by, partial(of_counted, trl_logprobs))
-        return [Peer(f"TRL {installed('trl')}", by_trl, note="its log-probs")]
+        return [Peer(TRL, by_trl, note="its log-probs")]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def bars(axis: Axes, values: dict[str, float], label: Callable[[float], str], cu
 
 
 def values_of(table: Table, column: Callable[[dict], float | None]) -> dict[str, float]:
-    """Of who was measured: bare GEMMs and ours on top, then the others from fast to slow."""
+    """The contenders measured: bare GEMMs and ours on top, then the others from fast to slow."""
     rows = measured(in_order(table, of(table, NATIVE)))
     return {row["contender"]: value for row in rows if (value := column(row)) is not None}
 

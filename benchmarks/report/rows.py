@@ -1,4 +1,4 @@
-"""What rows of results say: whose they are, how they compare with native's, and which of them make a table."""
+"""Rows of results: whose they are, how they compare with native's, and which of them make a table."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def op_targets(tables: list[Table]) -> Iterator[Line]:
 
 
 def measured_for(what: str, row: dict, native: dict, table: Table) -> float | None:
-    """What a target speaks of: native's part of a contender's time or memory, or its own memory."""
+    """The subject of a target: native's part of a contender's time or memory, or its own memory."""
     if row is native:
         return native.get(what)
     if what in ("forward", "total"):
@@ -80,7 +80,7 @@ def step_targets(steps: list[dict]) -> Iterator[Line]:
 
 
 def measured_steps(ours: dict, table: Table) -> Iterator[tuple[str, float | None, float]]:
-    """What a target is of, what was measured, and the most that it may be."""
+    """A target's subject, the value measured, and the most that it may be."""
     targets, able = ours["targets"], {step["trainer"]: step for step in measured(table)}
     mine = able.get(ours["trainer"])
     what, rivals_of = ("gradients", targets["gradients"]) if "gradients" in targets else ("step", targets["time"])

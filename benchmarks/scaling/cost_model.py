@@ -1,4 +1,4 @@
-"""What the ops must multiply, keep and send on GPUs, and how long that takes at least: arithmetic, nothing measured.
+"""The products, memory and traffic of the ops on GPUs, and their least time: arithmetic, nothing measured.
 
 Products are counted at an assumed part of the data sheet's rate; the fused ops' logits stay in cache, so products are
 all that is counted of them.

@@ -16,7 +16,7 @@ SAME = ("op", "dtype", "sweep")  # what the rows of a sweep share, beside all si
 
 
 def sweeps_of(rows: list[dict]) -> list[tuple[str, list[Table]]]:
-    """What is swept, and a table for each of its sizes."""
+    """A swept quantity, and a table for each of its sizes."""
     wanted = [row for row in rows if row.get("sweep") in AXES and row["op"] == "linear_logprobs"]
     sweeps = []
     for sweep in tables_of(wanted, SAME):
@@ -62,7 +62,7 @@ def sweep_table(axis: str, tables: list[Table]) -> list[str]:
 
 
 def growth_tables(files: dict[str, dict]) -> list[str]:
-    """Of files of results that have swept rows."""
+    """The sweeps of all files of results."""
     lines = []
     for results in files.values():
         device = results["device"]

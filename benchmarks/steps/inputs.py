@@ -14,8 +14,8 @@ END = "</s>"
 
 @dataclass
 class Sizes:
-    """Of a model with Llama 3's proportions (an MLP of 3.5 times the hidden size, heads of 64, a quarter as many for
-    keys and values) and of its data: prompts of tokens - 1 and responses of `tokens`."""
+    """A model with Llama 3's proportions (an MLP of 3.5 times the hidden size, heads of 64, a quarter as many for
+    keys and values), and its data: prompts of tokens - 1 and responses of `tokens`."""
 
     layers: int = 2
     hidden: int = 512

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.harness.measuring import spread
-from benchmarks.harness.peers import ROOT, installed
+from benchmarks.harness.peers import ROOT, TRL
 from benchmarks.harness.worker import Ended, Worker
 from benchmarks.steps.inputs import Sizes, make_model, make_pairs
 from benchmarks.steps.trainers import TRAINERS
@@ -22,7 +22,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIB
 
 
 def label_of(trainer: str) -> str:
-    return trainer.replace("TRL", f"TRL {installed('trl')}")
+    return trainer.replace("TRL", TRL)
 
 
 CASE = "DPO steps: one pair of 255 tokens"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass
 class Run:
-    """What every trainer gets, the same for each."""
+    """The inputs of every trainer, the same for each."""
 
     model: str
     data: str

@@ -75,7 +75,7 @@ class Watch:
         self.begin()
 
     def columns(self, warm_up: int) -> dict:
-        """Of all steps but the first `warm_up`."""
+        """The times of all steps but the first `warm_up`."""
         timed = self.steps[warm_up:]
         return {
             "step_ms": [round(1e3 * (step.ended - step.started), 2) for step in timed],

@@ -15,7 +15,7 @@ from benchmarks.harness.linear_kl import LinearKL
 from benchmarks.harness.linear_logprobs import LinearLogprobs, eager_logprobs
 from benchmarks.harness.measuring import LEAST_TURNS, Clock, Contender, admit, measure, take_turns
 from benchmarks.harness.pair_losses import WAYS, PairLoss
-from benchmarks.harness.peers import GPU_ALONE, Peer, installed
+from benchmarks.harness.peers import GPU_ALONE, TRL, Peer
 from benchmarks.harness.record import Results
 
 CPU = Clock(torch.device("cpu"))
@@ -57,9 +57,9 @@ def test_every_peer_has_a_row(name):
         assert rows["torch chunked"]["status"] == "takes no soft cap"
         assert rows["verl"]["status"] == "runs on GPUs alone; takes no soft cap"
         assert rows["torch.compile"]["status"] == "not measured: time"
-    assert {"native", "eager", "bare GEMMs", f"TRL {installed('trl')}", "torch.compile"} <= set(rows)
+    assert {"native", "eager", "bare GEMMs", TRL, "torch.compile"} <= set(rows)
     measured = {name for name, row in rows.items() if row["status"] == "measured"}
-    assert {"native", "eager", "bare GEMMs", f"TRL {installed('trl')}"} <= measured
+    assert {"native", "eager", "bare GEMMs", TRL} <= measured
     for name in measured - {"bare GEMMs"}:
         row = rows[name]
         assert row["max_error"] < 1e-4 and row.get("hidden_gradient_error", 0) < 1e-4, row

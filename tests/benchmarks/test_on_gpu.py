@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.peers import installed
+from benchmarks.harness.peers import TRL
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {"linear_logprobs", "linear_kl", "linear_dpo_loss", "grpo"}
@@ -39,7 +39,7 @@ def test_every_op_is_measured_and_every_contender_has_a_row(tmp_path):
     native, triton = of(content, "native"), of(content, "triton")
     assert {row["op"] for row in native} == {row["op"] for row in triton} == OPS
     assert all(row["status"] == "measured" and row["total_ms"]["median"] > 0 for row in native)
-    assert {"eager", f"TRL {installed('trl')}", "CCE", "Liger", "verl"} <= {row["contender"] for row in rows}
+    assert {"eager", TRL, "CCE", "Liger", "verl"} <= {row["contender"] for row in rows}
     assert all(row["status"] for row in rows)
     assert all(row["over_native"]["total"] > 0 for row in of(content, "eager"))
     assert content["commit"] and content["versions"]["torch"]
