@@ -37,6 +37,7 @@ ROOMS = (
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 COMPOSERS = ("recipes", "studies", "cli")  # rooms that may import commands: they are made of them
 TREE = modules_below(ROOT / "python" / "rlhf_trainer")
+BENCHMARK_FLOOR = {"harness": 0, "report": 1, "steps": 1, "guard": 1, "scaling": 2}  # what is not here is an entry
 
 
 def name_of(path):
@@ -150,6 +151,14 @@ def test_the_command_table_imports_nothing():
     assert TREE["rlhf_trainer.commands"] == set()
     for command in COMMANDS.values():
         assert isinstance(command.load_config(), type) and callable(command.load_function())
+
+
+def test_arrows_between_rooms_of_the_benchmarks_run_down():
+    arrows = [(a, b) for a, others in modules_below(ROOT / "benchmarks").items() for b in others]
+    between = [(a, b) for a, b in arrows if room_of(a) != room_of(b)]
+    floors = [(BENCHMARK_FLOOR.get(room_of(a), 3), BENCHMARK_FLOOR.get(room_of(b), 3)) for a, b in between]
+    wrong = [arrow for arrow, (a, b) in zip(between, floors, strict=True) if b > a or a == b < 3]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("package", ["rlhf_kernels", "python/rlhf_trainer", "benchmarks"])
