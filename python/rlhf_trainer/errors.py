@@ -32,8 +32,9 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """ "; did you mean 'beta'?" for the known name nearest to `name`, else nothing; `prefix` goes before that name."""
     known = sorted(known, key=len)
     nearest = [
-        *(other for other in known if name and (other.startswith(name) or name.startswith(other))),
+        *(other for other in known if name and other.startswith(name)),
         *get_close_matches(name, known, n=1),
+        *(other for other in known if name.startswith(other)),
         *(other for other in known if len(name) > 3 and name in other),
     ]
     return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""

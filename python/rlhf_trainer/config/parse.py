@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -16,6 +16,16 @@ from ..errors import UsageError, did_you_mean
 from .base import SUBJECTS
 
 Config = TypeVar("Config")
+# Names of TRL and transformers for which there is another one here: docs/trainer.md, "Coming from TRL".
+COUNTERPARTS = {
+    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "batch_size",
+    "fp16": "bf16", "precision": "bf16", "kl_coef": "beta", "simpo_gamma": "gamma_beta_ratio",
+    "max_new_tokens": "max_completion_length", "response_length": "max_completion_length",
+    "steps_per_generation": "num_mini_batches", "generation_batch_size": "batch_size",
+    "reward_model_path": "reward_model_name_or_path", "sft_model_path": "ref_model_name_or_path",
+    "clip_range": "cliprange", "vllm_importance_sampling_cap": "importance_sampling_cap",
+    "use_vllm": "server_url", "vllm_server_base_url": "server_url", "eval_split": "dataset_test_split",
+}  # fmt: skip
 
 
 def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
@@ -26,7 +36,7 @@ def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
             known = [known.removeprefix("--") for known in parser._option_string_actions]
-            parser.error(f"unknown flag {flag}{did_you_mean(flag.removeprefix('--'), known, prefix='--')}")
+            parser.error(f"unknown flag {flag}{_suggestion(flag.removeprefix('--'), known, prefix='--')}")
     path = _value_after(argv, "--config")
     if path is not None:
         values = load_yaml(cls, path, prog)
@@ -62,7 +72,9 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
     options: dict[str, Any] = {"help": field.metadata["help"], "required": is_required(field)}
     default = None if is_required(field) else default_of(field)
     options["default"] = default
-    if default not in (None, False, []):
+    if options["required"]:
+        options["help"] += " (required)"
+    elif default is not None and default is not False and default != []:
         options["help"] += f" (default: {default})"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
@@ -88,6 +100,12 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    known = list(known)
+    counterpart = COUNTERPARTS.get(name)
+    return f"; did you mean {prefix + counterpart!r}?" if counterpart in known else did_you_mean(name, known, prefix)
+
+
 def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
@@ -100,10 +118,21 @@ def _with_underscores(word: str) -> str:
     return flag.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a duplicate key is an error: its first value would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        duplicates = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if duplicates:
+            raise yaml.YAMLError(f"duplicate key {duplicates[0]!r}, the second time in{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(cls: type, path: str, prog: str) -> dict[str, Any]:
     """The keys and values of a YAML file, checked against the fields of `cls`."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -119,7 +148,7 @@ def checked_values(cls: type, values: dict[str, Any], where: str, command: str) 
     for key in values:
         if key not in hints:
             raise UsageError(
-                f"{where}: unknown key {key!r}{did_you_mean(str(key), hints)}\n`{command} --help` lists the keys"
+                f"{where}: unknown key {key!r}{_suggestion(str(key), hints)}\n`{command} --help` lists the keys"
             )
     return {key: checked_value(value, hints[key], f"{where}: key {key!r}") for key, value in values.items()}
 

@@ -98,12 +98,12 @@ class EpisodeTask(Task):
         if has_kl and not exact:
             ref_logprobs = pad([episode.ref_logprobs for episode in episodes], output.mask)
             kl = rk.kl_penalty(output.logprobs, ref_logprobs, self.config.kl_estimator)
-        old_logprobs = self.old_logprobs(indices, output)
+        old_logprobs = self.keep_old_logprobs(indices, output)
         loss, metrics = self.algorithm.loss(EpisodeBatch(episodes, output, old_logprobs, kl, self.beta))
         tokens = torch.tensor(sum(episode.length for episode in episodes), device=self.device)
         return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, tokens)
 
-    def old_logprobs(self, indices: MicroBatch, output: PolicyOutput) -> Tensor:
+    def keep_old_logprobs(self, indices: MicroBatch, output: PolicyOutput) -> Tensor:
         """The log-probs of the policy that drew the episodes: those of `score_episodes`, or, where there were
         none, those of this very forward pass, which are kept for the metrics."""
         episodes = [self.episodes[i] for i in indices]

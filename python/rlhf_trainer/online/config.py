@@ -16,6 +16,11 @@ KLEstimator = Literal["k1", "k2", "k3", "exact"]
 KL_ERROR_BOUND = 0.2  # of the relative error that adapts beta: Ziegler et al. (2019), sec. 2.2
 
 
+def clip_range(low: float, high: float | None) -> tuple[float, float]:
+    """How far a ratio may be below and above 1; `high` None: as far as `low`."""
+    return low, low if high is None else high
+
+
 @dataclass(kw_only=True)
 class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
     """Options of both. A step is an iteration: completions are drawn, rewarded, and learned from."""

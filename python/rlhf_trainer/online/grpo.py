@@ -14,7 +14,7 @@ import rlhf_kernels as rk
 from ..errors import UsageError
 from .advantages import equal_groups, group_advantages
 from .algorithm import Advantages, Algorithm, EpisodeBatch
-from .config import GRPOConfig
+from .config import GRPOConfig, clip_range
 from .episodes import Episode, pad
 from .loop import train_online
 from .metrics import kl_of_tokens
@@ -67,8 +67,7 @@ class GRPO(Algorithm):
 
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, output = self.config, batch.output
-        low = config.epsilon
-        high = low if config.epsilon_high is None else config.epsilon_high
+        low, high = clip_range(config.epsilon, config.epsilon_high)
         advantages = torch.stack([episode.advantages for episode in batch.episodes]).to(output.mask.device)
         ratios = (output.logprobs, batch.old_logprobs, advantages, output.mask)
         loss = rk.grpo_loss(

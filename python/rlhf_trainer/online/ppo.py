@@ -4,7 +4,8 @@ arXiv:2203.02155), from a configuration to a model folder.
     reward of token t = score of the completion, at its last token, - beta KL_t
 
 KL_t may be estimated from the token that was drawn, or exact: then it belongs to the state before the token, whose
-choice does not change it. As a reward it holds back the tokens before; for the token itself stands k1: `kl_baseline`.
+choice does not change it. As a reward it holds back the tokens before; the token's own advantage takes k1 instead:
+`kl_baseline`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import rlhf_kernels as rk
 
 from .advantages import gae, whiten
 from .algorithm import Advantages, Algorithm, EpisodeBatch
-from .config import PPOConfig
+from .config import PPOConfig, clip_range
 from .critic import make_actor_critic
 from .episodes import Episode
 from .loop import train_online
@@ -71,8 +72,7 @@ class PPO(Algorithm):
 
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, output, mask = self.config, batch.output, batch.output.mask
-        low = config.cliprange
-        high = low if config.cliprange_high is None else config.cliprange_high
+        low, high = clip_range(config.cliprange, config.cliprange_high)
         ratios = (output.logprobs, batch.old_logprobs, batch.padded("advantages"), mask)
         values = (output.values, batch.padded("values"), batch.padded("returns"), mask)
 

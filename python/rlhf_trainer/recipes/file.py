@@ -25,7 +25,7 @@ import yaml
 from ..commands import COMMANDS
 from ..config.base import FolderConfig, OutputConfig, names_with
 from ..config.functions import import_function
-from ..config.parse import checked_values, is_required
+from ..config.parse import UniqueKeys, checked_values, is_required
 from ..errors import UsageError, did_you_mean
 
 SHIPPED = Path(__file__).parent
@@ -97,17 +97,6 @@ def read_recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{where}: threads: expected a whole number above 0, got {threads!r}")
     read = [read_stage(str(stage), stages, values, f"{where}, stage {stage}") for stage in stages]
     return Recipe(str(content.get("title", name)), str(content.get("source", "")), threads, read)
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """YAML in which a duplicate key is an error: the first stage of two with one name would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        duplicates = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if duplicates:
-            raise yaml.YAMLError(f"duplicate key {duplicates[0]!r}, in the mapping that begins{node.start_mark}")
-        return super().construct_mapping(node, deep)
 
 
 def load(path: Path, where: str) -> dict[str, Any]:

@@ -40,9 +40,9 @@ class ModelReward:
         )
         check_vocabulary(self.model, largest_id(self.tokenizer))
 
-    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
-        lengths = [len(encode_prompt(self.tokenizer, prompt.prompt)) + max_new_tokens for prompt in prompts]
-        advice = f"the reward model {self.source!r} reads prompt and max_new_tokens, {{positions}} tokens at most"
+    def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
+        lengths = [len(encode_prompt(self.tokenizer, prompt.prompt)) + max_completion_length for prompt in prompts]
+        advice = f"the reward model {self.source!r} reads {{positions}} tokens at most, prompt and completion together"
         check_fit(self.model, self.tokenizer, [prompt.row for prompt in prompts], lengths, source, advice)
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
@@ -75,7 +75,7 @@ def check_positions(model: PreTrainedModel, name: str, prompts: Sequence[Prompt]
         if positions is not None and length > positions:
             raise UsageError(
                 f"row {prompt.row}: prompt and completion are {length} tokens to the model {name!r}, which has "
-                f"{positions} positions; lower max_new_tokens"
+                f"{positions} positions; let completions be shorter"
             )
 
 
@@ -109,8 +109,8 @@ class ClassifierReward:
         # Some tokenizers write token types for models that take none.
         self.with_types = "token_type_ids" in inspect.signature(self.model.forward).parameters
 
-    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
-        lengths = [len(self.tokenizer(joined(prompt)).input_ids) + max_new_tokens for prompt in prompts]
+    def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
+        lengths = [len(self.tokenizer(joined(prompt)).input_ids) + max_completion_length for prompt in prompts]
         check_positions(self.model, self.source, prompts, lengths)
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:

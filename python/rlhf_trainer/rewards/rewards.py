@@ -56,7 +56,7 @@ class Reward(Protocol):
 
     name: str
 
-    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None: ...
+    def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None: ...
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int: ...
 
@@ -78,10 +78,10 @@ class Rewards:
     def models(self) -> list[ModelReward]:
         return [function for function in self.functions if isinstance(function, ModelReward)]
 
-    def check(self, prompts: Sequence[Prompt], source: str = "the prompts", max_new_tokens: int = 0) -> None:
+    def check(self, prompts: Sequence[Prompt], source: str = "the prompts", max_completion_length: int = 0) -> None:
         """UsageError where a row lacks what a function needs, or is too long for a model with so many tokens more."""
         for function in self.functions:
-            function.check(prompts, source, max_new_tokens)
+            function.check(prompts, source, max_completion_length)
 
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         """The number of calls of `run`."""
@@ -111,7 +111,7 @@ class RowReward:
     def __init__(self, name: str, verifiable: Verifiable) -> None:
         self.name, self.verifiable = name, verifiable
 
-    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
         for prompt in prompts:
             self.expected(prompt, source)
 
@@ -169,7 +169,7 @@ class UserReward:
         self.needed = [p.name for p in named if p.default is p.empty and p.name not in ("prompts", "completions")]
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
 
-    def check(self, prompts: Sequence[Prompt], source: str, max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
         for name in self.needed:
             if not any(name in prompt.columns for prompt in prompts):
                 known = dict.fromkeys(column for prompt in prompts for column in prompt.columns)

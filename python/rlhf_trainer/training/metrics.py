@@ -19,6 +19,7 @@ from ..errors import UsageError
 
 def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
     """Devices and processes as `accelerate launch` or `torchrun` set them up; precision stays with `FusedLM`."""
+    report_to = [name for name in report_to if name != "none"]  # transformers' word for no tracker
     installed = [str(tracker) for tracker in get_available_trackers()]
     shipped = [str(name) for name in LoggerType.list()]
     known = sorted({*map(str, LOGGER_TYPE_TO_CLASS), "all"})
@@ -27,7 +28,7 @@ def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
             raise UsageError(f"report_to: unknown tracker {name!r}; accelerate knows: {', '.join(known)}")
         if name in shipped and name not in [*installed, "all"]:
             raise UsageError(f"report_to: {name} is not installed here; installed: {', '.join(installed) or 'none'}")
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait for one that asks a server or a judge
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait for one that asks a server
     accelerator = Accelerator(
         mixed_precision="no", log_with=report_to or None, project_dir=str(folder), kwargs_handlers=[patient]
     )

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_trainer.commands import COMMANDS
 from rlhf_trainer.config.base import SUBJECTS, names_with
-from rlhf_trainer.config.parse import dump_yaml, parse_config
+from rlhf_trainer.config.parse import COUNTERPARTS, dump_yaml, parse_config
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.studies.config import DemoConfig
@@ -150,13 +150,42 @@ def test_an_unknown_name_answers_with_the_nearest(name, yaml_file):
 
 
 def test_a_name_that_is_near_none(yaml_file):
-    for name in ("precision", "zzz"):
+    for name in ("quux", "zzz"):
         with pytest.raises(UsageError, match=rf"^unknown flag --{name}\n`rlhf test --help` lists the flags$"):
             parse(*REQUIRED, f"--{name}", "1")
         with pytest.raises(UsageError, match=rf"run.yaml: unknown key '{name}'\n`rlhf test --help` lists the keys$"):
             parse("--config", yaml_file(f"{name}: x\n"))
     with pytest.raises(UsageError, match=r"run.yaml: unknown key 3\n`rlhf test --help` lists the keys$"):
         parse("--config", yaml_file("3: x\n"))
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("precision", "bf16"), ("simpo_gamma", "gamma_beta_ratio"), ("gradient_accumulation_steps", "batch_size")],
+)
+def test_names_of_other_trainers_are_answered_with_ours(name, ours, yaml_file):
+    with pytest.raises(UsageError, match=f"unknown flag --{name}; did you mean '--{ours}'"):
+        parse(*REQUIRED, f"--{name}", "1")
+    with pytest.raises(UsageError, match=f"unknown key '{name}'; did you mean '{ours}'"):
+        parse("--config", yaml_file(f"{name}: x\n"))
+
+
+def test_every_counterpart_is_an_option_of_some_command():
+    known = {field.name for command in COMMANDS.values() for field in dataclasses.fields(command.load_config())}
+    assert set(COUNTERPARTS.values()) <= known
+
+
+def test_a_duplicate_key_is_refused(yaml_file):
+    with pytest.raises(UsageError, match=r"run.yaml is not YAML: duplicate key 'beta'"):
+        parse("--config", yaml_file("beta: 0.1\nbeta: 0.2\n"))
+
+
+def test_help_marks_what_is_required_and_says_defaults_of_zero(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A .jsonl or .parquet file, or a hub id. (required)" in text
+    assert "added to the gradient for rmsprop. (default: 0.0)" in text
 
 
 def test_required_keys_are_asked_for(yaml_file):

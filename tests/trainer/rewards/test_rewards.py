@@ -299,7 +299,7 @@ def test_a_reward_model_reads_prompt_and_completion_as_its_tokenizer_writes_them
     assert rewards.names == ("reward_model", "length", "reward_model-2")
     chat = [{"role": "user", "content": "the"}]
     prompts, texts = [prompt("the"), prompt("the cat"), prompt(chat)], [" cat", " dogs cat", "a cat"]
-    rewards.check(prompts, "p", max_new_tokens=4)
+    rewards.check(prompts, "p", max_completion_length=4)
     sequences = [
         encode_prompt(tokenizer, p.prompt)
         + encode_response(
@@ -327,7 +327,7 @@ def test_what_is_too_long_for_a_reward_model_is_named(word_reward_model):
     with pytest.raises(
         UsageError, match=r"p.jsonl, row 1: 98 tokens, but the model has 96 positions; the reward model"
     ):
-        rewards.check([prompt("the cat")], "p.jsonl", max_new_tokens=96)
+        rewards.check([prompt("the cat")], "p.jsonl", max_completion_length=96)
     with pytest.raises(UsageError, match=r"row 1: prompt and completion are 102 tokens .* which has 96 positions"):
         rewards([prompt("the")], [" cat" * 100])
 
@@ -383,7 +383,7 @@ def test_a_classifier_that_cannot_be_used(save_classifier):
     with pytest.raises(UsageError, match=r"row 1: .* 31 tokens to the model .* which has 30 positions"):
         rewards([prompt("the")], [" cat" * 30])
     with pytest.raises(UsageError, match=r"row 1: .* 31 tokens"):
-        rewards.check([prompt("the")], "p", max_new_tokens=30)
+        rewards.check([prompt("the")], "p", max_completion_length=30)
     one = save_classifier("BertConfig", id2label={0: "LABEL_0"})
     with pytest.raises(UsageError, match="has one output, so it is a reward model: name it as model:"):
         load(f"classifier:{one}:LABEL_0")

@@ -5,6 +5,7 @@ from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.training.metrics import make_accelerator
 
 
 @pytest.fixture
@@ -60,3 +61,8 @@ def test_a_tracker_that_is_not_installed(train, monkeypatch):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     with pytest.raises(UsageError, match=r"report_to: wandb is not installed here; installed: none"):
         train(model_name_or_path="m", dataset_name="d", report_to=["wandb"])
+
+
+def test_none_is_no_tracker(tmp_path):
+    """As transformers writes it."""
+    assert make_accelerator(["none"], tmp_path).log_with == []
