@@ -60,7 +60,8 @@ class TokenSequence(NamedTuple):
 class Prompt(NamedTuple):
     """A prompt, as text or messages and as token ids; `answer` is the row's own, where it has one.
 
-    `columns` are the row's other plain columns, for rewards: all but prompt, messages and text.
+    `columns` are the row's other plain columns, for rewards: all but prompt, messages and text. `opening` is the part of
+    the completion that the prompt's end writes already, "<think>\\n" of some chat templates: rewards read it in front.
     """
 
     row: int
@@ -68,6 +69,7 @@ class Prompt(NamedTuple):
     ids: list[int]
     answer: str | list[dict[str, str]] | None
     columns: Mapping[str, Any] = MappingProxyType({})  # a default that nobody can write into
+    opening: str = ""
 
     @property
     def length(self) -> int:
