@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from .commands import COMMANDS, Command
 from .errors import TrainingError, UsageError, did_you_mean
 
+INSPECT = "inspect"  # a command about the others, with their flags
+
 
 def run(name: str, command: Command, argv: Sequence[str]) -> None:
     """Runs a command; its function is imported when the flags are known good, as torch takes seconds."""
@@ -29,8 +31,10 @@ def run(name: str, command: Command, argv: Sequence[str]) -> None:
 
 def usage() -> str:
     """The commands, a line each."""
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}} {command.summary}" for name, command in COMMANDS.items())
+    summaries = {name: command.summary for name, command in COMMANDS.items()}
+    summaries[INSPECT] = "show the rows of a command as it will train them: `rlhf inspect sft ...`"
+    width = max(map(len, summaries))
+    commands = "\n".join(f"  {name:<{width}} {summary}" for name, summary in summaries.items())
     return (
         f"usage: rlhf COMMAND [--config file.yaml] [--flag value ...]\n\n{commands}\n\n"
         "rlhf COMMAND --help lists its flags."
@@ -43,9 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     name, *rest = argv
+    if name == INSPECT:
+        from .inspection import inspect
+
+        try:
+            inspect(rest)
+        except UsageError as error:
+            print(f"rlhf {name}: {error}", file=sys.stderr)
+            return 1
+        return 0
     if name not in COMMANDS:
+        nearest = did_you_mean(name, [*COMMANDS, INSPECT])
         print(
-            f"rlhf: unknown command {name!r}{did_you_mean(name, COMMANDS)}\n`rlhf --help` lists the commands",
+            f"rlhf: unknown command {name!r}{nearest}\n`rlhf --help` lists the commands",
             file=sys.stderr,
         )
         return 2

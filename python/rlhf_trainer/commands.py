@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """A command's configuration and function, "module:name" below this package, which methods import; and a summary."""
+    """A command's configuration and function, "module:name" below this package, which methods import; a summary; and,
+    of those that `rlhf inspect` takes, the function (configuration, codec, source, split) that reads the examples."""
 
     config: str
     function: str
     summary: str
+    reader: str | None = None
 
     def load_config(self) -> type:
         return load(self.config)
@@ -30,13 +32,16 @@ def load(place: str) -> Any:
 
 COMMANDS = {
     "sft": Command(
-        "offline.config:SFTConfig", "offline.sft:train_sft", "fine-tune a model on conversations or demonstrations"
+        "offline.config:SFTConfig", "offline.sft:train_sft", "fine-tune a model on conversations or demonstrations",
+        "offline.sft:read_conversations",
     ),
     "reward": Command(
-        "offline.config:RewardConfig", "offline.reward_model:train_reward", "train a reward model on preferences"
+        "offline.config:RewardConfig", "offline.reward_model:train_reward", "train a reward model on preferences",
+        "offline.reward_model:read_rewarded",
     ),
     "sample": Command(
-        "rollouts.config:SampleConfig", "rollouts.sample:sample", "write completions of prompts with some models"
+        "rollouts.config:SampleConfig", "rollouts.sample:sample", "write completions of prompts with some models",
+        "rollouts.loading:read_prompts",
     ),
     "rejection": Command(
         "rewards.config:RejectionConfig", "rewards.rejection:rejection", "keep the completions with the best rewards"
@@ -44,13 +49,22 @@ COMMANDS = {
     "pairs": Command(
         "preferences.config:PairsConfig", "preferences.pairs:make_pairs", "make preferences of scored completions"
     ),
-    "dpo": Command("offline.config:DPOConfig", "offline.dpo:train_dpo", "train a model on preferences with DPO"),
+    "dpo": Command(
+        "offline.config:DPOConfig", "offline.dpo:train_dpo", "train a model on preferences with DPO",
+        "offline.pair_batches:read_groups",
+    ),
     "online-dpo": Command(
         "recipes.config:OnlineDPOConfig", "recipes.online_dpo:train_online_dpo",
         "sample, score and train with DPO, round by round",
     ),
-    "ppo": Command("online.config:PPOConfig", "online.ppo:train_ppo", "raise rewards with PPO and a KL penalty"),
-    "grpo": Command("online.config:GRPOConfig", "online.grpo:train_grpo", "raise rewards relative to a group's (GRPO)"),
+    "ppo": Command(
+        "online.config:PPOConfig", "online.ppo:train_ppo", "raise rewards with PPO and a KL penalty",
+        "online.setup:read_prompts",
+    ),
+    "grpo": Command(
+        "online.config:GRPOConfig", "online.grpo:train_grpo", "raise rewards relative to a group's (GRPO)",
+        "online.setup:read_prompts",
+    ),
     "evaluate": Command(
         "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "win rate, reward, KL, length on prompts"
     ),

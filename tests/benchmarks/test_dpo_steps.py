@@ -11,6 +11,7 @@ from benchmarks.steps import track as tracks
 from benchmarks.steps.inputs import Sizes, make_model, make_pairs
 from benchmarks.steps.track import WARM_UP, Track, check
 from benchmarks.steps.watch import Watch
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.models.loading import load_tokenizer
 
@@ -57,7 +58,7 @@ def test_the_pair_has_the_tokens_that_the_case_names(tmp_path):
     make_pairs(tmp_path / "pairs.jsonl", sizes)
     tokenizer = load_tokenizer(str(tmp_path / "model"), key="model")
     groups = load_groups(
-        str(tmp_path / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=1023, max_length=1024
+        str(tmp_path / "pairs.jsonl"), Codec(tokenizer), split="train", max_prompt_length=1023, max_length=1024
     ).examples
     assert "of 255 tokens" in tracks.CASE and len(groups) == sizes.steps * sizes.batch
     for group in groups:

@@ -30,7 +30,7 @@ ROOMS = (
     {"online"},
     {"evaluation"},
     {"recipes"},
-    {"studies"},
+    {"studies", "inspection"},
     {"cli"},
     {"__main__"},
 )

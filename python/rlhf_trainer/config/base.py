@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from ..errors import UsageError
@@ -75,6 +76,9 @@ class OutputConfig(FolderConfig):
     """Options of every command that runs models."""
 
     seed: int = OUTPUT.option(42, "Seeds every random draw.")
+    chat_template_date: str | None = OUTPUT.option(
+        None, "The moment that chat templates take for the present, ISO 8601; default: the run's start."
+    )
     trust_remote_code: bool = MODEL.option(False, "Run model code that comes with a hub repository.")
     attn_implementation: str | None = MODEL.option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
     bf16: bool = MODEL.option(False, "Compute in bfloat16 (autocast), with fp32 master weights.")
@@ -83,6 +87,10 @@ class OutputConfig(FolderConfig):
         at_least(self, 0, "seed")
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")
+        try:
+            datetime.fromisoformat(self.chat_template_date or "2026-01-01")
+        except ValueError as error:
+            raise UsageError(f"chat_template_date: expected a date as 2026-01-31T12:00:00, got {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -102,6 +110,8 @@ class TrainConfig(OutputConfig, DataConfig):
 
     model_name_or_path: str = MODEL.required("The model to train: a local folder or a hub id.", names_input=True)
     tokenizer_name_or_path: str | None = MODEL.option(None, "The tokenizer; default: the model's.", names_input=True)
+    chat_template_path: str | None = DATA.option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
+    inspect_rows: int = DATA.option(2, "Print so many rows as they will be trained before training; 0: none.")
     gradient_checkpointing: bool = MODEL.option(False, "Recompute activations in the backward pass to save memory.")
 
     dataset_train_split: str = DATA.option("train", "The split of a hub data set.")
@@ -135,7 +145,7 @@ class TrainConfig(OutputConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
+        at_least(self, 0, "inspect_rows", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
         if not self.learning_rate < math.inf:
             raise UsageError(f"learning_rate must be finite, got {self.learning_rate}")
         if self.lr_scheduler_type == "constant" and self.warmup_steps:

@@ -28,8 +28,14 @@ COUNTERPARTS = {
 }  # fmt: skip
 
 
-def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description: str) -> Config:
-    """Flags over the YAML file of `--config` over the defaults. Unknown keys and wrong types raise UsageError."""
+NO_DEFAULTS: dict[str, Any] = {}
+
+
+def parse_config(
+    cls: type[Config], argv: Sequence[str], prog: str, description: str, defaults: dict[str, Any] = NO_DEFAULTS
+) -> Config:
+    """Flags over the YAML file of `--config` over the defaults, to which `defaults` come for required fields. Unknown
+    keys and wrong types raise UsageError."""
     parser = make_parser(cls, prog, description)
     argv = [_with_underscores(word) for word in argv]
     for word in argv:
@@ -38,11 +44,10 @@ def parse_config(cls: type[Config], argv: Sequence[str], prog: str, description:
             known = [known.removeprefix("--") for known in parser._option_string_actions]
             parser.error(f"unknown flag {flag}{_suggestion(flag.removeprefix('--'), known, prefix='--')}")
     path = _value_after(argv, "--config")
-    if path is not None:
-        values = load_yaml(cls, path, prog)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-        parser.set_defaults(**values)
+    known_values = defaults | ({} if path is None else load_yaml(cls, path, prog))
+    for action in parser._actions:
+        action.required = action.required and action.dest not in known_values
+    parser.set_defaults(**known_values)
     values = vars(parser.parse_args(argv))
     del values["config"]
     return cls(**values)

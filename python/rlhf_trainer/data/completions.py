@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from ..errors import RowError, UsageError, kind
-from .chat import check_prompt, check_response
+from .chat import check_prompt, check_response, template_options
 from .columns import need, number
-from .encoding import encode_prompt, encode_response, is_empty, like_prompt
+from .encoding import Codec, encode_prompt, encode_rendering, is_empty, like_prompt
 from .examples import Prompt, json_columns
 from .rows import read_checked
 
@@ -39,7 +37,7 @@ def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict
 
 
 class Row(NamedTuple):
-    """A completion that a command has read. ids: of prompt and completion, by each of the reward models' tokenizers."""
+    """A completion that a command has read. ids: of prompt and completion, as each of the reward models reads them."""
 
     source: str
     number: int
@@ -67,18 +65,16 @@ def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
     return files
 
 
-def read_completions(file: str, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> list[Row]:
+def read_completions(file: str, codecs: Sequence[Codec], max_length: int) -> list[Row]:
     """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
     `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
     return read_checked(
-        file, lambda number, row: checked_row(file, number, row, tokenizers, max_length), "completions",
+        file, lambda number, row: checked_row(file, number, row, codecs, max_length), "completions",
         "rows with prompt and completion, as `rlhf sample` writes them",
     )  # fmt: skip
 
 
-def checked_row(
-    file: str, number: int, row: dict[str, Any], tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int
-) -> Row:
+def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Codec], max_length: int) -> Row:
     for field in ("prompt", "completion"):
         if row.get(field) is None:
             raise RowError(field, f"missing; the row has: {', '.join(row)}")
@@ -92,12 +88,12 @@ def checked_row(
         raise RowError("columns", f"expected a mapping, got {kind(columns)}")
     prompt, completion = row["prompt"], row["completion"]
     check_prompt(prompt)
-    ids = [encode_prompt(tokenizer, prompt) for tokenizer in tokenizers]
+    options = template_options(columns)
     if is_empty(completion):
+        ids = [encode_prompt(codec, prompt, "prompt", options) for codec in codecs]
         return Row(file, number, prompt, completion, model, finished, columns, ids, EMPTY)
     check_response(prompt, completion, "completion")
-    for tokenizer, sequence in zip(tokenizers, ids, strict=True):
-        sequence += encode_response(tokenizer, prompt, completion, "completion")
+    ids = [encode_rendering(codec, prompt, completion, "completion", options) for codec in codecs]
     is_long = any(len(sequence) > max_length for sequence in ids)
     problem = UNFINISHED if not finished else TOO_LONG if is_long else None
     return Row(file, number, prompt, completion, model, finished, columns, ids, problem)

@@ -7,22 +7,22 @@ and return `Loaded`, or raise a UsageError that names file, row and field.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, Required, TypedDict, TypeVar, Unpack
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config.base import DataConfig, RowFormat
 from ..errors import RowError, UsageError
-from .chat import conversation_ids, prefix_of
+from .chat import plain_messages, template_options
 from .columns import comparisons, label, need, need_any, need_list, need_text
-from .encoding import encode_bounded_prompt, encode_prompt, encode_response
+from .encoding import Codec, encode_conversation, encode_pairs, encode_text, prefix_of, prompt_ids, prompt_text
 from .formats import plain_row
 from .rows import RowProblem, listing, read_rows
 
 PROMPT_COLUMNS = ("prompt", "messages", "text")  # where a prompt is looked for, in this order
+OPENING = re.compile(r"<think>\s*$")  # at the end of a prompt's text: the completion has only the end of the thoughts
 Example = TypeVar("Example")
 
 
@@ -30,7 +30,7 @@ class Group(NamedTuple):
     """Token ids of a prompt and of K distinct responses to it; `pairs` are positions of (better, worse) among these.
 
     `row` is the line of a JSONL file, or the row, counted from 1; margins [P]: how much better the better one is,
-    0 where the data do not say.
+    0 where the data do not say. `is_rewarded`: responses are as reward models read them, which look at the last token.
     """
 
     row: int
@@ -38,6 +38,7 @@ class Group(NamedTuple):
     responses: list[list[int]]
     pairs: list[tuple[int, int]]
     margins: list[float]
+    is_rewarded: bool = False
 
     @property
     def length(self) -> int:
@@ -60,8 +61,8 @@ class TokenSequence(NamedTuple):
 class Prompt(NamedTuple):
     """A prompt, as text or messages and as token ids; `answer` is the row's own, where it has one.
 
-    `columns` are the row's other plain columns, for rewards: all but prompt, messages and text. `opening` is the part of
-    the completion that the prompt's end writes already, "<think>\\n" of some chat templates: rewards read it in front.
+    `columns` are the row's other plain columns, for rewards: all but prompt, messages and text. `text` is what the ids
+    are of: messages as the chat template renders them.
     """
 
     row: int
@@ -69,11 +70,18 @@ class Prompt(NamedTuple):
     ids: list[int]
     answer: str | list[dict[str, str]] | None
     columns: Mapping[str, Any] = MappingProxyType({})  # a default that nobody can write into
-    opening: str = ""
+    text: str = ""
 
     @property
     def length(self) -> int:
         return len(self.ids)
+
+    @property
+    def opening(self) -> str:
+        """The part of the completion that the prompt's end writes already, "<think>" and a line break in some chat
+        templates: the completion has only the end of its thoughts, and rewards read this in front of it."""
+        match = OPENING.search(self.text)
+        return match[0] if match else ""
 
 
 class Labelled(NamedTuple):
@@ -96,6 +104,7 @@ class Loaded(NamedTuple, Generic[Example]):
     skipped: list[str]
     cut: int
     noun: str = "examples"
+    notes: tuple[str, ...] = ()
 
     def report(self, source: str) -> str:
         lines = [f"{source}: {len(self.examples)} {self.noun}"]
@@ -103,7 +112,7 @@ class Loaded(NamedTuple, Generic[Example]):
             lines.append(f"{self.cut} sequences cut at max_length")
         if self.skipped:
             lines.append(f"{len(self.skipped)} invalid rows skipped:\n" + listing(self.skipped))
-        return ", ".join(lines)
+        return "\n".join([", ".join(lines), *(f"  note: {note}" for note in self.notes)])
 
 
 class Reading(TypedDict, total=False):
@@ -129,33 +138,37 @@ def reading_of(config: DataConfig, split: str) -> Reading:
 
 def load_groups(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     *,
     max_prompt_length: int,
     max_length: int,
+    keep_rendering: bool = False,
     **reading: Unpack[Reading],
 ) -> Loaded[Group]:
-    """Prompts with their responses, and which response is better than which."""
+    """Prompts with their responses, and which response is better than which. keep_rendering: as reward models read
+    them, see `encode_pairs`."""
 
     def group_of(number: int, row: dict[str, Any]) -> tuple[list[Group], int]:
-        prompt = encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
-        room, cut = max_length - len(prompt), 0
-        positions: dict[str, int] = {}  # of each field's response among `responses`
-        group = Group(number, prompt, [], [], [])
-        for *pair, margin in comparisons(row):
-            for field, response in pair:
-                if field not in positions:
-                    ids = encode_response(tokenizer, row["prompt"], response, field)
-                    cut += len(ids) > room
-                    if ids[:room] not in group.responses:  # responses of the same tokens are one
-                        group.responses.append(ids[:room])
-                    positions[field] = group.responses.index(ids[:room])
-            (better, _), (worse, _) = pair
+        need(row, "prompt")
+        compared = comparisons(row)
+        responses = dict(response for *pair, _ in compared for response in pair)
+        prompt, encoded = encode_pairs(
+            codec, row["prompt"], list(responses.items()), template_options(row), limit=max_prompt_length,
+            keep_rendering=keep_rendering,
+        )  # fmt: skip
+        room = max_length - len(prompt)
+        fitting = [ids[:room] for ids in encoded]
+        group = Group(number, prompt, [], [], [], keep_rendering)
+        for ids in fitting:
+            if ids not in group.responses:  # responses of the same tokens are one
+                group.responses.append(ids)
+        positions = {field: group.responses.index(ids) for field, ids in zip(responses, fitting, strict=True)}
+        for (better, _), (worse, _), margin in compared:
             group.pairs.append((positions[better], positions[worse]))
             group.margins.append(margin)
-        return [group], cut
+        return [group], sum(len(ids) > room for ids in encoded)
 
-    loaded = _load(source, tokenizer, group_of, "prompts with pairs", **reading)
+    loaded = _load(source, codec, group_of, "prompts with pairs", **reading)
     return loaded._replace(noun=f"prompts with {sum(len(group.pairs) for group in loaded.examples)} pairs")
 
 
@@ -164,7 +177,7 @@ def load_groups(
 
 def load_conversations(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     *,
     max_length: int,
     assistant_only_loss: bool = True,
@@ -178,32 +191,31 @@ def load_conversations(
     """
 
     def sequence_of(number: int, row: dict[str, Any]) -> tuple[list[TokenSequence], int]:
-        field, ids, counted = _conversation(tokenizer, row, assistant_only_loss, last_turn_only)
+        field, ids, counted = _conversation(codec, row, assistant_only_loss, last_turn_only)
         if not any(counted[1:max_length]):  # nothing predicts the first token
             beyond = f", after cutting {len(ids)} tokens to max_length={max_length}" if len(ids) > max_length else ""
             raise RowError(field, f"no token is left to learn{beyond}")
         counted[0] = False
         return [TokenSequence(number, ids[:max_length], counted[:max_length])], int(len(ids) > max_length)
 
-    return _load(source, tokenizer, sequence_of, "conversations", **reading)
+    return _load(source, codec, sequence_of, "conversations", **reading)
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], assistant_only_loss: bool, last_turn_only: bool
+    codec: Codec, row: dict[str, Any], assistant_only_loss: bool, last_turn_only: bool
 ) -> tuple[str, list[int], list[bool]]:
     """(the field that holds what is learned, ids, which of them are learned)."""
+    options = template_options(row)
     if "messages" in row:
-        return "messages", *conversation_ids(
-            tokenizer, row["messages"], assistant_only_loss=assistant_only_loss, last_turn_only=last_turn_only
+        return "messages", *encode_conversation(
+            codec, row["messages"], options, assistant_only_loss=assistant_only_loss, last_turn_only=last_turn_only
         )
     if "text" in row and "prompt" not in row:
-        ids = encode_prompt(tokenizer, need_text(row, "text"), "text")
-        ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids = encode_text(codec, need_text(row, "text"))
         return "text", ids, [True] * len(ids)
     prompt = need(row, "prompt")
     field = need_any(row, ("completion", "chosen"))
-    ids = encode_prompt(tokenizer, prompt)
-    response = encode_response(tokenizer, prompt, row[field], field)
+    ids, (response,) = encode_pairs(codec, prompt, [(field, row[field])], options)
     return field, ids + response, [False] * len(ids) + [True] * len(response)
 
 
@@ -212,7 +224,7 @@ def _conversation(
 
 def load_prompts(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     *,
     max_prompt_length: int,
     **reading: Unpack[Reading],
@@ -220,12 +232,13 @@ def load_prompts(
     """Prompts to answer; the first few tokens of a bare text are one."""
 
     def prompt_of(number: int, row: dict[str, Any]) -> tuple[list[Prompt], int]:
-        field, prompt, answer = _prompt_and_answer(tokenizer, row)
-        ids = encode_bounded_prompt(tokenizer, prompt, max_prompt_length, field)
+        field, prompt, answer = _prompt_and_answer(codec, row)
+        text = prompt_text(codec, prompt, field, template_options(row))
+        ids = prompt_ids(codec, text, field, limit=max_prompt_length)
         columns = {column: value for column, value in row.items() if column not in PROMPT_COLUMNS}
-        return [Prompt(number, prompt, ids, answer, columns)], 0
+        return [Prompt(number, prompt, ids, answer, columns, text)], 0
 
-    return _load(source, tokenizer, prompt_of, "prompts", **reading)
+    return _load(source, codec, prompt_of, "prompts", **reading)
 
 
 def json_columns(prompt: Prompt) -> dict[str, Any]:
@@ -238,17 +251,18 @@ def json_columns(prompt: Prompt) -> dict[str, Any]:
     return kept
 
 
-def _prompt_and_answer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> tuple[str, Any, Any]:
+def _prompt_and_answer(codec: Codec, row: dict[str, Any]) -> tuple[str, Any, Any]:
     """(the field that holds the prompt, the prompt, the answer or None)."""
     field = need_any(row, PROMPT_COLUMNS)
     if field == "prompt":
-        return field, row["prompt"], row.get("completion", row.get("chosen"))
+        prompt = row["prompt"]
+        prompt = plain_messages(prompt, field) if isinstance(prompt, list) else prompt
+        return field, prompt, row.get("completion", row.get("chosen"))
     if field == "text":
-        prompt = prefix_of(tokenizer, need_text(row, "text"))
+        prompt = prefix_of(codec, need_text(row, "text"))
         return field, prompt, row["text"][len(prompt) :]
-    messages = need_list(row, "messages")
-    is_answered = isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-    return (field, messages[:-1], messages[-1:]) if is_answered else (field, messages, None)
+    messages = plain_messages(need_list(row, "messages"), field)
+    return (field, messages[:-1], messages[-1:]) if messages[-1]["role"] == "assistant" else (field, messages, None)
 
 
 # --- single completions
@@ -256,7 +270,7 @@ def _prompt_and_answer(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) 
 
 def load_labelled(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     *,
     max_prompt_length: int,
     max_length: int,
@@ -269,17 +283,16 @@ def load_labelled(
             responses = [("completion", need(row, "completion"), label(row))]
         else:
             responses = [("chosen", row["chosen"], True), ("rejected", need(row, "rejected"), False)]
-        prompt = encode_bounded_prompt(tokenizer, need(row, "prompt"), max_prompt_length)
+        prompt, encoded = encode_pairs(
+            codec, need(row, "prompt"), [(field, response) for field, response, _ in responses], template_options(row),
+            limit=max_prompt_length,
+        )  # fmt: skip
         room = max_length - len(prompt)
-        cut = 0
-        examples = []
-        for field, response, is_good in responses:
-            ids = encode_response(tokenizer, row["prompt"], response, field)
-            cut += len(ids) > room
-            examples.append(Labelled(number, prompt, ids[:room], is_good))
-        return examples, cut
+        labels = [is_good for *_, is_good in responses]
+        examples = [Labelled(number, prompt, ids[:room], good) for ids, good in zip(encoded, labels, strict=True)]
+        return examples, sum(len(ids) > room for ids in encoded)
 
-    return _load(source, tokenizer, labelled_of, "labelled completions", **reading)
+    return _load(source, codec, labelled_of, "labelled completions", **reading)
 
 
 # --- what all loaders share
@@ -287,7 +300,7 @@ def load_labelled(
 
 def _load(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     examples_of: Callable[[int, dict[str, Any]], tuple[list[Example], int]],
     noun: str,
     *,
@@ -302,14 +315,21 @@ def _load(
     examples: list[Example] = []
     problems: list[str] = []
     cut = rows = 0
+    is_chat = bool(codec.tokenizer.chat_template)
+    codec.notes.clear()
     for number, row in read_rows(source, split, config=config, streaming=streaming):
         rows += 1
         try:
             if isinstance(row, RowProblem):
                 raise RowError("row", row)
-            of_row, cut_of_row = examples_of(number, plain_row(row, format, chat=bool(tokenizer.chat_template)))
+            of_row, cut_of_row = examples_of(number, plain_row(row, format, chat=is_chat))
         except RowError as error:
             problems.append(f"row {number}, {error}")
+            continue
+        except UsageError:
+            raise
+        except Exception as error:  # templates and tokenizers are others' programs; a row may be too much for them
+            problems.append(f"row {number}, {RowError('row', f'cannot be read: {type(error).__name__}: {error}')}")
             continue
         examples += of_row
         cut += cut_of_row
@@ -321,4 +341,5 @@ def _load(
     if problems and not (skip_invalid_rows and examples):
         hint = "Every row is unusable." if not examples else "Fix them, or pass --skip_invalid_rows to leave them out."
         raise UsageError(f"{source}: {len(problems)} of {rows} rows cannot be used:\n{listing(problems)}\n{hint}")
-    return Loaded(examples, problems, cut, noun)
+    notes = tuple(f"{note} ({count} responses)" for note, count in codec.notes.items())
+    return Loaded(examples, problems, cut, noun, notes)

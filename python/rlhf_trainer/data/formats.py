@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config.base import RowFormat
 from ..errors import RowError, kind
-from .chat import check_messages
+from .chat import plain_messages
 from .columns import need, need_list, need_text, text
 
 Row = dict[str, Any]
@@ -127,12 +127,9 @@ def _from_reviews(row: Row) -> Row:
 
 def _from_conversations(row: Row) -> Row:
     """UltraFeedback: two whole conversations, equal up to the responses."""
-    chosen, rejected = need_list(row, "chosen"), need_list(row, "rejected")
-    check_messages("chosen", chosen)
-    check_messages("rejected", rejected)
-    turns = [[(message["role"], message["content"]) for message in messages] for messages in (chosen, rejected)]
+    chosen, rejected = (plain_messages(need_list(row, column), column) for column in ("chosen", "rejected"))
     shared = 0
-    while shared < min(map(len, turns)) - 1 and turns[0][shared] == turns[1][shared]:
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == 0:
         raise RowError("chosen", "expected a conversation that begins with the prompt, as 'rejected' does")

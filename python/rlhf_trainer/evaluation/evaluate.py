@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.encoding import encode_prompt, encode_response, is_empty, like_prompt
+from ..data.chat import template_options
+from ..data.encoding import Codec, encode_pairs, encode_rendering, is_empty, like_prompt
 from ..data.examples import Prompt
 from ..data.rows import listing
 from ..errors import RowError, UsageError
 from ..models.checks import check_fit, pad_id_of
 from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
 from ..models.kl import kl_of_sequences
-from ..models.loading import load_tokenizer
+from ..models.loading import load_codec
 from ..models.scoring import batch_count, load_reward_model, score_sequences
 from ..rollouts.generation import Completion, completion_text, generate
 from ..rollouts.loading import SHORTER, prompts_of, sampling_of
@@ -52,13 +53,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     device = single_process("rlhf evaluate")
     if not begin(config):
         return Path(config.output_dir)
-    tokenizer, reward_tokenizer = (
-        load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
-        for key in ("model_name_or_path", "reward_model_name_or_path")
+    codec, reward_codec = (
+        load_codec(getattr(config, key), config, key=key) for key in ("model_name_or_path", "reward_model_name_or_path")
     )
-    prompts = prompts_of(config, tokenizer, config.dataset_test_split).examples
-    check_prompts(config, prompts, reward_tokenizer)
-    theirs = answers_of_data(config, prompts, tokenizer, reward_tokenizer)
+    tokenizer, reward_tokenizer = codec.tokenizer, reward_codec.tokenizer
+    prompts = prompts_of(config, codec, config.dataset_test_split).examples
+    check_prompts(config, prompts, reward_codec)
+    theirs = answers_of_data(config, prompts, codec, reward_codec)
     models = load_models(config, prompts, theirs, tokenizer, reward_tokenizer)
 
     work = open_output(config)
@@ -69,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
         completions, kl = answer_prompts(config, prompts, models, tokenizer, device, progress.run)
         ours = [
-            own_answer(config, prompt, completion, tokenizer, reward_tokenizer)
+            own_answer(config, prompt, completion, tokenizer, reward_codec)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         rewards, their_rewards = score_answers(
@@ -97,8 +98,8 @@ def evaluate(config: EvaluateConfig) -> Path:
 def answers_of_data(
     config: EvaluateConfig,
     prompts: Sequence[Prompt],
-    tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
+    reward_codec: Codec,
 ) -> list[Answer | None]:
     """The data's answers, None where there is none. An unusable one is a UsageError; if rows may be skipped, it is
     printed and left out."""
@@ -108,8 +109,8 @@ def answers_of_data(
         answer = None
         if prompt.answer is not None:
             try:
-                tokens = len(encode_response(tokenizer, prompt.prompt, prompt.answer, "answer"))
-                answer = Answer(prompt.answer, tokens, reward_ids_of(reward_tokenizer, prompt, prompt.answer))
+                _, (ids,) = encode_pairs(codec, prompt.prompt, [("answer", prompt.answer)], options_of(prompt))
+                answer = Answer(prompt.answer, len(ids), reward_ids_of(reward_codec, prompt, prompt.answer))
             except RowError as error:
                 problems.append(f"row {prompt.row}, {error}")
         answers.append(answer)
@@ -121,11 +122,11 @@ def answers_of_data(
     return answers
 
 
-def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], reward_tokenizer: PreTrainedTokenizerBase) -> None:
+def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], reward_codec: Codec) -> None:
     """UsageError where the reward model's tokenizer, say without a chat template, makes nothing of a prompt."""
     for prompt in prompts:
         try:
-            encode_prompt(reward_tokenizer, prompt.prompt)
+            reward_ids_of(reward_codec, prompt, like_prompt(prompt.prompt, ""))
         except RowError as error:
             raise UsageError(
                 f"{config.dataset_name}, row {prompt.row}, for the tokenizer of {config.reward_model_name_or_path}: "
@@ -133,10 +134,12 @@ def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], reward_toke
             ) from error
 
 
-def reward_ids_of(reward_tokenizer: PreTrainedTokenizerBase, prompt: Prompt, content: Any) -> list[int]:
-    return encode_prompt(reward_tokenizer, prompt.prompt) + encode_response(
-        reward_tokenizer, prompt.prompt, content, "answer"
-    )
+def options_of(prompt: Prompt) -> dict[str, Any]:
+    return template_options(dict(prompt.columns))
+
+
+def reward_ids_of(reward_codec: Codec, prompt: Prompt, content: Any) -> list[int]:
+    return encode_rendering(reward_codec, prompt.prompt, content, "answer", options_of(prompt))
 
 
 def own_answer(
@@ -144,11 +147,11 @@ def own_answer(
     prompt: Prompt,
     completion: Completion,
     tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase,
+    reward_codec: Codec,
 ) -> Answer:
     content = like_prompt(prompt.prompt, completion_text(tokenizer, completion))
     try:
-        reward_ids = None if is_empty(content) else reward_ids_of(reward_tokenizer, prompt, content)
+        reward_ids = None if is_empty(content) else reward_ids_of(reward_codec, prompt, content)
     except RowError as error:
         raise UsageError(f"{config.dataset_name}, row {prompt.row}, the model's answer {content!r}: {error}") from error
     return Answer(content, len(completion.ids), reward_ids)

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 
+AT_MOST = "set max_length to at most {positions}"
+
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: any valid one serves, as padding is masked in attention and in labels."""
@@ -41,13 +43,20 @@ def check_fit(
     rows: Sequence[int],
     lengths: Sequence[int],
     source: str,
-    advice: str = "set max_length to at most {positions}",
+    advice: str = AT_MOST,
 ) -> None:
     """UsageError where the model lacks a token id that the tokenizer can make, or a position that the data need.
 
     rows, lengths: of the examples, in tokens; `source` and `advice` are for the message.
     """
     check_vocabulary(model, largest_id(tokenizer))
+    check_lengths(model, rows, lengths, source, advice)
+
+
+def check_lengths(
+    model: PreTrainedModel, rows: Sequence[int], lengths: Sequence[int], source: str, advice: str = AT_MOST
+) -> None:
+    """UsageError where the model has fewer positions than the longest example has tokens."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(lengths)), key=lambda i: lengths[i])
     if positions is not None and lengths[longest] > positions:

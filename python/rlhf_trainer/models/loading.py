@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
-from ..config.base import TrainConfig
+from ..config.base import OutputConfig, TrainConfig
+from ..data.chat import set_chat_template
+from ..data.encoding import Codec
 from ..errors import UsageError
+from .checks import check_vocabulary, largest_id
 
 
 def load_pretrained(
@@ -79,10 +91,47 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
         raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
 
-def load_tokenizer_for(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the configuration names, or the model's."""
+def load_codec(name: str, config: OutputConfig, *, key: str, template: str | None = None) -> Codec:
+    """The tokenizer of `name`, with the chat template `template` if that is not None, at the run's date; it ends where
+    generation by the model `name` does."""
+    tokenizer = load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)
+    if template is not None:
+        set_chat_template(tokenizer, template)
+    date = None if config.chat_template_date is None else datetime.fromisoformat(config.chat_template_date)
+    return Codec(tokenizer, end_ids_of(name, config.trust_remote_code), date)
+
+
+def load_codec_for(config: TrainConfig) -> tuple[Codec, int]:
+    """The codec of the tokenizer that the configuration names, or the model's, with its chat_template_path; and the
+    largest id before a template brought tokens of its own."""
     key = "model_name_or_path" if config.tokenizer_name_or_path is None else "tokenizer_name_or_path"
-    return load_tokenizer(getattr(config, key), key=key, trust_remote_code=config.trust_remote_code)
+    codec = load_codec(getattr(config, key), config, key=key)
+    largest = largest_id(codec.tokenizer)
+    codec.ends |= end_ids_of(config.model_name_or_path, config.trust_remote_code)
+    if config.chat_template_path is not None:
+        set_chat_template(codec.tokenizer, config.chat_template_path)
+        codec = Codec(codec.tokenizer, codec.ends, codec.template.now)
+    return codec, largest
+
+
+def end_ids_of(name: str, trust_remote_code: bool) -> set[int]:
+    """The ids at which generation by the model stops, as its generation_config says, or else its config; none where
+    there is no model of that name, but a tokenizer alone."""
+    kinds: tuple[type[GenerationConfig] | type[AutoConfig], ...] = (GenerationConfig, AutoConfig)
+    for kind in kinds:
+        try:
+            facts = kind.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError):
+            continue
+        ids = end_ids_in(facts if kind is GenerationConfig else facts.get_text_config())
+        if ids:
+            return ids
+    return set()
+
+
+def end_ids_in(config: GenerationConfig | PreTrainedConfig) -> set[int]:
+    ids = config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
 
 def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -93,11 +142,19 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
             model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
 
 
-def end_where_tokenizer_does(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes generation stop at the tokenizer's end of a turn, which a chat template may have brought."""
+def adapt_to(model: PreTrainedModel, codec: Codec, largest: int) -> None:
+    """Makes a model to train fit the codec: its embeddings, beyond `largest`, and where generation stops."""
+    check_vocabulary(model, largest)  # before room is made for a template's tokens
+    make_room(model, codec.tokenizer)
+    stop_at(model, codec)
+
+
+def stop_at(model: PreTrainedModel, codec: Codec) -> None:
+    """Makes generation stop at all the codec's ends, beside those that the model stops at already."""
     for config in (model.config.get_text_config(), model.generation_config):
         if config is not None:
-            config.eos_token_id = tokenizer.eos_token_id
+            ids = sorted(codec.ends | end_ids_in(config))
+            config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
 
 
 def check_local(name: str, key: str) -> None:

@@ -18,7 +18,6 @@ LossType = Literal[
 class SFTConfig(TrainConfig):
     """Options of `rlhf sft`. Batches of 256, as InstructGPT's and Tulu 3's are of that order."""
 
-    chat_template_path: str | None = DATA.option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
     assistant_only_loss: bool = DATA.option(True, "Learn the assistant's messages only; false: the whole conversation.")
     last_turn_only: bool = DATA.option(False, "Learn only the assistant's last message.")
     max_length: int = DATA.option(1024, "Tokens of a sequence; a longer one is cut, and the cuts counted.")

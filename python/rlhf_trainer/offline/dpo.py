@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
+from ..data.encoding import Codec
 from ..data.examples import Group
 from ..errors import UsageError
 from ..models.checks import pad_id_of
 from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused
-from ..models.loading import checkpoint_gradients, load_tokenizer_for, save_model
+from ..models.loading import adapt_to, checkpoint_gradients, load_codec_for, make_room, save_model
 from ..training.batch_plan import MicroBatch
 from ..training.loop import start_accelerator, train
 from ..training.output_folder import begin
@@ -44,10 +44,11 @@ def train_dpo(config: DPOConfig) -> Path:
         raise UsageError("loss_type aot sorts the margins of a batch, which several processes would share: use one")
 
     # Everything that can be wrong with the input shows here, before any training.
-    tokenizer = load_tokenizer_for(config)
-    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    codec, largest = load_codec_for(config)
+    task, held_out = load_tasks(load_task, config, codec, accelerator)
     policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    check_examples_fit(config, (task, held_out), policy.model, tokenizer)
+    adapt_to(policy.model, codec, largest)
+    check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
 
     tasks = [data for data in (task, held_out) if data is not None]
     if config.share_prefix:
@@ -55,26 +56,27 @@ def train_dpo(config: DPOConfig) -> Path:
         for data in tasks:
             data.sharing_attention = attention_of(policy.model)
     if config.loss_type not in REFERENCE_FREE:
-        add_reference_logprobs(config, policy, tasks, accelerator)
+        add_reference_logprobs(config, policy, tasks, codec, accelerator)
     if config.gradient_checkpointing:
         checkpoint_gradients(policy.model)
     return train(
         config, policy, task, held_out, accelerator,
-        save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
+        save=lambda trained, folder: save_model(trained.model, codec.tokenizer, folder),
     )  # fmt: skip
 
 
 def load_task(
     config: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     source: str,
     split: str,
     accelerator: Accelerator,
     shuffled: bool,
 ) -> DPOTask:
     """Reads one data set, prints what became of its rows, and plans its batches."""
-    groups = read_groups(config, tokenizer, source, split, accelerator)
-    return DPOTask(config, groups, pad_id_of(tokenizer), accelerator, shuffled)
+    data = read_groups(config, codec, source, split)
+    accelerator.print(data.report(source))
+    return DPOTask(config, data.examples, pad_id_of(codec.tokenizer), accelerator, shuffled)
 
 
 class DPOTask(GroupTask):
@@ -140,11 +142,14 @@ def tokens_of(groups: list[Group]) -> int:
     return sum(len(group.prompt) + len(response) for group in groups for response in group.responses)
 
 
-def add_reference_logprobs(config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], accelerator: Accelerator) -> None:
+def add_reference_logprobs(
+    config: DPOConfig, policy: FusedLM, tasks: list[DPOTask], codec: Codec, accelerator: Accelerator
+) -> None:
     """Sets the tasks' `ref_logps`, by the reference model or, without one, by the policy, which is untrained yet."""
     reference = policy
     if config.ref_model_name_or_path is not None:
         reference = load_fused(config, config.ref_model_name_or_path, "ref_model_name_or_path")
+        make_room(reference.model, codec.tokenizer)
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")

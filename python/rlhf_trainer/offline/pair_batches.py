@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..data.batches import Batch, pad_sequences
-from ..data.examples import Group, load_groups, reading_of
+from ..data.encoding import Codec
+from ..data.examples import Group, Loaded, load_groups, reading_of
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training
 from ..training.task import Task
@@ -53,15 +53,12 @@ def pairs_of(groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def read_groups(
-    config: PairConfig, tokenizer: PreTrainedTokenizerBase, source: str, split: str, accelerator: Accelerator
-) -> list[Group]:
-    """Reads one data set, and reports on it."""
-    data = load_groups(
-        source, tokenizer, max_prompt_length=config.max_prompt_length, max_length=config.max_length,
-        **reading_of(config, split),
+    config: PairConfig, codec: Codec, source: str, split: str, *, keep_rendering: bool = False
+) -> Loaded[Group]:
+    return load_groups(
+        source, codec, max_prompt_length=config.max_prompt_length, max_length=config.max_length,
+        keep_rendering=keep_rendering, **reading_of(config, split),
     )  # fmt: skip
-    accelerator.print(data.report(source))
-    return data.examples
 
 
 class GroupTask(Task):

@@ -21,13 +21,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 import rlhf_kernels as rk
 
 from ..data.batches import Batch
+from ..data.encoding import Codec
+from ..data.examples import Group, Loaded
 from ..errors import UsageError
-from ..models.checks import check_vocabulary, have_same_tokens, largest_id
+from ..models.checks import check_vocabulary, have_same_tokens
 from ..models.loading import (
     checkpoint_gradients,
+    load_codec_for,
     load_pretrained,
     load_tokenizer,
-    load_tokenizer_for,
     make_room,
     save_model,
 )
@@ -53,11 +55,12 @@ def train_reward(config: RewardConfig) -> Path:
         return Path(config.output_dir)
 
     # Everything that can be wrong with the input shows here, before any training.
-    tokenizer = load_tokenizer_for(config)
+    codec, largest = load_codec_for(config)
+    tokenizer = codec.tokenizer
     model = load_classifier(config)
-    check_vocabulary(model, largest_id(tokenizer))  # before room is made for a padding token
+    check_vocabulary(model, largest)  # before room is made for a template's tokens and a padding token
     give_pad_token(model, tokenizer)
-    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    task, held_out = load_tasks(load_task, config, codec, accelerator)
     check_examples_fit(config, (task, held_out), model, tokenizer)
     for name in config.compare_with if held_out is not None else []:
         load_ensemble_member(name, config, tokenizer, held_out)  # a mistake shows now, not after the training
@@ -94,18 +97,24 @@ def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def load_task(
     config: RewardConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     source: str,
     split: str,
     accelerator: Accelerator,
     shuffled: bool,
 ) -> RewardTask:
     """Reads one data set, prints what became of its rows, and plans its batches."""
-    groups = read_groups(config, tokenizer, source, split, accelerator)
-    for group in groups:
+    data = read_rewarded(config, codec, source, split)
+    accelerator.print(data.report(source))
+    tokenizer = codec.tokenizer
+    for group in data.examples:
         if any(response[-1] == tokenizer.pad_token_id for response in group.responses):
             raise UsageError(f"{source}, row {group.row}: a response ends with the padding token {tokenizer.pad_token}")
-    return RewardTask(config, groups, tokenizer.pad_token_id, accelerator, shuffled)
+    return RewardTask(config, data.examples, tokenizer.pad_token_id, accelerator, shuffled)
+
+
+def read_rewarded(config: RewardConfig, codec: Codec, source: str, split: str) -> Loaded[Group]:
+    return read_groups(config, codec, source, split, keep_rendering=True)
 
 
 class RewardModel(nn.Module):

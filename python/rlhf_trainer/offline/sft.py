@@ -12,24 +12,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
 from ..data.batches import IGNORED, Batch, collate_sequences
-from ..data.chat import set_chat_template
-from ..data.examples import TokenSequence, load_conversations, reading_of
+from ..data.encoding import Codec
+from ..data.examples import Loaded, TokenSequence, load_conversations, reading_of
 from ..errors import UsageError
-from ..models.checks import check_vocabulary, largest_id, pad_id_of
+from ..models.checks import pad_id_of
 from ..models.fused_lm import FusedLM, LMHead
-from ..models.loading import (
-    checkpoint_gradients,
-    end_where_tokenizer_does,
-    load_causal_lm,
-    load_tokenizer_for,
-    make_room,
-    save_model,
-)
+from ..models.loading import adapt_to, checkpoint_gradients, load_causal_lm, load_codec_for, save_model
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training, start_accelerator, train
 from ..training.output_folder import begin
@@ -46,20 +38,14 @@ def train_sft(config: SFTConfig) -> Path:
         return Path(config.output_dir)
 
     # Everything that can be wrong with the input shows here, before any training.
-    tokenizer = load_tokenizer_for(config)
-    largest = largest_id(tokenizer)
-    if config.chat_template_path is not None:
-        set_chat_template(tokenizer, config.chat_template_path)
-    task, held_out = load_tasks(load_task, config, tokenizer, accelerator)
+    codec, largest = load_codec_for(config)
+    task, held_out = load_tasks(load_task, config, codec, accelerator)
     model = load_causal_lm(
         config.model_name_or_path, key="model_name_or_path", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    check_vocabulary(model, largest)  # before room is made for a template's tokens
-    if config.chat_template_path is not None:
-        make_room(model, tokenizer)
-        end_where_tokenizer_does(model, tokenizer)
-    check_examples_fit(config, (task, held_out), model, tokenizer)
+    adapt_to(model, codec, largest)
+    check_examples_fit(config, (task, held_out), model, codec.tokenizer)
     if config.packing and leaks(model):
         raise UsageError(
             f"packing: in {type(model).__name__} with attention {model.config._attn_implementation!r} conversations "
@@ -70,29 +56,29 @@ def train_sft(config: SFTConfig) -> Path:
     fused = FusedLM(model, bf16=config.bf16)
     return train(
         config, fused, task, held_out, accelerator,
-        save=lambda trained, folder: save_model(trained.model, tokenizer, folder),
+        save=lambda trained, folder: save_model(trained.model, codec.tokenizer, folder),
     )  # fmt: skip
 
 
 def load_task(
     config: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     source: str,
     split: str,
     accelerator: Accelerator,
     shuffled: bool,
 ) -> SFTTask:
     """Reads one data set, prints what became of its rows, and plans its batches."""
-    data = load_conversations(
-        source,
-        tokenizer,
-        max_length=config.max_length,
-        assistant_only_loss=config.assistant_only_loss,
-        last_turn_only=config.last_turn_only,
-        **reading_of(config, split),
-    )
+    data = read_conversations(config, codec, source, split)
     accelerator.print(data.report(source))
-    return SFTTask(config, data.examples, pad_id_of(tokenizer), accelerator, shuffled)
+    return SFTTask(config, data.examples, pad_id_of(codec.tokenizer), accelerator, shuffled)
+
+
+def read_conversations(config: SFTConfig, codec: Codec, source: str, split: str) -> Loaded[TokenSequence]:
+    return load_conversations(
+        source, codec, max_length=config.max_length, assistant_only_loss=config.assistant_only_loss,
+        last_turn_only=config.last_turn_only, **reading_of(config, split),
+    )  # fmt: skip
 
 
 class SFTTask(Task):

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.base import TrainConfig
+from ..data.encoding import Codec
+from ..data.views import first_rows, has_colours
 from ..models.checks import check_fit
 from ..training.task import Task
 
@@ -16,17 +18,20 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def load_tasks(
-    load_task: Callable[..., AnyTask], config: TrainConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    load_task: Callable[..., AnyTask], config: TrainConfig, codec: Codec, accelerator: Accelerator
 ) -> tuple[AnyTask, AnyTask | None]:
     """The task of dataset_name, whose examples are shuffled, and that of eval_dataset, or None.
 
-    `load_task(config, tokenizer, source, split, accelerator, shuffled)` makes each of them.
+    `load_task(config, codec, source, split, accelerator, shuffled)` makes each of them.
     """
-    task = load_task(config, tokenizer, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
+    task = load_task(config, codec, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
+    if config.inspect_rows:
+        examples = task.examples(range(min(config.inspect_rows, len(task.counts))))
+        accelerator.print(first_rows(examples, codec.tokenizer, config.inspect_rows, has_colours()))
     if config.eval_dataset is None:
         return task, None
     split = config.dataset_test_split
-    return task, load_task(config, tokenizer, config.eval_dataset, split, accelerator, shuffled=False)
+    return task, load_task(config, codec, config.eval_dataset, split, accelerator, shuffled=False)
 
 
 def check_examples_fit(

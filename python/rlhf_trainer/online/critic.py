@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 from ..errors import UsageError
 from ..models.actor_critic import ActorCritic, name_of_head
 from ..models.checks import check_fit, have_same_tokens
-from ..models.loading import checkpoint_gradients, load_pretrained, load_tokenizer
+from ..models.loading import checkpoint_gradients, load_pretrained, load_tokenizer, make_room
 from .config import PPOConfig
 from .setup import SHORTER, Setup
 
@@ -33,6 +33,7 @@ def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
     )  # fmt: skip
     for source, prompts in setup.sources():
         lengths = [prompt.length + config.max_completion_length for prompt in prompts]
+        make_room(critic, tokenizer)
         check_fit(critic, tokenizer, [prompt.row for prompt in prompts], lengths, source, SHORTER)
     if not have_same_tokens(tokenizer, load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)):
         raise UsageError(

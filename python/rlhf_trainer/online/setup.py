@@ -7,11 +7,13 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from ..data.examples import Prompt, load_prompts, reading_of
+from ..data.encoding import Codec
+from ..data.examples import Loaded, Prompt, load_prompts, reading_of
+from ..data.views import first_rows, has_colours
 from ..errors import UsageError
 from ..models.checks import check_fit, pad_id_of
 from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
-from ..models.loading import checkpoint_gradients, load_tokenizer_for
+from ..models.loading import adapt_to, checkpoint_gradients, load_codec_for, make_room
 from ..rewards.loading import load_rewards
 from ..rewards.rewards import Rewards
 from ..training.files import checksum
@@ -49,13 +51,17 @@ def prepare(config: OnlineConfig) -> Setup | None:
     accelerator = start_accelerator(config)
     if not begin(config, accelerator.is_main_process):
         return None
-    tokenizer = load_tokenizer_for(config)
+    codec, largest = load_codec_for(config)
+    tokenizer = codec.tokenizer
     rewards = load_rewards(config, accelerator.device, batch_size=config.per_device_generation_batch_size)
-    prompts = prompts_of(config, config.dataset_name, config.dataset_train_split, tokenizer, rewards, accelerator)
+    prompts = prompts_of(config, config.dataset_name, config.dataset_train_split, codec, rewards, accelerator)
     held_out = []
     if config.eval_dataset is not None:
-        held_out = prompts_of(config, config.eval_dataset, config.dataset_test_split, tokenizer, rewards, accelerator)
+        held_out = prompts_of(config, config.eval_dataset, config.dataset_test_split, codec, rewards, accelerator)
+    if config.inspect_rows:
+        accelerator.print(first_rows(prompts, tokenizer, config.inspect_rows, has_colours()))
     policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
+    adapt_to(policy.model, codec, largest)
     for source, part in ((config.dataset_name, prompts), (config.eval_dataset, held_out)):
         if part:
             lengths = [prompt.length + config.max_completion_length for prompt in part]
@@ -64,6 +70,7 @@ def prepare(config: OnlineConfig) -> Setup | None:
     if config.beta:
         key = "model_name_or_path" if config.ref_model_name_or_path is None else "ref_model_name_or_path"
         reference = load_fused(config, getattr(config, key), key).to(accelerator.device)
+        make_room(reference.model, tokenizer)
         check_same_vocabulary(policy, reference, key)
     elif config.ref_model_name_or_path is not None:
         raise UsageError("ref_model_name_or_path: with beta 0 nothing is compared with it; set beta, or drop it")
@@ -76,12 +83,12 @@ def prompts_of(
     config: OnlineConfig,
     source: str,
     split: str,
-    tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
     rewards: Rewards,
     accelerator: Accelerator,
 ) -> list[Prompt]:
     """The prompts that have the columns that the rewards need."""
-    loaded = load_prompts(source, tokenizer, max_prompt_length=config.max_prompt_length, **reading_of(config, split))
+    loaded = read_prompts(config, codec, source, split)
     if not config.skip_invalid_rows:
         rewards.check(loaded.examples, source, config.max_completion_length)
         accelerator.print(loaded.report(source))
@@ -97,6 +104,10 @@ def prompts_of(
         raise UsageError(f"{source}: no row can be used: {skipped[0]}")
     accelerator.print(loaded._replace(examples=prompts, skipped=skipped).report(source))
     return prompts
+
+
+def read_prompts(config: OnlineConfig, codec: Codec, source: str, split: str) -> Loaded[Prompt]:
+    return load_prompts(source, codec, max_prompt_length=config.max_prompt_length, **reading_of(config, split))
 
 
 def data_checksum(setup: Setup) -> str:

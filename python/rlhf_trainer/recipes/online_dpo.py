@@ -15,15 +15,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from ..config.base import OutputConfig
 from ..data.completions import COMPLETIONS_FILE, in_numbers, left_out, read_completions
+from ..data.encoding import Codec
 from ..data.rows import read_rows
 from ..errors import UsageError
 from ..models.checks import check_fit
 from ..models.fused_lm import check_same_vocabulary, load_fused
-from ..models.loading import load_tokenizer, load_tokenizer_for
+from ..models.loading import load_codec, load_codec_for
 from ..models.scoring import load_reward_model
 from ..offline.config import DPOConfig
 from ..offline.dpo import check_loss_options, check_sharing, load_task, train_dpo
@@ -48,7 +47,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
     single_process("rlhf online-dpo")
     if not begin(config):
         return Path(config.output_dir)
-    reward_tokenizer = check_input(config)
+    reward_codec = check_input(config)
     work = open_output(config)
     model = config.model_name_or_path
     reports: list[dict[str, Any]] = []
@@ -57,7 +56,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
         folder = work / f"round-{number}"
         seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
         completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], seed=seed))
-        written = read_completions(str(completions / COMPLETIONS_FILE), [reward_tokenizer], config.max_length)
+        written = read_completions(str(completions / COMPLETIONS_FILE), [reward_codec], config.max_length)
         if all(row.left_out is not None for row in written):
             raise no_pair(number, model, left_out(written), noun="completions")
         scored = rejection(
@@ -100,21 +99,20 @@ def stage(cls: type[Config], config: OnlineDPOConfig, folder: Path, **changes: A
     return cls(**same | places | changes)
 
 
-def check_input(config: OnlineDPOConfig) -> PreTrainedTokenizerBase:
-    """UsageError for mistakes that would show only after hours of sampling; returns the reward model's tokenizer."""
+def check_input(config: OnlineDPOConfig) -> Codec:
+    """UsageError for mistakes that would show only after hours of sampling; returns the reward model's codec."""
     check_loss_options(config)
-    tokenizer, work = load_tokenizer_for(config), partial_folder(config.output_dir)
-    prompts = prompts_of(config, tokenizer, config.dataset_train_split).examples
+    (codec, _), work = load_codec_for(config), partial_folder(config.output_dir)
+    tokenizer = codec.tokenizer
+    prompts = prompts_of(config, codec, config.dataset_train_split).examples
     rows, written = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
     reward_model = load_reward_model(
         config.reward_model_name_or_path, key="reward_model_name_or_path",
         attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
-    reward_tokenizer = load_tokenizer(
-        config.reward_model_name_or_path, key="reward_model_name_or_path", trust_remote_code=config.trust_remote_code
-    )
+    reward_codec = load_codec(config.reward_model_name_or_path, config, key="reward_model_name_or_path")
     lengths = [min(length, config.max_length) for length in written]
-    check_fit(reward_model, reward_tokenizer, rows, lengths, config.dataset_name)
+    check_fit(reward_model, reward_codec.tokenizer, rows, lengths, config.dataset_name)
     del reward_model  # before the others take memory
 
     keys = [key for key in ("model_name_or_path", "ref_model_name_or_path") if getattr(config, key) is not None]
@@ -127,8 +125,8 @@ def check_input(config: OnlineDPOConfig) -> PreTrainedTokenizerBase:
     accelerator = make_accelerator(config.report_to, work)  # checks report_to, too
     if config.eval_dataset is not None:
         dpo_config = stage(DPOConfig, config, work, dataset_format="auto")
-        load_task(dpo_config, tokenizer, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False)
-    return reward_tokenizer
+        load_task(dpo_config, codec, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False)
+    return reward_codec
 
 
 def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompts") -> UsageError:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..data.encoding import encode_prompt, encode_response, is_empty, like_prompt
+from ..data.chat import template_options
+from ..data.encoding import encode_rendering, like_prompt
 from ..data.examples import Prompt
 from ..errors import RowError, UsageError
 from ..models.checks import check_fit, check_vocabulary, largest_id, pad_id_of
-from ..models.loading import load_pretrained, load_tokenizer
+from ..models.loading import load_codec, load_pretrained, load_tokenizer
 from ..models.scoring import batch_count, load_reward_model, score_sequences
 from ..training.journal import RunBatch, batches_of_like_length
 from .config import RewardsConfig
@@ -23,10 +24,10 @@ OFFSET_MODELS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "rober
 
 
 class ModelReward:
-    """A reward model's value of prompt, completion and end of the turn, as the model's own tokenizer writes them.
+    """A reward model's value of prompt and completion, as the model's own tokenizer and chat template write them.
 
-    A completion that did not end is scored as if it had ended there. An empty one is scored as the prompt with the end
-    of sequence behind it: the model's value of silence.
+    A completion that did not end is scored as if it had ended there. An empty one is scored, too: the model's value of
+    silence.
     """
 
     name = "reward_model"
@@ -34,14 +35,15 @@ class ModelReward:
     def __init__(self, name: str, config: RewardsConfig, device: torch.device, batch_size: int, *, key: str) -> None:
         self.source, self.device, self.batch_size = name, device, batch_size
         self.bf16 = config.bf16
-        self.tokenizer = load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)
+        self.codec = load_codec(name, config, key=key)
+        self.tokenizer = self.codec.tokenizer
         self.model = load_reward_model(
             name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
         )
         check_vocabulary(self.model, largest_id(self.tokenizer))
 
     def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
-        lengths = [len(encode_prompt(self.tokenizer, prompt.prompt)) + max_completion_length for prompt in prompts]
+        lengths = [len(self.ids(prompt, "")) + max_completion_length for prompt in prompts]
         advice = f"the reward model {self.source!r} reads {{positions}} tokens at most, prompt and completion together"
         check_fit(self.model, self.tokenizer, [prompt.row for prompt in prompts], lengths, source, advice)
 
@@ -58,10 +60,10 @@ class ModelReward:
     def ids(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of prompt and completion; UsageError naming the prompt where the tokenizer cannot make them."""
         try:
-            ids = encode_prompt(self.tokenizer, prompt.prompt)
-            if is_empty(text):
-                return ids + [i for i in [self.tokenizer.eos_token_id] if i is not None]
-            return ids + encode_response(self.tokenizer, prompt.prompt, like_prompt(prompt.prompt, text), "completion")
+            opening = "" if isinstance(prompt.prompt, str) else prompt.opening  # plain text has it in the prompt
+            completion = like_prompt(prompt.prompt, opening + text)
+            options = template_options(dict(prompt.columns))
+            return encode_rendering(self.codec, prompt.prompt, completion, "completion", options)
         except RowError as error:
             raise UsageError(f"the reward model {self.source!r}: row {prompt.row}, {error}") from error
 

@@ -110,8 +110,8 @@ def rejection(config: RejectionConfig) -> Path:
         return Path(config.output_dir)
     files = files_in(config.completions, COMPLETIONS_FILE, "completions")
     reward = load_rewards(config, device, batch_size=config.per_device_eval_batch_size)
-    tokenizers = [model.tokenizer for model in reward.models]
-    rows = [row for file in files for row in read_completions(file, tokenizers, config.max_length)]
+    codecs = [model.codec for model in reward.models]
+    rows = [row for file in files for row in read_completions(file, codecs, config.max_length)]
     usable = [row for row in rows if row.left_out is None]
     if not usable:
         raise UsageError(f"completions: none of {len(rows)} can be selected ({in_numbers(left_out(rows))})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.encoding import Codec
 from ..data.examples import Loaded, Prompt, load_prompts, reading_of
 from .config import GenerationConfig, ServerConfig
 from .generation import Sampling, end_ids
@@ -27,14 +28,18 @@ def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTra
     return sampler
 
 
-def prompts_of(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> Loaded[Prompt]:
+def prompts_of(config: GenerationConfig, codec: Codec, split: str) -> Loaded[Prompt]:
     """The prompts of a command that generates; prints how many there are."""
-    prompts = load_prompts(
-        config.dataset_name, tokenizer, max_prompt_length=config.max_prompt_length, max_examples=config.max_prompts,
-        **reading_of(config, split),
-    )  # fmt: skip
+    prompts = read_prompts(config, codec, config.dataset_name, split)
     print(prompts.report(config.dataset_name))
     return prompts
+
+
+def read_prompts(config: GenerationConfig, codec: Codec, source: str, split: str) -> Loaded[Prompt]:
+    return load_prompts(
+        source, codec, max_prompt_length=config.max_prompt_length, max_examples=config.max_prompts,
+        **reading_of(config, split),
+    )  # fmt: skip
 
 
 def sampling_of(config: GenerationConfig) -> Sampling:

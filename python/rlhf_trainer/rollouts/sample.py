@@ -1,7 +1,7 @@
 """`rlhf sample`: completions of prompts by one or several models, for `rlhf rejection` to choose from.
 
-Text travels, not token ids: what is written here is encoded again by whoever reads it (`encode_prompt`,
-`encode_response`), with a tokenizer of its own, and ends with that tokenizer's end of sequence. A completion that a
+Text travels, not token ids: what is written here is encoded again by whoever reads it (`data.encoding`),
+with a tokenizer of its own, and ends with that tokenizer's end of sequence. A completion that a
 model ended at once is empty; it stays, so that each prompt has num_completions, and is counted.
 
 With server_url, a server writes, and each of models is the folder or hub id of what it serves: its tokenizer is needed
@@ -22,7 +22,7 @@ from ..data.encoding import is_empty
 from ..data.examples import Prompt
 from ..errors import UsageError
 from ..models.checks import check_fit
-from ..models.loading import load_causal_lm, load_tokenizer, meta_model
+from ..models.loading import load_causal_lm, load_codec, meta_model
 from ..training.journal import Journal, batches_of_like_length, write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
@@ -63,8 +63,9 @@ def sample(config: SampleConfig) -> Path:
 
     parts: list[Part] = []
     for name in config.models:  # everything but the weights is checked before any model works for hours
-        tokenizer = load_tokenizer(name, key="models", trust_remote_code=config.trust_remote_code)
-        read = prompts_of(config, tokenizer, config.dataset_train_split).examples
+        codec = load_codec(name, config, key="models")
+        tokenizer = codec.tokenizer
+        read = prompts_of(config, codec, config.dataset_train_split).examples
         prompts = [prompt for prompt in read for _ in range(config.num_completions)]
         batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
         lengths = [prompt.length + config.max_new_tokens for prompt in prompts]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,12 +23,12 @@ class GenerationRequest(NamedTuple):
     """A prompt to be continued; several requests may have the same one."""
 
     ids: list[int]  # as `data.encoding.encode_prompt` makes them
-    prompt: str | list[dict[str, Any]]  # the same as text or messages, for samplers that take no ids
+    text: str  # what they are of, for samplers that take no ids
     where: str  # "prompts.jsonl, row 7", for messages
 
 
 def request_of(prompt: Prompt, source: str) -> GenerationRequest:
-    return GenerationRequest(prompt.ids, prompt.prompt, f"{source}, row {prompt.row}")
+    return GenerationRequest(prompt.ids, prompt.text, f"{source}, row {prompt.row}")
 
 
 class Failure(NamedTuple):

@@ -23,8 +23,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.chat import prompt_text
-from ..errors import RowError, UsageError
+from ..errors import UsageError
 from ..models.checks import pad_id_of
 from ..models.loading import save_model
 from .generation import Completion, Sampling, up_to_end
@@ -146,11 +145,7 @@ class ServerSampler:
 
     def _text(self, request: GenerationRequest) -> str:
         """The text that tokenizers turn into request.ids; special tokens that they put in front are left out of it."""
-        try:
-            text = prompt_text(self.tokenizer, request.prompt)
-        except RowError as error:
-            raise RequestError(str(error), retryable=False) from error
-        for candidate in (text, text.removeprefix(self.tokenizer.bos_token or "")):
+        for candidate in (request.text, request.text.removeprefix(self.tokenizer.bos_token or "")):
             if self.tokenizer(candidate).input_ids == request.ids:
                 return candidate
         raise RequestError(

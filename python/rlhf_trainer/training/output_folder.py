@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import yaml
+from accelerate.utils import broadcast_object_list
 
 from ..config.base import FolderConfig, names_with
 from ..config.parse import dump_yaml
@@ -115,6 +117,8 @@ def already_finished(config: FolderConfig) -> bool:
 def begin(config: FolderConfig, is_main_process: bool = True) -> bool:
     """Whether there is anything to do: False, with a line printed, where the run is finished already; UsageError where
     output_dir is not free."""
+    if getattr(config, "chat_template_date", "") is None:
+        config.chat_template_date = first_date(config)
     if already_finished(config):
         remove_checkpoints(Path(config.output_dir))  # of a run that died between its end and their removal
         if is_main_process:
@@ -123,6 +127,17 @@ def begin(config: FolderConfig, is_main_process: bool = True) -> bool:
     if is_main_process:
         check_free(config)
     return True
+
+
+def first_date(config: FolderConfig) -> str:
+    """The date of the run that is resumed, so that templates which write it render as they did; else the present, the
+    same in all processes."""
+    for folder in (partial_folder(config.output_dir), Path(config.output_dir)):
+        if config.resume_from_checkpoint and (folder / CONFIG_FILE).is_file():
+            date = config_in(folder).get("chat_template_date")
+            if date is not None:
+                return str(date)
+    return broadcast_object_list([datetime.now().isoformat(timespec="seconds")])[0]
 
 
 def check_same_config(folder: Path, config: FolderConfig) -> None:
@@ -137,14 +152,19 @@ def check_same_config(folder: Path, config: FolderConfig) -> None:
 
 def differences(folder: Path, config: FolderConfig) -> list[str]:
     """The options whose values differ from those of the run that left `folder`, with both values."""
-    try:
-        then = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UsageError(f"{folder / CONFIG_FILE}: cannot read the configuration of the run there: {error}") from error
-    then, now = then if isinstance(then, dict) else {}, yaml.safe_load(dump_yaml(config))
+    then, now = config_in(folder), yaml.safe_load(dump_yaml(config))
     may_change = names_with(type(config), "may_change")
     keys = [key for key in {**then, **now} if key not in may_change and then.get(key) != now.get(key)]
     return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys]
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """The configuration of the run that left `folder`."""
+    try:
+        values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{folder / CONFIG_FILE}: cannot read the configuration of the run there: {error}") from error
+    return values if isinstance(values, dict) else {}
 
 
 def commit_output(config: FolderConfig) -> Path:

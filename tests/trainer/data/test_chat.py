@@ -5,8 +5,8 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizer
 
-from rlhf_trainer.data.chat import CHATML, conversation_ids, set_chat_template
-from rlhf_trainer.data.encoding import encode_prompt, encode_response
+from rlhf_trainer.data.chat import CHATML, set_chat_template
+from rlhf_trainer.data.encoding import Codec, encode_conversation, encode_pairs, encode_prompt
 from rlhf_trainer.errors import RowError, UsageError
 
 
@@ -38,7 +38,7 @@ def with_template(tokenizer, template):
 
 def marked(tokenizer, messages, **options):
     """The conversation's tokens; those that are learned stand in brackets."""
-    ids, counted = conversation_ids(tokenizer, messages, **options)
+    ids, counted = encode_conversation(Codec(tokenizer), messages, **options)
     assert len(ids) == len(counted) and {type(mark) for mark in counted} <= {bool}
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return " ".join(f"[{token}]" if mark else token for token, mark in zip(tokens, counted, strict=True))
@@ -85,20 +85,22 @@ def test_a_system_message_is_not_learned(chatml):
 def test_a_whole_conversation(chatml, tokenizer):
     """assistant_only_loss=False: every token is learned, and the template need not say who wrote it."""
     messages = [system("the"), user("a cat"), assistant("the mat")]
-    ids, counted = conversation_ids(chatml, messages, assistant_only_loss=False)
-    assert ids == conversation_ids(chatml, messages)[0] and counted == [True] * len(ids)
+    ids, counted = encode_conversation(Codec(chatml), messages, assistant_only_loss=False)
+    assert ids == encode_conversation(Codec(chatml), messages)[0] and counted == [True] * len(ids)
     unmarked = with_template(tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UsageError, match="or assistant_only_loss: false to learn the whole conversation"):
-        conversation_ids(unmarked, messages)
-    ids, counted = conversation_ids(unmarked, messages, assistant_only_loss=False)
+    with pytest.raises(RowError, match="ends the assistant's turn with ' mat', an ordinary token, at which generation"):
+        encode_conversation(Codec(unmarked), messages)
+    ids, counted = encode_conversation(Codec(unmarked), messages, assistant_only_loss=False)
     assert unmarked.decode(ids) == "thea catthe mat" and counted == [True] * len(ids)
-    ids, _ = conversation_ids(unmarked, [user("a cat")], assistant_only_loss=False)
+    ids, _ = encode_conversation(Codec(unmarked), [user("a cat")], assistant_only_loss=False)
     assert unmarked.decode(ids) == "a cat", "nor need the assistant say anything"
 
 
 @pytest.mark.parametrize("content", ["Größe: ½ – 猫が座った 🐈‍⬛", "e\u0301", "a\n\nb\n"])
 def test_content_of_many_bytes_is_learned_whole_and_nothing_else(content, chatml):
-    ids, counted = conversation_ids(chatml, [user(content), assistant(content), user("💬"), assistant(content)])
+    ids, counted = encode_conversation(
+        Codec(chatml), [user(content), assistant(content), user("💬"), assistant(content)]
+    )
     learned = [i for i, mark in zip(ids, counted, strict=True) if mark]
     assert chatml.decode(learned) == f"{content.strip()}<|im_end|>" * 2
     others = [i for i, mark in zip(ids, counted, strict=True) if not mark]
@@ -112,9 +114,9 @@ def test_content_of_many_bytes_is_learned_whole_and_nothing_else(content, chatml
 def test_a_conversation_has_the_tokens_of_its_prompt_and_response(content, chatml):
     """The learned tokens continue exactly those that generation starts from, and stop where it stops."""
     prompt, response = [system("the"), user("a"), assistant("and"), user(content)], [assistant(content)]
-    ids, counted = conversation_ids(chatml, prompt + response, last_turn_only=True)
-    before = encode_prompt(chatml, prompt)
-    answer = encode_response(chatml, prompt, response, "completion")
+    ids, counted = encode_conversation(Codec(chatml), prompt + response, last_turn_only=True)
+    before = encode_prompt(Codec(chatml), prompt)
+    _, (answer,) = encode_pairs(Codec(chatml), prompt, [("completion", response)])
     assert ids == before + answer + chatml("\n").input_ids
     assert counted == [False] * len(before) + [True] * len(answer) + [False]
     assert answer[-1] == chatml.eos_token_id
@@ -123,13 +125,14 @@ def test_a_conversation_has_the_tokens_of_its_prompt_and_response(content, chatm
 def test_a_template_of_ones_own(tokenizer, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text(
-        "{% for m in messages %}{% if m.role == 'assistant' %}=>{% generation %}{{ m.content }}</s>{% endgeneration %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}=>{% generation %}"
+        "{{ m.content + eos_token }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}",
         encoding="utf-8",
     )
     own = copy.deepcopy(tokenizer)
     assert set_chat_template(own, str(path)) == 0
-    assert marked(own, [user("a"), assistant("the")]) == "a = > [the] [<] [/] [s] [>]"
+    assert marked(own, [user("a"), assistant("the")]) == "a = > [the] [<|im_end|>]"
     assert own.eos_token == tokenizer.eos_token
 
 
@@ -151,7 +154,7 @@ BAD_ROLES = {
 def test_roles_must_alternate(case, chatml):
     messages, where = BAD_ROLES[case]
     with pytest.raises(RowError, match=f"{ALTERNATE}.*; {where}$"):
-        conversation_ids(chatml, messages)
+        encode_conversation(Codec(chatml), messages)
 
 
 @pytest.mark.parametrize("prompt", [[user("a"), assistant("b")], [system("a")]])
@@ -160,7 +163,7 @@ def test_a_prompt_ends_with_the_user(prompt, chatml):
         RowError,
         match=f"field 'prompt': .*a prompt must end with a message of the user, not of role {prompt[-1]['role']}",
     ):
-        encode_prompt(chatml, prompt)
+        encode_prompt(Codec(chatml), prompt)
 
 
 @pytest.mark.parametrize(
@@ -174,37 +177,33 @@ def test_a_prompt_ends_with_the_user(prompt, chatml):
 )  # fmt: skip
 def test_what_is_no_conversation(messages, problem, chatml):
     with pytest.raises(RowError, match=problem):
-        conversation_ids(chatml, messages)
+        encode_conversation(Codec(chatml), messages)
 
 
 def test_a_response_is_one_message(chatml):
     """The user's words in between would be learned as if the model had written it."""
     with pytest.raises(RowError, match="field 'chosen': expected one message, what the assistant answers, got 3"):
-        encode_response(chatml, [user("a")], [assistant("b"), user("c"), assistant("d")], "chosen")
-
-
-def test_a_template_without_marks_says_what_to_do(tokenizer):
-    with pytest.raises(UsageError, match=r"does not say what the assistant writes: put \{% generation %\} .*chatml"):
-        conversation_ids(tokenizer, [user("a"), assistant("b")])
+        encode_pairs(Codec(chatml), [user("a")], [("chosen", [assistant("b"), user("c"), assistant("d")])])
 
 
 @pytest.mark.parametrize("last_turn_only", [False, True])
 def test_a_template_that_marks_nothing_of_a_row(last_turn_only, tokenizer):
     quiet = with_template(tokenizer, "{{ messages[0].content }}{% generation %}{% endgeneration %}")
     with pytest.raises(RowError, match=r"field 'messages': \{% generation %\} marks 0 of 1 turns of the assistant"):
-        conversation_ids(quiet, [user("a"), assistant("b")], last_turn_only=last_turn_only)
+        encode_conversation(Codec(quiet), [user("a"), assistant("b")], last_turn_only=last_turn_only)
 
 
 def test_a_template_that_marks_some_turns_only(tokenizer):
     """The others would silently not be learned."""
     template = (
-        "{% for m in messages %}|{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}|{% if loop.last and m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m.content + (eos_token if m.role == 'assistant' else '') }}{% endif %}{% endfor %}"
     )
     some, messages = with_template(tokenizer, template), [user("a"), assistant("the"), user("a"), assistant("the")]
-    assert marked(some, messages, last_turn_only=True) == "| a | the | a | [the]"
+    assert marked(some, messages, last_turn_only=True) == "| a | the <|im_end|> | a | [the] [<|im_end|>]"
     with pytest.raises(RowError, match=r"field 'messages': \{% generation %\} marks 1 of 2 turns of the assistant"):
-        conversation_ids(some, messages)
+        encode_conversation(Codec(some), messages)
 
 
 def test_a_template_that_rewrites_earlier_turns_cannot_tell_the_last_one(chatml):
@@ -212,12 +211,12 @@ def test_a_template_that_rewrites_earlier_turns_cannot_tell_the_last_one(chatml)
     messages = [user("a"), assistant("b"), user("a"), assistant("c")]
     assert "[b]" in marked(odd, messages)
     with pytest.raises(RowError, match="renders earlier turns differently once the last one follows"):
-        conversation_ids(odd, messages, last_turn_only=True)
+        encode_conversation(Codec(odd), messages, last_turn_only=True)
 
 
 def test_a_tokenizer_without_a_template(tokenizer):
     with pytest.raises(RowError, match=r"field 'messages': .*no chat template"):
-        conversation_ids(with_template(tokenizer, None), [user("a"), assistant("b")])
+        encode_conversation(Codec(with_template(tokenizer, None)), [user("a"), assistant("b")])
 
 
 def test_a_slow_tokenizer_is_refused(tokenizer):
@@ -227,10 +226,16 @@ def test_a_slow_tokenizer_is_refused(tokenizer):
         def get_vocab(self):
             return {"a": 0}
 
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return 0
+
     slow = Slow()
     slow.chat_template = CHATML
     with pytest.raises(UsageError, match="Slow cannot tell where in a text its tokens lie: use a fast tokenizer"):
-        conversation_ids(slow, [user("a"), assistant("b")])
+        encode_conversation(Codec(slow), [user("a"), assistant("b")])
 
 
 # --- setting a template
@@ -251,7 +256,7 @@ def test_chatml_brings_its_tokens_where_they_are_missing(tokenizer, tmp_path):
     bare.save_pretrained(tmp_path / "saved")
     for tok in (bare, AutoTokenizer.from_pretrained(tmp_path / "saved")):
         assert {"<eos>", "<mine>", "<|im_start|>", "<|im_end|>"} <= tok.get_vocab().keys()
-        ids, counted = conversation_ids(tok, [user("ab"), assistant("cd")])
+        ids, counted = encode_conversation(Codec(tok), [user("ab"), assistant("cd")])
         learned = [i for i, mark in zip(ids, counted, strict=True) if mark]
         assert tok.convert_ids_to_tokens(learned) == ["c", "d", "<|im_end|>"]
         assert learned[-1] == tok.eos_token_id

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import Group, load_groups
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline.pair_batches import collate_groups
@@ -21,7 +22,7 @@ GOOD = {"prompt": "the cat", "chosen": " sat", "rejected": " ran"}
 
 def load(source, tokenizer, **options):
     return load_groups(
-        source, tokenizer, **({"split": "train", "max_prompt_length": 20, "max_length": 40} | options)
+        source, Codec(tokenizer), **({"split": "train", "max_prompt_length": 20, "max_length": 40} | options)
     )  # fmt: skip
 
 
@@ -325,7 +326,10 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer, write_jsonl):
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     row = {"prompt": user("a"), "chosen": assistant("b"), "rejected": assistant("c")}
-    with pytest.raises(UsageError, match=r"row 1, field 'chosen': the chat template renders the prompt differently"):
+    with pytest.raises(
+        UsageError,
+        match=r"row 1, field .chosen.: the chat template renders the conversation before a turn of the assistant diff",
+    ):
         load(write_jsonl([row]), odd)
 
 

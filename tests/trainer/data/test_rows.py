@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_trainer.config.base import DataConfig
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_groups, reading_of
 from rlhf_trainer.data.rows import RowProblem, listing, read_rows
 from rlhf_trainer.errors import UsageError
@@ -20,7 +21,7 @@ def read(source, **options):
 
 
 def load(source, tokenizer):
-    return load_groups(source, tokenizer, split="train", **LENGTHS)
+    return load_groups(source, Codec(tokenizer), split="train", **LENGTHS)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_configuration_of_a_hub_data_set(hub, tokenizer):
 
     hub(load_dataset)
     config = DataConfig(dataset_name="someone/preferences", dataset_config="en", dataset_streaming=True)
-    load_groups(config.dataset_name, tokenizer, **LENGTHS, **reading_of(config, "test_prefs"))
+    load_groups(config.dataset_name, Codec(tokenizer), **LENGTHS, **reading_of(config, "test_prefs"))
     assert requests == [("someone/preferences", "en", "test_prefs", True)]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from rlhf_trainer.cli import main
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.preferences.config import PairsConfig
@@ -92,7 +93,9 @@ def test_the_pairs_are_ready_for_dpo(run, write_jsonl, tokenizer, capsys):
     folder = run(write_jsonl(SCORED), pairing="all")
     out = capsys.readouterr().out
     assert "3 pairs of 3 prompts (without a pair: 1 equal rewards, 1 fewer than two usable completions)" in out
-    loaded = load_groups(str(folder / "pairs.jsonl"), tokenizer, split="train", max_prompt_length=9, max_length=20)
+    loaded = load_groups(
+        str(folder / "pairs.jsonl"), Codec(tokenizer), split="train", max_prompt_length=9, max_length=20
+    )
     (group,) = loaded.examples
     responses = [tokenizer.decode(ids[:-1]) for ids in group.responses]
     assert [(responses[better], responses[worse]) for better, worse in group.pairs] == [

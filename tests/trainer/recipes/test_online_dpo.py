@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rlhf_trainer.cli import main
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_groups
 from rlhf_trainer.data.rows import read_rows
 from rlhf_trainer.errors import UsageError
@@ -175,7 +176,7 @@ def test_all_pairs_of_chats(run, write_jsonl, tokenizer):
     assert [row["prompt"] for row in rows] == chats
     assert all(len(row["pairs"]) > len(row["responses"]) > 3 for row in rows)
     (report,) = json.loads((folder / "report.json").read_text())["rounds"]
-    loaded = load_groups(str(pairs), tokenizer, split="train", **lengths)
+    loaded = load_groups(str(pairs), Codec(tokenizer), split="train", **lengths)
     assert report["pairs"] == sum(len(row["pairs"]) for row in rows) and loaded.cut == 0
     assert [len(group.pairs) for group in loaded.examples] == [len(row["pairs"]) for row in rows]
     assert [len(group.responses) for group in loaded.examples] == [len(row["responses"]) for row in rows]

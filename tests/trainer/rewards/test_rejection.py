@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import rlhf_trainer.models.scoring
+from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_conversations
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rewards.config import RejectionConfig
@@ -120,7 +121,7 @@ def test_the_best_of_each_prompt_is_ready_for_sft(run, write_jsonl, tokenizer, c
         ("on", " fish cat"),
     ]
     assert all(line.keys() == {"prompt", "completion", "reward", "model"} for line in selected)
-    conversations = load_conversations(str(folder / "selected.jsonl"), tokenizer, split="train", max_length=64)
+    conversations = load_conversations(str(folder / "selected.jsonl"), Codec(tokenizer), split="train", max_length=64)
     assert len(conversations.examples) == 2
 
     scored = lines_of(folder / "scored.jsonl")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_trainer.data.encoding import encode_prompt, encode_response
+from rlhf_trainer.data.encoding import Codec, encode_rendering
 from rlhf_trainer.data.examples import Prompt, load_prompts
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
@@ -227,7 +227,7 @@ def test_columns_of_rows_reach_the_rewards(tokenizer, write_jsonl):
         {"prompt": "two and two", "ground_truth": "4", "expression": "2+2"},
         {"messages": [{"role": "user", "content": "q"}], "ground_truth": "5", "expression": "9/3", "dataset": "x"},
     ]
-    prompts = load_prompts(write_jsonl(rows), tokenizer, split="train", max_prompt_length=64).examples
+    prompts = load_prompts(write_jsonl(rows), Codec(tokenizer), split="train", max_prompt_length=64).examples
     assert [p.columns for p in prompts] == [
         {"ground_truth": "4", "expression": "2+2"}, {"ground_truth": "5", "expression": "9/3", "dataset": "x"}
     ]  # fmt: skip
@@ -238,7 +238,7 @@ def test_columns_of_rows_reach_the_rewards(tokenizer, write_jsonl):
 
 def test_answers_of_rows_are_columns_under_their_own_names(tokenizer, write_jsonl):
     rows = [{"prompt": "q", "answer": "4", "completion": " four"}, {"prompt": "q", "chosen": " a", "rejected": " b"}]
-    first, second = load_prompts(write_jsonl(rows), tokenizer, split="train", max_prompt_length=64).examples
+    first, second = load_prompts(write_jsonl(rows), Codec(tokenizer), split="train", max_prompt_length=64).examples
     assert first.columns == {"answer": "4", "completion": " four"} and first.answer == " four"
     assert second.columns == {"chosen": " a", "rejected": " b"} and second.answer == " a"
 
@@ -301,9 +301,8 @@ def test_a_reward_model_reads_prompt_and_completion_as_its_tokenizer_writes_them
     prompts, texts = [prompt("the"), prompt("the cat"), prompt(chat)], [" cat", " dogs cat", "a cat"]
     rewards.check(prompts, "p", max_completion_length=4)
     sequences = [
-        encode_prompt(tokenizer, p.prompt)
-        + encode_response(
-            tokenizer, p.prompt, t if p.prompt != chat else [{"role": "assistant", "content": t}], "completion"
+        encode_rendering(
+            Codec(tokenizer), p.prompt, t if p.prompt != chat else [{"role": "assistant", "content": t}], "completion"
         )
         for p, t in zip(prompts, texts, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_trainer.data.encoding import encode_prompt
+from rlhf_trainer.data.encoding import Codec, encode_prompt
 from rlhf_trainer.rollouts.sampler import GenerationRequest
 
 
@@ -11,6 +11,6 @@ def requests(tokenizer):
     """Three texts and a conversation to be continued."""
     prompts = ["the cat", "dogs ran far", "a mat on the green hills", [{"role": "user", "content": "see me"}]]
     return [
-        GenerationRequest(encode_prompt(tokenizer, prompt), prompt, f"row {i}")
+        GenerationRequest(encode_prompt(Codec(tokenizer), prompt), prompt, f"row {i}")
         for i, prompt in enumerate(prompts, start=1)
     ]

@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_trainer.data.encoding import encode_prompt
+from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Completion, Sampling, completion_text
@@ -99,7 +99,7 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     )  # fmt: skip
     own.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     messages = [{"role": "user", "content": "see me"}]
-    ids = encode_prompt(own, messages)
+    ids, text = encode_prompt(Codec(own), messages), prompt_text(Codec(own), messages)
     assert ids[:2].count(0) == 1
     scripted.answer = lambda path, body: choice(text=" on")
     make = sampler(prompts="text")
@@ -107,15 +107,15 @@ def test_a_start_that_the_servers_tokenizer_adds_itself_is_not_sent(scripted, sa
     generate(
         make,
         [
-            GenerationRequest(ids, messages, "row 1"),
-            GenerationRequest(encode_prompt(own, "the cat"), "the cat", "row 2"),
+            GenerationRequest(ids, text, "row 1"),
+            GenerationRequest(encode_prompt(Codec(own), "the cat"), "the cat", "row 2"),
         ],
     )
     assert sorted(own(body["prompt"]).input_ids for _, body in scripted.requests) == sorted(
-        [ids, encode_prompt(own, "the cat")]
+        [ids, encode_prompt(Codec(own), "the cat")]
     )
     (failure, good) = generate(
-        make, [GenerationRequest([5, 6], "the cat", "row 1"), GenerationRequest(ids, messages, "row 2")]
+        make, [GenerationRequest([5, 6], "the cat", "row 1"), GenerationRequest(ids, text, "row 2")]
     )
     assert failure.where == "row 1" and "other tokens" in failure.reason and isinstance(good, Completion)
 

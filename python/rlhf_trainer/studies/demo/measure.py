@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...data.encoding import encode_prompt, encode_response
+from ...data.encoding import Codec, encode_pairs, encode_prompt
 from ...data.examples import Group
 from ...models.checks import pad_id_of
 from ...models.fused_lm import FusedLM
@@ -39,7 +39,8 @@ def sample_reviews(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
 ) -> list[str]:
     """One review for each prompt, at temperature 1."""
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    codec = Codec(tokenizer)
+    ids = [encode_prompt(codec, prompt) for prompt in prompts]
     completions = generate(model, tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=BATCH, seed=seed)
     return [completion_text(tokenizer, completion) for completion in completions]
 
@@ -58,7 +59,9 @@ def score(
     reviews = sample_reviews(model, tokenizer, repeated, seed)
     # An empty review has no tokens to measure; it earns no reward, and is not of the language.
     answered = [(prompt, review) for prompt, review in zip(repeated, reviews, strict=True) if review]
-    encoded = [(encode_prompt(tokenizer, p), encode_response(tokenizer, p, r, "review")) for p, r in answered]
+    codec = Codec(tokenizer)
+    pairs = [encode_pairs(codec, p, [("review", r)]) for p, r in answered]
+    encoded = [(prompt, response) for prompt, (response,) in pairs]
     pad_id, device = pad_id_of(tokenizer), torch.device("cpu")
     kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
     scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()

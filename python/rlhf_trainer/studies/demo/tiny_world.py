@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ...data.batches import Batch, pad_sequences
-from ...data.encoding import encode_prompt
+from ...data.encoding import Codec, encode_prompt
 from ...data.rows import read_rows
 from ...models.loading import load_tokenizer, save_model
 from ...rewards.verifiable import exact_answer, think_answer
@@ -174,7 +174,7 @@ def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], see
     report = {}
     for name, path in models.items():
         tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
-        ids = [encode_prompt(tokenizer, prompt) for prompt in repeated]
+        ids = [encode_prompt(Codec(tokenizer), prompt) for prompt in repeated]
         completions = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
         texts = [completion_text(tokenizer, completion) for completion in completions]
         report[name] = measures(list(zip(repeated, texts, strict=True)))

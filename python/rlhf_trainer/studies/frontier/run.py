@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.encoding import encode_prompt
+from ...data.encoding import Codec, encode_prompt
 from ...errors import TrainingError, UsageError
 from ...models.loading import load_causal_lm, load_tokenizer
 from ...models.scoring import load_reward_model
@@ -115,8 +115,8 @@ def run(config: FrontierConfig) -> Path:
 
 def truth_of(world: World, path: Path) -> Truth:
     """The reference's leaves are computed once, and kept in `path`."""
-    tokenizer = load_tokenizer(world.reference, key="reference")
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in world.held_out]
+    codec = Codec(load_tokenizer(world.reference, key="reference"))
+    prompts = [encode_prompt(codec, prompt) for prompt in world.held_out]
     if not path.exists():
         logprobs = leaf_logprobs(load_causal_lm(world.reference, key="reference"), prompts)
         write_whole(path, save({"ref_logprobs": logprobs}))
