@@ -16,6 +16,7 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ANY_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 MARKED = "training"  # the name of a tokenizer's template with marks, beside the default one without
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
+PROBES = 64  # tokens that are tried to make a text of
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # What the assistant writes is marked, for masks: its content and the token that ends its turn, but neither the header,
@@ -89,9 +90,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> 
 
 def front_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of every text."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    ids = tokenizer("a").input_ids
-    return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(bare)] == bare), [])
+    ids = range(min(len(tokenizer), PROBES))
+    for word in ["a", *(tokenizer.decode([i], skip_special_tokens=True) for i in ids)]:  # some do not know "a"
+        bare, ids = tokenizer(word, add_special_tokens=False).input_ids, tokenizer(word).input_ids
+        if bare:
+            return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(bare)] == bare), [])
+    return []
 
 
 def plain_messages(messages: Any, field: str) -> list[dict[str, Any]]:

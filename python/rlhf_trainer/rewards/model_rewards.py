@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..data.chat import template_options
-from ..data.encoding import encode_rendering, like_prompt
+from ..data.encoding import encode_rendering, is_empty, like_prompt
 from ..data.examples import Prompt
 from ..errors import RowError, UsageError
 from ..models.checks import check_fit, check_vocabulary, largest_id, pad_id_of
@@ -61,7 +61,7 @@ class ModelReward:
         """Token ids of prompt and completion; UsageError naming the prompt where the tokenizer cannot make them."""
         try:
             opening = "" if isinstance(prompt.prompt, str) else prompt.opening  # plain text has it in the prompt
-            completion = like_prompt(prompt.prompt, opening + text)
+            completion = like_prompt(prompt.prompt, "" if is_empty(text) else opening + text)
             options = template_options(dict(prompt.columns))
             return encode_rendering(self.codec, prompt.prompt, completion, "completion", options)
         except RowError as error:

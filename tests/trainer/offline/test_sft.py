@@ -146,7 +146,8 @@ def test_chatml_brings_its_tokens(make_model, tokenizer, conversations, write_js
     assert trained.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).startswith(
         "<|im_start|>user"
     )
-    assert after.generation_config.eos_token_id == after.config.eos_token_id == trained.eos_token_id
+    ends = sorted([fresh.eos_token_id, trained.eos_token_id])  # those of before, and the template's
+    assert after.generation_config.eos_token_id == after.config.eos_token_id == ends
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(after(ids).logits[..., : len(fresh)], before(ids).logits)
 
@@ -186,9 +187,11 @@ def test_held_out_conversations(model_folder, conversations, write_jsonl, sft):
     assert by_step[2]["eval/loss"] == pytest.approx(by_step[3]["loss"], abs=1e-4)
 
 
-def test_a_template_without_marks_is_refused(model_folder, conversations, write_jsonl, sft):
-    with pytest.raises(UsageError, match=r"\{% generation %\}.*chat_template_path: chatml"):
-        sft(model_name_or_path=model_folder("llama"), dataset_name=write_jsonl(conversations(2)))
+def test_a_template_without_marks_trains_as_one_with_them(model_folder, conversations, write_jsonl, sft):
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(conversations(4))}
+    _, own = sft(**common)
+    _, marked = sft(**common, chat_template_path="chatml")
+    assert [record["loss"] for record in own] == [record["loss"] for record in marked]
 
 
 def test_a_whole_conversation_needs_no_marks(model_folder, conversations, write_jsonl, sft):

@@ -41,7 +41,7 @@ class Failing(LocalSampler):
     def generate(self, requests, sampling, *, seed, number):
         done = super().generate(requests, sampling, seed=seed, number=number)
         return [
-            Failure(one.where, "it stalls") if self.fails(one.prompt) else completion
+            Failure(one.where, "it stalls") if self.fails(one.text) else completion
             for one, completion in zip(requests, done, strict=True)
         ]
 

@@ -89,7 +89,7 @@ def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
         def generate(self, requests, sampling, *, seed, number):
             done = super().generate(requests, sampling, seed=seed, number=number)
             return [
-                Failure(one.where, "it stalls") if one.prompt.startswith("a") else completion
+                Failure(one.where, "it stalls") if one.text.startswith("a") else completion
                 for one, completion in zip(requests, done, strict=True)
             ]
 

@@ -324,7 +324,7 @@ def test_an_empty_completion_is_rewarded_as_the_prompt_with_its_end(word_reward_
 def test_what_is_too_long_for_a_reward_model_is_named(word_reward_model):
     rewards = load(reward_model=word_reward_model)
     with pytest.raises(
-        UsageError, match=r"p.jsonl, row 1: 98 tokens, but the model has 96 positions; the reward model"
+        UsageError, match=r"p.jsonl, row 1: 99 tokens, but the model has 96 positions; the reward model"
     ):
         rewards.check([prompt("the cat")], "p.jsonl", max_completion_length=96)
     with pytest.raises(UsageError, match=r"row 1: prompt and completion are 102 tokens .* which has 96 positions"):

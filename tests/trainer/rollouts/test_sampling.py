@@ -171,7 +171,7 @@ def test_resuming_with_other_settings_or_data_is_refused(run, rows, write_jsonl,
 def test_a_finished_run_has_nothing_left_to_do(run, monkeypatch, capsys):
     folder = run(resume_from_checkpoint=True)  # from the start, if there is nothing
     before = (folder / COMPLETIONS_FILE).stat().st_mtime_ns
-    monkeypatch.setattr(sampling, "load_tokenizer", None)
+    monkeypatch.setattr(sampling, "load_codec", None)
     assert run(resume_from_checkpoint=True) == folder
     assert (folder / COMPLETIONS_FILE).stat().st_mtime_ns == before
     assert "already finished" in capsys.readouterr().out

@@ -121,9 +121,9 @@ def test_sync_by_folder_changes_what_transformers_serve_writes(served, make_mode
         before = after
 
 
-def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_jsonl, requests, tmp_path):
+def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_jsonl, prompts, tmp_path):
     url, folder = served
-    data = write_jsonl([{"prompt": request.prompt} for request in requests])
+    data = write_jsonl([{"prompt": prompt} for prompt in prompts])
 
     def written(output, **options):
         config = SampleConfig(
@@ -135,10 +135,10 @@ def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_js
     assert written("there", server_url=url, server_prompts="text") == written("here")
 
 
-def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl, requests, tmp_path):
+def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl, prompts, tmp_path):
     """The server follows the policy: what is rewarded becomes more frequent in what the server writes."""
     url, folder = served
-    data = write_jsonl([{"prompt": request.prompt} for request in requests])
+    data = write_jsonl([{"prompt": prompt} for prompt in prompts])
     trained = train_grpo(
         GRPOConfig(
             output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data,

@@ -23,6 +23,7 @@ import rlhf_kernels as rk
 
 from ...config.parse import dump_yaml
 from ...data.batches import Batch, pad_sequences
+from ...data.encoding import Codec
 from ...data.examples import load_groups
 from ...models.fused_lm import FusedLM, LMHead
 from ...models.loading import save_model
@@ -132,7 +133,7 @@ def run(config: DemoConfig) -> Path:
 
     print("\nOn prompts that no stage after pretraining has seen:\n")
     groups = load_groups(
-        str(folder / "held_out.jsonl"), tokenizer, split="train", max_prompt_length=16, max_length=POSITIONS
+        str(folder / "held_out.jsonl"), Codec(tokenizer), split="train", max_prompt_length=16, max_length=POSITIONS
     ).examples
     reward_model = load_reward_model(str(folder / "reward_model"), key="reward_model_name_or_path")
     scores = {}
