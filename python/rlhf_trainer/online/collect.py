@@ -98,7 +98,7 @@ def complete_groups(
 
 def compute_rewards(setup: Setup, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Scores:
     """The completions' rewards, known to every process; each scores some prompts with all their completions."""
-    texts = [completion_text(setup.tokenizer, completion) for completion in completions]
+    texts = [completion_text(setup.tokenizer, c, p.ids) for p, c in zip(prompts, completions, strict=True)]
     size = setup.config.num_generations * math.ceil(
         len(texts) / setup.config.num_generations / setup.accelerator.num_processes
     )

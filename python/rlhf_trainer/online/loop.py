@@ -170,7 +170,10 @@ def save_samples(
     if setup.accelerator.is_main_process:
         rows = zip(prompts[:SAMPLES], completions[:SAMPLES], scores.total.tolist()[:SAMPLES], strict=True)
         lines = [
-            {"row": p.row, "prompt": p.prompt, "completion": completion_text(setup.tokenizer, c), "reward": reward}
-            for p, c, reward in rows
-        ]
+            {
+                "row": prompt.row, "prompt": prompt.prompt,
+                "completion": completion_text(setup.tokenizer, completion, prompt.ids), "reward": reward,
+            }
+            for prompt, completion, reward in rows
+        ]  # fmt: skip
         write_jsonl(work / SAMPLES_FILE, lines)

@@ -23,6 +23,9 @@ from transformers import (
 from ..models.checks import pad_id_of
 from ..training.journal import RunBatch, batches_of_like_length, compute_only
 
+NAMED = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+TAIL = 16  # tokens of a prompt that a completion is decoded behind: more than a character has, or a run of bytes
+
 
 class Sampling(NamedTuple):
     """The options of drawing a token: from logits over temperature, the top_k of them, and of these the top_p."""
@@ -171,10 +174,21 @@ def up_to_end(ids: list[int], ends: list[int]) -> Completion:
     return Completion(ids, False) if end is None else Completion(ids[: end + 1], True)
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> str:
-    """The text without special tokens and without the end, which need not be a special token to the tokenizer."""
-    ids = completion.ids[:-1] if completion.finished else completion.ids
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def completion_text(tokenizer: PreTrainedTokenizerBase, completion: Completion, prompt_ids: Sequence[int]) -> str:
+    """The text that continues the prompt's, without the end and without the tokenizer's own named special tokens.
+
+    Other special tokens stay: tags such as <think> are some models' tokens of their own. The text is decoded in its
+    place, behind the prompt's last tokens, as decoders may drop the space that a text begins with; where they make
+    another text of the prompt with the completion behind it (of bytes that are no character, say), apart.
+    """
+    named = {getattr(tokenizer, f"{name}_token_id") for name in NAMED}
+    ids = [id for id in completion.ids[: -1 if completion.finished else None] if id not in named]
+    tail = list(prompt_ids[-TAIL:])
+    before, whole, apart = (
+        tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for part in (tail, tail + ids, ids)
+    )
+    return whole[len(before) :] if whole.startswith(before) else apart
 
 
 @contextmanager

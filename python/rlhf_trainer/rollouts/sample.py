@@ -102,8 +102,8 @@ def completions_of(config: SampleConfig, part: Part, progress: Journal, device: 
             return [
                 Written(done.reason, None)
                 if isinstance(done, Failure)
-                else Written(completion_text(part.tokenizer, done), done.finished)
-                for done in draw(prompts, number)
+                else Written(completion_text(part.tokenizer, done, prompt.ids), done.finished)
+                for prompt, done in zip(prompts, draw(prompts, number), strict=True)
             ]
 
         for i, prompt, written in zip(positions, prompts, progress.run(write), strict=True):

@@ -1,9 +1,11 @@
 """Completions: from the distribution of the options, the same on every run, whole."""
 
+import copy
 from collections import Counter
 
 import pytest
 import torch
+from transformers import LlamaTokenizer
 
 import rlhf_kernels as rk
 from rlhf_trainer.data.batches import pad_sequences
@@ -104,10 +106,39 @@ def test_padding_behind_the_end_is_not_the_completions():
 
 def test_the_text_has_neither_end_nor_special_tokens(tokenizer):
     ids = tokenizer(" the cat .").input_ids
-    assert completion_text(tokenizer, Completion([*ids, 1], True)) == " the cat ."
-    assert completion_text(tokenizer, Completion([0, *ids], False)) == " the cat ."
+    assert completion_text(tokenizer, Completion([*ids, 1], True), [5]) == " the cat ."
+    assert completion_text(tokenizer, Completion([0, *ids], False), [5]) == " the cat ."
     (fish,) = tokenizer(" fish").input_ids
-    assert completion_text(tokenizer, Completion([*ids, fish], True)) == " the cat ."  # an end that is a word
+    assert completion_text(tokenizer, Completion([*ids, fish], True), [5]) == " the cat ."  # an end that is a word
+
+
+def test_special_tokens_that_the_tokenizer_does_not_name_are_text(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    ids = tokenizer("<think> the</think> cat").input_ids
+    assert completion_text(tokenizer, Completion([*ids, 1], True), [5]) == "<think> the</think> cat"
+
+
+def sentencepiece():
+    """Llama 2's kind: words begin with a space, and bytes stand for what has no piece."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *":Hia", "\u2581", "Hi", "\u2581Hi"]
+    return LlamaTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[("H", "i"), ("\u2581", "Hi")])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn", "text"),
+    [
+        ([":"], ["\u2581Hi"], " Hi"), ([":"], ["Hi"], "Hi"), (["\u2581Hi", "\u2581"], ["Hi", "\u2581Hi"], "Hi Hi"),
+        (["</s>", ":"], ["\u2581Hi", "<unk>", "a"], " Hia"), ([], ["\u2581Hi"], "Hi"), ([":"], [], ""),
+        (["<0xC3>", "<0xA9>"], ["<0xC3>", "<0xA8>"], "è"), (["<0xC3>"], ["<0xA9>", "a"], "\ufffda"),
+        (["<0xC3>", "<0xA9>"], ["<0xC3>"], "\ufffd"), ([":"], ["a", "<0xC3>"], "a\ufffd"),
+    ],
+)  # fmt: skip
+def test_what_is_drawn_is_decoded_in_its_place(prompt, drawn, text):
+    tokenizer = sentencepiece()
+    prompt, drawn = map(tokenizer.convert_tokens_to_ids, (prompt, drawn))
+    assert completion_text(tokenizer, Completion([*drawn, 2], True), prompt) == text
+    assert completion_text(tokenizer, Completion(drawn, False), [5] * 100 + prompt) == text or not prompt
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])

@@ -84,7 +84,7 @@ def test_text_travels_where_ids_cannot(scripted, sampler, requests, tokenizer):
     done = generate(sampler(prompts="text"), requests)
     ids = tokenizer(" the cat").input_ids
     assert done == [Completion([*ids, END], True, None)] * 4
-    assert completion_text(tokenizer, done[0]) == " the cat"
+    assert completion_text(tokenizer, done[0], requests[0].ids) == " the cat"
     for _, body in scripted.requests:
         assert tokenizer(body["prompt"]).input_ids in [one.ids for one in requests]
         assert not body.keys() & {"top_k", "min_p", "stop_token_ids", "return_token_ids"}  # transformers refuses them

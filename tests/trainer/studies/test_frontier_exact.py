@@ -130,7 +130,7 @@ def test_the_sum_over_leaves_is_the_expected_exact_kl_of_the_tokens(models, leav
 def test_what_the_trainer_draws_has_the_mean_that_is_counted(models, leaves, tokenizer, ids, rewards):
     draws = 4000
     completions = generate(models[0], tokenizer, [ids[0]] * draws, Sampling(MAX_WORDS), batch_size=2000, seed=1)
-    drawn = torch.tensor(gold([PROMPTS[0]] * draws, [completion_text(tokenizer, c) for c in completions]))
+    drawn = torch.tensor(gold([PROMPTS[0]] * draws, [completion_text(tokenizer, c, ids[0]) for c in completions]))
     exact = value_of(leaves[0][:1], leaves[0][:1], rewards[:1])
     assert abs(drawn.mean() - exact.reward) < 4 * drawn.std() / math.sqrt(draws)
     assert exact.kl == 0

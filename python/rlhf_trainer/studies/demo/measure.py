@@ -42,7 +42,7 @@ def sample_reviews(
     codec = Codec(tokenizer)
     ids = [encode_prompt(codec, prompt) for prompt in prompts]
     completions = generate(model, tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=BATCH, seed=seed)
-    return [completion_text(tokenizer, completion) for completion in completions]
+    return [completion_text(tokenizer, *pair) for pair in zip(completions, ids, strict=True)]
 
 
 def score(

@@ -176,7 +176,7 @@ def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], see
         tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
         ids = [encode_prompt(Codec(tokenizer), prompt) for prompt in repeated]
         completions = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
-        texts = [completion_text(tokenizer, completion) for completion in completions]
+        texts = [completion_text(tokenizer, *pair) for pair in zip(completions, ids, strict=True)]
         report[name] = measures(list(zip(repeated, texts, strict=True)))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
