@@ -33,7 +33,8 @@ def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict
         "prompt_row": prompt.row,
         "finished": finished,
     }
-    return row | answer | ({"columns": columns} if columns else {})
+    opening = {"opening": prompt.opening} if prompt.opening else {}
+    return row | answer | opening | ({"columns": columns} if columns else {})
 
 
 class Row(NamedTuple):
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     model: str
     finished: bool
     columns: dict[str, Any]  # of the prompt's row
+    opening: str  # as in `Prompt`
     ids: list[list[int]]
     left_out: str | None  # why it cannot be selected
 
@@ -67,7 +69,8 @@ def files_in(names: Sequence[str], file_name: str, key: str) -> list[str]:
 
 def read_completions(file: str, codecs: Sequence[Codec], max_length: int) -> list[Row]:
     """All rows; UsageError naming those that are not completions. `model` is text, by default the file's name;
-    `finished` true or false, by default true; `columns` a mapping, by default an empty one."""
+    `finished` true or false, by default true; `columns` a mapping, by default an empty one; `opening` text, by default
+    none."""
     return read_checked(
         file, lambda number, row: checked_row(file, number, row, codecs, max_length), "completions",
         "rows with prompt and completion, as `rlhf sample` writes them",
@@ -78,10 +81,12 @@ def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Co
     for field in ("prompt", "completion"):
         if row.get(field) is None:
             raise RowError(field, f"missing; the row has: {', '.join(row)}")
-    model, finished = row.get("model", file), row.get("finished", True)
+    model, finished, opening = row.get("model", file), row.get("finished", True), row.get("opening", "")
     columns = {} if row.get("columns") is None else row["columns"]
     if not isinstance(model, str):
         raise RowError("model", f"expected text, got {kind(model)}")
+    if not isinstance(opening, str):
+        raise RowError("opening", f"expected text, got {kind(opening)}")
     if not isinstance(finished, bool):
         raise RowError("finished", f"expected true or false, got {kind(finished)}")
     if not isinstance(columns, dict):
@@ -91,19 +96,19 @@ def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Co
     options = template_options(columns)
     if is_empty(completion):
         ids = [encode_prompt(codec, prompt, "prompt", options) for codec in codecs]
-        return Row(file, number, prompt, completion, model, finished, columns, ids, EMPTY)
+        return Row(file, number, prompt, completion, model, finished, columns, opening, ids, EMPTY)
     check_response(prompt, completion, "completion")
     ids = [encode_rendering(codec, prompt, completion, "completion", options) for codec in codecs]
     is_long = any(len(sequence) > max_length for sequence in ids)
     problem = UNFINISHED if not finished else TOO_LONG if is_long else None
-    return Row(file, number, prompt, completion, model, finished, columns, ids, problem)
+    return Row(file, number, prompt, completion, model, finished, columns, opening, ids, problem)
 
 
 def text_of(completion: Any) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def as_scored(row: Row, reward: float | None, parts: dict[str, float]) -> dict[str, Any]:
+def as_scored(row: Row, reward: float | None, parts: dict[str, float | None]) -> dict[str, Any]:
     """A line of scored.jsonl. `reward` is null where `left_out` says why; `rewards` has each of several functions."""
     return {
         "prompt": row.prompt, "completion": row.completion, "model": row.model, "finished": row.finished,

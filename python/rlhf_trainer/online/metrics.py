@@ -44,10 +44,13 @@ def kl_of_tokens(episode: Episode, config: OnlineConfig) -> Tensor:
 
 
 def reward_metrics(scores: Scores, names: Sequence[str]) -> Metrics:
+    """Means and deviations of the rewards, and of each function's where it has not abstained."""
     metrics = {"reward": scores.total.mean().item(), "reward_std": scores.total.std(correction=0).item()}
-    for name, part in zip(names, scores.parts.T, strict=True):
-        metrics[f"rewards/{name}/mean"] = part.mean().item()
-        metrics[f"rewards/{name}/std"] = part.std(correction=0).item()
+    for name, column in zip(names, scores.parts.T, strict=True):
+        part = column[~column.isnan()]
+        if len(part):
+            metrics[f"rewards/{name}/mean"] = part.mean().item()
+            metrics[f"rewards/{name}/std"] = part.std(correction=0).item()
     return metrics
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def rejection(config: RejectionConfig) -> Path:
     usable = [row for row in rows if row.left_out is None]
     if not usable:
         raise UsageError(f"completions: none of {len(rows)} can be selected ({in_numbers(left_out(rows))})")
-    prompts = [Prompt(row.number, row.prompt, [], None, row.columns) for row in usable]
+    prompts = [Prompt(row.number, row.prompt, [], None, row.columns, row.opening) for row in usable]
     texts = [text_of(row.completion) for row in usable]
     for file, group in itertools.groupby(range(len(usable)), key=lambda i: usable[i].source):
         places = list(group)
@@ -134,7 +135,10 @@ def rejection(config: RejectionConfig) -> Path:
     candidates = [Candidate(numbers[row.prompt_key], reward) for row, reward in zip(usable, rewards, strict=True)]
     selected = select(config, candidates)
 
-    parts = [dict(zip(reward.names, values, strict=True)) for values in scores.parts.tolist()]
+    parts = [
+        {name: None if math.isnan(value) else value for name, value in zip(reward.names, values, strict=True)}
+        for values in scores.parts.tolist()
+    ]
     known = iter(zip(rewards, parts, strict=True))
     scored = [as_scored(row, *(next(known) if row.left_out is None else (None, {}))) for row in rows]
     write_jsonl(work / SCORED_FILE, scored)

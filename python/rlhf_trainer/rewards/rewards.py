@@ -14,7 +14,8 @@ A reward is named by text:
 
 A user's function has TRL's signature, `f(prompts, completions, **columns) -> list of numbers`: it is called once with
 all prompts and completions, text or messages as in the data, and the other columns of their rows, each a list with
-None where a row lacks it. Of these it gets what its parameters ask for; `**kwargs` asks for everything.
+None where a row lacks it. Of these it gets what its parameters ask for; `**kwargs` asks for everything. None in place
+of a number abstains: that completion's reward is the sum of the other functions', of which one must have a value.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ LARGEST = torch.finfo(torch.float32).max
 class Scores(NamedTuple):
     """Rewards of N completions by K functions, fp32 on the CPU."""
 
-    total: Tensor  # [N], the sum of parts times weights
-    parts: Tensor  # [N, K], without weights
+    total: Tensor  # [N], the sum of parts times weights, of those that are there
+    parts: Tensor  # [N, K], without weights; NaN where a function abstained
 
 
 class Reward(Protocol):
@@ -93,10 +94,16 @@ class Rewards:
             raise ValueError(f"expected a text for each prompt, got {len(texts)} for {len(prompts)}")
         columns = []
         for name, function in zip(self.names, self.functions, strict=True):
-            values = function(prompts, texts, run) if prompts else []
-            columns.append(checked(name, values, prompts))
+            values = checked(name, function(prompts, texts, run) if prompts else [], prompts)
+            columns.append([math.nan if value is None else value for value in values])
         parts = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(prompts)).T.contiguous()
-        return Scores(parts @ torch.tensor(self.weights, dtype=torch.float32), parts)
+        silent = parts.isnan().all(dim=1).nonzero().flatten().tolist()
+        if silent and columns:
+            raise UsageError(
+                f"no reward function has a value for a completion of {where(prompts[silent[0]])}: each gave None "
+                f"({', '.join(self.names)}); of every completion at least one must give a number"
+            )
+        return Scores(parts.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), parts)
 
 
 def line_of(error: BaseException) -> str:
@@ -119,7 +126,7 @@ class RowReward:
         return 1
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
-        expected = [self.expected(prompt) for prompt in prompts]
+        expected, texts = [self.expected(prompt) for prompt in prompts], list(map(opened, prompts, texts))
 
         def score() -> list[float]:
             if not self.verifiable.is_slow:
@@ -181,7 +188,7 @@ class UserReward:
     def batch_count(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> int:
         return 1
 
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float | None]:
         return run(lambda: checked(self.spec, self.values(prompts, texts), prompts))
 
     def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
@@ -208,14 +215,20 @@ class UserReward:
         columns = present if self.takes_all else [column for column in present if column in self.parameters]
         arguments = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
         arguments["prompts"] = [prompt.prompt for prompt in prompts]
-        arguments["completions"] = list(map(like_prompt, arguments["prompts"], texts))
+        arguments["completions"] = list(map(like_prompt, arguments["prompts"], map(opened, prompts, texts)))
         if not self.takes_all:
             arguments = {name: arguments[name] for name in arguments if name in self.parameters}
         return self.function(**arguments)
 
 
-def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float]:
-    """values as a function gave them -> a finite number for each prompt; UsageError naming function and prompt."""
+def opened(prompt: Prompt, text: str) -> str:
+    """A completion with what the prompt's end has written of it, "<think>" say, in front, unless it is there."""
+    return text if text.lstrip().startswith(prompt.opening.strip()) else prompt.opening + text
+
+
+def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float | None]:
+    """values as a function gave them -> a finite number, or None, for each prompt; UsageError naming function and
+    prompt."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
     values = values.tolist() if hasattr(values, "tolist") else values  # a tensor or an array
@@ -232,13 +245,14 @@ def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float]:
     return list(map(number, repeat(name), values, prompts))
 
 
-def number(name: str, value: Any, prompt: Prompt) -> float:
+def number(name: str, value: Any, prompt: Prompt) -> float | None:
+    if value is None:
+        return None
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
-        description = "None" if value is None else kind(value)
         raise UsageError(
-            f"the reward function {name!r} gave {description}, expected a finite number (for {where(prompt)})"
+            f"the reward function {name!r} gave {kind(value)}, expected a finite number (for {where(prompt)})"
         )
     return float(value)
 

@@ -262,6 +262,8 @@ MATHS = [
 ]
 LENGTH = """
 calls = []
+def known_level(completions, level):
+    return level
 def shortness(completions, level):
     calls.append(level)
     return [-0.01 * len(text) for text in completions]
@@ -324,6 +326,14 @@ def test_a_weighted_sum_of_a_reward_model_and_functions(run_by_functions, write_
     assert sys.modules["lengths"].calls == [[1, 1, None, None, None]]
 
 
+def test_a_function_that_abstains_and_a_prompt_that_opens_thoughts(run_by_functions, write_jsonl):
+    rows = [MATHS[0], MATHS[2], MATHS[2] | {"opening": "<think>\n"}]
+    folder = run_by_functions(write_jsonl(rows), reward_funcs=["exact_answer", "lengths:known_level"])
+    scored = lines_of(folder / "scored.jsonl")
+    assert [line["reward"] for line in scored] == [2, 1, 0]
+    assert [line["rewards"]["known_level"] for line in scored] == [1, None, None]
+
+
 def test_functions_are_not_called_again_when_a_run_goes_on(
     run_by_functions, write_jsonl, word_reward_model, monkeypatch
 ):
@@ -353,6 +363,7 @@ def test_what_rewards_cannot_use_is_named_before_anything_is_written(run_by_func
         run_by_functions(write_jsonl([MATHS[0], row("on", " cat")]), reward_funcs=["exact_answer"])
     for line, message in (
         (row("a", " b", columns=[1]), "row 1, field 'columns': expected a mapping, got a list"),
+        (row("a", " b", opening=1), "row 1, field 'opening': expected text, got int 1"),
         (row(["a"], " b"), r"row 1, field 'prompt\[0\]': expected"),
         (row(7, " b"), "row 1, field 'prompt': expected text or a list of messages, got int"),
         (row("a", 7), "row 1, field 'completion': expected text, as in 'prompt', got int 7"),

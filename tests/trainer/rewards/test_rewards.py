@@ -12,8 +12,10 @@ from rlhf_trainer.data.encoding import Codec, encode_rendering
 from rlhf_trainer.data.examples import Prompt, load_prompts
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
+from rlhf_trainer.online.metrics import reward_metrics
 from rlhf_trainer.rewards.config import RewardsConfig
 from rlhf_trainer.rewards.loading import load_rewards
+from rlhf_trainer.rewards.rewards import Scores
 from tests.trainer.known_models import save_word_reward_model
 
 CPU = torch.device("cpu")
@@ -113,6 +115,27 @@ def test_weights_are_one_each_by_default_and_repeated_names_are_numbered(functio
     assert rewards(THREE, TEXTS).total.tolist() == [2, 4, 5]
 
 
+def test_a_function_may_abstain(functions):
+    rewards = load("my_rewards:none", "regex:xx", weights=[2.0, 1.0])
+    total, parts = rewards(THREE, TEXTS)
+    assert total.tolist() == [2.0, 1.0, 3.0] and parts[:, 1].tolist() == [0, 1, 1]
+    assert parts[:, 0].isnan().tolist() == [False, True, False]
+    metrics = reward_metrics(Scores(total, parts), rewards.names)
+    assert metrics["rewards/none/mean"] == 1.0 and metrics["rewards/none/std"] == 0.0 and metrics["reward"] == 2.0
+    assert "rewards/none/mean" not in reward_metrics(Scores(total[1:2], parts[1:2]), rewards.names)
+
+
+def test_thoughts_that_the_prompt_opens_are_open(functions):
+    """Of templates whose generation prompt ends with <think>, completions have </think> only."""
+    thinking = Prompt(1, "2+2?", [5], None, {"answer": "4"}, "<think>\n")
+    texts = ["two and two</think><answer>4</answer>", "perhaps the answer is 4, but let me", "<think>4</think>4"]
+    rewards = load("format:think_answer", "exact_answer", "my_rewards:everything")
+    assert rewards([thinking] * 3, texts).parts[:, :2].tolist() == [[1, 1], [0, 0], [0, 1]]
+    ((_, completions, _),) = sys.modules["my_rewards"].calls
+    assert completions == ["<think>\n" + texts[0], "<think>\n" + texts[1], texts[2]]
+    assert rewards([thinking._replace(opening="")] * 2, texts[:2]).parts[:, :2].tolist() == [[0, 1], [0, 1]]
+
+
 def test_no_prompts_give_no_rewards(functions):
     total, parts = load("my_rewards:length", "regex:a")([], [])
     assert total.shape == (0,) and parts.shape == (0, 2)
@@ -174,7 +197,7 @@ def test_what_else_counts_as_numbers(functions, name, values):
         ("nan", r"'my_rewards:nan' gave float nan, expected a finite number \(for row 2, prompt 'bad'\)"),
         ("inf", r"gave float -inf, expected a finite number \(for row 2"),
         ("huge", r"gave float 1e\+39, expected a finite number \(for row 2"),  # fp32 holds no such number
-        ("none", r"'my_rewards:none' gave None, expected a finite number \(for row 2, prompt 'bad'\)"),
+        ("none", r"no reward function has a value for a completion of row 2, prompt 'bad': each gave None \(none\)"),
         ("text", r"gave text, expected a finite number \(for row 2"),
         ("nested", r"gave a list, expected a finite number \(for row 2"),
         ("short", r"'my_rewards:short' gave 1 values for 3 completions \(of prompts from row 1.* to row 7, prompt 'c'"),

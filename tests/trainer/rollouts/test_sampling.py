@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_trainer.data.completions import COMPLETIONS_FILE
+from rlhf_trainer.data.completions import COMPLETIONS_FILE, row_of
 from rlhf_trainer.data.encoding import is_empty
+from rlhf_trainer.data.examples import Prompt
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts import sample as sampling
 from rlhf_trainer.rollouts.config import SampleConfig
@@ -86,6 +87,12 @@ def test_the_other_columns_of_a_prompt_travel_with_its_completions(run, tmp_path
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     lines = lines_of(run(dataset_name=str(tmp_path / "rows.parquet"), num_completions=1))
     assert [line.get("columns") for line in lines] == [{"ground_truth": "4", "tests": ["assert f"]}, None] * 2
+
+
+def test_what_the_prompts_end_opened_travels_with_its_completions():
+    """`rlhf rejection` reads it in front, as it has no tokenizer to tell it."""
+    assert "opening" not in row_of(Prompt(1, "a", [5], None), "model", "b", True)
+    assert row_of(Prompt(1, "a", [5], None, opening="<think>\n"), "model", "b", True)["opening"] == "<think>\n"
 
 
 def test_only_the_first_prompts(run):
