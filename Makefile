@@ -28,7 +28,7 @@ $(STAMP): constraints.txt pyproject.toml setup.py setup_cuda.py MANIFEST.in $(CS
 	$(call make_venv,$(VENV))
 	$(BIN)/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
 	RLHF_KERNELS_NATIVE=1 $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		-e '.[trainer,triton,bench,peers,dev]'
+		-e '.[trainer,math,triton,bench,peers,dev]'
 	$(BIN)/python -c 'import json, rlhf_kernels as rk; print(json.dumps(rk.build_info(), indent=1))'
 	touch $@
 

@@ -17,7 +17,7 @@ import referencing
 import regex
 
 from ..errors import kind
-from . import sandbox
+from . import mathematics, sandbox
 from .arithmetic import value_of
 
 THINK, END_OF_THINK = "<think>", "</think>"
@@ -38,6 +38,19 @@ NUMBER = re.compile(
 AROUND = " ,;:!?\"'`*$“”‘’"
 MOST_DIGITS = 1000  # of a number; what is longer is text
 PATTERN_SECONDS = 1.0
+NAME_BEFORE = re.compile(r"^[a-z](?:\([a-z]\))?(?:=|\\in(?![a-z]))")  # x=, f(x)=, x\in
+PART = r"\s?(\{[^{}]*\}|[^\W_])"  # of a fraction
+FRACTION = re.compile(r"(?:(\d{1,20})\s?)?\\[dtc]?frac" + PART + PART)
+UNIT_POWER = re.compile(r"(?<![A-Za-z\\])([mcdk]?m|in|ft|yd|mi|units?|inch(?:es)?|feet|miles|meters?) ?\^\{?[23]\}?")
+LATEX = [  # its several spellings of the same -> one, which is plain where there is a plain one
+    (re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[,!]|\\(?=[$%])|\^\s?(?:\\circ|\{\\circ\})|\\degree|°"), ""),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\[;: ]"), " "),
+    (re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|it|rm)|mbox)\s?\{([^{}]*)\}"), r" \1 "),
+    (re.compile(r"\\sqrt\s?(\w)"), r"\\sqrt{\1}"),
+    (re.compile(r"([\^_])\{(\w)\}"), r"\1\2"),
+    (re.compile(r"(?<=\d)\s?(?:\\times|\\cdot|×)\s?10\^\{?([-+]?\d{1,3})\}?"), r"e\1"),
+]
 
 
 class Verifiable(NamedTuple):
@@ -61,10 +74,12 @@ def exact_answer(text: str, answers: list[str]) -> float:
     <answer> tags the other marks are looked for again. A text without a mark answers with its last number, where a
     number is expected, or else with the whole text.
 
-    Numbers are equal by value: 1,234.50 = 1234.5 = 2469/2. Where a number is expected, a marked answer may have other
-    words, but only one number (behind "answer is": the first counts); "72 or 73" is no answer. Other texts are equal
-    without regard to case, white space, Unicode's compatibility forms, and the punctuation, quotes, * and $ around
-    them.
+    Numbers are equal by value: 1,234.50 = 1234.5 = 2469/2, and to the number with % behind it also as its hundredth.
+    Where a number is expected, a marked answer may have other words, but only one number (behind "answer is": the first
+    counts); "72 or 73" is no answer, and what is left to compute, such as 70+2, neither. Other texts are equal without
+    regard to case, white space (around punctuation, too), Unicode's compatibility forms, LaTeX's several spellings of
+    the same, the name in x = ..., the parentheses of (A), and the punctuation, quotes, * and $ around them; formulas,
+    where math-verify is installed, also by what they mean (`mathematics`).
     """
     return float(any(answers_with(text, expected) for expected in answers))
 
@@ -77,14 +92,26 @@ def answers_with(text: str, expected: str) -> bool:
     marked = marked_answer(content)
     if marked is None:
         if number is None:
-            return normal(content) == normal(expected)
+            return same_text(content, expected)
         numbers = numbers_in(content)
         return bool(numbers) and numbers[-1] == number
     answer, mark = marked
     if number is None:
-        return normal(answer) == normal(expected)
+        return same_text(answer, expected)
     numbers = numbers_in(answer)
-    return numbers[:1] == [number] and (len(numbers) == 1 or mark == "is")
+    if not numbers or (len(numbers) > 1 and mark != "is"):
+        return False
+    hundredths = [value / 100 if "%" in text else value for value, text in ((numbers[0], answer), (number, expected))]
+    return numbers[0] == number or hundredths[0] == hundredths[1]
+
+
+def same_text(answer: str, expected: str) -> bool:
+    texts = normal(answer), normal(expected)
+    if bool(NAME_BEFORE.match(texts[0])) != bool(NAME_BEFORE.match(texts[1])):
+        texts = NAME_BEFORE.sub("", texts[0]), NAME_BEFORE.sub("", texts[1])
+    if texts[0] == texts[1] or number_of(texts[0]) == number_of(texts[1]) is not None:
+        return True
+    return mathematics.is_installed() and mathematics.are_equal(answer, expected)
 
 
 def without_thoughts(text: str) -> str | None:
@@ -120,27 +147,41 @@ def last_boxed(text: str) -> str | None:
 
 def normal(text: str) -> str:
     """Texts that count as equal -> the same text."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return re.sub(r"^\(([a-z])\)$", r"\1", re.sub(r" ?([^\w\s]) ?", r"\1", trimmed(text)))
+
+
+def trimmed(text: str) -> str:
+    text = " ".join(plain(text).casefold().split())
     return text.rstrip(AROUND + ".").lstrip(AROUND) or text  # a point at the start may be a number's
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    text = plain_numbers(text)
+    text = UNIT_POWER.sub(r"\1", plain(text))
     numbers = [number_from(match) for match in NUMBER.findall(text)]
     return [number for number in numbers if number is not None]
 
 
 def number_of(text: str) -> Fraction | None:
     """The number that a text is; None where it is not one, and nothing else."""
-    text = normal(plain_numbers(text))
+    text = trimmed(text).removesuffix("%")
     return number_from(text) if NUMBER.fullmatch(text) else None
 
 
-def plain_numbers(text: str) -> str:
-    """Numbers as LaTeX and Unicode write them -> as Python does."""
+def plain(text: str) -> str:
+    """Texts, and numbers in them, as LaTeX and Unicode write them -> as plain text has them, where it can."""
     text = unicodedata.normalize("NFKC", text).replace("\N{MINUS SIGN}", "-").replace("\N{FRACTION SLASH}", "/")
-    text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
-    return re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text)
+    for pattern, replacement in LATEX:
+        text = pattern.sub(replacement, text)
+    return FRACTION.sub(plain_fraction, text)
+
+
+def plain_fraction(match: re.Match[str]) -> str:
+    """3\\frac12 -> 7/2; \\frac ab -> \\frac{a}{b}."""
+    whole, *parts = match.groups(default="")
+    above, below = (part.strip("{} ") for part in parts)
+    if all(part.isdecimal() and len(part) <= MOST_DIGITS for part in (above, below)):
+        return f"{int(whole or 0) * int(below) + int(above)}/{below}"
+    return f"{whole}\\frac{{{above}}}{{{below}}}"
 
 
 def number_from(text: str) -> Fraction | None:

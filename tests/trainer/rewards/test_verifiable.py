@@ -3,11 +3,13 @@
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
 import regex
 
+from rlhf_trainer.rewards import mathematics
 from rlhf_trainer.rewards.arithmetic import MOST_BITS, value_of
 from rlhf_trainer.rewards.verifiable import (
     all_unit_tests,
@@ -21,6 +23,8 @@ from rlhf_trainer.rewards.verifiable import (
     think_answer,
     unit_tests,
 )
+
+needs_math_verify = pytest.mark.skipif(not mathematics.is_installed(), reason="needs the extra math")
 
 
 def rewards(cases, expected):
@@ -101,12 +105,75 @@ def test_numbers_too_large_to_compute_with_are_texts():
         ("<answer>\n New   York \n</answer>", "new york", 1), ("\\boxed{x^{2}+1}", "x^{2}+1", 1),
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}", 1), ("\\boxed{a{b}", "a{b", 0),
         ("\\boxed{\\boxed{a}}", "a", 1), ("ﬁne café", "FINE CAFE\u0301", 1), ("straße", "STRASSE", 1), ("猫", "猫", 1),
-        ("C++", "C", 0), ("!", "?", 0), ("", "a", 0), ("<answer></answer>", "a", 0), ("(B)", "B", 0),
+        ("C++", "C", 0), ("!", "?", 0), ("", "a", 0), ("<answer></answer>", "a", 0), ("(B)", "B", 1), ("(B)", "A", 0),
         ("<answer><answer>a</answer>", "a", 1), ("<ANSWER>a</ANSWER>", "a", 0),
     ],
 )  # fmt: skip
 def test_texts_are_equal_but_for_case_space_and_punctuation_around(text, expected, reward):
     assert exact_answer(text, [expected]) == reward
+
+
+RIGHT_LATEX = [
+    ("\\frac12", "1/2"), ("\\dfrac{1}{2}", "0.5"), ("-\\tfrac1{2}", "-\\frac12"), ("3\\frac{1}{2}", "7/2"),
+    ("\\text{Tuesday}", "Tuesday"), ("5\\text{ cm}^2", "5"), ("5 cm^2", "5"), ("5\\,\\mathrm{m}^{2}", "5"),
+    ("(A)", "A"), ("\\textbf{(A)}", "A"), ("\\text{A}", "(A)"), ("1{,}000", "1000"), ("1{,}234{,}567", "1234567"),
+    ("50\\%", "50"), ("50\\%", "0.5"), ("50", "50\\%"), ("0.5", "50\\%"), ("\\$5", "5"), ("5", "\\$5.00"),
+    ("90^\\circ", "90"), ("90", "90^{\\circ}"), ("x=5", "5"), ("5.0", "x = 5"), ("y=2x+1", "2x + 1"),
+    ("x\\in[0,1]", "[0,1]"),
+    ("(1,2)", "(1, 2)"), ("\\left[0, 1\\right)", "[0,1)"), ("\\{1,2\\}", "\\{ 1, 2 \\}"), ("\\sqrt2", "\\sqrt{2}"),
+    ("1.5\\times10^{3}", "1500"), ("x^{2}", "x^2"), ("\\frac ab", "\\dfrac{a}{b}"), ("2\\!\\pi", "2\\pi"),
+]  # fmt: skip
+RIGHT_FORMULAS = [  # to math-verify
+    ("\\{2,1\\}", "\\{1,2\\}"), ("2, 1", "1,2"), ("\\sqrt{8}", "2\\sqrt{2}"), ("x^2+2x+1", "(x+1)^2"),
+    ("pi/2", "\\frac{\\pi}{2}"),
+    ("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt3}"), ("25\\pi\\text{ cm}^2", "25\\pi"), ("2*sqrt(2)", "\\sqrt{8}"),
+    ("x=1\\text{ or }x=2", "1,2"), ("(\\frac12, 3)", "(0.5,3)"),
+    ("(3,\\infty)\\cup(-\\infty,2)", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("4i+3", "3+4i"), ("\\log_2 3", "\\frac{\\ln 3}{\\ln 2}"), ("5 \\ge x", "x \\le 5"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+]  # fmt: skip
+WRONG_FORMULAS = [
+    ("\\frac12", "2"), ("\\frac12", "12"), ("3\\frac12", "31/2"), ("\\text{Tuesday}", "Thursday"), ("5 cm^2", "25"),
+    ("(A)", "B"), ("1{,}5", "15"), ("1, 234", "1234"), ("1,234", "1, 2, 34"), ("50\\%", "5"), ("0.5\\%", "50\\%"),
+    ("x=5", "6"), ("(2,1)", "(1,2)"), ("[0,1]", "[0,1)"), ("(0,1)", "[0,1]"), ("(1,2)", "\\{1,2\\}"),
+    ("(1,2)", "1,2"), ("1", "1,2"),
+    ("1,2,3", "1,2"), ("1.732", "\\sqrt{3}"), ("3.14159", "\\pi"), ("(0.3333333,1)", "(1/3,1)"), ("2x", "x^2"),
+    ("x<5", "x>5"), ("x=1", "y=1"), ("x^2=1", "1"), ("listen", "silent"), ("no", "on"), ("C2O", "CO2"),
+    ("120_3", "120_5"), ("70+2", "72"),
+    ("9^{9^{9^9}}", "9^{9^{9^9}}+1"), ("\\frac{1}{", "x/2"), ("((((((((+", "x+1"), ("\\begin{pmatrix}1", "x+1"),
+    ("xy^2", "xy^3"),
+]  # fmt: skip
+
+
+def boxed(cases):
+    return {case: exact_answer(f"So \\boxed{{{case[0]}}}.", [case[1]]) for case in cases}
+
+
+def test_answers_in_latex_without_math_verify(monkeypatch):
+    monkeypatch.setattr(mathematics, "is_installed", lambda: False)
+    assert [case for case, reward in boxed(RIGHT_LATEX).items() if reward != 1.0] == []
+    assert [case for case, reward in boxed(WRONG_FORMULAS + RIGHT_FORMULAS).items() if reward != 0.0] == []
+
+
+@needs_math_verify
+def test_formulas_are_equal_by_what_they_mean():
+    assert [case for case, reward in boxed(RIGHT_LATEX + RIGHT_FORMULAS).items() if reward != 1.0] == []
+    assert [case for case, reward in boxed(WRONG_FORMULAS).items() if reward != 0.0] == []
+    assert exact_answer("x^2+2x+1", ["(x+1)^2"]) == 1.0  # the whole of a text without a mark
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda n: exact_answer(f"{n}*sqrt(2)", [f"\\sqrt{{{2 * n * n}}}"]), range(2, 12)))
+
+
+@needs_math_verify
+def test_a_comparison_that_takes_too_long_is_given_up(monkeypatch):
+    """A power of integers has three hundred million digits, and no signal ends Python while it computes them."""
+    assert exact_answer("x+x", ["2x"]) == 1.0
+    process = mathematics.PROCESS.process
+    monkeypatch.setattr(mathematics, "SECONDS", 0.5)
+    assert exact_answer("9^{9^{9}}+x", ["x+1"]) == 0.0
+    assert process.poll() is not None and mathematics.PROCESS.process is None
+    monkeypatch.undo()
+    assert exact_answer("x+x", ["2x"]) == 1.0
 
 
 def test_any_of_several_right_answers():
