@@ -12,11 +12,11 @@ import functools
 import importlib.util
 import json
 import re
-import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 
 SECONDS = 5.0  # of one comparison
 START_SECONDS = 120.0  # sympy is large
@@ -74,23 +74,20 @@ class Process:
     def compare(self, answer: str, expected: str) -> bool:
         with self.lock:
             if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL, text=True,
-                )  # fmt: skip
-                self.receive(START_SECONDS)
-            try:
-                self.process.stdin.write(json.dumps([answer, expected]) + "\n")
-                self.process.stdin.flush()
-            except BrokenPipeError:  # it could not start
-                self.stop()
-                return False
+                command, pipe = [sys.executable, "-P", str(CHILD)], subprocess.PIPE
+                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+                if not self.receive(START_SECONDS):
+                    return False
+            with suppress(BrokenPipeError):  # it has ended since
+                print(json.dumps([answer, expected]), file=self.process.stdin, flush=True)
             return self.receive(SECONDS) == "equal"
 
     def receive(self, seconds: float) -> str:
-        """The next line; nothing where none comes in time or the process has ended, which is then a new one's turn."""
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        line = self.process.stdout.readline().strip() if ready else ""
+        """The next line; nothing where the process ends first, which it has to after so many seconds."""
+        timer = Timer(seconds, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline().strip()
+        timer.cancel()
         if not line:
             self.stop()
         return line
