@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def _plain_call(call: Any, field: str) -> dict[str, Any]:
     return call | {"function": function} if "function" in call else function
 
 
-def template_options(row: dict[str, Any]) -> dict[str, Any]:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """What the row passes to the chat template: its `tools`, and its `chat_template_kwargs` by their names."""
     options = {}
     for column, type_ in (("tools", list), ("chat_template_kwargs", dict)):

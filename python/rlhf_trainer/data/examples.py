@@ -77,11 +77,20 @@ class Prompt(NamedTuple):
         return len(self.ids)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What its row passes to a chat template."""
+        return template_options(self.columns)
+
+    @property
     def opening(self) -> str:
         """The part of the completion that the prompt's end writes already, "<think>" and a line break in some chat
         templates: the completion has only the end of its thoughts, and rewards read this in front of it."""
         match = OPENING.search(self.text)
         return match[0] if match else ""
+
+    def opened(self, completion: str) -> str:
+        """A completion's text with the opening in front, unless it is there."""
+        return completion if completion.lstrip().startswith(self.opening.strip()) else self.opening + completion
 
 
 class Labelled(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config.base import DATA, MODEL, REWARDS, at_least
+from ..rewards.config import RewardsConfig
 from ..rollouts.config import GenerationConfig
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(GenerationConfig):
+class EvaluateConfig(RewardsConfig, GenerationConfig):
     """Options of `rlhf evaluate`."""
 
     model_name_or_path: str = MODEL.required("The model that answers: a local folder or a hub id.", names_input=True)
@@ -17,7 +18,6 @@ class EvaluateConfig(GenerationConfig):
         None, "The model that KL is measured from; none: no KL.", names_input=True
     )
     dataset_test_split: str = DATA.option("test", "The split of a hub data set.")
-    reward_model_name_or_path: str = REWARDS.required("The reward model: a local folder or a hub id.", names_input=True)
     resamples: int = REWARDS.option(1000, "Bootstrap resamples of the prompts behind each interval.")
 
     def __post_init__(self) -> None:

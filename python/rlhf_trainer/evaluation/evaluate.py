@@ -1,4 +1,4 @@
-"""`rlhf evaluate`: a model answers held-out prompts; a reward model scores its answers beside those of the data.
+"""`rlhf evaluate`: a model answers held-out prompts; its answers get rewards beside those of the data.
 
 Measured are, each with a 95% interval:
 - win rate: how often the model's answer gets a higher reward than the data's answer to the same prompt. Equal rewards
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..data.chat import template_options
-from ..data.encoding import Codec, encode_pairs, encode_rendering, is_empty, like_prompt
+from ..data.completions import text_of
+from ..data.encoding import Codec, encode_pairs, is_empty, like_prompt
 from ..data.examples import Prompt
 from ..data.rows import listing
 from ..errors import RowError, UsageError
@@ -30,7 +30,9 @@ from ..models.checks import check_fit, pad_id_of
 from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
 from ..models.kl import kl_of_sequences
 from ..models.loading import load_codec
-from ..models.scoring import batch_count, load_reward_model, score_sequences
+from ..rewards.loading import load_rewards
+from ..rewards.model_rewards import check_positions
+from ..rewards.rewards import Rewards
 from ..rollouts.generation import Completion, completion_text, generate
 from ..rollouts.loading import SHORTER, prompts_of, sampling_of
 from ..training.journal import Journal, RunBatch, write_jsonl
@@ -45,7 +47,6 @@ class Answer(NamedTuple):
 
     content: Any  # text, or messages after messages
     tokens: int  # of the model's tokenizer, with the end
-    reward_ids: list[int] | None  # prompt and answer in the reward model's tokens; None: empty
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -53,29 +54,24 @@ def evaluate(config: EvaluateConfig) -> Path:
     device = single_process("rlhf evaluate")
     if not begin(config):
         return Path(config.output_dir)
-    codec, reward_codec = (
-        load_codec(getattr(config, key), config, key=key) for key in ("model_name_or_path", "reward_model_name_or_path")
-    )
-    tokenizer, reward_tokenizer = codec.tokenizer, reward_codec.tokenizer
+    codec = load_codec(config.model_name_or_path, config, key="model_name_or_path")
+    tokenizer = codec.tokenizer
     prompts = prompts_of(config, codec, config.dataset_test_split).examples
-    check_prompts(config, prompts, reward_codec)
-    theirs = answers_of_data(config, prompts, codec, reward_codec)
-    models = load_models(config, prompts, theirs, tokenizer, reward_tokenizer)
+    rewards = load_rewards(config, device, batch_size=config.per_device_generation_batch_size)
+    rewards.check(prompts, config.dataset_name)
+    theirs = answers_of_data(config, prompts, codec, rewards)
+    policy, reference = load_models(config, prompts, tokenizer)
 
     work = open_output(config)
-    data = [(prompt.ids, answer and answer.reward_ids) for prompt, answer in zip(prompts, theirs, strict=True)]
-    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (
-        1 if config.ref_model_name_or_path is None else 2
-    )
+    data = [(prompt.ids, dict(prompt.columns), answer) for prompt, answer in zip(prompts, theirs, strict=True)]
+    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (1 if reference is None else 2)
     with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
-        completions, kl = answer_prompts(config, prompts, models, tokenizer, device, progress.run)
+        completions, kl = answer_prompts(config, prompts, policy, reference, tokenizer, device, progress.run)
         ours = [
-            own_answer(config, prompt, completion, tokenizer, reward_codec)
-            for prompt, completion in zip(prompts, completions, strict=True)
+            Answer(like_prompt(prompt.prompt, completion_text(tokenizer, done, prompt.ids)), len(done.ids))
+            for prompt, done in zip(prompts, completions, strict=True)
         ]
-        rewards, their_rewards = score_answers(
-            config, prompts, [ours, theirs], models.reward_model, reward_tokenizer, device, progress
-        )
+        our_rewards, their_rewards = score_answers(prompts, [ours, theirs], rewards, progress)
     samples = [
         {
             "prompt": prompt.prompt, "prompt_row": prompt.row, "completion": own.content, "finished": done.finished,
@@ -83,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             "answer_tokens": other and other.tokens, "answer_reward": their_reward, "kl_nats": nats,
         }
         for prompt, own, done, reward, other, their_reward, nats in zip(
-            prompts, ours, completions, rewards, theirs, their_rewards, kl, strict=True
+            prompts, ours, completions, our_rewards, theirs, their_rewards, kl, strict=True
         )
     ]  # fmt: skip
     report = report_of(config, samples)
@@ -96,10 +92,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def answers_of_data(
-    config: EvaluateConfig,
-    prompts: Sequence[Prompt],
-    codec: Codec,
-    reward_codec: Codec,
+    config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec, rewards: Rewards
 ) -> list[Answer | None]:
     """The data's answers, None where there is none. An unusable one is a UsageError; if rows may be skipped, it is
     printed and left out."""
@@ -109,10 +102,15 @@ def answers_of_data(
         answer = None
         if prompt.answer is not None:
             try:
-                _, (ids,) = encode_pairs(codec, prompt.prompt, [("answer", prompt.answer)], options_of(prompt))
-                answer = Answer(prompt.answer, len(ids), reward_ids_of(reward_codec, prompt, prompt.answer))
-            except RowError as error:
-                problems.append(f"row {prompt.row}, {error}")
+                _, (ids,) = encode_pairs(codec, prompt.prompt, [("answer", prompt.answer)], prompt.options)
+                answer = Answer(prompt.answer, len(ids))
+                for model in rewards.models:
+                    check_positions(
+                        model.model, model.source, [prompt], [len(model.ids(prompt, text_of(prompt.answer)))]
+                    )
+            except (RowError, UsageError) as error:
+                answer = None
+                problems.append(f"row {prompt.row}, {error}" if isinstance(error, RowError) else str(error))
         answers.append(answer)
     if problems:
         message = f"{config.dataset_name}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
@@ -122,58 +120,12 @@ def answers_of_data(
     return answers
 
 
-def check_prompts(config: EvaluateConfig, prompts: Sequence[Prompt], reward_codec: Codec) -> None:
-    """UsageError where the reward model's tokenizer, say without a chat template, makes nothing of a prompt."""
-    for prompt in prompts:
-        try:
-            reward_ids_of(reward_codec, prompt, like_prompt(prompt.prompt, ""))
-        except RowError as error:
-            raise UsageError(
-                f"{config.dataset_name}, row {prompt.row}, for the tokenizer of {config.reward_model_name_or_path}: "
-                f"{error}"
-            ) from error
-
-
-def options_of(prompt: Prompt) -> dict[str, Any]:
-    return template_options(dict(prompt.columns))
-
-
-def reward_ids_of(reward_codec: Codec, prompt: Prompt, content: Any) -> list[int]:
-    return encode_rendering(reward_codec, prompt.prompt, content, "answer", options_of(prompt))
-
-
-def own_answer(
-    config: EvaluateConfig,
-    prompt: Prompt,
-    completion: Completion,
-    tokenizer: PreTrainedTokenizerBase,
-    reward_codec: Codec,
-) -> Answer:
-    content = like_prompt(prompt.prompt, completion_text(tokenizer, completion))
-    try:
-        reward_ids = None if is_empty(content) else reward_ids_of(reward_codec, prompt, content)
-    except RowError as error:
-        raise UsageError(f"{config.dataset_name}, row {prompt.row}, the model's answer {content!r}: {error}") from error
-    return Answer(content, len(completion.ids), reward_ids)
-
-
-class Models(NamedTuple):
-    policy: FusedLM
-    reference: FusedLM | None
-    reward_model: PreTrainedModel
-
-
 def load_models(
-    config: EvaluateConfig,
-    prompts: Sequence[Prompt],
-    theirs: Sequence[Answer | None],
-    tokenizer: PreTrainedTokenizerBase,
-    reward_tokenizer: PreTrainedTokenizerBase,
-) -> Models:
-    """All models, on the CPU until it is their turn; UsageError where they do not fit each other or the prompts."""
-    rows = [prompt.row for prompt in prompts]
-
-    lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
+    config: EvaluateConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
+) -> tuple[FusedLM, FusedLM | None]:
+    """The policy and its reference, on the CPU until it is their turn; UsageError where they do not fit each other or
+    the prompts."""
+    rows, lengths = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
 
     def load(key: str) -> FusedLM:
         fused = load_fused(config, getattr(config, key), key)
@@ -181,72 +133,53 @@ def load_models(
         return fused
 
     policy = load("model_name_or_path")
-    reference = None if config.ref_model_name_or_path is None else load("ref_model_name_or_path")
-    if reference is not None:
-        check_same_vocabulary(policy, reference, "ref_model_name_or_path")
-    reward_model = load_reward_model(
-        config.reward_model_name_or_path, key="reward_model_name_or_path",
-        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    # The lengths of the model's own answers in the reward model's tokens will be known when they are written.
-    lengths = [len(answer.reward_ids) if answer and answer.reward_ids else 0 for answer in theirs]
-    check_fit(reward_model, reward_tokenizer, rows, lengths, config.dataset_name, "leave it out")
-    return Models(policy, reference, reward_model)
+    if config.ref_model_name_or_path is None:
+        return policy, None
+    reference = load("ref_model_name_or_path")
+    check_same_vocabulary(policy, reference, "ref_model_name_or_path")
+    return policy, reference
 
 
 def answer_prompts(
     config: EvaluateConfig,
     prompts: Sequence[Prompt],
-    models: Models,
+    policy: FusedLM,
+    reference: FusedLM | None,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     run: RunBatch,
 ) -> tuple[list[Completion], list[float | None]]:
     """One completion a prompt, and its KL if there is a reference."""
-    policy = models.policy.to(device)
+    policy = policy.to(device)
     completions = generate(
         policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config),
         batch_size=config.per_device_generation_batch_size, seed=config.seed, bf16=config.bf16, run=run,
     )  # fmt: skip
     kl: list[float | None] = [None] * len(prompts)
-    if models.reference is not None:
+    if reference is not None:
         sequences = [(prompt.ids, done.ids) for prompt, done in zip(prompts, completions, strict=True)]
-        reference = models.reference.to(device)
+        reference = reference.to(device)
         kl = [
             *kl_of_sequences(
                 policy, reference, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), run
             )
         ]
         reference.to("cpu")
-    policy.to("cpu")  # room for the reward model
+    policy.to("cpu")  # room for the reward models
     return completions, kl
 
 
 def score_answers(
-    config: EvaluateConfig,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[Answer | None]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    progress: Journal,
+    prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer | None]], rewards: Rewards, progress: Journal
 ) -> list[list[float | None]]:
     """Rewards of the answers, list by list; None where there is no answer or an empty one."""
-    scored = [
-        (prompt.row, answer.reward_ids)
+    pairs = [
+        (prompt, text_of(answer.content) if answer and not is_empty(answer.content) else None)
         for column in answers
         for prompt, answer in zip(prompts, column, strict=True)
-        if answer and answer.reward_ids
     ]
-    if not scored:
-        return [[None] * len(prompts) for _ in answers]
-    sequences = [ids for _, ids in scored]
-    rows, lengths = [row for row, _ in scored], [len(ids) for ids in sequences]
-    check_fit(model, tokenizer, rows, lengths, config.dataset_name, "leave it out")
-    progress.expect(batch_count(sequences, config.per_device_generation_batch_size))
-    rewards = score_sequences(
-        model, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), device, bf16=config.bf16,
-        run=progress.run,
-    )  # fmt: skip
-    values = iter(rewards.tolist())
-    return [[next(values) if answer and answer.reward_ids else None for answer in column] for column in answers]
+    scored, texts = [prompt for prompt, text in pairs if text], [text for _, text in pairs if text]
+    progress.expect(rewards.batch_count(scored, texts) if texts else 0)
+    values = iter(rewards(scored, texts, run=progress.run).total.tolist())
+    results = [next(values) if text else None for _, text in pairs]
+    return [results[k : k + len(prompts)] for k in range(0, len(results), len(prompts))]

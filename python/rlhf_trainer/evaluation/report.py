@@ -26,6 +26,7 @@ def report_of(config: EvaluateConfig, samples: Sequence[dict[str, Any]]) -> dict
         "model": config.model_name_or_path,
         "ref_model": config.ref_model_name_or_path,
         "reward_model": config.reward_model_name_or_path,
+        "reward_funcs": config.reward_funcs,
         "dataset": config.dataset_name,
         "prompts": len(samples),
         "unfinished": sum(not sample["finished"] for sample in samples),
@@ -62,8 +63,9 @@ def table(report: dict[str, Any]) -> str:
         ("tokens of an answer of the data, mean", "answer_length_tokens", 1, ""),
         ("KL(model || reference) of an answer, nats, mean", "kl_nats", 1, ""),
     ]
+    scorers = [*([report["reward_model"]] if report["reward_model"] else []), *report["reward_funcs"]]
     lines = [
-        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, scored by {report['reward_model']}",
+        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, scored by {' + '.join(scorers)}",
         f"  {'':<48}{'value':>10}   {'95% interval':^22}{'prompts':>9}",
     ]
     for name, key, factor, unit in measures:
@@ -75,7 +77,5 @@ def table(report: dict[str, Any]) -> str:
         f"{report['unfinished']} answers were cut at max_new_tokens and scored so; {report['empty']} are empty: no "
         "reward, and lost."
     )
-    lines.append(
-        "  The interval is for other prompts of the same kind; how far the reward model is right, it cannot tell."
-    )
+    lines.append("  The interval is for other prompts of the same kind; how far the reward is right, it cannot tell.")
     return "\n".join(lines)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config.base import DATA, GENERATION, MODEL, OPTIMIZATION, OUTPUT, RECIPE, REWARDS, FolderConfig, at_least
+from ..config.base import DATA, GENERATION, MODEL, OPTIMIZATION, OUTPUT, RECIPE, FolderConfig, at_least
 from ..errors import UsageError
 from ..offline.config import DPOConfig
 from ..preferences.config import PAIRING_HELP, Pairing
+from ..rewards.config import RewardsConfig
 from ..rollouts.config import GenerationConfig
 
 
 @dataclass(kw_only=True)
-class OnlineDPOConfig(DPOConfig, GenerationConfig):
+class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
     """Options of `rlhf online-dpo`. Those of `rlhf dpo` hold for each round."""
 
     dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
-    reward_model_name_or_path: str = REWARDS.required("The reward model: a local folder or a hub id.", names_input=True)
     rounds: int = OPTIMIZATION.option(
         3, "How often to sample, score and train; each round goes on with the model of the last."
     )
@@ -33,6 +33,10 @@ class OnlineDPOConfig(DPOConfig, GenerationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chat_template_path is not None:
+            raise UsageError(
+                "chat_template_path: completions are drawn with the model's own template; give it one first, by rlhf sft"
+            )
         at_least(self, 1, "rounds")
         at_least(self, 2, "num_completions")
         if self.temperature == 0:

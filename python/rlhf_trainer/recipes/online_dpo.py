@@ -1,7 +1,7 @@
 """`rlhf online-dpo`: DPO on the model's own completions, again and again (online, or iterative, DPO).
 
-A round samples completions of the prompts from the current model, lets a reward model score them, makes pairs of them,
-and trains on these with DPO; the next round goes on with the trained model. Each step is a stage that can be run alone
+A round samples completions of the prompts from the current model, rewards them, makes pairs of them, and
+trains on these with DPO; the next round goes on with the trained model. Each step is a stage that can be run alone
 (`rlhf sample`, `rejection`, `dpo`), with a folder of its own in output_dir/round-N, and resumes where it stopped; so
 a run of rounds does, too. The prompts are the same in all rounds, the draws are not.
 """
@@ -11,23 +11,27 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from ..config.base import OutputConfig
 from ..data.completions import COMPLETIONS_FILE, in_numbers, left_out, read_completions
 from ..data.encoding import Codec
+from ..data.examples import Prompt
 from ..data.rows import read_rows
 from ..errors import UsageError
 from ..models.checks import check_fit
 from ..models.fused_lm import check_same_vocabulary, load_fused
-from ..models.loading import load_codec, load_codec_for
-from ..models.scoring import load_reward_model
+from ..models.loading import load_codec_for
 from ..offline.config import DPOConfig
 from ..offline.dpo import check_loss_options, check_sharing, load_task, train_dpo
 from ..preferences.pairs import pair_up
 from ..rewards.config import RejectionConfig
+from ..rewards.loading import load_rewards
 from ..rewards.rejection import rejection
 from ..rollouts.config import SampleConfig
 from ..rollouts.loading import prompts_of
@@ -44,10 +48,10 @@ Config = TypeVar("Config", bound=OutputConfig)
 
 def train_online_dpo(config: OnlineDPOConfig) -> Path:
     """Trains; returns the folder that holds the last round's model, report.json, and a folder of each round."""
-    single_process("rlhf online-dpo")
+    device = single_process("rlhf online-dpo")
     if not begin(config):
         return Path(config.output_dir)
-    reward_codec = check_input(config)
+    reward_codecs = check_input(config, device)
     work = open_output(config)
     model = config.model_name_or_path
     reports: list[dict[str, Any]] = []
@@ -56,7 +60,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
         folder = work / f"round-{number}"
         seed = random.Random(f"{config.seed}, round {number}").getrandbits(31)  # the next round draws anew
         completions = sample(stage(SampleConfig, config, folder / "completions", models=[model], seed=seed))
-        written = read_completions(str(completions / COMPLETIONS_FILE), [reward_codec], config.max_length)
+        written = read_completions(str(completions / COMPLETIONS_FILE), reward_codecs, config.max_length)
         if all(row.left_out is not None for row in written):
             raise no_pair(number, model, left_out(written), noun="completions")
         scored = rejection(
@@ -99,21 +103,14 @@ def stage(cls: type[Config], config: OnlineDPOConfig, folder: Path, **changes: A
     return cls(**same | places | changes)
 
 
-def check_input(config: OnlineDPOConfig) -> Codec:
-    """UsageError for mistakes that would show only after hours of sampling; returns the reward model's codec."""
+def check_input(config: OnlineDPOConfig, device: torch.device) -> list[Codec]:
+    """UsageError for mistakes that would show only after hours of sampling; returns the reward models' codecs."""
     check_loss_options(config)
     (codec, _), work = load_codec_for(config), partial_folder(config.output_dir)
     tokenizer = codec.tokenizer
     prompts = prompts_of(config, codec, config.dataset_train_split).examples
     rows, written = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
-    reward_model = load_reward_model(
-        config.reward_model_name_or_path, key="reward_model_name_or_path",
-        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    reward_codec = load_codec(config.reward_model_name_or_path, config, key="reward_model_name_or_path")
-    lengths = [min(length, config.max_length) for length in written]
-    check_fit(reward_model, reward_codec.tokenizer, rows, lengths, config.dataset_name)
-    del reward_model  # before the others take memory
+    reward_codecs = check_rewards(config, prompts, [min(length, config.max_length) for length in written], device)
 
     keys = [key for key in ("model_name_or_path", "ref_model_name_or_path") if getattr(config, key) is not None]
     models = [load_fused(config, getattr(config, key), key) for key in keys]
@@ -126,7 +123,18 @@ def check_input(config: OnlineDPOConfig) -> Codec:
     if config.eval_dataset is not None:
         dpo_config = stage(DPOConfig, config, work, dataset_format="auto")
         load_task(dpo_config, codec, config.eval_dataset, config.dataset_test_split, accelerator, shuffled=False)
-    return reward_codec
+    return reward_codecs
+
+
+def check_rewards(
+    config: OnlineDPOConfig, prompts: Sequence[Prompt], lengths: Sequence[int], device: torch.device
+) -> list[Codec]:
+    """Checks the rewards, which are gone afterwards, before the others take memory; returns the models' codecs."""
+    rewards = load_rewards(config, device)
+    rewards.check(prompts, config.dataset_name)
+    for reward in rewards.models:
+        check_fit(reward.model, reward.tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name)
+    return [reward.codec for reward in rewards.models]
 
 
 def no_pair(number: int, model: str, counts: dict[str, int], noun: str = "prompts") -> UsageError:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ..data.chat import template_options
 from ..data.encoding import encode_rendering, is_empty, like_prompt
 from ..data.examples import Prompt
 from ..errors import RowError, UsageError
@@ -43,7 +42,12 @@ class ModelReward:
         check_vocabulary(self.model, largest_id(self.tokenizer))
 
     def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
-        lengths = [len(self.ids(prompt, "")) + max_completion_length for prompt in prompts]
+        lengths = []
+        for prompt in prompts:
+            try:
+                lengths.append(len(self._ids(prompt, "")) + max_completion_length)
+            except RowError as error:
+                raise UsageError(f"{source}, row {prompt.row}, for the tokenizer of {self.source}: {error}") from error
         advice = f"the reward model {self.source!r} reads {{positions}} tokens at most, prompt and completion together"
         check_fit(self.model, self.tokenizer, [prompt.row for prompt in prompts], lengths, source, advice)
 
@@ -60,12 +64,15 @@ class ModelReward:
     def ids(self, prompt: Prompt, text: str) -> list[int]:
         """Token ids of prompt and completion; UsageError naming the prompt where the tokenizer cannot make them."""
         try:
-            opening = "" if isinstance(prompt.prompt, str) else prompt.opening  # plain text has it in the prompt
-            completion = like_prompt(prompt.prompt, "" if is_empty(text) else opening + text)
-            options = template_options(dict(prompt.columns))
-            return encode_rendering(self.codec, prompt.prompt, completion, "completion", options)
+            return self._ids(prompt, text)
         except RowError as error:
             raise UsageError(f"the reward model {self.source!r}: row {prompt.row}, {error}") from error
+
+    def _ids(self, prompt: Prompt, text: str) -> list[int]:
+        if not isinstance(prompt.prompt, str):  # plain text has the opening in the prompt
+            text = prompt.opened(text)
+        completion = like_prompt(prompt.prompt, "" if is_empty(text) else text)
+        return encode_rendering(self.codec, prompt.prompt, completion, "completion", prompt.options)
 
 
 def check_positions(model: PreTrainedModel, name: str, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:

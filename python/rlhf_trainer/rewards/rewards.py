@@ -126,7 +126,7 @@ class RowReward:
         return 1
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str], run: RunBatch) -> list[float]:
-        expected, texts = [self.expected(prompt) for prompt in prompts], list(map(opened, prompts, texts))
+        expected, texts = [self.expected(prompt) for prompt in prompts], list(map(Prompt.opened, prompts, texts))
 
         def score() -> list[float]:
             if not self.verifiable.is_slow:
@@ -215,15 +215,10 @@ class UserReward:
         columns = present if self.takes_all else [column for column in present if column in self.parameters]
         arguments = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
         arguments["prompts"] = [prompt.prompt for prompt in prompts]
-        arguments["completions"] = list(map(like_prompt, arguments["prompts"], map(opened, prompts, texts)))
+        arguments["completions"] = list(map(like_prompt, arguments["prompts"], map(Prompt.opened, prompts, texts)))
         if not self.takes_all:
             arguments = {name: arguments[name] for name in arguments if name in self.parameters}
         return self.function(**arguments)
-
-
-def opened(prompt: Prompt, text: str) -> str:
-    """A completion with what the prompt's end has written of it, "<think>" say, in front, unless it is there."""
-    return text if text.lstrip().startswith(prompt.opening.strip()) else prompt.opening + text
 
 
 def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float | None]:

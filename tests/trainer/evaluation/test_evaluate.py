@@ -10,13 +10,13 @@ import torch
 
 from rlhf_trainer.data.batches import pad_sequences
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.evaluation import evaluate as stage
 from rlhf_trainer.evaluation.config import EvaluateConfig
 from rlhf_trainer.evaluation.evaluate import evaluate
 from rlhf_trainer.evaluation.intervals import bootstrap_interval, wilson_interval
 from rlhf_trainer.evaluation.report import outcome
 from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.models.kl import kl_of_sequences, kl_per_sequence
+from rlhf_trainer.rewards import model_rewards
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.known_models import dice, save_word_reward_model
 
@@ -117,8 +117,8 @@ ROWS = [
 def run(folders, write_jsonl, tmp_path):
     def run(model="cats", reference=None, reward_model="reward", rows=ROWS, output="out", **options):
         small = {
-            "model_name_or_path": folders[model], "reward_model_name_or_path": folders[reward_model],
-            "dataset_name": write_jsonl(rows), "max_new_tokens": 2,
+            "model_name_or_path": folders[model], "dataset_name": write_jsonl(rows),
+            "reward_model_name_or_path": None if reward_model is None else folders[reward_model], "max_new_tokens": 2,
             "ref_model_name_or_path": None if reference is None else folders[reference],
             "per_device_generation_batch_size": 2, "resamples": 200, "output_dir": str(tmp_path / output),
         }  # fmt: skip
@@ -173,6 +173,24 @@ def test_without_answers_there_is_no_win_rate(run, capsys):
     assert report["reward"] is None and report["length_tokens"]["value"] == 1.0
 
 
+def test_reward_functions_without_a_reward_model_and_beside_one(run, capsys):
+    rows = [{"prompt": "the", "completion": " 5", "ground_truth": "5"}, {"prompt": "on", "ground_truth": "6"}]
+    options = {"rows": rows, "reward_funcs": ["exact_answer", "regex:cat"], "reward_weights": [1.0, 0.5]}
+    _, report, samples = run(reward_model=None, **options)
+    assert [sample["reward"] for sample in samples] == [0.5, 0.5]
+    assert [sample["answer_reward"] for sample in samples] == [1.0, None]
+    assert (report["reward_model"], report["reward_funcs"]) == (None, ["exact_answer", "regex:cat"])
+    assert (report["wins"], report["losses"]) == (0, 1)
+    assert "scored by exact_answer + regex:cat" in capsys.readouterr().out
+    alone = run(rows=rows, output="alone")[2]
+    both = run(output="both", **options | {"reward_weights": [2.0, 1.0, 0.5]})[2]
+    assert [line["reward"] for line in both] == pytest.approx([2 * line["reward"] + 0.5 for line in alone])
+    with pytest.raises(UsageError, match="nothing rewards the completions: pass reward_model_name_or_path or reward_f"):
+        run(reward_model=None, rows=rows, output="none")
+    with pytest.raises(UsageError, match="row 1, prompt 'the': the reward 'exact_answer' needs a column"):
+        run(reward_model=None, rows=[{"prompt": "the"}], reward_funcs=["exact_answer"], output="bare")
+
+
 def test_chat(run):
     prompt, answer = [{"role": "user", "content": "the"}], [{"role": "assistant", "content": "green"}]
     _, report, samples = run(rows=[{"prompt": prompt, "completion": answer}])
@@ -189,15 +207,15 @@ def test_the_same_run_again_is_the_same(run):
 def test_an_interrupted_run_goes_on(run, monkeypatch):
     options = {"model": "start", "reference": "cats", "max_new_tokens": 5}
     whole = run(output="whole", **options)
-    original = stage.score_sequences
+    original = model_rewards.score_sequences
 
     def interrupted(*args, **named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "score_sequences", interrupted)
+    monkeypatch.setattr(model_rewards, "score_sequences", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(**options)
-    monkeypatch.setattr(stage, "score_sequences", original)
+    monkeypatch.setattr(model_rewards, "score_sequences", original)
     for name in ("rlhf_trainer.rollouts.generation.generate_batch", "rlhf_trainer.models.kl.kl_per_sequence"):
         monkeypatch.setattr(name, None)  # both are in the file of the interrupted run
     assert run(resume_from_checkpoint=True, **options)[1:] == whole[1:]

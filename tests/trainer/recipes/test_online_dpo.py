@@ -100,6 +100,17 @@ def chance_of(folder, word):
     return logits.softmax(-1)[tokenizer(word).input_ids[0]].item()
 
 
+def test_reward_functions_without_a_reward_model(run, options):
+    folder = run(rounds=1, reward_model_name_or_path=None, reward_funcs=["regex: cat"], num_completions=8)
+    (report,) = json.loads((folder / "report.json").read_text())["rounds"]
+    scored = rows_of(folder / "round-1" / "scored" / "scored.jsonl")
+    rewards = [(row["reward"], float(" cat" in row["completion"])) for row in scored if row["left_out"] is None]
+    assert all(reward == expected for reward, expected in rewards) and len({reward for reward, _ in rewards}) == 2
+    assert report["pairs"] > 0
+    with pytest.raises(UsageError, match="row 1, prompt 'the': the reward 'exact_answer' needs a column"):
+        run("bare", reward_model_name_or_path=None, reward_funcs=["exact_answer"])
+
+
 def test_rewards_rise_from_round_to_round(run, writer, capsys):
     folder = run(rounds=3, num_completions=16, per_device_generation_batch_size=64, max_new_tokens=20)
     reports = json.loads((folder / "report.json").read_text())["rounds"]
