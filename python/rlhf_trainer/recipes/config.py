@@ -35,7 +35,7 @@ class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
         super().__post_init__()
         if self.chat_template_path is not None:
             raise UsageError(
-                "chat_template_path: completions are drawn with the model's own template; give it one first, by rlhf sft"
+                "chat_template_path: completions are drawn with the model's own template; give it one by rlhf sft"
             )
         at_least(self, 1, "rounds")
         at_least(self, 2, "num_completions")

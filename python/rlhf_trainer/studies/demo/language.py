@@ -61,7 +61,7 @@ def is_grammatical(prompt: str, review: str) -> bool:
         return f"the ({'|'.join(things)}) was ({'|'.join(words[0] + words[1])}) [.]"
 
     dish, staff, room = says([prompt.split()[3]], DISH_WORDS), says(STAFF, STAFF_WORDS), says(ROOM, ROOM_WORDS)
-    return re.fullmatch(f"{dish}( {staff})?( {room})?( {RETURN[0]}| {RETURN[1]})?", review) is not None
+    return re.fullmatch(f"{dish}( {staff})?( {room})?( {RETURN[0]}| {RETURN[1]})?", review.strip()) is not None
 
 
 def hidden_reward(review: str) -> int:

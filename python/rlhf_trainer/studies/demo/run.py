@@ -83,7 +83,7 @@ def run(config: DemoConfig) -> Path:
 
     print(f"2/5  SFT: {config.demonstrations} demonstrations, a prompt and one review each.")
     demonstrations = [
-        {"prompt": p, "completion": write_review(p, rng)} for p in rng.choices(train, k=config.demonstrations)
+        {"prompt": p, "completion": f" {write_review(p, rng)}"} for p in rng.choices(train, k=config.demonstrations)
     ]
     write_rows(folder / "demonstrations.jsonl", demonstrations)
     train_sft(sft_config(folder, "base_model", "demonstrations.jsonl", "sft_model", config))

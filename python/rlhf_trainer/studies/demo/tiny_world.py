@@ -78,7 +78,7 @@ def make(
     for task, prompts in of_task.items():
         held_out = round(len(prompts) * held_out_share)
         demonstrated = [
-            {"prompt": prompt, "completion": answer(prompt, rng, DEMONSTRATIONS)}
+            {"prompt": prompt, "completion": f" {answer(prompt, rng, DEMONSTRATIONS)}"}
             for prompt in some(prompts if task == "sums" else prompts[held_out:], demonstrations)
         ]
         write_jsonl(folder / f"{task}_demonstrations.jsonl", demonstrated)
@@ -134,7 +134,7 @@ def compared(prompt: str, rng: random.Random) -> dict[str, Any]:
         b = answer(prompt, rng, DEMONSTRATIONS)
         a = answer(prompt, rng, DEMONSTRATIONS)
     chosen, rejected = (a, b) if better(prompt, a, b, rng) else (b, a)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def better(prompt: str, a: str, b: str, rng: random.Random) -> bool:

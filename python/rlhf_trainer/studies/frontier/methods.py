@@ -99,7 +99,7 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     start, texts, questions = folder / "start", folder / "demonstrations.jsonl", folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     repeated = rng.choices(train, k=sizes.demonstrations)
-    write_jsonl(texts, [{"prompt": prompt, "completion": write_completion(prompt, rng)} for prompt in repeated])
+    write_jsonl(texts, [{"prompt": prompt, "completion": f" {write_completion(prompt, rng)}"} for prompt in repeated])
     write_jsonl(questions, [{"prompt": prompt} for prompt in train])
     torch.manual_seed(seed)
     save_model(make_model(), make_tokenizer(), start)
