@@ -84,7 +84,9 @@ class ServerSampler:
             draw = random.Random(f"{seed}, batch {number}, completion {position}").getrandbits(31)
             try:
                 body = self._body(requests[position], sampling, draw)
-                return self.server.request("/v1/completions", body, lambda answer: self._completion(answer, sampling))
+                return self.server.request(
+                    "/v1/completions", body, lambda answer: self._completion(answer, sampling, requests[position])
+                )
             except RequestError as problem:
                 return Failure(requests[position].where, str(problem))
 
@@ -153,7 +155,7 @@ class ServerSampler:
             retryable=False,
         )
 
-    def _completion(self, answer: Any, sampling: Sampling) -> Completion:
+    def _completion(self, answer: Any, sampling: Sampling, request: GenerationRequest) -> Completion:
         """The completion in an answer, which may be anything."""
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
@@ -165,7 +167,7 @@ class ServerSampler:
         stopped = choice["finish_reason"] == "stop"
         ids = choice.get("token_ids")
         if ids is None:
-            done = self._encoded(choice, stopped)
+            done = self._encoded(choice, stopped, request)
         elif isinstance(ids, list) and all(type(id) is int and 0 <= id < self.vocabulary for id in ids):
             done = up_to_end(ids, self.ends)
             done = done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
@@ -179,13 +181,18 @@ class ServerSampler:
             raise RequestError("the completion has no tokens, and did not end")
         return done
 
-    def _encoded(self, choice: dict[str, Any], stopped: bool) -> Completion:
-        """The tokens of a choice's text. Its log-probs, if they are of these very tokens."""
+    def _encoded(self, choice: dict[str, Any], stopped: bool, request: GenerationRequest) -> Completion:
+        """The tokens of a choice's text in its place, behind the prompt's, or by themselves where the two fuse. Its
+        log-probs, if they are of these very tokens."""
         text = choice.get("text")
         if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
             # JSON can spell half of a character
             raise RequestError(f"expected a choice with text, got {str(choice)[:EXCERPT]!r}")
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        before, whole, apart = (
+            self.tokenizer(part, add_special_tokens=False).input_ids
+            for part in (request.text, request.text + text, text)
+        )
+        ids = whole[len(before) :] if whole[: len(before)] == before else apart
         if stopped and self.tokenizer.eos_token_id is not None:
             ids.append(self.tokenizer.eos_token_id)
         done = up_to_end(ids, self.ends)

@@ -232,6 +232,9 @@ def test_a_slow_tokenizer_is_refused(tokenizer):
         def _convert_token_to_id(self, token):
             return 0
 
+        def _convert_id_to_token(self, index):
+            return "a"
+
     slow = Slow()
     slow.chat_template = CHATML
     with pytest.raises(UsageError, match="Slow cannot tell where in a text its tokens lie: use a fast tokenizer"):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
 from rlhf_trainer.errors import UsageError
@@ -364,3 +364,16 @@ def test_a_reload_that_fails_stops_the_run(scripted, sampler, make_model, tokeni
 def test_no_sync_leaves_the_server_and_the_folder_alone(scripted, sampler, make_model, tokenizer, tmp_path):
     sampler().sync(make_model("llama"), tokenizer, tmp_path / "policy")
     assert not (tmp_path / "policy").exists() and not scripted.requests
+
+
+def test_text_is_encoded_in_its_place(scripted, sampler):
+    """A tokenizer of SentencePiece's kind puts a space in front of any text, also of one that goes on in a word."""
+    pieces = ["<unk>", "<s>", "</s>", *map(chr, range(33, 127)), "\u2581", "Hi", "\u2581Hi"]
+    own = LlamaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("H", "i"), ("\u2581", "Hi")])
+    make = sampler(prompts="text")
+    make.tokenizer, make.ends = own, [own.eos_token_id]
+    request = GenerationRequest(own("ab").input_ids, "ab", "row 1")
+    for text, tokens in (("Hi", ["Hi"]), (" Hi", ["\u2581Hi"])):
+        scripted.answer = lambda path, body, text=text: choice(text=text, finish_reason="stop")
+        (done,) = generate(make, [request])
+        assert own.convert_ids_to_tokens(done.ids) == [*tokens, "</s>"]
