@@ -97,7 +97,7 @@ class OutputConfig(FolderConfig):
 class DataConfig:
     """Options of every command that reads a data set."""
 
-    dataset_name: str = DATA.required("A .jsonl or .parquet file, or a hub id.", names_input=True)
+    dataset_name: str = DATA.required("A .jsonl, .json, .csv or .parquet file, or a hub id.", names_input=True)
     dataset_config: str | None = DATA.option(None, "The configuration (subset) of a hub data set.")
     dataset_format: RowFormat = DATA.option("auto", "How rows are laid out; auto goes by their columns.")
     dataset_streaming: bool = DATA.option(False, "Read a hub data set row by row, not downloaded whole first.")

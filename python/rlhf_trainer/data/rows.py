@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +14,9 @@ from ..errors import RowError, UsageError, kind
 
 Checked = TypeVar("Checked")
 SHOWN_ERRORS = 5
+PARQUET_ROWS = 256  # read at once: arrow cannot hold over 2 GB of nested text in a column
+# NaN is what pandas leaves where a value is missing.
+parse = functools.partial(json.loads, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 class RowProblem(str):
@@ -20,18 +26,18 @@ class RowProblem(str):
 def read_rows(
     source: str, split: str, *, config: str | None = None, streaming: bool = False
 ) -> Iterator[tuple[int, Any]]:
-    """(row number from 1, row) of a .jsonl or .parquet file, or of a split of a hub data set (of its `config`).
+    """(row number from 1, row) of a .jsonl, .json, .csv or .parquet file, or of a split of a hub data set (of its
+    `config`).
 
     In a JSONL file the number is that of the line. A hub data set is downloaded whole first, unless `streaming`.
     """
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return _read_jsonl(path)
-    if path.suffix == ".parquet" and path.is_file():
-        return _read_parquet(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix in readers and path.is_file():
+        return readers[path.suffix](path)
     if path.exists():
-        raise UsageError(f"{source}: expected a .jsonl or .parquet file")
-    if path.suffix in (".jsonl", ".parquet") or path.is_absolute() or source.startswith("."):
+        raise UsageError(f"{source}: expected a file that ends in {', '.join(readers)}")
+    if path.suffix in readers or path.is_absolute() or source.startswith("."):
         raise UsageError(f"{source}: no such file")
     return _read_hub(source, split, config, streaming)
 
@@ -69,9 +75,39 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except ValueError as error:  # of JSON or of UTF-8
+                yield number, parse(line)
+            except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; of deep nesting
                 yield number, RowProblem(f"not JSON: {error}")
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a list, or a row a line."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        start = next((line.lstrip()[0] for line in file if line.strip()), "")
+    if start != "[":
+        yield from _read_jsonl(path)
+        return
+    try:
+        rows = parse(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: expected a list of rows, or a row a line; not JSON: {error}") from error
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of text under the header's names; None where a cell is empty."""
+    csv.field_size_limit(sys.maxsize)  # else 128 kB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for number, row in enumerate(reader, start=1):
+                extra = row.pop(None, None)  # cells without a name
+                problem = RowProblem(
+                    f"{len(extra or ())} more cells than the header has names: quote cells with commas"
+                )
+                yield number, problem if extra else {name: cell or None for name, cell in row.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a readable CSV file (UTF-8, commas, double quotes): {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -80,7 +116,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
+        for batch in parquet.ParquetFile(path).iter_batches(PARQUET_ROWS):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row

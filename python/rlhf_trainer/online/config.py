@@ -25,7 +25,7 @@ def clip_range(low: float, high: float | None) -> tuple[float, float]:
 class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
     """Options of both. A step is an iteration: completions are drawn, rewarded, and learned from."""
 
-    dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
+    dataset_name: str = DATA.required("Prompts: a .jsonl, .json, .csv or .parquet file, or a hub id.", names_input=True)
     max_prompt_length: int = DATA.option(512, "A prompt with more tokens is invalid: it is never cut silently.")
     max_completion_length: int = GENERATION.option(512, "A completion ends here at the latest.")
     temperature: float = GENERATION.option(

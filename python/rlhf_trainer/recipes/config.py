@@ -17,7 +17,7 @@ from ..rollouts.config import GenerationConfig
 class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
     """Options of `rlhf online-dpo`. Those of `rlhf dpo` hold for each round."""
 
-    dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
+    dataset_name: str = DATA.required("Prompts: a .jsonl, .json, .csv or .parquet file, or a hub id.", names_input=True)
     rounds: int = OPTIMIZATION.option(
         3, "How often to sample, score and train; each round goes on with the model of the last."
     )

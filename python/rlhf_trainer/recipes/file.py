@@ -263,7 +263,7 @@ def check_recipe(recipe: Recipe, output_dir: Path) -> None:
             value = stage.options.get(key)
             for name in value if isinstance(value, list) else [value]:
                 is_path = isinstance(name, str) and (
-                    name.startswith(("/", ".")) or name.endswith((".jsonl", ".parquet"))
+                    name.startswith(("/", ".")) or name.endswith((".jsonl", ".json", ".csv", ".parquet"))
                 )
                 if is_path and not REFERENCE.search(name) and not Path(name).exists():
                     raise UsageError(f"{stage.where}: key {key!r}: no such file or folder: {name}")

@@ -45,7 +45,7 @@ class ServerConfig(OutputConfig):
 class GenerationConfig(OutputConfig, DataConfig):
     """Options of commands that generate completions of a data set's prompts."""
 
-    dataset_name: str = DATA.required("Prompts: a .jsonl or .parquet file, or a hub id.", names_input=True)
+    dataset_name: str = DATA.required("Prompts: a .jsonl, .json, .csv or .parquet file, or a hub id.", names_input=True)
     max_prompts: int | None = DATA.option(None, "Take only so many prompts, from the start.")
     max_prompt_length: int = DATA.option(512, "A prompt with more tokens is invalid: it is never cut silently.")
     max_new_tokens: int = GENERATION.option(512, "A completion ends here at the latest.")

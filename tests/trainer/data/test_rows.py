@@ -50,6 +50,61 @@ def test_parquet_with_all_its_columns(tmp_path):
     assert read(tmp_path / "d.parquet") == [(1, ROWS[0]), (2, ROWS[1])]
 
 
+def test_a_parquet_file_is_read_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Arrow refuses nested columns of over 2 GB a batch, which 65,536 conversations easily have."""
+    sizes, original = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda file, size=65536, **more: sizes.append(size) or original(file, size)
+    )
+    rows = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(600)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert [row for _, row in read(tmp_path / "d.parquet")] == rows
+    assert sizes == [256]
+
+
+def test_a_mark_of_byte_order_and_line_ends_of_windows(tmp_path):
+    lines = b"".join(json.dumps(row).encode() + b"\r\n" for row in ROWS)
+    for name in ("d.jsonl", "d.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + lines)
+        assert read(tmp_path / name) == [(1, ROWS[0]), (2, ROWS[1])]
+    (tmp_path / "d.csv").write_bytes(b'\xef\xbb\xbfprompt,extra\r\na,1\r\n"b, c",\r\n')
+    assert read(tmp_path / "d.csv") == [(1, {"prompt": "a", "extra": "1"}), (2, {"prompt": "b, c", "extra": None})]
+
+
+def test_numbers_that_json_has_not(write_jsonl, tokenizer):
+    """NaN is no value, as pandas means it; an infinite margin is that row's problem."""
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c", "note": NaN, "margin": %s}'
+    assert read(write_jsonl([row % "NaN"]))[0][1]["margin"] is None
+    assert len(load(write_jsonl([row % "NaN"]), tokenizer).examples) == 1
+    with pytest.raises(UsageError, match=r"row 1, field 'margin': .*inf"):
+        load(write_jsonl([row % "-Infinity"]), tokenizer)
+
+
+def test_deep_nesting_is_that_rows_problem(tmp_path, write_jsonl):
+    deep = "[" * 100_000 + "]" * 100_000
+    (_, problem), row = read(write_jsonl(['{"prompt": %s}' % deep, json.dumps(ROWS[0])]))
+    assert isinstance(problem, RowProblem) and "recursion" in problem
+    assert row == (2, ROWS[0])
+    (tmp_path / "deep.json").write_text(deep)
+    with pytest.raises(UsageError, match="deep.json: .*recursion"):
+        read(tmp_path / "deep.json")
+
+
+def test_a_list_of_rows_and_a_row_a_line(tmp_path):
+    (tmp_path / "list.json").write_text("\n" + json.dumps(ROWS, indent=2))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)) + "\n{")
+    assert read(tmp_path / "list.json") == [(1, ROWS[0]), (2, ROWS[1])]
+    *rows, (number, problem) = read(tmp_path / "lines.json")
+    assert rows == [(1, ROWS[0]), (2, ROWS[1])] and number == 3 and isinstance(problem, RowProblem)
+
+
+def test_cells_that_do_not_fit_the_header(tmp_path):
+    (tmp_path / "d.csv").write_text(f"prompt,completion\na,b,c\nd\n{'x' * 200_000},y\n")
+    (_, problem), *rows = read(tmp_path / "d.csv")
+    assert isinstance(problem, RowProblem) and problem.startswith("1 more cells than the header has names")
+    assert rows == [(2, {"prompt": "d", "completion": None}), (3, {"prompt": "x" * 200_000, "completion": "y"})]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_hub_id_goes_through_datasets(streaming, hub):
     import datasets
@@ -138,9 +193,15 @@ def test_files_that_are_not_what_they_should_be(tokenizer, tmp_path):
         read(tmp_path / "x.parquet")
     with pytest.raises(UsageError, match=r"missing.jsonl: no such file"):
         read(tmp_path / "missing.jsonl")
-    (tmp_path / "pairs.csv").write_text("a,b")
-    with pytest.raises(UsageError, match=r"pairs.csv: expected a .jsonl or .parquet file"):
-        read(tmp_path / "pairs.csv")
+    (tmp_path / "pairs.txt").write_text("a,b")
+    with pytest.raises(UsageError, match=r"pairs.txt: expected a file that ends in .jsonl, .json, .csv, .parquet"):
+        read(tmp_path / "pairs.txt")
+    (tmp_path / "cut.json").write_text('[{"prompt": "a"},')
+    with pytest.raises(UsageError, match=r"cut.json: expected a list of rows, or a row a line; not JSON"):
+        read(tmp_path / "cut.json")
+    (tmp_path / "latin.csv").write_bytes(b"prompt\n\xe9\n")
+    with pytest.raises(UsageError, match=r"latin.csv: not a readable CSV file \(UTF-8, "):
+        read(tmp_path / "latin.csv")
 
 
 def test_the_first_problems_are_listed():
