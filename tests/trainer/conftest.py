@@ -189,7 +189,7 @@ def train(tmp_path):
     def run(**options):
         small = {
             "output_dir": str(tmp_path / f"out{next(runs)}"), "ref_cache_dir": str(tmp_path / "cache"),
-            "learning_rate": 1e-3, "warmup_steps": 2, "batch_size": 8, "micro_batch_size": 8, "max_prompt_length": 48,
+            "learning_rate": 1e-3, "warmup_steps": 0.5, "batch_size": 8, "micro_batch_size": 8, "max_prompt_length": 48,
             "max_length": 96,
         }  # fmt: skip
         folder = train_dpo(DPOConfig(**(small | options)))

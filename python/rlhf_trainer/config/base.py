@@ -132,7 +132,10 @@ class TrainConfig(OutputConfig, DataConfig):
     optim: Optimizer = OPTIMIZATION.option("adamw_torch_fused", "The optimizer.")
     learning_rate: float = OPTIMIZATION.option(1e-5, "The learning rate after the warm-up.")
     lr_scheduler_type: Scheduler = OPTIMIZATION.option("constant_with_warmup", "After the warm-up: stay, or fall to 0.")
-    warmup_steps: int = OPTIMIZATION.option(0, "Steps over which the learning rate rises linearly from 0.")
+    warmup_steps: float = OPTIMIZATION.option(
+        0, "Steps over which the learning rate rises linearly from 0; below 1: their share of all steps."
+    )
+    warmup_ratio: float | None = OPTIMIZATION.option(None, "Their share of all steps, in the place of warmup_steps.")
     weight_decay: float = OPTIMIZATION.option(0.0, "Decoupled for adamw, added to the gradient for rmsprop.")
     max_grad_norm: float = OPTIMIZATION.option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
     workspace_mib: int | None = OPTIMIZATION.option(
@@ -145,12 +148,15 @@ class TrainConfig(OutputConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "inspect_rows", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate")
+        at_least(self, 0, "inspect_rows", "warmup_steps", "warmup_ratio", "weight_decay", "max_grad_norm")
+        at_least(self, 0, "learning_rate")
+        if self.warmup_ratio is not None and self.warmup_ratio >= 1:
+            raise UsageError(f"warmup_ratio must be below 1, got {self.warmup_ratio}; warmup_steps counts steps")
         if not self.learning_rate < math.inf:
             raise UsageError(f"learning_rate must be finite, got {self.learning_rate}")
-        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+        if self.lr_scheduler_type == "constant" and self.warmup:
             raise UsageError(
-                f"lr_scheduler_type constant has no warm-up: pass warmup_steps 0, not {self.warmup_steps}, or "
+                f"lr_scheduler_type constant has no warm-up: pass warmup_steps 0, not {self.warmup:g}, or "
                 "lr_scheduler_type constant_with_warmup"
             )
         if self.eval_steps is not None and self.eval_dataset is None:
@@ -158,6 +164,15 @@ class TrainConfig(OutputConfig, DataConfig):
         at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
         at_least(self, 1, "save_steps")
         at_least(self, 8, "workspace_mib")
+
+    @property
+    def warmup(self) -> float:
+        """Steps of the warm-up, or below 1 their share of all steps."""
+        return self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio
+
+    def warmup_in(self, steps: int) -> int:
+        """The steps of the warm-up in a run of `steps`."""
+        return int(self.warmup) if self.warmup >= 1 else math.ceil(steps * self.warmup)
 
 
 def at_least(config: Any, minimum: float, *names: str) -> None:

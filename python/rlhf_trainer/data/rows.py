@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +14,6 @@ from ..errors import RowError, UsageError, kind
 Checked = TypeVar("Checked")
 SHOWN_ERRORS = 5
 PARQUET_ROWS = 256  # read at once: arrow cannot hold over 2 GB of nested text in a column
-# NaN is what pandas leaves where a value is missing.
-parse = functools.partial(json.loads, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 class RowProblem(str):
@@ -75,7 +72,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, parse(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError) as error:  # of JSON or of UTF-8; of deep nesting
                 yield number, RowProblem(f"not JSON: {error}")
 
@@ -88,7 +85,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _read_jsonl(path)
         return
     try:
-        rows = parse(path.read_bytes())
+        rows = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: expected a list of rows, or a row a line; not JSON: {error}") from error
     yield from enumerate(rows, start=1)

@@ -78,7 +78,8 @@ class RewardConfig(PairConfig):
 
 @dataclass(kw_only=True)
 class DPOConfig(PairConfig):
-    """Options of `rlhf dpo`. The algorithm's defaults are those of the DPO paper, appendix B."""
+    """Options of `rlhf dpo`. The algorithm's defaults are those of the DPO paper, appendix B, but for its warm-up of 150
+    steps, which only runs as long as its own can have."""
 
     ref_model_name_or_path: str | None = MODEL.option(
         None, "The reference model; default: the model before training.", names_input=True
@@ -95,7 +96,9 @@ class DPOConfig(PairConfig):
     )
     optim: Optimizer = OPTIMIZATION.option("rmsprop", "The optimizer.")
     learning_rate: float = OPTIMIZATION.option(1e-6, "The learning rate after the warm-up.")
-    warmup_steps: int = OPTIMIZATION.option(150, "Steps over which the learning rate rises linearly from 0.")
+    warmup_steps: float = OPTIMIZATION.option(
+        0.1, "Steps over which the learning rate rises linearly from 0; below 1: their share of all steps."
+    )
     max_grad_norm: float = OPTIMIZATION.option(10.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
     project: str = OUTPUT.option("rlhf-dpo", "The project's name in the trackers.", may_change=True)
 

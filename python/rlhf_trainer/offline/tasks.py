@@ -12,6 +12,8 @@ from ..config.base import TrainConfig
 from ..data.encoding import Codec
 from ..data.views import first_rows, has_colours
 from ..models.checks import check_fit
+from ..training.batch_plan import step_plan
+from ..training.loop import check_warmup
 from ..training.task import Task
 
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -25,6 +27,7 @@ def load_tasks(
     `load_task(config, codec, source, split, accelerator, shuffled)` makes each of them.
     """
     task = load_task(config, codec, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
+    check_warmup(config, len(step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)))
     if config.inspect_rows:
         examples = task.examples(range(min(config.inspect_rows, len(task.counts))))
         accelerator.print(first_rows(examples, codec.tokenizer, config.inspect_rows, has_colours()))

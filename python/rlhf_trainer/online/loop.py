@@ -24,7 +24,7 @@ from ..rollouts.loading import make_sampler
 from ..rollouts.sampler import Failure, Sampler
 from ..training.batch_plan import epoch_order
 from ..training.journal import write_jsonl
-from ..training.loop import Run
+from ..training.loop import Run, check_warmup
 from ..training.task import Metrics
 from .advantages import adapted_beta
 from .algorithm import Algorithm, EpisodeTask
@@ -52,6 +52,7 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
     config, accelerator, policy = setup.config, setup.accelerator, setup.policy
     prompts_each = config.batch_size // config.num_generations
     total = config.max_steps or math.ceil(len(setup.prompts) * config.num_train_epochs / prompts_each)
+    check_warmup(config, total)
     sampler = make_sampler(config, policy.model, setup.tokenizer)  # before output_dir is made: a server may be down
     with Run(config, module, accelerator, total, lambda: data_checksum(setup)) as run:
         beta = run.state.get("beta", config.beta)

@@ -26,9 +26,6 @@ class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
     reference: Literal["previous", "first"] = MODEL.option(
         "previous", "The reference model: the one that the round starts from, or for all rounds the first one."
     )
-    warmup_steps: int = OPTIMIZATION.option(
-        10, "Steps of each round over which the learning rate rises linearly from 0."
-    )
     project: str = OUTPUT.option("rlhf-online-dpo", "The project's name in the trackers.", may_change=True)
 
     def __post_init__(self) -> None:

@@ -69,6 +69,16 @@ def plan_training(
     return plan_batches(lengths, config.batch_size, micro, config.seed if shuffled else None, sizes)
 
 
+def check_warmup(config: TrainConfig, steps: int) -> None:
+    """UsageError where a run of `steps` would end inside its warm-up."""
+    if 1 <= config.warmup >= steps:
+        raise UsageError(
+            f"the run has {steps} steps, and the learning rate would still rise at its end: warmup_steps is "
+            f"{config.warmup:g}. Pass warmup_steps 0.1 for a tenth of the run, or lower batch_size, or raise "
+            "num_train_epochs"
+        )
+
+
 class Run:
     """A training run into output_dir: the model and its optimizer, the folder it works in, its log, its checkpoints.
 
@@ -97,10 +107,6 @@ class Run:
         self.log = MetricsLog(self.work, accelerator, total, config.project, settings, self.done, kept_bytes)
         if self.done:
             self.log.write(f"resumed from step {self.done}")
-        if total < config.warmup_steps:
-            self.log.write(
-                f"note: the warm-up takes {config.warmup_steps} steps, so the learning rate stays below its peak"
-            )
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -195,9 +201,10 @@ def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> Metrics:
 def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
     """The learning rate of step 1, 2, ..., steps: a linear warm-up to the peak, then constant, or down to 0 behind the
     last step."""
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    progress = (step - 1 - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    warmup = config.warmup_in(steps)
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - 1 - warmup) / (steps - warmup)
     shapes = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return config.learning_rate * shapes.get(config.lr_scheduler_type, 1.0)
 

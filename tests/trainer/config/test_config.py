@@ -184,7 +184,7 @@ def test_help_marks_what_is_required_and_says_defaults_of_zero(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "A .jsonl or .parquet file, or a hub id. (required)" in text
+    assert "A .jsonl, .json, .csv or .parquet file, or a hub id. (required)" in text
     assert "added to the gradient for rmsprop. (default: 0.0)" in text
 
 

@@ -33,7 +33,7 @@ def three(model_folder, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     (folder / "steps_of_mine.py").write_text(FUNCTIONS)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(12)))
-    small = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 2, "max_length": 96}
+    small = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_steps": 0.5, "max_length": 96}
     stages = {
         "sft": {
             "command": "sft", "model_name_or_path": "${base}", "dataset_name": "${data}", **small,

@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 
 from rlhf_trainer.config.base import TrainConfig
-from rlhf_trainer.errors import TrainingError
+from rlhf_trainer.errors import TrainingError, UsageError
+from rlhf_trainer.offline.config import DPOConfig
+from rlhf_trainer.recipes.config import OnlineDPOConfig
 from rlhf_trainer.training.batch_plan import plan_batches
-from rlhf_trainer.training.loop import learning_rate_at
+from rlhf_trainer.training.loop import check_warmup, learning_rate_at
 from rlhf_trainer.training.output_folder import partial_folder
 from rlhf_trainer.training.task import LossOutput, Totals
 
@@ -45,8 +48,32 @@ def test_learning_rates_are_transformers_without_a_warm_up():
             theirs.step()
 
 
-def test_a_warm_up_longer_than_the_run():
-    assert [learning_rate_at(config(warmup_steps=4), step, 2) for step in (1, 2)] == [0.25, 0.5]
+@pytest.mark.parametrize("steps", [1, 7, 100])
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.25, 3, 5])
+def test_warm_ups_are_as_long_as_those_of_transformers(warmup, steps, tmp_path):
+    theirs = transformers.TrainingArguments(output_dir=str(tmp_path), warmup_steps=warmup)
+    assert config(warmup_steps=warmup).warmup_in(steps) == theirs.get_warmup_steps(steps)
+    if warmup < 1:
+        assert config(warmup_steps=9, warmup_ratio=warmup).warmup_in(steps) == theirs.get_warmup_steps(steps)
+
+
+def test_a_run_that_ends_inside_its_warm_up_is_refused():
+    check_warmup(config(warmup_steps=4), 5)
+    check_warmup(config(warmup_ratio=0.9), 1)
+    with pytest.raises(UsageError, match=r"the run has 4 steps, .* warmup_steps is 4. Pass warmup_steps 0.1"):
+        check_warmup(config(warmup_steps=4), 4)
+    with pytest.raises(UsageError, match="warmup_ratio must be below 1, got 3; warmup_steps counts steps"):
+        config(warmup_ratio=3)
+
+
+def test_the_defaults_of_dpo_reach_their_learning_rate():
+    """40 pairs are one step of its batch, which the paper's 150 steps of warm-up would make at 1/150 of the rate."""
+    for defaults in (DPOConfig, OnlineDPOConfig):
+        names = {"reward_model_name_or_path": "r"} if defaults is OnlineDPOConfig else {}
+        dpo = defaults(model_name_or_path="m", dataset_name="d", output_dir="o", **names)
+        check_warmup(dpo, 1)
+        assert learning_rate_at(dpo, 1, 1) == dpo.learning_rate
+        assert [learning_rate_at(dpo, step, 20) / dpo.learning_rate for step in (1, 2, 3)] == [0.5, 1, 1]
 
 
 def output(loss, smallest, largest, tokens):
