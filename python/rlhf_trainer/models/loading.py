@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -44,7 +45,7 @@ def load_pretrained(
 
     UsageError where it cannot be loaded as `noun`, or lacks weights other than those that begin with `new`.
     """
-    check_local(name, key)
+    check_no_adapter(name, key)
     try:
         with without_report():
             model, report = auto.from_pretrained(
@@ -74,7 +75,7 @@ def load_causal_lm(
 
 def meta_model(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights, which costs nothing, to see what fits into it."""
-    check_local(name, key)
+    check_no_adapter(name, key)
     try:
         facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -161,6 +162,18 @@ def check_local(name: str, key: str) -> None:
     """UsageError for a path that does not exist; a hub id, `name` or `owner/name`, passes."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"{key}: no such folder: {name}")
+
+
+def check_no_adapter(name: str, key: str) -> None:
+    """`check_local`, and UsageError for the folder of an adapter, which transformers would load, frozen."""
+    check_local(name, key)
+    path = Path(name) / "adapter_config.json"
+    if path.is_file():
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UsageError(
+            f"{key}: {name!r} is an adapter (LoRA) of {base!r}, not a model: merge it first, by merge_and_unload() and "
+            "save_pretrained() of peft, and name the merged model's folder"
+        )
 
 
 def describe(name: str) -> str:
