@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ Config = TypeVar("Config")
 # Names of TRL and transformers for which there is another one here: docs/trainer.md, "Coming from TRL".
 COUNTERPARTS = {
     "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "batch_size",
-    "fp16": "bf16", "precision": "bf16", "kl_coef": "beta", "simpo_gamma": "gamma_beta_ratio",
+    "lr": "learning_rate", "fp16": "bf16", "precision": "bf16", "kl_coef": "beta", "simpo_gamma": "gamma_beta_ratio",
     "max_new_tokens": "max_completion_length", "response_length": "max_completion_length",
     "steps_per_generation": "num_mini_batches", "generation_batch_size": "batch_size",
     "reward_model_path": "reward_model_name_or_path", "sft_model_path": "ref_model_name_or_path",
@@ -85,7 +86,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is Literal:
-        options |= {"choices": typing.get_args(hint)}
+        options |= {"choices": typing.get_args(hint), "type": functools.partial(one_of, typing.get_args(hint))}
     elif typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
         options |= {"type": item, "nargs": "+", "action": field.metadata["action"], "metavar": item.__name__.upper()}
@@ -110,6 +111,12 @@ def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
     counterpart = COUNTERPARTS.get(name)
     return f"; did you mean {prefix + counterpart!r}?" if counterpart in known else did_you_mean(name, known, prefix)
+
+
+def one_of(known: Sequence[str], text: str) -> str:
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(known)}; got {text!r}{did_you_mean(text, known)}")
+    return text
 
 
 def true_or_false(text: str) -> bool:
@@ -165,7 +172,8 @@ def checked_value(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value in args:
             return value
-        raise UsageError(f"{where}: expected one of {', '.join(map(str, args))}; got {value!r}")
+        known = list(map(str, args))
+        raise UsageError(f"{where}: expected one of {', '.join(known)}; got {value!r}{did_you_mean(str(value), known)}")
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
