@@ -19,6 +19,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None  # [S, T] int64, 0 on padding; None: position_ids say which tokens see each other
     labels: Tensor  # [S, T] int64, IGNORED where nothing is learned, as on prompt and padding
     position_ids: Tensor | None = None  # [S, T] int64; None: 0, 1, 2, ... in every row
+    real: Tensor | None = None  # [S, T] int64, 0 on padding, where attention_mask does not say it
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor if tensor is None else tensor.to(device) for tensor in self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -38,15 +39,35 @@ class FusedLM(nn.Module):
         super().__init__()
         self.model = model
         self.bf16 = bf16
+        # A mixture of experts whose config asks for it makes a balancing loss in each call: `with_aux_loss` adds it.
+        self.aux_coefficient = aux_coefficient_of(model)
+        self.aux_loss: Tensor | None = None
         with _for_users():
             self.logit_scale, self.logit_softcap = logit_options_of(model)
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
         """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
         options = LogitOptions(self.logit_scale, self.logit_softcap)
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            result, _ = run_in_head(self.model, use, options, inputs_of(batch) | {"use_cache": False})
+        inputs = inputs_of(batch) | {"use_cache": False}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16))
+            if self.aux_coefficient and batch.real is not None:  # what the balancing loss takes for the attention mask
+                mask = {"attention_mask": inputs.get("attention_mask")}
+                inputs["attention_mask"] = batch.real
+                stack.callback(
+                    self.model.base_model.register_forward_pre_hook(
+                        lambda _, args, kwargs: (args, kwargs | mask), with_kwargs=True
+                    ).remove
+                )
+            result, output = run_in_head(self.model, use, options, inputs)
+        self.aux_loss = getattr(output, "aux_loss", None)
         return result
+
+
+def aux_coefficient_of(model: PreTrainedModel) -> float:
+    """The weight of the balancing loss of a mixture of experts; 0 where the config does not ask for it."""
+    config = model.config.get_text_config()
+    return getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
 
 
 @contextmanager

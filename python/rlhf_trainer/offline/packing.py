@@ -61,7 +61,8 @@ def collate_packed(rows: list[list[TokenSequence]], pad_id: int) -> Batch:
             position_ids[r, start:end] = torch.arange(sequence.length)
             start = end
         position_ids[r, start:] = torch.arange(width - start)
-    return Batch(input_ids, None, labels, position_ids)
+    real = torch.tensor([[int(t < sum(s.length for s in row)) for t in range(width)] for row in rows])
+    return Batch(input_ids, None, labels, position_ids, real)
 
 
 @torch.no_grad()

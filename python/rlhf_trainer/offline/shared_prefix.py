@@ -42,7 +42,7 @@ def collate_shared(groups: list[Group], pad_id: int, attention: str) -> PairBatc
             gather[s, 1 : 1 + len(response)] = row * width + torch.arange(start, end)
             labels[s, 1 : 1 + len(response)] = torch.tensor(response)
             start, s = end, s + 1
-    batch = Batch(ids, attention_among(owner, attention), torch.full_like(ids, IGNORED), positions)
+    batch = Batch(ids, attention_among(owner, attention), torch.full_like(ids, IGNORED), positions, (owner >= 0).long())
     return PairBatch(batch, labels, *pairs_of(groups), gather)
 
 
@@ -72,12 +72,14 @@ def can_share(model: PreTrainedModel) -> bool:
     ids = [(7 * i + 3) % highest for i in range(length + 10)]
     group = Group(0, ids[:length], [ids[length : length + 4], ids[length + 4 :]], [(0, 1)], [0.0])
     device = model.get_input_embeddings().weight.device
+    # The balancing loss of a mixture of experts would take the mask for one of padding.
+    routers_off = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     logps = []
     for made in (collate_groups([group], 0), collate_shared([group], 0, attention_of(model))):
         pairs = made.to(device)
         logits = model(
             input_ids=pairs.batch.input_ids, attention_mask=pairs.batch.attention_mask,
-            position_ids=pairs.batch.position_ids, use_cache=False,
+            position_ids=pairs.batch.position_ids, use_cache=False, **routers_off,
         ).logits  # fmt: skip
         log_p = pairs.hidden_of(logits).float().log_softmax(-1)[:, :-1]
         targets = pairs.labels[:, 1:]

@@ -29,7 +29,7 @@ from .batch_plan import MicroBatch, plan_batches, step_plan
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_checkpoints, save_checkpoint
 from .metrics import MetricsLog, make_accelerator
 from .output_folder import commit_output, open_output, partial_folder
-from .task import Metrics, Task, Totals
+from .task import Metrics, Task, Totals, with_aux_loss
 
 BAD_BATCH = "bad_batch.json"
 LOWER_RATE = "Lower learning_rate or max_grad_norm, or lengthen warmup_steps."
@@ -92,6 +92,7 @@ class Run:
         self.config, self.accelerator, self.total = config, accelerator, total
         give_back_freed_memory(module)
         self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
+        self.balanced = [part for part in module.modules() if getattr(part, "aux_coefficient", 0)]
         if accelerator.is_main_process:
             open_output(config)
         accelerator.wait_for_everyone()
@@ -129,7 +130,7 @@ class Run:
         for i, share in enumerate(shares):
             # Gradients travel between processes once a step, with the last micro-batch.
             with contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model):
-                output = task.compute_loss(self.model, share.indices)
+                output = with_aux_loss(task.compute_loss(self.model, share.indices), self.balanced)
                 # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
                 accelerator.backward(output.loss * (share.weight * accelerator.num_processes))
             totals.add(output, share.weight)

@@ -27,6 +27,17 @@ class LossOutput(NamedTuple):
     maxima: Mapping[str, Tensor] = MappingProxyType({})
 
 
+def with_aux_loss(output: LossOutput, balanced: Sequence[nn.Module]) -> LossOutput:
+    """The output with the balancing losses of mixtures of experts, each of the last call of its module, by their
+    coefficients."""
+    for module in balanced:
+        aux_loss = module.aux_loss.detach()
+        metrics = output.metrics | {"loss": output.metrics["loss"] + module.aux_coefficient * aux_loss}
+        loss = output.loss + module.aux_coefficient * module.aux_loss
+        output = output._replace(loss=loss, metrics=metrics | {"aux_loss": aux_loss})
+    return output
+
+
 class Task(ABC):
     """Examples, and their loss. `plan`: batches of micro-batches; `counts` [N]: each example's weight in the means of
     loss and metrics, such as its pairs or its tokens."""
