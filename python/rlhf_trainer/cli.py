@@ -23,8 +23,11 @@ def run(name: str, command: Command, argv: Sequence[str]) -> None:
     from .training.processes import leave_processes
 
     function = command.load_function()
+    from .training.memory import lack_of_memory
+
     try:
-        function(config)
+        with lack_of_memory(config, lambda: f"rlhf {name}"):
+            function(config)
     finally:
         leave_processes()
 

@@ -18,6 +18,7 @@ from ..rollouts.generation import Completion, Sampling, completion_text
 from ..rollouts.sampler import Failure, Sampler, request_of
 from ..training.batch_plan import MicroBatch, plan_batches
 from ..training.journal import batches_of_like_length, whole_lines, write_jsonl
+from ..training.memory import lack_of_memory
 from ..training.processes import over_processes
 from .config import OnlineConfig
 from .episodes import Episode
@@ -57,7 +58,8 @@ def sample_completions(
 
     def generate(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:
         number, positions = part
-        return sampler.generate([requests[i] for i in positions], sampling, seed=seed, number=number)
+        with lack_of_memory(config, lambda: f"{len(positions)} completions generated at once"):
+            return sampler.generate([requests[i] for i in positions], sampling, seed=seed, number=number)
 
     results = over_processes(list(enumerate(batches)), generate, setup.accelerator)
     by_position = {

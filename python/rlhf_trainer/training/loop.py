@@ -24,9 +24,11 @@ from torch import nn
 import rlhf_kernels as rk
 
 from ..config.base import TrainConfig
+from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_checkpoints, save_checkpoint
+from .memory import lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .output_folder import commit_output, open_output, partial_folder
 from .task import Metrics, Task, Totals, with_aux_loss
@@ -93,6 +95,8 @@ class Run:
         give_back_freed_memory(module)
         self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
         self.balanced = [part for part in module.modules() if getattr(part, "aux_coefficient", 0)]
+        self.shape = "before the model's first call"
+        self.model.register_forward_pre_hook(self.keep_shape)
         if accelerator.is_main_process:
             open_output(config)
         accelerator.wait_for_everyone()
@@ -119,6 +123,11 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.log.close()
 
+    def keep_shape(self, _model: nn.Module, inputs: tuple[Batch, ...]) -> None:
+        """For the message where memory is lacking."""
+        rows, tokens = inputs[0].input_ids.shape
+        self.shape = f"a micro-batch of {rows} x {tokens} tokens"
+
     def update(self, task: Task, batch: list[MicroBatch], step: int) -> tuple[Metrics, float]:
         """One optimizer step on `batch`; `step` sets the learning rate. Returns metrics, and the number of tokens."""
         accelerator = self.accelerator
@@ -129,7 +138,8 @@ class Run:
         totals, shares = Totals(), task.shares(batch, accelerator)
         for i, share in enumerate(shares):
             # Gradients travel between processes once a step, with the last micro-batch.
-            with contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model):
+            syncs = contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model)
+            with syncs, lack_of_memory(self.config, lambda: f"step {step}, {self.shape}"):
                 output = with_aux_loss(task.compute_loss(self.model, share.indices), self.balanced)
                 # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
                 accelerator.backward(output.loss * (share.weight * accelerator.num_processes))
@@ -140,7 +150,8 @@ class Run:
         metrics["grad_norm"] = float(grad_norm)
         if not all(math.isfinite(value) for value in metrics.values()):
             raise TrainingError(dump_bad_batch(step, metrics, task, batch, self.work, accelerator))
-        self.optimizer.step()
+        with lack_of_memory(self.config, lambda: f"step {step}, the optimizer's update"):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": learning_rate}, tokens
 
