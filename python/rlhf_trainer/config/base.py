@@ -119,9 +119,9 @@ class TrainConfig(OutputConfig, DataConfig):
     dataset_test_split: str = DATA.option("test", "The split of a hub evaluation set.")
     eval_steps: int | None = DATA.option(None, "Evaluate every so many steps; default: before training and at its end.")
 
-    num_train_epochs: int = OPTIMIZATION.option(1, "Passes over the data.")
+    num_train_epochs: int = OPTIMIZATION.option(1, "Passes over the data.", may_change=True)
     max_steps: int | None = OPTIMIZATION.option(
-        None, "Stop after so many optimizer steps, whatever num_train_epochs says."
+        None, "Stop after so many optimizer steps, whatever num_train_epochs says.", may_change=True
     )
     batch_size: int = OPTIMIZATION.option(
         64, "Examples per optimizer step, over all processes and micro-batches together."
@@ -142,6 +142,10 @@ class TrainConfig(OutputConfig, DataConfig):
         None, "Scratch memory of the losses; enough for the logits twice saves time."
     )
 
+    save_only_model: bool = OUTPUT.option(
+        False, "Keep no optimizer state in output_dir: twice the weights, to train on from there.", may_change=True
+    )
+    logging_steps: int = OUTPUT.option(1, "Where there is no terminal, print every so many steps.", may_change=True)
     save_steps: int = OUTPUT.option(100, "Save a checkpoint every so many steps.", may_change=True)
     report_to: list[str] = OUTPUT.several("Trackers of accelerate: tensorboard, wandb, trackio, ...", may_change=True)
     project: str = OUTPUT.option("rlhf", "The project's name in the trackers.", may_change=True)
@@ -162,7 +166,7 @@ class TrainConfig(OutputConfig, DataConfig):
         if self.eval_steps is not None and self.eval_dataset is None:
             raise UsageError("eval_steps: there is nothing to evaluate on, so pass eval_dataset")
         at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
-        at_least(self, 1, "save_steps")
+        at_least(self, 1, "save_steps", "logging_steps")
         at_least(self, 8, "workspace_mib")
 
     @property

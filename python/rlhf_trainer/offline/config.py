@@ -78,8 +78,8 @@ class RewardConfig(PairConfig):
 
 @dataclass(kw_only=True)
 class DPOConfig(PairConfig):
-    """Options of `rlhf dpo`. The algorithm's defaults are those of the DPO paper, appendix B, but for its warm-up of 150
-    steps, which only runs as long as its own can have."""
+    """Options of `rlhf dpo`. The algorithm's defaults are those of the DPO paper, appendix B, but for its warm-up of
+    150 steps, which only runs as long as its own can have."""
 
     ref_model_name_or_path: str | None = MODEL.option(
         None, "The reference model; default: the model before training.", names_input=True

@@ -55,7 +55,8 @@ def reference_logprobs(
     parts = totals.split(sizes)  # views
     rank, world = accelerator.process_index, accelerator.num_processes
     shares = [share for batch in plan for share in share_of_process(batch, rank, world)]
-    for share in tqdm(shares, desc="reference", unit="batch", leave=False, disable=not accelerator.is_main_process):
+    disable = None if accelerator.is_main_process else True  # None: where there is no terminal
+    for share in tqdm(shares, desc="reference", unit="batch", leave=False, disable=disable):
         logps = sequence_logprobs(reference, batch_of(share.indices))
         if share.weight > 0:  # a repeated micro-batch must not count twice in the sum below
             for i, part in zip(share.indices, logps.split([sizes[i] for i in share.indices]), strict=True):

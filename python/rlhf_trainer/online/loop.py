@@ -44,6 +44,7 @@ from .setup import Setup, data_checksum
 
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES = 8  # completions of an evaluation that are kept for a person to read
+WATCHED = ("reward", "objective/kl", "completions/mean_length", "seconds")
 POLICY_FOLDER = "policy"  # of the policy that a server loads
 
 
@@ -82,8 +83,7 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 sync_policy(setup, sampler, run.work / POLICY_FOLDER)
                 is_synced = True
                 metrics |= evaluate(setup, sampler, run.work, step)
-            run.log.log(step, step * prompts_each / len(setup.prompts), metrics)
-            run.log.advance(**{name: f"{metrics[name]:.4f}" for name in ("reward", "objective/kl") if name in metrics})
+            run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
             run.save_checkpoint(step, beta=beta)
 
     def save(_module: nn.Module, folder: Path) -> None:

@@ -85,7 +85,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> Path:
             stage(
                 DPOConfig, config, folder / "model", model_name_or_path=model, seed=seed,
                 ref_model_name_or_path=first if config.reference == "first" else None,
-                dataset_name=str(folder / "pairs.jsonl"), dataset_format="auto",
+                dataset_name=str(folder / "pairs.jsonl"), dataset_format="auto", save_only_model=True,
             )
         )  # fmt: skip
         model = str(trained)

@@ -51,7 +51,7 @@ def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
         (new / STATE).write_text(json.dumps({"step": step, "checksums": sums, **state}), encoding="utf-8")
         if folder.exists():  # damaged, or the run would have been resumed from it
             shutil.rmtree(folder)
-    checkpoints = sorted(folder.parent.glob("step-*"))
+    checkpoints = saved_checkpoints(folder.parent.parent)
     kept = [checkpoint for checkpoint in checkpoints if checkpoint <= folder][-KEPT:]  # later ones are damaged
     for checkpoint in checkpoints:
         if checkpoint not in kept:
@@ -60,7 +60,7 @@ def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
 
 def newest_checkpoint(work: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `work`; for damaged ones, a warning."""
-    for folder in sorted((work / FOLDER).glob("step-*"), reverse=True):
+    for folder in reversed(saved_checkpoints(work)):
         try:
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             whole = all(checksum(folder / name) == state["checksums"][name] for name in (MODEL, OPTIMIZER))
@@ -87,9 +87,17 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def remove_checkpoints(work: Path) -> None:
-    """Removes the checkpoints of a finished run, which is never resumed."""
-    shutil.rmtree(work / FOLDER, ignore_errors=True)
+def remove_checkpoints(folder: Path, *, but_newest: bool) -> None:
+    """Removes the checkpoints of a finished run, but perhaps the newest, from which a longer run goes on."""
+    if not but_newest:
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    for checkpoint in saved_checkpoints(folder)[:-1]:
+        shutil.rmtree(checkpoint)
+
+
+def saved_checkpoints(work: Path) -> list[Path]:
+    """The folders of the checkpoints, the newest last."""
+    return sorted((work / FOLDER).glob("step-*"))
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> list[list
     return batches[::-1]
 
 
+LINES = 10  # of a journal's progress, where there is no terminal
 RunBatch = Callable[[Callable[[], Any]], Any]  # computes a batch's result and returns it; `Journal.run` keeps it, too
 
 
@@ -55,7 +56,8 @@ class Journal:
         if not lines:
             self._write(header)
         self.position = 0
-        self.bar = tqdm(total=total, initial=len(self.known), desc=description, unit="batch")
+        self.bar = tqdm(total=total, initial=len(self.known), desc=description, unit="batch", disable=None)
+        self.total, self.description = total, description
         if self.known:
             self.bar.write(f"resumed from batch {len(self.known)} of {total}")
 
@@ -67,12 +69,15 @@ class Journal:
             result = compute()
             self._write(json.dumps(result) + "\n")
             self.bar.update()
+            if self.bar.disable and (self.position + 1) * LINES // self.total > self.position * LINES // self.total:
+                print(f"{self.description}: batch {self.position + 1} of {self.total}", flush=True)
         self.position += 1
         return result
 
     def expect(self, batches: int) -> None:
         """Adds batches that the start of the run did not know of."""
-        self.bar.total += batches
+        self.total += batches
+        self.bar.total = self.total
         self.bar.refresh()
 
     def _write(self, line: str) -> None:

@@ -27,10 +27,10 @@ from ..config.base import TrainConfig
 from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, remove_checkpoints, save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from .memory import lack_of_memory
 from .metrics import MetricsLog, make_accelerator
-from .output_folder import commit_output, open_output, partial_folder
+from .output_folder import commit_output, keep_checkpoints, open_output, partial_folder
 from .task import Metrics, Task, Totals, with_aux_loss
 
 BAD_BATCH = "bad_batch.json"
@@ -98,11 +98,11 @@ class Run:
         self.shape = "before the model's first call"
         self.model.register_forward_pre_hook(self.keep_shape)
         if accelerator.is_main_process:
-            open_output(config)
+            open_output(config, total)
         accelerator.wait_for_everyone()
         self.work = partial_folder(config.output_dir)
         checkpoint = newest_checkpoint(self.work)
-        self.data = data() if checkpoint is not None or total > config.save_steps else ""
+        self.data = data()
         if checkpoint is not None:
             check_same_data(checkpoint, self.data)
             load_checkpoint(checkpoint, self.unwrapped, self.optimizer)
@@ -112,6 +112,15 @@ class Run:
         self.log = MetricsLog(self.work, accelerator, total, config.project, settings, self.done, kept_bytes)
         if self.done:
             self.log.write(f"resumed from step {self.done}")
+            then = self.state.get("total", total)
+            if then != total and any(
+                learning_rate_at(config, step, then) != learning_rate_at(config, step, total)
+                for step in range(1, self.done + 1)
+            ):
+                self.log.write(
+                    f"note: the learning rate was that of a run of {then} steps until here, and is now that of a run "
+                    f"of {total}, on which lr_scheduler_type and warmup_steps depend"
+                )
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -156,10 +165,10 @@ class Run:
         return metrics | {"learning_rate": learning_rate}, tokens
 
     def save_checkpoint(self, step: int, **state: float) -> None:
-        """Saves a checkpoint, with `state` in it, every save_steps steps, but after the last, whose result is saved."""
-        if step % self.config.save_steps == 0 and step < self.total:
+        """Saves a checkpoint, with `state` in it, every save_steps steps, and unless save_only_model after the last."""
+        if step % self.config.save_steps == 0 if step < self.total else not self.config.save_only_model:
             if self.accelerator.is_main_process:
-                state = {"metrics_bytes": self.log.bytes_written(), "data": self.data} | state
+                state |= {"metrics_bytes": self.log.bytes_written(), "data": self.data, "total": self.total}
                 save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state)
             self.accelerator.wait_for_everyone()
 
@@ -173,7 +182,8 @@ class Run:
             )
         if self.accelerator.is_main_process:
             save(self.unwrapped, self.work)
-            remove_checkpoints(commit_output(self.config))  # last: until then the run can be resumed
+            commit_output(self.config)
+            keep_checkpoints(self.config)  # last: until then the run can be resumed
             print(f"saved to {self.config.output_dir}")
         self.accelerator.wait_for_everyone()
         return Path(self.config.output_dir)
@@ -191,17 +201,18 @@ def train(
     steps = step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)
     with Run(config, module, accelerator, len(steps), lambda: fingerprint(task)) as run:
         run.log.write(f"{len(task.counts)} {task.noun}, {len(steps)} steps, metrics in {run.work / 'metrics.jsonl'}")
-        if held_out is not None and not run.done:
-            run.log.log(0, 0.0, evaluate(held_out, run.model, accelerator))
+        if held_out is not None and run.done in (0, len(steps)):  # at the end, too: `save` may need the task evaluated
+            metrics = evaluate(held_out, run.model, accelerator)
+            if not run.done:
+                run.log.log(0, 0.0, metrics)
         for step, index in enumerate(steps[run.done :], start=run.done + 1):
             started = time.perf_counter()
             metrics, tokens = run.update(task, task.plan[index], step)
-            shown = {name: f"{metrics[name]:.4f}" for name in list(metrics)[:2]}
+            shown = (*list(metrics)[:2], "learning_rate", "tokens_per_second")
             metrics["tokens_per_second"] = tokens / (time.perf_counter() - started)
             if held_out is not None and (step == len(steps) or step % (config.eval_steps or len(steps)) == 0):
                 metrics |= evaluate(held_out, run.model, accelerator)
-            run.log.log(step, step / len(task.plan), metrics)
-            run.log.advance(**shown)
+            run.log.log(step, step / len(task.plan), metrics, shown)
             run.save_checkpoint(step)
     return run.finish(save)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -65,26 +66,36 @@ class MetricsLog:
                 warnings.warn(f"{path} has lost lines; what it has of this run is kept", stacklevel=2)
             os.truncate(path, min(kept_bytes, path.stat().st_size))
             self.file = path.open("a", encoding="utf-8")
-        self.bar = tqdm(total=total_steps, initial=done_steps, desc=project, unit="step", disable=not self.is_main)
+        disable = None if self.is_main else True  # None: where there is no terminal
+        self.bar = tqdm(total=total_steps, initial=done_steps, desc=project, unit="step", disable=disable)
+        self.total, self.logging_steps = total_steps, config["logging_steps"]
 
-    def log(self, step: int, epoch: float, metrics: dict[str, float]) -> None:
+    def log(self, step: int, epoch: float, metrics: dict[str, float], shown: Sequence[str] = ()) -> None:
+        """The metrics of a step, or of the evaluation before the first. `shown`: those that a person watches."""
         if self.file is not None:
             self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **metrics}) + "\n")
             self.file.flush()
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=step)
+        texts = {name: f"{metrics[name]:.4g}" for name in metrics if name in shown or name.startswith("eval/")}
+        held_out = [f"{name} {text}" for name, text in texts.items() if name not in shown]
+        watched = {name: texts[name] for name in shown if name in texts}
+        if watched:
+            self.bar.set_postfix(watched, refresh=False)
+            self.bar.update()
+        if self.bar.disable and watched and (step % self.logging_steps == 0 or step == self.total):
+            self.write(" ".join([f"step {step}/{self.total}", *(f"{name} {text}" for name, text in watched.items())]))
+        if held_out:
+            self.write(" ".join([f"step {step}/{self.total}", *held_out]))
 
     def bytes_written(self) -> int:
         return 0 if self.file is None else os.fstat(self.file.fileno()).st_size
-
-    def advance(self, **shown: Any) -> None:
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
 
     def write(self, text: str) -> None:
         """Prints without breaking the bar."""
         if self.is_main:
             self.bar.write(text)
+            sys.stdout.flush()
 
     def close(self) -> None:
         self.bar.close()

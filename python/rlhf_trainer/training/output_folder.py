@@ -14,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 from ..config.base import FolderConfig, names_with
 from ..config.parse import dump_yaml
 from ..errors import UsageError
-from .checkpoint import remove_checkpoints
-from .files import whole_folder
+from .checkpoint import remove_checkpoints, saved_checkpoints
+from .files import whole_folder, write_whole
 
 # Every run writes its configuration under this name first, so that a run's folder can be recognised.
 CONFIG_FILE = "rlhf_config.yaml"
+LENGTHS = ("num_train_epochs", "max_steps")
 
 
 def partial_folder(output_dir: str | Path) -> Path:
@@ -62,16 +63,26 @@ def is_taken(path: Path) -> bool:
     return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
-def open_output(config: FolderConfig) -> Path:
+def open_output(config: FolderConfig, steps: int = 0) -> Path:
     """Makes the folder that a run works in, locks it, and returns it; a resumed run gets the one that it left, if any.
-    The content of output_dir stays there until `commit_output`."""
+    The content of output_dir stays there until `commit_output`, but where a finished run goes on, to `steps`: its
+    folder is worked in again."""
+    output_dir, partial = Path(config.output_dir).absolute(), partial_folder(config.output_dir)
+    longer = goes_on(config)
+    checkpoints = saved_checkpoints(output_dir if longer else partial) if config.resume_from_checkpoint else []
+    done = max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
+    if steps < done:
+        raise UsageError(f"{output_dir} has trained for {done} steps already: raise num_train_epochs or max_steps")
+    if longer:
+        output_dir.rename(partial)
     check_free(config)
-    partial = partial_folder(config.output_dir)
     try:
         if is_taken(partial):
             lock(partial)
             if config.resume_from_checkpoint:
                 check_same_config(partial, config)
+                write_whole(partial / CONFIG_FILE, dump_yaml(config))  # it may be longer now
+                lock(partial)
                 return partial
         if partial.exists():
             shutil.rmtree(partial)
@@ -111,6 +122,22 @@ def already_finished(config: FolderConfig) -> bool:
         return False
     check_same_config(folder, config)
     shutil.rmtree(replaced_folder(folder), ignore_errors=True)  # of a run that died while it replaced it
+    return not goes_on(config)
+
+
+def goes_on(config: FolderConfig) -> bool:
+    """Whether the run in output_dir is finished, and is to be resumed with another length."""
+    folder = Path(config.output_dir)
+    if not config.resume_from_checkpoint or not (folder / CONFIG_FILE).is_file() or partial_folder(folder).exists():
+        return False
+    then = read_config(folder)
+    if differences(folder, config) or all(then.get(n) == getattr(config, n) for n in LENGTHS if hasattr(config, n)):
+        return False
+    if not saved_checkpoints(folder):
+        raise UsageError(
+            f"{folder} is finished and has no optimizer state (save_only_model), so that its training cannot be made "
+            f"longer. Start a new one from it: --model_name_or_path {folder}, with another output_dir"
+        )
     return True
 
 
@@ -120,11 +147,11 @@ def begin(config: FolderConfig, is_main_process: bool = True) -> bool:
     if getattr(config, "chat_template_date", "") is None:
         config.chat_template_date = first_date(config)
     if already_finished(config):
-        remove_checkpoints(Path(config.output_dir))  # of a run that died between its end and their removal
         if is_main_process:
+            keep_checkpoints(config)  # the run may have died between its end and their removal
             print(f"{config.output_dir}: already finished")
         return False
-    if is_main_process:
+    if is_main_process and not goes_on(config):
         check_free(config)
     return True
 
@@ -134,10 +161,15 @@ def first_date(config: FolderConfig) -> str:
     same in all processes."""
     for folder in (partial_folder(config.output_dir), Path(config.output_dir)):
         if config.resume_from_checkpoint and (folder / CONFIG_FILE).is_file():
-            date = config_in(folder).get("chat_template_date")
+            date = read_config(folder).get("chat_template_date")
             if date is not None:
                 return str(date)
     return broadcast_object_list([datetime.now().isoformat(timespec="seconds")])[0]
+
+
+def keep_checkpoints(config: FolderConfig) -> None:
+    """Leaves a finished run's last checkpoint, or none, as the configuration wants it."""
+    remove_checkpoints(Path(config.output_dir), but_newest=not getattr(config, "save_only_model", True))
 
 
 def check_same_config(folder: Path, config: FolderConfig) -> None:
@@ -152,13 +184,13 @@ def check_same_config(folder: Path, config: FolderConfig) -> None:
 
 def differences(folder: Path, config: FolderConfig) -> list[str]:
     """The options whose values differ from those of the run that left `folder`, with both values."""
-    then, now = config_in(folder), yaml.safe_load(dump_yaml(config))
+    then, now = read_config(folder), yaml.safe_load(dump_yaml(config))
     may_change = names_with(type(config), "may_change")
     keys = [key for key in {**then, **now} if key not in may_change and then.get(key) != now.get(key)]
     return [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in keys]
 
 
-def config_in(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run that left `folder`."""
     try:
         values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -90,7 +90,10 @@ def test_numbers_as_people_write_them(text, yaml_file):
         ("eval_dataset: 3\n", r"run.yaml: key 'eval_dataset': expected str, got int 3"),
         ("report_to: wandb\n", r"run.yaml: key 'report_to': expected a list of str, got str 'wandb'"),
         ("report_to: [3]\n", r"run.yaml: key 'report_to': expected str, got int 3"),
-        ("loss_type: sigmod\n", r"run.yaml: key 'loss_type': expected one of sigmoid, hinge, .*; got 'sigmod'"),
+        (
+            "loss_type: sigmod\n",
+            r"run.yaml: key 'loss_type': expected one of sigmoid, hinge, .*; got 'sigmod'; did you mean 'sigmoid'\?",
+        ),
         ("beta: [unclosed\n", r"run.yaml is not YAML"),
         ("beta: -1\n", r"beta must be at least 0, got -1"),
         ("beta: .nan\n", r"beta must be at least 0, got nan"),
@@ -116,9 +119,14 @@ def test_a_file_that_is_no_mapping_or_not_there(yaml_file, tmp_path):
     ("argv", "message"),
     [
         (["--betta", "1"], "unknown flag --betta; did you mean '--beta'?"),
+        (["--lr", "1"], "unknown flag --lr; did you mean '--learning_rate'?"),
         (["--bet", "1"], "unknown flag --bet; did you mean '--beta'?"),  # not taken: a new flag may begin like that
         (["--beta", "high"], "argument --beta: invalid float value: 'high'"),
-        (["--loss_type", "sigmod"], "argument --loss_type: invalid choice: 'sigmod'"),
+        (
+            ["--loss_type", "sigmod"],
+            "argument --loss_type: expected one of sigmoid, hinge, ipo, ipo_mean, robust, simpo, apo_zero, apo_down, "
+            "sppo, nca, exo, aot, discopop; got 'sigmod'; did you mean 'sigmoid'?",
+        ),
         (["stray"], "unrecognized arguments: stray"),
         (["--beta"], "argument --beta: expected one argument"),
         (["--bf16=maybe"], "argument --bf16: expected true or false, got 'maybe'"),
@@ -222,7 +230,8 @@ def test_every_option_has_a_heading_and_a_help(command):
 
 def test_options_that_a_resumed_run_may_change():
     assert set(names_with(DPOConfig, "may_change")) == {
-        "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "report_to", "project",
+        "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "report_to", "project", "logging_steps",
+        "save_only_model", "num_train_epochs", "max_steps",
     }  # fmt: skip
     assert set(names_with(RewardConfig, "may_change")) == {*names_with(DPOConfig, "may_change"), "compare_with"}
 

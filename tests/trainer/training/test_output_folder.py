@@ -90,11 +90,11 @@ def test_a_trained_folder_loads_and_resists_a_second_run(model_folder, rows, wri
     start = AutoModelForCausalLM.from_pretrained(options["model_name_or_path"])
     assert not model.transformer.wte.weight.equal(start.transformer.wte.weight)
     assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids
-    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    kept = {path.name: path.read_bytes() for path in folder.rglob("*.*")}
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", CONFIG_FILE} <= set(kept)
     with pytest.raises(UsageError, match=r"run exists; .*--overwrite_output_dir"):
         train(**options, output_dir=str(folder))
-    assert kept == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert kept == {path.name: path.read_bytes() for path in folder.rglob("*.*")}
     train(**options, output_dir=str(folder), overwrite_output_dir=True, seed=3)
     assert (folder / CONFIG_FILE).read_bytes() != kept[CONFIG_FILE]
 

@@ -160,14 +160,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(harm, stag
     whole = run("whole")
     killed(lambda: run("broken"), (loop, "commit_output", at_call(1)))
     checkpoints = partial_folder(tmp_path / "broken") / checkpoint.FOLDER
-    harm(checkpoints / "step-000000004")
-    with pytest.warns(UserWarning, match="step-000000004 is damaged; an earlier checkpoint is taken"):
+    harm(checkpoints / "step-000000006")
+    with pytest.warns(UserWarning, match="step-000000006 is damaged; an earlier checkpoint is taken"):
         assert_same(run("broken", resume_from_checkpoint=True), whole)
 
 
 def test_resume_without_a_run_starts_one_and_of_a_finished_run_does_nothing(stage, capsys, tmp_path):
     run = stage("sft")
     folder = run("out", resume_from_checkpoint=True)
+    assert (folder / checkpoint.FOLDER / "step-000000006").is_dir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run("out", resume_from_checkpoint=True) == folder
     assert "already finished" in capsys.readouterr().out
@@ -252,11 +253,59 @@ def test_another_model_behind_the_same_name_is_reported(stage, model_folder, mak
 
 
 def test_a_run_killed_behind_its_end_is_finished(stage, tmp_path):
-    run = stage("sft")
-    killed(lambda: run("out"), (loop, "remove_checkpoints", at_call(1)))
-    assert (tmp_path / "out" / checkpoint.FOLDER).is_dir()
+    run, checkpoints = stage("sft"), tmp_path / "out" / checkpoint.FOLDER
+    killed(lambda: run("out"), (loop, "keep_checkpoints", at_call(1)))
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000004", "step-000000006"]
     run("out", resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000000006"]
+    run("out", resume_from_checkpoint=True, save_only_model=True)
+    assert not checkpoints.exists()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_finished_run_goes_on_to_be_longer(name, stage, tmp_path, capsys):
+    """It ends as the unbroken longer run, whether by epochs or steps, also where it is killed on its way."""
+    run = stage(name)
+    options = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 1}
+    whole = run("whole", **options, num_train_epochs=4)
+    run("out", **options, num_train_epochs=1)
+    killed(
+        lambda: run("out", **options, num_train_epochs=4, resume_from_checkpoint=True),
+        (loop, "learning_rate_at", at_call(4)),
+    )
+    assert partial_folder(tmp_path / "out").exists() and not (tmp_path / "out").exists()
+    run("out", **options, max_steps=8, resume_from_checkpoint=True)
+    assert "note: the learning rate" not in capsys.readouterr().out
+    assert_same(run("out", **options, max_steps=12, resume_from_checkpoint=True), whole)
+    assert "resumed from step 8" in capsys.readouterr().out
+
+
+def test_a_longer_run_says_where_its_learning_rate_leaves_the_unbroken_one(stage, capsys):
+    run = stage("sft")
+    run("out", max_steps=2, lr_scheduler_type="cosine", warmup_steps=0)
+    run("out", max_steps=4, lr_scheduler_type="cosine", warmup_steps=0, resume_from_checkpoint=True)
+    assert "that of a run of 2 steps until here, and is now that of a run of 4" in capsys.readouterr().out
+
+
+def test_a_finished_run_without_state_is_a_model_to_start_from(stage, tmp_path):
+    run = stage("sft")
+    run("out", save_only_model=True)
     assert not (tmp_path / "out" / checkpoint.FOLDER).exists()
+    with pytest.raises(UsageError, match=r"no optimizer state \(save_only_model\).*--model_name_or_path .*out"):
+        run("out", num_train_epochs=4, resume_from_checkpoint=True)
+
+
+def test_a_run_does_not_go_back(stage, tmp_path):
+    run = stage("sft")
+    run("out")
+    with pytest.raises(UsageError, match="has trained for 6 steps already: raise num_train_epochs or max_steps"):
+        run("out", max_steps=5, resume_from_checkpoint=True)
+    with pytest.raises(UsageError, match=r"is of another run, .*seed: 42 then, 1 now"):
+        run("out", max_steps=9, seed=1, resume_from_checkpoint=True)
+    assert (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
+    killed(lambda: run("broken"), (loop, "learning_rate_at", at_call(6)))
+    with pytest.raises(UsageError, match="has trained for 4 steps already"):
+        run("broken", max_steps=3, save_steps=1, resume_from_checkpoint=True)
 
 
 def test_a_run_killed_before_it_has_a_folder_leaves_none_that_cannot_be_resumed(stage, tmp_path):

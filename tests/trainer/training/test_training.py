@@ -1,19 +1,25 @@
 """The loop that all stages share: schedules, means, and what happens to a batch that breaks it."""
 
+import io
 import json
 import math
+import re
 
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
 
+from rlhf_trainer.cli import main
 from rlhf_trainer.config.base import TrainConfig
 from rlhf_trainer.errors import TrainingError, UsageError
+from rlhf_trainer.offline import sft
 from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.recipes.config import OnlineDPOConfig
 from rlhf_trainer.training.batch_plan import plan_batches
+from rlhf_trainer.training.journal import Journal
 from rlhf_trainer.training.loop import check_warmup, learning_rate_at
+from rlhf_trainer.training.memory import lack_of_memory
 from rlhf_trainer.training.output_folder import partial_folder
 from rlhf_trainer.training.task import LossOutput, Totals
 
@@ -134,3 +140,89 @@ def test_a_batch_that_breaks_the_run_is_saved(model_folder, rows, write_jsonl, t
     assert sorted(example["row"] for example in saved["examples"]) == [1, 2, 3, 4]
     assert not all(math.isfinite(value) for value in saved["metrics"].values())
     assert all(len(example["responses"]) == 2 for example in saved["examples"])
+
+
+def lacks_gpu_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def lacks_memory(*_):
+    torch.empty(1 << 55)
+
+
+def lacks_python_memory(*_):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [lacks_gpu_memory, lacks_memory, lacks_python_memory])
+def test_running_out_of_memory_is_one_message(fails, model_folder, rows, write_jsonl, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "token_loss", fails)
+    flags = {
+        "model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(8)), "micro_batch_size": 4,
+        "output_dir": tmp_path / "out", "max_length": 64,
+    }  # fmt: skip
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    assert main(["sft", *words]) == 1
+    error = capsys.readouterr().err
+    assert re.search(
+        r"^rlhf sft: out of memory of the (GPU|machine): step 1, a micro-batch of 4 x \d+ tokens. Lower "
+        r"micro_batch_size \(4\), max_length \(64\), or pass --gradient_checkpointing, --bf16$",
+        error, re.MULTILINE,
+    ), error  # fmt: skip
+    assert "Traceback" not in error
+
+
+def test_lack_of_memory_anywhere_else_is_told_by_the_command(monkeypatch, model_folder, write_jsonl, capsys, tmp_path):
+    monkeypatch.setattr(sft, "load_causal_lm", lacks_memory_with_options)
+    data = write_jsonl([{"prompt": "a", "completion": "b"}])
+    words = ["--model_name_or_path", model_folder("llama"), "--dataset_name", data, "--output_dir", str(tmp_path / "o")]
+    assert main(["sft", *words]) == 1
+    assert "rlhf sft: out of memory of the machine: rlhf sft. Lower micro_batch_size (8)," in capsys.readouterr().err
+
+
+def lacks_memory_with_options(*_, **__):
+    lacks_memory()
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), lack_of_memory(config(), lambda: ""):
+        raise RuntimeError("shapes differ")
+
+
+def steps_printed(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+
+
+def test_without_a_terminal_steps_are_lines(train, model_folder, rows, write_jsonl, capsys):
+    data = write_jsonl(rows(6))
+    options = {"model_name_or_path": model_folder("llama"), "dataset_name": data, "num_train_epochs": 5}
+    _, records = train(**options, eval_dataset=data)
+    before, *lines, after = steps_printed(capsys)
+    number = r"[-+.e\d]+"
+    assert re.match(rf"step 0/5 eval/loss {number} eval/rewards/accuracies {number} ", before)
+    assert re.match(rf"step 5/5 eval/loss {number} ", after)
+    pattern = rf"step \d/5 loss {number} rewards/accuracies {number} learning_rate 0.001 tokens_per_second {number}$"
+    assert len(lines) == 5 and re.match(pattern, lines[-1]), lines
+    assert f"loss {records[1]['loss']:.4g} " in lines[0]
+    train(**options, logging_steps=2)
+    assert [line.split()[1] for line in steps_printed(capsys)] == ["2/5", "4/5", "5/5"]
+
+
+def test_with_a_terminal_there_is_a_bar_and_evaluations_are_lines(
+    train, model_folder, rows, write_jsonl, capsys, monkeypatch
+):
+    data = write_jsonl(rows(6))
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    train(model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, num_train_epochs=2)
+    assert [line.split()[1:3] for line in steps_printed(capsys)] == [["0/2", "eval/loss"], ["2/2", "eval/loss"]]
+    assert "2/2" in terminal.getvalue() and "loss=" in terminal.getvalue()
+
+
+def test_a_journal_without_a_terminal_prints_ten_lines(tmp_path, capsys):
+    with Journal(tmp_path / "progress.jsonl", 40, "rlhf sample", None) as journal:
+        for number in range(40):
+            journal.run(lambda number=number: number)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and lines[0] == "rlhf sample: batch 4 of 40" and lines[-1] == "rlhf sample: batch 40 of 40"

@@ -199,7 +199,7 @@ def train_lm(model: PreTrainedModel, draw: Callable[[], Batch], steps: int, peak
     optimizer = torch.optim.AdamW(fused.parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps)
     loss = torch.tensor(0.0)
-    for _ in tqdm(range(steps), desc="pretraining", unit="step"):
+    for _ in tqdm(range(steps), desc="pretraining", unit="step", disable=None):
         batch = draw()
         loss = fused(batch, lambda hidden, head, batch=batch: mean_nats(hidden, head, batch))
         loss.backward()

@@ -91,7 +91,9 @@ def run(config: FrontierConfig) -> Path:
     ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
-    for _ in tqdm(run_jobs(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model"):
+    for _ in tqdm(
+        run_jobs(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model", disable=None
+    ):
         pass
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
