@@ -90,8 +90,8 @@ $(REAL_MODELS): tests/real/fetch.py | $(STAMP)
 # Real models through the command line: trained, sampled from and compared with what transformers alone makes of them.
 real: $(STAMP)
 	$(MAKE) -j2 $(REAL_MODELS)
-	OMP_NUM_THREADS=$(CORES) HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest tests/real -m real $(TEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n 2 --dist loadgroup tests/real -m real $(TEST_ARGS)
 
 # DPO of SmolLM2 on 64 shipped pairs, before and after.
 demo-real: build/real/models/smollm2-135m-instruct

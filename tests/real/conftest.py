@@ -15,18 +15,23 @@ from tests.real.real_models import GEMMA3, SMOLLM2, metrics_of, rows_of
 logging.disable_progress_bar()
 
 # The held-out rows are those that are learned: their loss before and after is that of known rows.
-OFFLINE = "--batch_size 4 --micro_batch_size 2 --max_length 160 --eval_dataset {rows} --lr_scheduler_type constant "
+OFFLINE = "--batch_size 4 --micro_batch_size 2 --eval_dataset {rows} --lr_scheduler_type constant "
 FLAGS = {
-    "sft": OFFLINE + "--max_steps 8 --learning_rate 5e-5",  # so many that even a base model ends its turns
+    "sft": OFFLINE + "--max_steps 5 --learning_rate 1e-4",  # so many that even a base model ends its turns
     "dpo": OFFLINE + "--max_steps 3 --warmup_steps 0 --ref_cache_dir {cache}",
     "reward": OFFLINE + "--max_steps 3",
-    "grpo": "--batch_size 8 --micro_batch_size 8 --max_steps 3 --num_generations 4 --max_completion_length 16 "
+    "grpo": "--batch_size 8 --micro_batch_size 8 --max_steps 3 --num_generations 4 --max_completion_length 12 "
     "--reward_funcs regex:[.]",
-    "sample": "--temperature 0 --num_completions 1 --max_new_tokens 48",
+    "sample": "--temperature 0 --num_completions 1 --max_new_tokens 24",
 }
 
 
-@pytest.fixture(scope="module", params=[SMOLLM2, GEMMA3], ids=lambda model: model.name)
+def of_one_worker(model):
+    """A model's tests share what its runs have made."""
+    return pytest.param(model, marks=pytest.mark.xdist_group(model.name), id=model.name)
+
+
+@pytest.fixture(scope="module", params=map(of_one_worker, (SMOLLM2, GEMMA3)))
 def model(request):
     if not request.param.path.is_dir():
         pytest.fail(f"{request.param.path} is missing: run `make real`")

@@ -93,4 +93,6 @@ def test_a_patched_model_returns_them(model, loaded, batch):
     del eager
     result = patch_causal_lm(load(model.path)[0])(**inputs, labels=labels)
     torch.testing.assert_close(result.logprobs[:, :-1].double(), expected, rtol=0, atol=2e-5)
-    assert result.loss.item() == pytest.approx(-expected.sum().item() / (labels[:, 1:] != IGNORED).sum().item(), abs=1e-5)
+    assert result.loss.item() == pytest.approx(
+        -expected.sum().item() / (labels[:, 1:] != IGNORED).sum().item(), abs=1e-5
+    )

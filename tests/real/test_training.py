@@ -116,7 +116,7 @@ def test_transformers_alone_answers_and_stops(model, rlhf):
     tokenizer = AutoTokenizer.from_pretrained(rlhf("sft"))
     sampled = [json.loads(line) for line in (rlhf("sample") / "completions.jsonl").read_text().splitlines()]
     assert all(row["finished"] for row in sampled)
-    for messages, row, (prompt, ids) in zip(PROMPTS, sampled, answers(rlhf("sft"), PROMPTS, 48), strict=True):
+    for messages, row, (prompt, ids) in zip(PROMPTS, sampled, answers(rlhf("sft"), PROMPTS, 24), strict=True):
         assert tokenizer.decode(prompt) == model.rendered(messages) + "<|im_start|>assistant\n"
         assert tokenizer.convert_ids_to_tokens(ids[-1]) == "<|im_end|>"
         text = tokenizer.decode(ids, skip_special_tokens=True)
