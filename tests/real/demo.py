@@ -73,15 +73,16 @@ def report(before: list[dict[str, Any]], after: list[dict[str, Any]], metrics: l
     line("words of an answer, on average", [f"{words(rows):.1f}" for rows in (before, after)])
     ended = [f"{sum(row['finished'] for row in rows)} of {len(rows)}" for rows in (before, after)]
     line(f"answers that ended within {MAX_NEW_TOKENS} tokens", ended)
-    line("log-prob of the short answers, nats", [f"{row['eval/logps/chosen']:.1f}" for row in (first, last)])
-    line("log-prob of the long-winded answers, nats", [f"{row['eval/logps/rejected']:.1f}" for row in (first, last)])
-    line(
-        "DPO's reward margin of short over long-winded", [f"{row['eval/rewards/margins']:.2f}" for row in (first, last)]
-    )
+    for name, key in (
+        ("log-prob of the short answers, nats", "logps/chosen"),
+        ("log-prob of the long-winded answers, nats", "logps/rejected"),
+        ("DPO's reward margin of short over long-winded, nats", "rewards/margins"),
+    ):
+        line(name, [f"{row['eval/' + key]:.1f}" for row in (first, last)])
     line("pairs with a positive margin", ["-", f"{last['eval/rewards/accuracies']:.0%}"])
     for old, new in list(zip(before, after, strict=True))[:SHOWN]:
         print(f"\n  Q: {old['prompt'][-1]['content']}\n{side_by_side('before', 'after')}")
-        print(side_by_side(text_of(old) + ("" if old["finished"] else " ..."), text_of(new)))
+        print(side_by_side(*(text_of(row) + ("" if row["finished"] else " ...") for row in (old, new))))
 
 
 def words(rows: list[dict[str, Any]]) -> float:
@@ -98,9 +99,8 @@ def main(model: Path, folder: Path) -> None:
     after = sample(folder / "model", folder / "after")
     metrics = rows_of(folder / "model" / "metrics.jsonl")
     report(before, after, metrics)
-    print(
-        f"\nrlhf dpo took {seconds:.0f} s for {metrics[-1]['step']} steps, everything {time.perf_counter() - start:.0f} s."
-    )
+    total = time.perf_counter() - start
+    print(f"\nrlhf dpo took {seconds:.0f} s for {metrics[-1]['step']} steps, everything {total:.0f} s.")
     print(f"The model, for transformers or `rlhf sample`: {folder / 'model'}")
 
 
