@@ -133,7 +133,7 @@ def test_thoughts_that_the_prompt_opens_are_open(functions):
     assert rewards([thinking] * 3, texts).parts[:, :2].tolist() == [[1, 1], [0, 0], [0, 1]]
     ((_, completions, _),) = sys.modules["my_rewards"].calls
     assert completions == ["<think>\n" + texts[0], "<think>\n" + texts[1], texts[2]]
-    assert rewards([thinking._replace(opening="")] * 2, texts[:2]).parts[:, :2].tolist() == [[0, 1], [0, 1]]
+    assert rewards([thinking._replace(text="")] * 2, texts[:2]).parts[:, :2].tolist() == [[0, 1], [0, 1]]
 
 
 def test_no_prompts_give_no_rewards(functions):

@@ -92,7 +92,7 @@ def test_the_other_columns_of_a_prompt_travel_with_its_completions(run, tmp_path
 def test_what_the_prompts_end_opened_travels_with_its_completions():
     """`rlhf rejection` reads it in front, as it has no tokenizer to tell it."""
     assert "opening" not in row_of(Prompt(1, "a", [5], None), "model", "b", True)
-    assert row_of(Prompt(1, "a", [5], None, opening="<think>\n"), "model", "b", True)["opening"] == "<think>\n"
+    assert row_of(Prompt(1, "a", [5], None, text="<think>\n"), "model", "b", True)["opening"] == "<think>\n"
 
 
 def test_only_the_first_prompts(run):
