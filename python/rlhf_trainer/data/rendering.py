@@ -109,8 +109,9 @@ class Template:
         marks: Sequence[tuple[int, int]],
     ) -> list[Turn]:  # fmt: skip
         if sum(message["role"] == "assistant" for message in messages) > len(places):  # the last turn alone
-            before = self.render(field, messages[: places[-1]], options)
-            check_beginning(before, text, field, "earlier turns differently once the last one follows")
+            before = self._beginning(
+                field, messages[: places[-1]], options, text, "earlier turns differently once the last one follows"
+            )
             marks = [mark for mark in marks if mark[0] >= len(before)]
         marks = [(start, end) for start, end in marks if start < end]
         if len(marks) < len(places):
@@ -131,12 +132,20 @@ class Template:
         before = self.render(field, messages[:place], options, add_generation_prompt=True)
         start = common_prefix_length(before, text)
         if start < len(before):  # the header may open thoughts that a finished turn does not have
-            check_beginning(self.render(field, messages[:place], options), text, field, advice)
+            self._beginning(field, messages[:place], options, text, advice)
         if place == len(messages) - 1:
             return Turn(before, start, len(text))
-        up_to_turn = self.render(field, messages[: place + 1], options)
-        check_beginning(up_to_turn, text, field, advice)
+        up_to_turn = self._beginning(field, messages[: place + 1], options, text, advice)
         return Turn(before, start, len(up_to_turn))
+
+    def _beginning(self, field: str, messages: Messages, options: Options, text: str, problem: str) -> str:
+        """The text of the first messages, which must be how `text`, that of the whole, begins. An end of sequence that
+        the template writes behind the last message alone, as Phi-3's does, is no part of it."""
+        part = self.render(field, messages, options)
+        if not text.startswith(part):
+            part = part.removesuffix(self.tokenizer.eos_token or "")
+        check_beginning(part, text, field, problem)
+        return part
 
 
 def check_beginning(part: str, whole: str, field: str, problem: str) -> None:
