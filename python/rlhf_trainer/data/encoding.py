@@ -155,11 +155,10 @@ def encode_conversation(
 
 def _boundary(codec: Codec, ids: list[int], offsets: Sequence[tuple[int, int]], place: int, before: str) -> int:
     """The first token of what begins at character `place` of a text and is generated from the text `before`: the token
-    that begins there; without one, or where generation starts from another text, the first that `before` alone does not
-    have, as in TRL."""
+    that begins there; without one, the first that `before` alone does not have, as in TRL."""
     first = next((i for i, (_, end) in enumerate(offsets) if end > place), len(ids))
     is_tiled = first < len(ids) and offsets[first][0] == place and (first == 0 or offsets[first - 1][1] == place)
-    if is_tiled and place == len(before):
+    if is_tiled:
         return first
     return common_prefix_length(token_ids(codec, before, "messages"), ids)
 

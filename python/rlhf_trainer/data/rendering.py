@@ -133,6 +133,10 @@ class Template:
         start = common_prefix_length(before, text)
         if start < len(before):  # the header may open thoughts that a finished turn does not have
             self._beginning(field, messages[:place], options, text, advice)
+            # Thoughts and content may begin alike, "<think>" and "<answer>": another content shows where it begins.
+            other = "," if messages[place]["content"].lstrip().startswith(".") else "."
+            stand_in = [*messages[:place], {"role": "assistant", "content": other}]
+            start = min(start, common_prefix_length(self.render(field, stand_in, options), text))
         if place == len(messages) - 1:
             return Turn(before, start, len(text))
         up_to_turn = self._beginning(field, messages[: place + 1], options, text, advice)

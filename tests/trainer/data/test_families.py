@@ -330,7 +330,21 @@ def test_a_system_message_within_the_first_question(inspect):
 
 # --- contents that meet the edges of turns
 
-CONTENTS = ["Hi", " Hi", "Hi ", "\nHi", "Hi\n", "\n\nHi\n\n", "a  b", "é 猫 🙂", "Hi\n\nyo", "|>\nHi", "</s", "1+1=2"]
+CONTENTS = [
+    "Hi",
+    " Hi",
+    "Hi ",
+    "\nHi",
+    "Hi\n",
+    "\n\nHi\n\n",
+    "a  b",
+    "é 猫 🙂",
+    "Hi\n\nyo",
+    "|>\nHi",
+    "</s",
+    "<answer>4</answer>",
+    "1+1=2",
+]
 
 
 @pytest.mark.parametrize("content", CONTENTS)
