@@ -77,7 +77,11 @@ class MetricsLog:
             self.file.flush()
         if self.accelerator.log_with:
             self.accelerator.log(metrics, step=step)
-        texts = {name: f"{metrics[name]:.4g}" for name in metrics if name in shown or name.startswith("eval/")}
+        texts = {
+            name: f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+            for name, value in metrics.items()
+            if name in shown or name.startswith("eval/")
+        }
         held_out = [f"{name} {text}" for name, text in texts.items() if name not in shown]
         watched = {name: texts[name] for name in shown if name in texts}
         if watched:

@@ -26,9 +26,10 @@ SHARING = [
 
 def test_rows_by_hand():
     pairs = collate_shared(GROUPS, 0, "sdpa")
-    ids, mask, _, positions = pairs.batch
+    ids, mask, _, positions, real = pairs.batch
     assert ids.tolist() == [[5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26, 23, 24, 27, 0, 0]]
     assert positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 5, 6], [0, 1, 2, 3, 4, 5, 2, 3, 4, 0, 0]]
+    assert real.tolist() == [[1] * 11, [1] * 9 + [0] * 2]
     attended = mask[0, 0]
     assert attended[8].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8], "the prompt and itself"
     assert attended[10].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 9, 10]

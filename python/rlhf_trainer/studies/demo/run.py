@@ -127,7 +127,7 @@ def run(config: DemoConfig) -> Path:
         DPOConfig(
             **pair_options(folder, config), output_dir=str(folder / "dpo_model"), project="dpo",
             ref_cache_dir=str(folder / "reference_logps"), num_train_epochs=config.dpo_epochs, beta=DPO_BETA,
-            learning_rate=DPO_LEARNING_RATE, warmup_steps=40,
+            learning_rate=DPO_LEARNING_RATE, warmup_ratio=0.208,
         )
     )  # fmt: skip
 

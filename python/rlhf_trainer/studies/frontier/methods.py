@@ -106,7 +106,7 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     reference = train_sft(
         SFTConfig(
             **common(folder / "reference", start, seed) | AND_END, dataset_name=str(texts),
-            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_steps=20, resume_from_checkpoint=True,
+            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_ratio=0.042, resume_from_checkpoint=True,
         )
     )  # fmt: skip
     return World(str(reference), str(questions), train, held_out, sizes)
@@ -125,7 +125,8 @@ def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
     """The options of all stages that train."""
     return {
         "output_dir": str(output), "model_name_or_path": str(model), "seed": seed, "max_length": MAX_LENGTH,
-        "batch_size": 256, "micro_batch_size": 256, "save_steps": 100_000, "project": output.name,
+        "batch_size": 256, "micro_batch_size": 256, "save_only_model": True, "save_steps": 100_000,
+        "project": output.name,
     }  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[st
         DPOConfig(
             **options, dataset_name=str(pairs), max_prompt_length=PROMPT_WORDS,
             ref_cache_dir=str(folder / "reference_logps"), beta=beta, num_train_epochs=world.sizes.dpo_epochs,
-            optim="adamw_torch_fused", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_steps=20,
+            optim="adamw_torch_fused", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
         )
     )  # fmt: skip
 
