@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ class Template:
     def prompt(self, field: str, messages: Messages, options: Options) -> str:
         """The text that generation starts from; RowError where the template leaves out the row's tools."""
         text = self.render(field, messages, options, add_generation_prompt=True)
-        check_tools(text, field, messages, options)
+        self._check_tools(text, field, messages, options, add_generation_prompt=True)
         return text
 
     def conversation(
@@ -95,7 +96,7 @@ class Template:
         """The text of the whole, and the assistant's turns that stand at `places` among the messages."""
         marked = use_marks and GENERATION_MARK.search(self.text_of(field, options)) is not None
         text, marks = self._render(field, messages, options, return_assistant_tokens_mask=marked)
-        check_tools(text, field, messages, options)
+        self._check_tools(text, field, messages, options, add_generation_prompt=False)
         turns = self._marked_turns(field, messages, options, places, text, marks) if marked else []
         if not marked:
             turns = [self._turn_at(place, field, messages, options, text) for place in places]
@@ -103,6 +104,23 @@ class Template:
             for place, turn in zip(places, turns, strict=True):
                 check_written(text[turn.start : turn.end], f"{field}[{place}]", messages[place])
         return text, turns
+
+    def _check_tools(
+        self, text: str, field: str, messages: Messages, options: Options, *, add_generation_prompt: bool
+    ) -> None:
+        """RowError where the template leaves out the tools that a row offers, or calls of them: where its text is the
+        same without."""
+        calls = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+        without_tools = {name: value for name, value in options.items() if name != "tools"}
+        places = {} if calls is None else {f"{field}[{calls}].tool_calls": (without, options)}
+        places |= {"tools": (messages, without_tools)} if "tools" in options else {}
+        for place, (other_messages, other_options) in places.items():
+            other = None
+            with suppress(RowError):  # where the template makes no text without them, it reads them
+                other = self.render(field, other_messages, other_options, add_generation_prompt=add_generation_prompt)
+            if other == text:
+                raise RowError(place, "the chat template does not write them: its text is the same without")
 
     def _marked_turns(
         self, field: str, messages: Messages, options: Options, places: Sequence[int], text: str,
@@ -161,24 +179,6 @@ def check_beginning(part: str, whole: str, field: str, problem: str) -> None:
             field, f"the chat template renders {problem}; by itself the beginning is ...{around[0]}..., in the "
             f"whole it is ...{around[1]}...",
         )  # fmt: skip
-
-
-def check_tools(text: str, field: str, messages: Messages, options: Options) -> None:
-    """RowError where the template leaves out tools that a row offers, or calls of them in its messages."""
-    for tool in options.get("tools", []):
-        name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
-        if not isinstance(name, str):
-            raise RowError("tools", "expected JSON schemas: {'type': 'function', 'function': {'name': ..., ...}}")
-        if name not in text:
-            raise RowError("tools", f"the chat template does not write them: {name!r} is not in the text that it makes")
-    for i, message in enumerate(messages):
-        for call in message.get("tool_calls", []):
-            name = call.get("function", call)["name"]
-            if name not in text:
-                raise RowError(
-                    f"{field}[{i}].tool_calls", f"the chat template does not write tool calls: {name!r} is not in the "
-                    "text that it makes",
-                )  # fmt: skip
 
 
 def check_written(text: str, field: str, message: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_trainer.data.examples import Group
+from rlhf_trainer.data.examples import Group, Prompt
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.offline.config import RewardConfig
 from rlhf_trainer.offline.pair_batches import collate_groups
@@ -25,6 +25,9 @@ from rlhf_trainer.offline.reward_model import (
     reward_metrics,
     train_reward,
 )
+from rlhf_trainer.rewards.config import RejectionConfig
+from rlhf_trainer.rewards.loading import load_rewards
+from tests.trainer.messages import assistant, user
 
 GROUPS = [Group(1, [1], [[2], [3], [4]], [(0, 1), (2, 1)], [0.0, 0.5]), Group(2, [1], [[2], [3]], [(1, 0)], [0.25])]
 REWARDS = torch.tensor([1.0, -1.0, 0.5, 2.0, 2.5])
@@ -269,3 +272,50 @@ def test_a_response_that_ends_with_padding_is_refused(tokenizer, make_model, wri
             model_name_or_path=str(tmp_path / "start"),
             dataset_name=write_jsonl([{"prompt": "the cat", "chosen": f" sat{PAD}", "rejected": " ran"}]),
         )
+
+
+# --- read where it was trained: transformers' plain chat template, both ways
+
+
+@pytest.fixture
+def chat_pairs(rows):
+    def pair(row):
+        chosen, rejected = (assistant(row[side].strip()) for side in ("chosen", "rejected"))
+        return {"prompt": user(row["prompt"]), "chosen": chosen, "rejected": rejected}
+
+    return [pair(row) for row in rows(12)]
+
+
+def as_transformers_reads(folder, conversations):
+    """The values of AutoModelForSequenceClassification on what apply_chat_template makes, padded, as pipelines do."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        conversations, return_tensors="pt", return_dict=True, padding=True, tokenizer_kwargs={"padding_side": "right"}
+    )
+    with torch.no_grad():
+        return model(**inputs).logits.squeeze(-1)
+
+
+def test_transformers_reads_a_trained_model_as_it_was_trained(reward, chat_pairs, model_folder, write_jsonl):
+    """Its held-out accuracy and margins are those that transformers finds, line break behind the turn and all."""
+    held_out = write_jsonl(chat_pairs[8:], "held_out.jsonl")
+    data = {"dataset_name": write_jsonl(chat_pairs[:8]), "eval_dataset": held_out}
+    folder, (*_, last) = reward(model_name_or_path=model_folder("llama"), **data)
+    chosen, rejected = (
+        as_transformers_reads(folder, [pair["prompt"] + pair[side] for pair in chat_pairs[8:]])
+        for side in ("chosen", "rejected")
+    )
+    assert last["eval/margin"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-5)
+    assert last["eval/accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
+
+
+def test_a_model_of_the_hub_is_read_as_transformers_reads_it(reward, chat_pairs, model_folder, write_jsonl):
+    folder, _ = reward(model_name_or_path=model_folder("llama"), dataset_name=write_jsonl(chat_pairs))
+    score = load_rewards(
+        RejectionConfig(output_dir="x", completions=["x"], reward_model_name_or_path=str(folder)), torch.device("cpu")
+    )
+    prompts = [Prompt(i, pair["prompt"], [], None) for i, pair in enumerate(chat_pairs, start=1)]
+    scores = score(prompts, [pair["chosen"][0]["content"] for pair in chat_pairs]).total
+    expected = as_transformers_reads(folder, [pair["prompt"] + pair["chosen"] for pair in chat_pairs])
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
