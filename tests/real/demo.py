@@ -17,19 +17,26 @@ from typing import Any
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 PAIRS, HELD_OUT = HERE / "demo_pairs.jsonl", HERE / "demo_held_out.jsonl"
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 100
 SHOWN = 3
-DPO = "--num_train_epochs 2 --batch_size 8 --micro_batch_size 8 --share_prefix --learning_rate 2e-6 --warmup_steps 2"
+# apo_zero raises the short answers themselves, by 12 nats here; sigmoid, once the long-winded ones have fallen, by 5.
+DPO = (
+    "--loss_type apo_zero --learning_rate 5e-6 --warmup_steps 2 --num_train_epochs 2 "
+    "--batch_size 8 --micro_batch_size 8 --share_prefix"
+)
 SAMPLE = f"--temperature 0 --num_completions 1 --max_new_tokens {MAX_NEW_TOKENS} --per_device_generation_batch_size 8"
 INTRODUCTION = """\
 SmolLM2-135M-Instruct answers at length. 64 pairs, each of a short answer that is preferred and a long-winded one,
 teach it by DPO to be brief. What it has learned shows on eight other questions, answered before and after.
+(Brief, not right: that takes a larger model.)
 """
 
 
 def rlhf(command: str, *arguments: str | Path) -> float:
     """Runs `rlhf command`, shows it, and returns the seconds that it took."""
-    words = [command, *(word for argument in arguments for word in str(argument).split())]
+    words = [command]
+    for argument in arguments:
+        words += argument.split() if isinstance(argument, str) else [str(argument)]
     print("$ rlhf", " ".join(words), flush=True)
     start = time.perf_counter()
     quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}
