@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -21,14 +22,15 @@ from .chat import check_prompt, check_response, front_of, plain_messages
 from .rendering import NO_OPTIONS, Options, Template, common_prefix_length
 
 PREFIX_TOKENS = (2, 8)  # of a document that serves as a prompt: Rafailov et al. (2023), appendix C.1, on IMDb
+PROBE = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": "!"}]  # of a chat template
 
 
 class Codec:
     """A tokenizer, its chat template at a moment, and the tokens at which generation stops.
 
-    `ends`: the ids that the model stops at, the tokenizer's end of sequence, and what is met as the end of the
-    assistant's turn in the data. `notes`: what a user should know about the rows that were read, and how many it is
-    true of.
+    `ends`: the ids that the model stops at, the tokenizer's end of sequence, and what ends the assistant's turn in the
+    template, for a short answer and in the data. `notes`: what a user should know about the rows that were
+    read, and how many it is true of.
     """
 
     def __init__(
@@ -39,6 +41,11 @@ class Codec:
         self.ends = {*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         self.front = front_of(tokenizer)
         self.notes: Counter[str] = Counter()
+        if tokenizer.chat_template:
+            # A template may want other messages; what it refuses of the data is reported row by row.
+            with suppress(RowError, UsageError):
+                encode_pairs(self, PROBE[0], [("probe", PROBE[1])])
+            self.notes.clear()
 
 
 def prompt_text(codec: Codec, prompt: Any, field: str = "prompt", options: Options = NO_OPTIONS) -> str:

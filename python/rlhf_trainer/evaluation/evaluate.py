@@ -29,7 +29,7 @@ from ..errors import RowError, UsageError
 from ..models.checks import check_fit, pad_id_of
 from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
 from ..models.kl import kl_of_sequences
-from ..models.loading import load_codec
+from ..models.loading import load_codec, stop_at
 from ..rewards.loading import load_rewards
 from ..rewards.model_rewards import check_positions
 from ..rewards.rewards import Rewards
@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     rewards = load_rewards(config, device, batch_size=config.per_device_generation_batch_size)
     rewards.check(prompts, config.dataset_name)
     theirs = answers_of_data(config, prompts, codec, rewards)
-    policy, reference = load_models(config, prompts, tokenizer)
+    policy, reference = load_models(config, prompts, codec)
 
     work = open_output(config)
     data = [(prompt.ids, dict(prompt.columns), answer) for prompt, answer in zip(prompts, theirs, strict=True)]
@@ -120,16 +120,15 @@ def answers_of_data(
     return answers
 
 
-def load_models(
-    config: EvaluateConfig, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
-) -> tuple[FusedLM, FusedLM | None]:
+def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec) -> tuple[FusedLM, FusedLM | None]:
     """The policy and its reference, on the CPU until it is their turn; UsageError where they do not fit each other or
     the prompts."""
     rows, lengths = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
 
     def load(key: str) -> FusedLM:
         fused = load_fused(config, getattr(config, key), key)
-        check_fit(fused.model, tokenizer, rows, lengths, config.dataset_name, SHORTER)
+        stop_at(fused.model, codec)
+        check_fit(fused.model, codec.tokenizer, rows, lengths, config.dataset_name, SHORTER)
         return fused
 
     policy = load("model_name_or_path")

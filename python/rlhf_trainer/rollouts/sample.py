@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..data.completions import COMPLETIONS_FILE, row_of
-from ..data.encoding import is_empty
+from ..data.encoding import Codec, is_empty
 from ..data.examples import Prompt
 from ..errors import UsageError
 from ..models.checks import check_fit
-from ..models.loading import load_causal_lm, load_codec, meta_model
+from ..models.loading import load_causal_lm, load_codec, meta_model, stop_at
 from ..training.journal import Journal, batches_of_like_length, write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
@@ -38,7 +37,7 @@ class Part(NamedTuple):
     """The work of one model. `number`: the place of its first batch among those of all models; it seeds the draws."""
 
     model: str
-    tokenizer: PreTrainedTokenizerBase
+    codec: Codec
     prompts: list[Prompt]  # each num_completions times
     batches: list[list[int]]  # positions in `prompts`
     number: int
@@ -64,15 +63,15 @@ def sample(config: SampleConfig) -> Path:
     parts: list[Part] = []
     for name in config.models:  # everything but the weights is checked before any model works for hours
         codec = load_codec(name, config, key="models")
-        tokenizer = codec.tokenizer
         read = prompts_of(config, codec, config.dataset_train_split).examples
         prompts = [prompt for prompt in read for _ in range(config.num_completions)]
         batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
         lengths = [prompt.length + config.max_new_tokens for prompt in prompts]
         model = meta_model(name, key="models", trust_remote_code=config.trust_remote_code)
-        check_fit(model, tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name, SHORTER)
-        server = None if config.server_url is None else make_sampler(config, model, tokenizer)
-        parts.append(Part(name, tokenizer, prompts, batches, sum(len(part.batches) for part in parts), server))
+        check_fit(model, codec.tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name, SHORTER)
+        stop_at(model, codec)
+        server = None if config.server_url is None else make_sampler(config, model, codec.tokenizer)
+        parts.append(Part(name, codec, prompts, batches, sum(len(part.batches) for part in parts), server))
 
     work = open_output(config)
     total = sum(len(part.batches) for part in parts)
@@ -102,7 +101,7 @@ def completions_of(config: SampleConfig, part: Part, progress: Journal, device: 
             return [
                 Written(done.reason, None)
                 if isinstance(done, Failure)
-                else Written(completion_text(part.tokenizer, done, prompt.ids), done.finished)
+                else Written(completion_text(part.codec.tokenizer, done, prompt.ids), done.finished)
                 for prompt, done in zip(prompts, draw(prompts, number), strict=True)
             ]
 
@@ -124,8 +123,9 @@ def drawer_of(
         part.model, key="models", attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     ).to(device)  # fmt: skip
+    stop_at(model, part.codec)
     return lambda prompts, number: generate_batch(
-        model, part.tokenizer, [prompt.ids for prompt in prompts], sampling, seed=config.seed, number=number,
+        model, part.codec.tokenizer, [prompt.ids for prompt in prompts], sampling, seed=config.seed, number=number,
         bf16=config.bf16,
     )  # fmt: skip
 

@@ -280,3 +280,10 @@ def test_what_is_no_template(tokenizer, tmp_path):
     picky = tmp_path / "picky.jinja"
     picky.write_text("{{ raise_exception('no') }}")
     assert set_chat_template(own, str(picky)) == 0  # it may well take the messages of the data
+
+
+def test_the_end_of_the_templates_turns_is_known_without_data(tokenizer):
+    """So that completions stop there which a command draws of prompts alone."""
+    own = with_template(tokenizer, "{% for m in messages %}{{ m.content + '<s>' }}{% endfor %}")
+    assert Codec(own).ends == {own.eos_token_id, own.bos_token_id}
+    assert Codec(with_template(tokenizer, None), ends=[7]).ends == {own.eos_token_id, 7}
