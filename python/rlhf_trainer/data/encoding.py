@@ -51,7 +51,9 @@ class Codec:
 def prompt_text(codec: Codec, prompt: Any, field: str = "prompt", options: Options = NO_OPTIONS) -> str:
     """Plain text as it is; messages through the chat template, up to where the assistant's turn begins."""
     check_prompt(prompt, field)
-    return prompt if isinstance(prompt, str) else codec.template.prompt(field, plain_messages(prompt, field), options)
+    if isinstance(prompt, str):
+        return prompt
+    return codec.template.text(field, plain_messages(prompt, field), options, add_generation_prompt=True)
 
 
 def encode_prompt(codec: Codec, prompt: Any, field: str = "prompt", options: Options = NO_OPTIONS) -> list[int]:
@@ -108,7 +110,7 @@ def encode_rendering(codec: Codec, prompt: Any, response: Any, field: str, optio
     if isinstance(prompt, str):
         return with_end(codec, token_ids(codec, prompt + response, field))
     messages = [*plain_messages(prompt, "prompt"), *plain_messages(response, field)]
-    return token_ids(codec, codec.template.render(field, messages, options), field, with_front=False)
+    return token_ids(codec, codec.template.text(field, messages, options), field, with_front=False)
 
 
 def _whole_and_boundary(
@@ -141,7 +143,7 @@ def encode_conversation(
     field = "messages"
     messages = plain_messages(messages, field)
     if not assistant_only_loss:
-        ids = token_ids(codec, codec.template.render(field, messages, options), field)
+        ids = token_ids(codec, codec.template.text(field, messages, options), field)
         return ids, [True] * len(ids)
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not places:

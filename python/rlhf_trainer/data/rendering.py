@@ -84,10 +84,11 @@ class Template:
             ) from error  # fmt: skip
         return text, marks[0] if marks else []
 
-    def prompt(self, field: str, messages: Messages, options: Options) -> str:
-        """The text that generation starts from; RowError where the template leaves out the row's tools."""
-        text = self.render(field, messages, options, add_generation_prompt=True)
-        self._check_tools(text, field, messages, options, add_generation_prompt=True)
+    def text(self, field: str, messages: Messages, options: Options, *, add_generation_prompt: bool = False) -> str:
+        """The text of the messages, or that which generation of an answer starts from; RowError where the template
+        leaves out tools that the row offers, or calls of them."""
+        text = self.render(field, messages, options, add_generation_prompt=add_generation_prompt)
+        self._check_tools(text, field, messages, options, add_generation_prompt=add_generation_prompt)
         return text
 
     def conversation(
@@ -96,7 +97,7 @@ class Template:
         """The text of the whole, and the assistant's turns that stand at `places` among the messages."""
         marked = use_marks and GENERATION_MARK.search(self.text_of(field, options)) is not None
         text, marks = self._render(field, messages, options, return_assistant_tokens_mask=marked)
-        self._check_tools(text, field, messages, options, add_generation_prompt=False)
+        self._check_tools(text, field, messages, options)
         turns = self._marked_turns(field, messages, options, places, text, marks) if marked else []
         if not marked:
             turns = [self._turn_at(place, field, messages, options, text) for place in places]
@@ -160,6 +161,15 @@ class Template:
         up_to_turn = self._beginning(field, messages[: place + 1], options, text, advice)
         return Turn(before, start, len(up_to_turn))
 
+    def _check_tools(self, text: str, field: str, messages: Messages, options: Options, **how: bool) -> None:
+        """RowError where the template leaves out tools that a row offers, or calls of them in its messages."""
+        if options.get("tools") and text == self.render(field, messages, {**options, "tools": []}, **how):
+            raise RowError("tools", "the chat template does not write them: the text that it makes is the same without")
+        # Renamed, as a name may stand in the text by chance.
+        others = [renamed_calls(message) for message in messages]
+        if others != list(messages) and text == self.render(field, others, options, **how):
+            raise RowError(f"{field}.tool_calls", "the chat template does not write tool calls")
+
     def _beginning(self, field: str, messages: Messages, options: Options, text: str, problem: str) -> str:
         """The text of the first messages, which must be how `text`, that of the whole, begins. An end of sequence that
         the template writes behind the last message alone, as Phi-3's does, is no part of it."""
@@ -181,10 +191,24 @@ def check_beginning(part: str, whole: str, field: str, problem: str) -> None:
         )  # fmt: skip
 
 
+def renamed_calls(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with other names of the tools that it calls."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        function = call.get("function", call)
+        function = function | {"name": function["name"] + "_"}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return message | {"tool_calls": calls} if calls else message
+
+
 def check_written(text: str, field: str, message: dict[str, Any]) -> None:
     """RowError unless the text of the assistant's turn has all that its message says; white space does not count."""
     if is_blank(message):
         raise RowError(f"{field}.content", "the assistant's turn is empty")
+    for call in message.get("tool_calls", []):
+        name = call.get("function", call)["name"]
+        if name not in text:
+            raise RowError(f"{field}.tool_calls", f"the chat template does not write the call of {name!r} in its turn")
     squeezed = "".join(text.split())
     for key in ("content", *THOUGHTS):
         part = message.get(key)
