@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -105,23 +104,6 @@ class Template:
             for place, turn in zip(places, turns, strict=True):
                 check_written(text[turn.start : turn.end], f"{field}[{place}]", messages[place])
         return text, turns
-
-    def _check_tools(
-        self, text: str, field: str, messages: Messages, options: Options, *, add_generation_prompt: bool
-    ) -> None:
-        """RowError where the template leaves out the tools that a row offers, or calls of them: where its text is the
-        same without."""
-        calls = next((i for i, message in enumerate(messages) if "tool_calls" in message), None)
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-        without_tools = {name: value for name, value in options.items() if name != "tools"}
-        places = {} if calls is None else {f"{field}[{calls}].tool_calls": (without, options)}
-        places |= {"tools": (messages, without_tools)} if "tools" in options else {}
-        for place, (other_messages, other_options) in places.items():
-            other = None
-            with suppress(RowError):  # where the template makes no text without them, it reads them
-                other = self.render(field, other_messages, other_options, add_generation_prompt=add_generation_prompt)
-            if other == text:
-                raise RowError(place, "the chat template does not write them: its text is the same without")
 
     def _marked_turns(
         self, field: str, messages: Messages, options: Options, places: Sequence[int], text: str,
