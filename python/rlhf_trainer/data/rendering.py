@@ -115,10 +115,15 @@ class Template:
                 field, messages[: places[-1]], options, text, "earlier turns differently once the last one follows"
             )
             marks = [mark for mark in marks if mark[0] >= len(before)]
-        marks = [(start, end) for start, end in marks if start < end]
-        if len(marks) < len(places):
-            raise RowError(field, f"{{% generation %}} marks {len(marks)} of {len(places)} turns of the assistant")
-        return [Turn(text[:start], start, end) for start, end in marks]
+        turns: list[Turn] = []
+        for start, end in marks:
+            if turns and start == turns[-1].end:  # a turn in parts, the end apart from the content, say
+                turns[-1] = turns[-1]._replace(end=end)
+            elif start < end:
+                turns.append(Turn(text[:start], start, end))
+        if len(turns) < len(places):
+            raise RowError(field, f"{{% generation %}} marks {len(turns)} of {len(places)} turns of the assistant")
+        return turns
 
     def _turn_at(self, place: int, field: str, messages: Messages, options: Options, text: str) -> Turn:
         """The turn of the assistant that is message number `place`."""

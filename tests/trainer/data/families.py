@@ -27,6 +27,14 @@ CUTS = Regex(
 )
 
 
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
 def chains(words):
     """Merges that make each word one token, letter by letter from the left."""
     merges = {(word[:i], word[i]): None for word in words for i in range(1, len(word))}

@@ -13,7 +13,7 @@ from rlhf_trainer.data.examples import load_conversations, load_groups, load_pro
 from rlhf_trainer.errors import RowError, UsageError
 from rlhf_trainer.rollouts.generation import Completion, completion_text
 
-from .families import byte_level, family, old_sentence_piece, sentence_piece, shown, word_pieces
+from .families import assistant, byte_level, family, old_sentence_piece, sentence_piece, shown, user, word_pieces
 
 PLAIN = ("<pad>", "<s>", "</s>")
 KINDS = {
@@ -23,14 +23,6 @@ KINDS = {
     "old pieces": old_sentence_piece,
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
 
 
 def learned(codec, messages, options=None, **how):
@@ -343,6 +335,17 @@ def test_marks_that_end_before_the_end_of_the_turn_are_refused():
     )
     with pytest.raises(RowError, match="ends the assistant's turn with 'Hi', an ordinary token"):
         learned(templated(template), [user("q"), assistant("Hi")])
+
+
+def test_marks_that_part_a_turn_are_one():
+    """The end apart from the content; and a second end behind it, as in Phi-3's, is not learned."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% generation %}{{ '</s>\n' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% generation %}{{ '</s>' }}{% endgeneration %}"
+    )
+    chat = [user("q"), assistant("Hi"), user("r"), assistant("yo")]
+    assert learned(templated(template), chat) == "<s> q {Hi} {</s>} Ċ r {yo} {</s>} Ċ </s>"
 
 
 @every_kind

@@ -20,7 +20,7 @@ from rlhf_trainer.rewards.config import RewardsConfig
 from rlhf_trainer.rewards.loading import load_rewards
 from rlhf_trainer.training import checkpoint, loop, output_folder
 
-from .families import byte_level, family
+from .families import assistant, byte_level, family, user
 
 PLAIN = ("<pad>", "<s>", "</s>")
 CHATML_FILE = (
@@ -33,14 +33,6 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 QUICK = ["--batch_size", "8", "--warmup_steps", "0", "--inspect_rows", "0"]
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def save_llama(folder, tokenizer, **changes):

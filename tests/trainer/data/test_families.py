@@ -7,15 +7,7 @@ import pytest
 
 from rlhf_trainer.cli import main
 
-from .families import family, save, shown
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text, **more}
+from .families import assistant, family, save, shown, user
 
 
 class Expected(NamedTuple):
