@@ -74,7 +74,7 @@ def test_a_template_with_marks(name, tmp_path):
 
 
 class Shipped(NamedTuple):
-    """What TRL's marked template learns, and ours with the model's own, which has no marks; the values are of the second
+    """What TRL's marked template learns, and ours by the model's own, without marks; the values are of the second
     question and answer."""
 
     specials: tuple[str, ...]

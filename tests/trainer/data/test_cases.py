@@ -73,6 +73,16 @@ def test_prompts_and_completions_have_one_of_each(kind):
             assert (response.count(codec.tokenizer.eos_token_id), before.count(codec.tokenizer.bos_token_id)) == (1, 1)
 
 
+def test_a_tokenizer_that_puts_both_around_every_text():
+    """What it puts behind is the end of sequence, which a prompt does not have."""
+    tokenizer = word_pieces()
+    codec = Codec(tokenizer)
+    assert shown(tokenizer, encode_text(codec, "Hi")) == shown(tokenizer, tokenizer("Hi").input_ids) == "[CLS] Hi [SEP]"
+    assert encode_text(codec, "[CLS] Hi [SEP]") == encode_text(codec, "Hi")
+    prompt, (response,) = encode_pairs(codec, "Hi", [("completion", " yo")])
+    assert shown(tokenizer, prompt) == "[CLS] Hi" and shown(tokenizer, response) == "yo [SEP]"
+
+
 def test_what_stands_behind_an_end_within_a_response_is_not_learned():
     codec = Codec(KINDS["bytes"]())
     _, (response,) = encode_pairs(codec, "a", [("completion", "b</s> c")])

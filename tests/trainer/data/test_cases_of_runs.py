@@ -133,7 +133,6 @@ def test_the_balancing_loss_is_trained_where_the_config_asks_for_it(tmp_path, wr
     # Balanced, the term is the number of experts drawn a token, 2 of 4; it is least there.
     assert steps and all(2 - 1e-3 <= line["aux_loss"] < 4 for line in steps)
     assert not any("aux_loss" in line for line in logged[False])
-    router = "model.layers.0.mlp.gate.weight"
     router = next(name for name in weights[True] if "gate" in name)
     assert (weights[True][router] - weights[False][router]).abs().max() > 1e-5
 

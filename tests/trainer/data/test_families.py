@@ -302,6 +302,14 @@ def test_thoughts_that_the_template_drops_are_refused(command, inspect):
     assert "--chat_template_path" in message
 
 
+def test_an_answer_that_begins_as_thoughts_do(inspect):
+    """DeepSeek R1: "<answer>" shares its first letter with the "<think>" that the generation prompt opens."""
+    tokenizer, (row,) = inspect("r1", "sft", [{"messages": [user("q"), assistant("<a>Hi")]}])
+    assert shown(tokenizer, row["input_ids"], row["labels"]) == (
+        "<bos> <|User|> q <|Assistant|> {<} {a} {>} {Hi} {<eos>}"
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "smollm2"])
 def test_a_system_message_takes_the_place_of_the_default(name, inspect):
     rows = [{"messages": [{"role": "system", "content": "yo"}, user("q"), assistant("Hi")]}]
