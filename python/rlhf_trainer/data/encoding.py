@@ -42,7 +42,10 @@ class Codec:
         self.front = front_of(tokenizer)
         self.notes: Counter[str] = Counter()
         if tokenizer.chat_template:
-            # A template may want other messages; what it refuses of the data is reported row by row.
+            # A template may want other messages; what it refuses of the data is reported row by row. Two turns first,
+            # as a whole may end with more than its turns do (Phi-3's), so that labels depend on no other row.
+            with suppress(RowError, UsageError):
+                encode_conversation(self, [*PROBE[0], *PROBE[1]] * 2)
             with suppress(RowError, UsageError):
                 encode_pairs(self, PROBE[0], [("probe", PROBE[1])])
             self.notes.clear()

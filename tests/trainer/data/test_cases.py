@@ -254,6 +254,17 @@ def test_template_kwargs_of_a_row_reach_its_template(write_jsonl):
     assert [each.text for each in loaded.examples] == ["calm:a", "wild:a", "odd:a"]
 
 
+def test_the_end_of_a_turn_does_not_depend_on_earlier_rows():
+    """Phi-3's, where nothing says that generation stops at <|end|>: the whole ends with another token."""
+    tokenizer = family("phi3")[0]
+    single = [user("q"), assistant("Hi")]
+    codec = Codec(tokenizer)
+    first = learned(codec, single)
+    assert first.endswith("<|assistant|> {▁Hi} {<|end|>} <|endoftext|>")
+    learned(codec, [*single, *single])
+    assert learned(codec, single) == first
+
+
 def test_content_as_parts():
     codec = Codec(family("zephyr")[0])
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
