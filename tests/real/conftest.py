@@ -17,7 +17,7 @@ logging.disable_progress_bar()
 # The held-out rows are those that are learned: their loss before and after is that of known rows.
 OFFLINE = "--batch_size 4 --micro_batch_size 2 --eval_dataset {rows} --lr_scheduler_type constant "
 FLAGS = {
-    "sft": OFFLINE + "--max_steps 5 --learning_rate 1e-4",  # so many that even a base model ends its turns
+    "sft": OFFLINE + "--max_steps 3 --learning_rate 5e-5",
     "dpo": OFFLINE + "--max_steps 3 --warmup_steps 0 --ref_cache_dir {cache}",
     "reward": OFFLINE + "--max_steps 3",
     "grpo": "--batch_size 8 --micro_batch_size 8 --max_steps 3 --num_generations 4 --max_completion_length 12 "

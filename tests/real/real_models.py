@@ -21,6 +21,9 @@ class RealModel:
     name: str
     flags: tuple[str, ...]  # which give it a chat template, where it has none
     front: str  # of every conversation
+    knows_end: (
+        bool  # False: the template's tokens are new to it, and unlikely until it has seen them some hundred times
+    )
 
     @property
     def path(self) -> Path:
@@ -35,8 +38,9 @@ SMOLLM2 = RealModel(
     "smollm2-135m-instruct",
     (),
     f"<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face{END}\n",
+    True,
 )
-GEMMA3 = RealModel("gemma-3-270m", ("--chat_template_path", "chatml"), "<bos>")
+GEMMA3 = RealModel("gemma-3-270m", ("--chat_template_path", "chatml"), "<bos>", False)
 
 
 def user(text: str) -> dict[str, str]:
