@@ -22,7 +22,7 @@ class RealModel:
     flags: tuple[str, ...]  # which give it a chat template, where it has none
     front: str  # of every conversation
     knows_end: (
-        bool  # False: the template's tokens are new to it, and unlikely until it has seen them some hundred times
+        bool  # False: the template's tokens are new to it, and unlikely until many steps have raised them
     )
 
     @property
