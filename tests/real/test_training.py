@@ -58,7 +58,7 @@ def test_sft_learns_what_the_assistant_says_and_where_it_ends(model, rlhf, metri
 
 
 def test_inspect_shows_these_tokens(model, rlhf):
-    result = rlhf.call("inspect", *rlhf.arguments("sft"), "--json")
+    result = rlhf.call("inspect", "sft", *rlhf.arguments("sft"), "--json")
     assert result.returncode == 0, result.stderr
     tokenizer = AutoTokenizer.from_pretrained(rlhf("sft"))
     for line, messages in zip(result.stdout.splitlines(), CONVERSATIONS, strict=True):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> 
 
 def front_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of every text."""
-    ids = range(min(len(tokenizer), PROBES))
-    for word in ["a", *(tokenizer.decode([i], skip_special_tokens=True) for i in ids)]:  # some do not know "a"
+    known = range(min(len(tokenizer), PROBES))
+    for word in itertools.chain(["a"], (tokenizer.decode([i], skip_special_tokens=True) for i in known)):
         bare, ids = tokenizer(word, add_special_tokens=False).input_ids, tokenizer(word).input_ids
-        if bare:
+        if bare:  # some tokenizers do not know "a"
             return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(bare)] == bare), [])
     return []
 
@@ -146,12 +148,10 @@ def _plain_call(call: Any, field: str) -> dict[str, Any]:
         raise RowError(field, f"expected {{'function': {{'name': ..., 'arguments': ...}}}}, got {kind(call)}")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError as error:
-            raise RowError(
-                f"{field}.function.arguments", f"expected a mapping, or JSON text of one: {error}"
-            ) from error
+    if not isinstance(arguments, dict):
+        raise RowError(f"{field}.function.arguments", f"expected a mapping, or JSON text of one, got {kind(arguments)}")
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 

@@ -44,7 +44,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
         self.tokenizer, self.now = tokenizer, now
 
-    def text_of(self, field: str, options: Options) -> str:
+    def source(self, field: str, options: Options) -> str:
         """The template's own text, with dates as they are at `now`; RowError where there is none."""
         templates = self.tokenizer.chat_template
         if not templates:
@@ -71,8 +71,8 @@ class Template:
         self, field: str, messages: Messages, options: Options, **how: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text and, with return_assistant_tokens_mask, the marked parts of it."""
-        template = self.text_of(field, options)
-        settings = {**self.tokenizer.special_tokens_map, **options, **how}
+        template = self.source(field, options)
+        settings = {**self.tokenizer.special_tokens_map, **options, "add_generation_prompt": False, **how}
         try:
             (text,), marks = render_jinja_template([list(messages)], chat_template=template, **settings)
         except TemplateError as error:
@@ -95,11 +95,12 @@ class Template:
         self, field: str, messages: Messages, options: Options, places: Sequence[int], *, use_marks: bool
     ) -> tuple[str, list[Turn]]:
         """The text of the whole, and the assistant's turns that stand at `places` among the messages."""
-        marked = use_marks and GENERATION_MARK.search(self.text_of(field, options)) is not None
+        marked = use_marks and GENERATION_MARK.search(self.source(field, options)) is not None
         text, marks = self._render(field, messages, options, return_assistant_tokens_mask=marked)
         self._check_tools(text, field, messages, options)
-        turns = self._marked_turns(field, messages, options, places, text, marks) if marked else []
-        if not marked:
+        if marked:
+            turns = self._marked_turns(field, messages, options, places, text, marks)
+        else:
             turns = [self._turn_at(place, field, messages, options, text) for place in places]
         if len(turns) == len(places):  # a template may mark parts of a turn one by one
             for place, turn in zip(places, turns, strict=True):
