@@ -21,9 +21,7 @@ class RealModel:
     name: str
     flags: tuple[str, ...]  # which give it a chat template, where it has none
     front: str  # of every conversation
-    knows_end: (
-        bool  # False: the template's tokens are new to it, and unlikely until many steps have raised them
-    )
+    knows_end: bool  # False: the template's tokens are new to it, and unlikely until many steps have raised them
 
     @property
     def path(self) -> Path:
