@@ -92,12 +92,9 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
         raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
 
-def load_codec(name: str, config: OutputConfig, *, key: str, template: str | None = None) -> Codec:
-    """The tokenizer of `name`, with the chat template `template` if that is not None, at the run's date; it ends where
-    generation by the model `name` does."""
+def load_codec(name: str, config: OutputConfig, *, key: str) -> Codec:
+    """The tokenizer of `name`, at the run's date; it ends where generation by the model `name` does."""
     tokenizer = load_tokenizer(name, key=key, trust_remote_code=config.trust_remote_code)
-    if template is not None:
-        set_chat_template(tokenizer, template)
     date = None if config.chat_template_date is None else datetime.fromisoformat(config.chat_template_date)
     return Codec(tokenizer, end_ids_of(name, config.trust_remote_code), date)
 
