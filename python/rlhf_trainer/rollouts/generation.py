@@ -93,10 +93,10 @@ def generate_batch(
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # The distribution is made here: in a config, top_k would be 50 by default, and warpers would come after `drawn`.
+    draws = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
     settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=sampling.temperature > 0, temperature=1.0, top_k=0, top_p=1.0,
-        pad_token_id=pad_id, eos_token_id=ends or None,
-    )  # fmt: skip
+        max_new_tokens=sampling.max_new_tokens, pad_token_id=pad_id, eos_token_id=ends or None, **draws
+    )
     drawn = DrawnLogprobs()
     processors = LogitsProcessorList([*warpers(sampling), *([drawn] if with_logprobs else [])])
     devices = [device] if device.type == "cuda" else []
