@@ -29,7 +29,7 @@ def load_tasks(
     task = load_task(config, codec, config.dataset_name, config.dataset_train_split, accelerator, shuffled=True)
     check_warmup(config, len(step_plan(len(task.plan), config.num_train_epochs, config.max_steps, config.seed)))
     if config.inspect_rows:
-        examples = task.examples(range(min(config.inspect_rows, len(task.counts))))
+        examples = sorted(task.examples(range(len(task.counts))), key=lambda example: example.row)
         accelerator.print(first_rows(examples, codec.tokenizer, config.inspect_rows, has_colours()))
     if config.eval_dataset is None:
         return task, None

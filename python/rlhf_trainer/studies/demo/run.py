@@ -51,6 +51,7 @@ LM_PEAK_LEARNING_RATE = 7e-3
 # A model this small needs larger learning rates than the defaults.
 SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 3e-3, 1e-3, 1e-4
 # The default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there.
+LOGGING_STEPS = 20  # where there is no terminal
 DPO_BETA = 1.0
 
 INTRODUCTION = """\
@@ -167,7 +168,7 @@ def sft_config(folder: Path, model: str, dataset: str, output: str, config: Demo
     return SFTConfig(
         model_name_or_path=str(folder / model), dataset_name=str(folder / dataset), output_dir=str(folder / output),
         packing=True, max_length=POSITIONS, batch_size=64, micro_batch_size=64, num_train_epochs=3,
-        learning_rate=SFT_LEARNING_RATE, seed=config.seed, project="sft",
+        learning_rate=SFT_LEARNING_RATE, seed=config.seed, project="sft", logging_steps=LOGGING_STEPS,
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def pair_options(folder: Path, config: DemoConfig) -> dict:
     return {
         "model_name_or_path": str(folder / "sft_model"), "dataset_name": str(folder / "preferences.jsonl"),
         "eval_dataset": str(folder / "held_out.jsonl"), "eval_steps": 8, "micro_batch_size": 64,
-        "max_prompt_length": 16, "max_length": POSITIONS, "seed": config.seed,
+        "max_prompt_length": 16, "max_length": POSITIONS, "seed": config.seed, "logging_steps": LOGGING_STEPS,
     }  # fmt: skip
 
 
