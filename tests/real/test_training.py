@@ -22,10 +22,14 @@ from tests.real.real_models import (
 
 pytestmark = pytest.mark.real
 
+SEED = 42  # of every run: the default
+
 
 def with_room(model, tokenizer):
-    """The model as it is before training: with embeddings for the tokens that its chat template brings."""
+    """The model as it is before training: with embeddings for the tokens that its chat template brings, drawn near the
+    mean of the others by transformers, from the run's seed."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        torch.manual_seed(SEED)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
     return model
 
