@@ -19,17 +19,17 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // e^u - 1 - u >= 0 without cancellation, for |u| < 1: u^2 (1/2! + u/3! + ... + u^10/12!), by Horner.
 template <class F>
 RK_INLINE F expm1_minus_identity_series(F u) {
-  F sum = u * (1.0f / 12.0f) + 1.0f;
-  sum = sum * u * (1.0f / 11.0f) + 1.0f;
-  sum = sum * u * (1.0f / 10.0f) + 1.0f;
-  sum = sum * u * (1.0f / 9.0f) + 1.0f;
-  sum = sum * u * (1.0f / 8.0f) + 1.0f;
-  sum = sum * u * (1.0f / 7.0f) + 1.0f;
-  sum = sum * u * (1.0f / 6.0f) + 1.0f;
-  sum = sum * u * (1.0f / 5.0f) + 1.0f;
-  sum = sum * u * (1.0f / 4.0f) + 1.0f;
-  sum = sum * u * (1.0f / 3.0f) + 1.0f;
-  return 0.5f * u * u * sum;
+  F sum = u * (1.0f / 479001600) + 1.0f / 39916800;
+  sum = sum * u + 1.0f / 3628800;
+  sum = sum * u + 1.0f / 362880;
+  sum = sum * u + 1.0f / 40320;
+  sum = sum * u + 1.0f / 5040;
+  sum = sum * u + 1.0f / 720;
+  sum = sum * u + 1.0f / 120;
+  sum = sum * u + 1.0f / 24;
+  sum = sum * u + 1.0f / 6;
+  sum = sum * u + 0.5f;
+  return u * u * sum;
 }
 
 struct ScalarMath {
@@ -68,7 +68,8 @@ struct LogitMap {
     return scaled;
   }
   RK_INLINE F derivative(F z) const {
-    if constexpr (kind != Transform::softcap) return M::set(slope);
+    if constexpr (kind == Transform::identity) return M::set(1);
+    if constexpr (kind == Transform::affine) return M::set(slope);
     const F t = z * inverse_cap;
     return slope * (1.0f - t * t);
   }
@@ -249,22 +250,27 @@ RK_INLINE typename M::F rescale_sum(typename M::F& max, typename M::F& sum, type
   return factor;
 }
 
+// Restates `s` about another centre, relative to maxima that are no smaller.
+template <class M>
+RK_INLINE void restate(KlState<M>& s, typename M::F max, typename M::F other_max, typename M::F centre) {
+  recentre<M>(s, centre);
+  const auto factor = rescale_sum<M>(s.max, s.sum, max);
+  s.second = factor * s.second;
+  s.first = factor * s.first;
+  rescale_sum<M>(s.other_max, s.other_sum, other_max);
+}
+
 // a <- both parts, about the centre of the part with the larger maximum.
 template <class M>
 RK_INLINE void merge(KlState<M>& a, KlState<M> b) {
-  const auto new_max = M::max(a.max, b.max);
+  const auto max = M::max(a.max, b.max), other_max = M::max(a.other_max, b.other_max);
   const auto centre = M::select(b.max > a.max, b.centre, a.centre);
-  const auto other_max = M::max(a.other_max, b.other_max);
-  recentre<M>(a, centre);
-  recentre<M>(b, centre);
-  const auto fa = rescale_sum<M>(a.max, a.sum, new_max);
-  const auto fb = rescale_sum<M>(b.max, b.sum, new_max);
-  rescale_sum<M>(a.other_max, a.other_sum, other_max);
-  rescale_sum<M>(b.other_max, b.other_sum, other_max);
+  restate<M>(a, max, other_max, centre);
+  restate<M>(b, max, other_max, centre);
   a.sum = a.sum + b.sum;
   a.other_sum = a.other_sum + b.other_sum;
-  a.second = fa * a.second + fb * b.second;
-  a.first = fa * a.first + fb * b.first;
+  a.second = a.second + b.second;
+  a.first = a.first + b.first;
 }
 
 struct KlResult {
@@ -312,8 +318,9 @@ RK_INLINE typename M::F kl_gradient_of_other(typename M::F z, typename M::F y, c
   const auto q = M::exp((y - row.other_max) - row.other_log_sum);
   const auto d = ((z - y) - row.centre) + row.shift;
   const auto far = !((d > M::set(-1.0f)) & (d < M::set(1.0f)));  // also where d is NaN: neither allows the token
-  const auto near_d = M::select(far, M::set(0), d);
-  const auto near_value = M::select(d > M::set(0), p * M::expm1(M::set(0) - near_d), M::set(0) - q * M::expm1(near_d));
+  const auto exponent = M::select(far, M::set(0), M::select(d > M::set(0), M::set(0) - d, d));
+  const auto expm1 = expm1_minus_identity_series(exponent) + exponent;
+  const auto near_value = M::select(d > M::set(0), p, M::set(0) - q) * expm1;
   return row.grad * M::select(far, q - p, near_value);
 }
 

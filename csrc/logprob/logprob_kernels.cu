@@ -8,69 +8,84 @@ namespace {
 
 using M = DeviceMath;
 
-// A thread's part of a row's statistics.
+// Statistics of a part of a row. What `outputs` do not ask for is neither computed nor read.
 struct Part {
   SoftmaxState<M> softmax;
   int32_t argmax;
-  float unused;  // the double after it is aligned without padding, whose bits would be undefined
   double logit_sum;
+
+  static RK_INLINE Part empty() { return {SoftmaxState<M>::empty(), INT32_MAX, 0.0}; }
 };
 
-__device__ inline void merge_parts(Part& a, const Part& b) {
-  const bool later = b.softmax.max > a.softmax.max || (b.softmax.max == a.softmax.max && b.argmax < a.argmax);
-  a.argmax = later ? b.argmax : a.argmax;
-  a.logit_sum += b.logit_sum;
-  merge<M>(a.softmax, b.softmax);
+template <int outputs>
+__device__ inline void merge_lanes(Part& part) {
+  SoftmaxState<M>& softmax = part.softmax;
+  const float max = max_across_lanes(softmax.max);
+  if constexpr ((outputs & kExtras) != 0) {
+    part.argmax =
+        across_lanes(softmax.max == max ? part.argmax : INT32_MAX, [](int32_t a, int32_t b) { return a < b ? a : b; });
+    part.logit_sum = sum_across_lanes(part.logit_sum);
+  }
+  rescale<M>(softmax, max);
+  softmax.sum = sum_across_lanes(softmax.sum);
+  if constexpr ((outputs & kEntropy) != 0) softmax.shifted = sum_across_lanes(softmax.shifted);
+  if constexpr ((outputs & kExtras) != 0) softmax.squares = sum_across_lanes(softmax.squares);
 }
 
 template <Transform kind, int outputs>
 __global__ void __launch_bounds__(kThreads)
-    fold(Tile tile, LogitMap<M, kind> map, bool aligned, const int64_t* targets, bool first, LogprobRow* rows) {
+    fold(Tile tile, LogitMap<M, kind> map, const int64_t* targets, bool first, LogprobRow* rows) {
   constexpr bool entropy = (outputs & kEntropy) != 0, extras = (outputs & kExtras) != 0;
-  const int64_t row = blockIdx.x;
-  Part part{SoftmaxState<M>::empty(), INT32_MAX, 0.0f, 0.0};
-  for (int32_t begin = 0; begin < tile.columns; begin += kBlockChunk) {
+  LogprobRow& state = rows[blockIdx.x];
+  const float* from = tile.logits + blockIdx.x * tile.stride;
+  // One thread alone needs these, at the end: it asks for them now.
+  Part before = Part::empty();
+  float target_logit = nanf("");
+  if (threadIdx.x == 0) {
+    const int64_t target = targets[blockIdx.x] - tile.vocab_begin;
+    if (!first) {
+      before = {{state.max, state.sum, state.shifted, state.squares}, state.argmax, state.logit_sum};
+      target_logit = state.target_logit;
+    }
+    if (target >= 0 && target < tile.columns) {
+      const auto column = static_cast<int32_t>(target);
+      target_logit = map(from[target], tile.bias ? tile.bias_of(column) : 0.0f);
+    }
+  }
+
+  Part part = Part::empty();
+  for_each_chunk(tile.columns, [&](auto whole, int32_t begin) {
     float z[kChunk];
-    load_chunk(tile, map, row, begin, aligned, z);
-    float chunk_max = part.softmax.max;
+    load_chunk<whole()>(tile, map, from, begin, z);
+    float max = part.softmax.max;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if constexpr (extras) {
-        if (z[i] > chunk_max) part.argmax = static_cast<int32_t>(tile.vocab_begin) + column_of(begin, i);
-      }
-      chunk_max = M::max(chunk_max, z[i]);
+      if constexpr (extras) part.argmax = z[i] > max ? column_of(begin, i) : part.argmax;
+      max = M::max(max, z[i]);
     }
-    rescale<M>(part.softmax, chunk_max);
-    const float shift = finite_max<M>(chunk_max);
-    auto few = SoftmaxState<M>::empty();
+    rescale<M>(part.softmax, max);
+    const float shift = finite_max<M>(max);
     float logit_sum = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      add_softmax_term<M, entropy, extras>(few, z[i] - shift);
-      if constexpr (extras) logit_sum += column_of(begin, i) < tile.columns ? z[i] : 0.0f;
+      add_softmax_term<M, entropy, extras>(part.softmax, z[i] - shift);
+      if constexpr (extras) logit_sum += whole() || column_of(begin, i) < tile.columns ? z[i] : 0.0f;
     }
-    part.softmax.sum += few.sum;
-    part.softmax.shifted += few.shifted;
-    part.softmax.squares += few.squares;
     part.logit_sum += logit_sum;
-  }
-  part = reduce_block(part, [](Part& a, const Part& b) { merge_parts(a, b); });
-  if (threadIdx.x != 0) return;
+  });
+  if (part.argmax != INT32_MAX) part.argmax += static_cast<int32_t>(tile.vocab_begin);
+  if (!merge_block(part, before, merge_lanes<outputs>)) return;
 
-  LogprobRow& state = rows[row];
-  float target_logit = first ? nanf("") : state.target_logit;
-  const int64_t target = targets[row] - tile.vocab_begin;
-  if (target >= 0 && target < tile.columns) {
-    const float bias = tile.bias ? tile.bias[targets[row]] : 0.0f;
-    target_logit = map(tile.logits[row * tile.stride + target], bias);
+  const SoftmaxState<M>& softmax = part.softmax;
+  state.max = softmax.max;
+  state.sum = softmax.sum;
+  state.target_logit = target_logit;
+  if constexpr (entropy) state.shifted = softmax.shifted;
+  if constexpr (extras) {
+    state.squares = softmax.squares;
+    state.argmax = part.argmax;
+    state.logit_sum = part.logit_sum;
   }
-  if (!first) {
-    Part running{{state.max, state.sum, state.shifted, state.squares}, state.argmax, 0.0f, state.logit_sum};
-    merge_parts(running, part);
-    part = running;
-  }
-  state = {part.softmax.max, part.softmax.sum, part.softmax.shifted, part.softmax.squares,
-           target_logit,     part.argmax,      part.logit_sum};
 }
 
 __global__ void __launch_bounds__(kThreads) finish(const LogprobRow* rows, int64_t count, const int64_t* index,
@@ -105,10 +120,11 @@ struct LogprobGradient {
     target = upstream.targets[row];
     return true;
   }
-  __device__ float operator()(float z, int64_t vocab) const {
-    return vocab == target ? target_logit_gradient<M>(z, gradient, with_entropy)
-                           : logit_gradient<M>(z, gradient, with_entropy);
-  }
+  template <bool whole>
+  __device__ void read(int32_t) {}
+  __device__ float operator()(float z, int) const { return logit_gradient<M>(z, gradient, with_entropy); }
+  __device__ int64_t own() const { return target; }
+  __device__ float of_own(float z) const { return target_logit_gradient<M>(z, gradient, with_entropy); }
 };
 
 }  // namespace
@@ -116,22 +132,15 @@ struct LogprobGradient {
 void fold_logprobs(const Tile& tile, int64_t count, const int64_t* targets, int32_t outputs, bool first,
                    LogprobRow* rows, cudaStream_t stream) {
   if (count == 0) return;
-  const bool aligned = tile.aligned();
+  check_rows(tile.logits, tile.stride, sizeof(float));
   with_kind(tile.kind(), [&](auto kind) {
     constexpr Transform k = decltype(kind)::value;
     const LogitMap<M, k> map(tile.transform);
     switch (outputs) {
-      case kPlain:
-        RK_LAUNCH((fold<k, kPlain>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
-        break;
-      case kEntropy:
-        RK_LAUNCH((fold<k, kEntropy>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
-        break;
-      case kExtras:
-        RK_LAUNCH((fold<k, kExtras>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
-        break;
-      default:
-        RK_LAUNCH((fold<k, kEntropy | kExtras>), count, kThreads, stream, tile, map, aligned, targets, first, rows);
+      case kPlain: RK_LAUNCH((fold<k, kPlain>), count, kThreads, stream, tile, map, targets, first, rows); break;
+      case kEntropy: RK_LAUNCH((fold<k, kEntropy>), count, kThreads, stream, tile, map, targets, first, rows); break;
+      case kExtras: RK_LAUNCH((fold<k, kExtras>), count, kThreads, stream, tile, map, targets, first, rows); break;
+      default: RK_LAUNCH((fold<k, kEntropy | kExtras>), count, kThreads, stream, tile, map, targets, first, rows);
     }
   });
 }

@@ -28,7 +28,7 @@ KINDS = {  # of logits, each a template instance: (bias, options)
 }
 SHAPES = [  # N, D, V; a GPU with an L2 of 1 MiB is imitated
     (1, 1, 1),
-    (3, 8, 4099),  # a block holds 4096 logits at a time: three are left
+    (3, 8, 4099),  # a block holds 2048 logits at a time: three are left
     (5, 9, 256),  # 256 is a whole tile: what is read beyond a row's end is beyond the memory's end
     (4, 8, 260),  # full loads of four to the very end
     (3, 344, 515),  # tiles of 256 tokens, the last of three

@@ -30,30 +30,37 @@ class Defect(NamedTuple):
 DEFECTS = {
     "load past a row's end": Defect(
         ROW_BLOCK,
-        "column + j < tile.columns ? from[column + j] : 0.0f",
-        "column + j <= tile.columns ? from[column + j] : 0.0f",
+        "from + (whole || column < tile.columns ? column : 0)",
+        "from + column",
         "logprob_shapes",
         asan=True,
         only="logprob_kernels.cu",
     ),
     "a logit too many": Defect(
         ROW_BLOCK,
-        "const bool inside = column + j < tile.columns;",
-        "const bool inside = column + j <= tile.columns;",
+        "column + j < tile.columns ? map(",
+        "column + j <= tile.columns ? map(",
         "logprob_shapes",
         only="logprob_kernels.cu",
     ),
     "no barrier before warps merge": Defect(
         ROW_BLOCK,
-        "if (lane == 0) of_warp[warp] = state;\n  __syncthreads();",
-        "if (lane == 0) of_warp[warp] = state;",
+        "of_warp[kWarps] = before;\n  __syncthreads();",
+        "of_warp[kWarps] = before;",
         "kl_shapes",
         only="kl_kernels.cu",
     ),
     "a warp too few": Defect(
         ROW_BLOCK,
-        "i < kThreads / kWarp; ++i) merge",
-        "i < kThreads / kWarp - 1; ++i) merge",
+        "lane <= kWarps ? of_warp[lane]",
+        "lane <= kWarps && lane != kWarps - 1 ? of_warp[lane]",
+        "logprob_shapes",
+        only="logprob_kernels.cu",
+    ),
+    "the tiles before forgotten": Defect(
+        ROW_BLOCK,
+        "lane <= kWarps ? of_warp[lane]",
+        "lane < kWarps ? of_warp[lane]",
         "logprob_shapes",
         only="logprob_kernels.cu",
     ),
@@ -68,21 +75,28 @@ DEFECTS = {
     ),
     "store past a row's end": Defect(
         DLOGITS,
-        "if (column + j < columns) to[column + j]",
-        "if (column + j <= columns) to[column + j]",
+        "if (whole() || column < tile.columns) {",
+        "{",
         "logprob_shapes",
         asan=True,
         only="logprob_kernels.cu",
     ),
     "columns exchanged in a vector store": Defect(
         DLOGITS,
-        "from_float<Out>(d[j]);\n    *rein",
-        "from_float<Out>(d[j ^ 1]);\n    *rein",
+        "from_float<Out>(d[j]);\n  *rein",
+        "from_float<Out>(d[j ^ 1]);\n  *rein",
         "logprob_shapes",
         only="logprob_kernels.cu",
     ),
-    "the other model's logit past its row": Defect(
-        "kl/kl_kernels.cu", "if (column >= other.columns)", "if (column > other.columns)", "kl_shapes", asan=True
+    "the target's gradient by a thread that does not own its column": Defect(
+        ROW_BLOCK,
+        "% kThreads == threadIdx.x;",
+        "% kThreads == (threadIdx.x ^ 1);",
+        "logprob_shapes",
+        only="logprob_kernels.cu",
+    ),
+    "the other model's logits of the row before": Defect(
+        "kl/kl_kernels.cu", "from = other.logits + blockIdx.x * other.stride;", "from = other.logits;", "kl_shapes"
     ),
     "the last row left out of a sum": Defect(
         "common/cuda/copies.cu", "for (int64_t row = y; row < rows;", "for (int64_t row = y; row < rows - 1;", "shapes"

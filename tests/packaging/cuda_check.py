@@ -1,5 +1,6 @@
 """The checks of `make cuda-check` without a GPU: whether the CUDA part of the installed extension loads and
-implements every op, and what its kernels need of a multiprocessor. It fails if a kernel spills registers.
+implements every op, and what its kernels need of a multiprocessor. It fails if a kernel spills registers, or if a row
+kernel takes more instructions a logit than it may.
 
 `cuda_check.py nvcc <arguments>` stands in for nvcc during the build (PYTORCH_NVCC): what ptxas says of an object is
 kept beside it, so that it is at hand after a build in which nothing had to be compiled.
@@ -12,8 +13,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import sass  # beside this file
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = "sm_90"
+ROW_KERNELS = ("logprob_kernels.cu", "kl_kernels.cu")
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 FUNCTION = re.compile(r"Function properties for (\w+)")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -65,10 +69,32 @@ def plain(names):
     return {name: name for name in names}
 
 
+def instructions_a_logit(tool, path):
+    """{mangled name: instructions} of the row kernels in an object file."""
+    if tool is None:
+        return {}
+    loops = sass.longest_loops(sass.disassemble(tool, path, ARCH))
+    return {name: length / sass.logits_of_a_thread() for name, length in loops.items()}
+
+
+def too_long(counts):
+    """`counts`: {plain name: instructions a logit}. What is wrong with them, in sentences."""
+    for name, ceiling in sass.CEILINGS.items():
+        count = next((count for kernel, count in counts.items() if kernel.endswith(f"::{name}")), None)
+        if count is None:
+            yield f"{name} was not found in the machine code."
+        elif count > ceiling:
+            yield f"{name} takes {count:.1f} instructions a logit, and may take {ceiling}."
+
+
 def report(build):
     """Prints the table; returns what is wrong, in sentences."""
-    wrong, remarks = [], []
-    print(f"{ARCH}: registers a thread; bytes of static shared memory, of stack, of spills (stores and loads)")
+    wrong, remarks, counts = [], [], {}
+    tool = sass.cuobjdump(os.environ.get("CUDA_HOME", ""))
+    print(
+        f"{ARCH}: registers a thread; bytes of static shared memory, of stack, of spills (stores and loads); "
+        "instructions a logit in the loop over a row (a pair of logits, in kl)"
+    )
     for source in sorted((ROOT / "csrc").rglob("*.cu")):
         name = source.relative_to(ROOT)
         kept = record((build / name).with_suffix(".o"))
@@ -77,9 +103,12 @@ def report(build):
             continue
         kernels = resources(kept.read_text())
         names = plain(dict.fromkeys(function for _, function in kernels))
+        lengths = instructions_a_logit(tool, kept.with_suffix("")) if name.name in ROW_KERNELS else {}
+        counts |= {names[function]: length for function, length in lengths.items()}
         print(f"{name}")
         for (arch, function), figures in kernels.items():
             row = " ".join(f"{figures.get(key, '-'):>7}" for key in ("registers", "shared", "stack", "spills"))
+            row += f" {lengths[function]:7.1f}" if function in lengths else f" {'-':>7}"
             if arch == ARCH:
                 print(f"{row}  {names[function]}")
             if figures.get("spills"):
@@ -88,7 +117,9 @@ def report(build):
         if not any(arch == ARCH for arch, _ in kernels) and any(map(ENTRY.search, kept.read_text().splitlines())):
             wrong.append(f"{name} was not compiled for {ARCH}; TORCH_CUDA_ARCH_LIST leaves it out.")
     print(*(f"Not counted: {remark}" for remark in remarks), sep="\n", end="\n" if remarks else "")
-    return wrong
+    if tool is None:
+        return [*wrong, "cuobjdump is neither in the CUDA toolkit nor in triton's package: nothing was counted."]
+    return [*wrong, *too_long(counts)]
 
 
 def missing_ops(torch):

@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load_cuda_check():
+    sys.path.insert(0, str(ROOT / "tests" / "packaging"))  # as a script it finds what lies beside it
     spec = importlib.util.spec_from_file_location("cuda_check", ROOT / "tests" / "packaging" / "cuda_check.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "tests" / "packaging"))
     return module
 
 
@@ -184,6 +186,44 @@ def test_what_ptxas_says_is_read():
         ("sm_90", kernel): {"stack": 0, "spills": 0, "registers": 40, "shared": 0},
         ("sm_90", "called"): {"stack": 16, "spills": 16},
     }
+
+
+SASS = """\
+\t\tFunction : _Z4foldPf
+        /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a0000017a02 */
+                                                                   /* 0x000fe40000000f00 */
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   FMNMX R4, R4, R5, !PT ;
+        /*0030*/              @!P0 BRA 0x20 ;
+        /*0040*/                   MUFU.EX2 R4, R4 ;
+        /*0050*/              @P1  BRA 0x80 ;
+        /*0060*/                   FADD R4, R4, R5 ;
+        /*0070*/                   FADD R4, R4, R6 ;
+        /*0080*/               @P2 BRA 0x40 ;
+        /*0090*/               @P2 BRA 0x10 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0;
+\t\tFunction : _Z6finishPf
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_loops_of_machine_code_are_measured():
+    """The longest that has no other inside, from its first instruction to the jump back."""
+    assert load_cuda_check().sass.longest_loops(SASS) == {"_Z4foldPf": 5}
+    assert load_cuda_check().sass.logits_of_a_thread() == 16
+
+
+def test_a_row_kernel_that_takes_too_long_is_named():
+    check = load_cuda_check()
+    counts = {f"rk::cuda::{name}": float(ceiling) for name, ceiling in check.sass.CEILINGS.items()}
+    assert list(check.too_long(counts)) == []
+    counts["rk::cuda::fold<(rk::Transform)0, 0>"] = 24.1
+    del counts["rk::cuda::fold<(rk::Transform)0, (rk::Transform)0>"]
+    assert list(check.too_long(counts)) == [
+        "fold<(rk::Transform)0, 0> takes 24.1 instructions a logit, and may take 7.",
+        "fold<(rk::Transform)0, (rk::Transform)0> was not found in the machine code.",
+    ]
 
 
 def test_names_lose_their_arguments():

@@ -1,10 +1,11 @@
 #include "common/cuda/compact.h"
 
-#include "common/cuda/row_block.h"
+#include "common/cuda/launch.h"
 
 namespace rk::cuda {
 namespace {
 
+constexpr int kThreads = 256, kWarp = 32;
 constexpr int kRowsPerThread = 16;
 
 // Sum of `value` over the threads before this one, and over all of them in `total`.

@@ -63,6 +63,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, std::source_location
   return static_cast<unsigned>(rk_cuda_on_host::machine.collective("__ballot_sync", mask, predicate != 0, 0, true, at));
 }
 
+inline int __ffs(unsigned bits) { return std::countr_zero(bits) % 32 + (bits != 0); }
+
 inline int __any_sync(unsigned mask, int predicate, std::source_location at = std::source_location::current()) {
   return rk_cuda_on_host::machine.collective("__any_sync", mask, predicate != 0, 0, true, at) != 0;
 }
