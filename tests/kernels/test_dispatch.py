@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
-from rlhf_kernels import _dispatch, _extension
+from rlhf_kernels import _dispatch, _extension, _triton
 from rlhf_kernels import testing as T
 
 
@@ -55,7 +55,8 @@ def test_a_backend_that_cannot_run_raises_and_lists_those_that_can(device, name)
             ValueError, match=rf"backend='{backend}' cannot run here: .+ Backends that can: .*reference"
         ):
             calls(device)[name](backend)
-    assert "triton" in unable, "Triton kernels exist now: add them to the backends of conftest.py"
+    if device.type == "cpu":
+        assert "triton" in unable, "Triton kernels exist now: add them to the backends of conftest.py"
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -137,10 +138,28 @@ def test_forward_mode_is_refused(backend, device, requires_grad):
         torch.func.jvp(logprobs, (head.hidden,), (head.hidden,))
 
 
-def test_auto_warns_once_when_it_falls_to_the_reference(device, monkeypatch):
+@pytest.fixture
+def no_native(monkeypatch):
     monkeypatch.setattr(_extension, "native_available", lambda: False)
     monkeypatch.setattr(_extension, "why_not_native", lambda: "it was left out for this test")
     monkeypatch.setattr(_dispatch, "_warned", set())
+
+
+def test_auto_takes_triton_on_a_gpu_without_native(no_native, device, monkeypatch):
+    """And warns of nothing, as it falls to no reference."""
+    warnings.filterwarnings("error", message=".*reference backend")
+    if device.type == "cpu":
+        monkeypatch.setattr(_triton, "why_not_on", lambda device: None)
+        assert _dispatch.resolve_backend("auto", torch.device("cuda"), torch.float32) == "triton"
+        return
+    for name in OPS:
+        with CompiledOps() as compiled:
+            calls(device)[name]("auto")
+        assert compiled.names and all(op.startswith("triton_") for op in compiled.names), name
+
+
+def test_auto_warns_once_when_it_falls_to_the_reference(no_native, device, monkeypatch):
+    monkeypatch.setattr(_triton, "why_not_on", lambda device: "so was Triton")
     with pytest.warns(UserWarning, match="slower reference backend: it was left out for this test"):
         calls(device)["linear_logprobs"]("auto")
     with warnings.catch_warnings():

@@ -1,5 +1,7 @@
 """Triton ops as a captured or traced graph calls them: all rows are gone over, and some do not count. Interpreted."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -58,6 +60,46 @@ def test_masked_kl(policy_ref):
         results.append((kl, stats, *grads))
     agree(results[1], results[0])
     assert not results[1][0][~mask].any() and not results[1][2][~mask].any()
+
+
+@pytest.mark.parametrize("what", ["logprob", "kl"])
+def test_an_unmasked_step_loads_what_a_captured_one_launches(monkeypatch, what):
+    """Nothing can be loaded while a graph is captured. Triton makes a variant for what is None, for an integer's being
+    1 or a multiple of 16, and for each constant; a step with masked rows, which gathers, makes others."""
+    hidden, weight, targets, _ = T.make_head(N, D, V)
+    module = importlib.import_module(f"rlhf_kernels.{what}.triton_kernels")
+    ops, launch = importlib.import_module(f"rlhf_kernels.{what}.triton_ops"), module.launch
+    launched = []
+
+    def variant(value):
+        return (value == 1, value % 16 == 0) if type(value) is int else getattr(value, "dtype", type(value))
+
+    def record(kernel, grid, *args, **options):
+        launched.append((kernel, [variant(arg) for arg in args], options))
+        launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(module, "launch", record)
+
+    def launches(*way):
+        launched.clear()
+        if what == "logprob":
+            results = ops.forward_op(hidden, weight, targets, None, *PLAIN, -100, F32, *[False] * 4, 0, *way)
+            up, statistics, inputs = (up_of(N), None, None), (*results[1:4], results[7]), (targets, None)
+            ops.backward_op(*up, hidden, weight, *inputs, *statistics, *PLAIN, -100, F32, True, True, False, *way)
+        else:
+            side = (weight, None, *PLAIN, F32)
+            inputs = (hidden, *side, hidden * 0.9, *side, torch.ones(N, dtype=torch.bool), True)
+            results = ops.forward_op(*inputs, 0, *way)
+            ops.backward_op(up_of(N), *results, *inputs, True, True, False, *way)
+        return list(launched)
+
+    captured = launches(None, True)
+    assert len(captured) > 2 and launches(None, False) == captured
+    assert launches(torch.arange(N - 3), False) != captured
+
+
+def up_of(rows):
+    return T.randn(rows, seed=3)
 
 
 def test_strange_rows_and_targets():
