@@ -6,6 +6,7 @@
 
 #include "common/cpu/gemm_tile.h"
 #include "common/cpu/kept_logits.h"
+#include "common/device_plan.h"
 #include "common/simd/tile_kernels.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
@@ -186,12 +187,27 @@ PYBIND11_MODULE(_C, m) {
       "(tile, vocab_group, row_chunk, bytes) of linear_logprobs' backward; with ref_hidden, of linear_kl's.");
   m.def(
       "plan_device",
-      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t heads, int64_t element_size, bool cast_weight,
-         bool copy_hidden, bool backward, int64_t l2_bytes, int64_t budget) {
-        const rk::DeviceHeads sizes{hidden, heads * hidden, heads, element_size, cast_weight, copy_hidden};
-        const auto p = rk::plan_device(sizes, rows, vocab, hidden, backward, l2_bytes, budget);
-        return pybind11::make_tuple(p.tile, p.nominal_rows, p.vocab_group, p.row_chunk, p.rows_at_once, p.bytes);
+      [](int64_t rows, int64_t vocab, int64_t hidden, int64_t heads, int64_t element_size, bool bias, bool cast_weight,
+         bool copy_hidden, bool backward, int64_t multiprocessors, int64_t l2_bytes, int64_t budget,
+         int64_t kept_bytes) {
+        const rk::DeviceHeads sizes{hidden, heads * hidden, heads, element_size, bias, cast_weight, copy_hidden};
+        const auto p = rk::plan_device(sizes, rows, vocab, backward, {multiprocessors, l2_bytes}, budget, kept_bytes);
+        pybind11::dict plan;
+        plan["nominal_columns"] = p.nominal_columns;
+        plan["nominal_rows"] = p.nominal_rows;
+        plan["tile"] = p.tile;
+        plan["row_chunk"] = p.row_chunk;
+        plan["vocab_group"] = p.vocab_group;
+        plan["rows_at_once"] = p.rows_at_once;
+        plan["bytes"] = p.bytes;
+        plan["waves"] = p.waves;
+        plan["utilisation"] = p.utilisation;
+        return plan;
       },
-      "(tile, nominal_rows, vocab_group, row_chunk, rows_at_once, bytes) on CUDA; heads: 1, or 2 of the same width for "
-      "the KL.");
+      pybind11::arg("rows"), pybind11::arg("vocab"), pybind11::arg("hidden"), pybind11::kw_only(),
+      pybind11::arg("heads") = 1, pybind11::arg("element_size") = 2, pybind11::arg("bias") = false,
+      pybind11::arg("cast_weight") = false, pybind11::arg("copy_hidden") = false, pybind11::arg("backward") = false,
+      pybind11::arg("multiprocessors"), pybind11::arg("l2_bytes"), pybind11::arg("budget"),
+      pybind11::arg("kept_bytes") = 0,
+      "The fields of DevicePlan (csrc/common/device_plan.h) on CUDA; heads: 1, or 2 of the same width for the KL.");
 }

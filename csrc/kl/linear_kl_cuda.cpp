@@ -1,4 +1,6 @@
-// linear_kl on CUDA: two heads' tiles at a time, policy's and reference's, folded together and never kept.
+// linear_kl on CUDA: two heads' tiles at a time, policy's and reference's, folded together.
+#include <optional>
+
 #include "common/cuda/device_gradient.h"
 #include "kl/kl_checks.h"
 #include "kl/kl_kernels.h"
@@ -8,49 +10,67 @@ namespace rk {
 namespace {
 
 using at::Tensor;
-using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::Tile;
+using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::Tile, cuda::TilePlaces;
 
 // A side's head and room for its operands, its slice and its tile. Each side multiplies in its own format.
 struct DeviceSide {
   const Tensor& hidden;
   DeviceHead head;
-  Tensor room, cast, tile;
+  Tensor room, cast;
+  std::optional<TilePlaces> places;
 
   DeviceSide(const Side& side, const DeviceScope& device) : hidden(side.hidden), head(side, device.stream()) {}
 
   bool copies(const DeviceRows& rows) const { return !head.reads_in_place(hidden, rows); }
 
-  void make_room(const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch, bool for_operands) {
+  void make_room(const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch, bool for_operands,
+                 float* cache) {
     room = head.room(hidden, rows, for_operands ? plan.rows_at_once : 0, scratch);
-    cast = scratch.of(head.format(), {head.casts() && for_operands ? plan.tile : 0, head.width()});
-    tile = scratch.floats({std::min(plan.row_chunk, rows.count), plan.tile});
+    cast = scratch.of(head.format(), {head.casts() && for_operands ? plan.tile : 0, head.depth()});
+    places.emplace(cache, head.vocab(), rows.count, plan, scratch);
   }
 
   Operand operands(const DeviceRows& rows, int64_t first, int64_t count) const {
     return head.operands(hidden, rows, first, count, room);
   }
 
-  Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t rows, Operand slice,
-              int64_t begin, int64_t columns) const {
-    return head.tile(scratch.gemm_context(), operands, rows, slice, begin, columns, tile.data_ptr<float>(), plan.tile,
-                     plan.nominal_rows);
+  Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t row, int64_t rows,
+              Operand slice, int64_t begin, int64_t columns) const {
+    return head.tile(scratch.gemm_context(), plan, operands, row, rows, slice, begin, columns, *places);
+  }
+
+  Tile kept_logits(int64_t row, int64_t begin, int64_t columns) const {
+    return head.tile_at(*places, row, begin, columns);
   }
 };
+
+// Of both models, the policy's first.
+int64_t all_logits(const KlInputs& inputs) { return 2 * inputs.mask.size(0) * cached_vocab(inputs.policy.vocab()); }
 
 struct Pair {
   DeviceSide policy, ref;
   DevicePlan plan;
+  bool kept;
 
-  Pair(const KlInputs& inputs, const DeviceRows& rows, const Scratch& scratch, const DeviceScope& device, bool backward)
-      : policy(inputs.policy, device), ref(inputs.ref, device) {
+  // `cache`: the logits that are kept, or nothing.
+  Pair(const KlInputs& inputs, const DeviceRows& rows, const Scratch& scratch, const DeviceScope& device, bool backward,
+       const Tensor& cache)
+      : policy(inputs.policy, device), ref(inputs.ref, device), kept(cache.numel() > 0) {
+    const bool recomputes = !backward || !kept;  // and reads the reference's model
     const int64_t size = std::max(size_of(policy.head.format()), size_of(ref.head.format()));
-    const DeviceHeads heads{
-        std::max(policy.head.width(), ref.head.width()), policy.head.width() + ref.head.width(), 2, size,
-        policy.head.casts() || ref.head.casts(),         policy.copies(rows) || ref.copies(rows)};
-    plan = plan_device(heads, rows.count, policy.head.vocab(), policy.head.width(), backward, device.l2_bytes(),
-                       scratch.budget_left());
-    policy.make_room(rows, plan, scratch, !backward);  // in backward, DeviceGradient has the policy's operands
-    ref.make_room(rows, plan, scratch, true);
+    const DeviceHeads heads{policy.head.depth(),
+                            policy.head.depth() + ref.head.depth(),
+                            2,
+                            size,
+                            policy.head.biased(),
+                            policy.head.casts() || ref.head.casts(),
+                            policy.copies(rows) || ref.copies(rows)};
+    plan = plan_device(heads, rows.count, policy.head.vocab(), backward, device.sizes(), scratch.budget_left(),
+                       cache.nbytes());
+    float* const kept_logits = kept ? cache.data_ptr<float>() : nullptr;
+    float* const ref_logits = kept ? kept_logits + all_logits(inputs) / 2 : nullptr;
+    policy.make_room(rows, plan, scratch, !backward, kept_logits);  // in backward, DeviceGradient has the operands
+    ref.make_room(rows, plan, scratch, recomputes, ref_logits);
   }
 };
 
@@ -62,15 +82,19 @@ void check_devices(const KlInputs& inputs) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_t kept_logits) {
-  TORCH_CHECK_VALUE(kept_logits == 0, "linear_kl keeps no logits on CUDA, got kept_logits = ", kept_logits);
   check_kl(inputs);
   check_devices(inputs);
+  TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= all_logits(inputs),
+                    "on CUDA all logits of both models are kept or none: expected ", all_logits(inputs), " or 0, got ",
+                    kept_logits);
   const Tensor& mask = inputs.mask;
   const bool policy_ref = inputs.policy_ref;
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
-  const Pair pair(inputs, rows, scratch, device, false);
+  const Tensor cache = scratch.floats({kept_logits});
+  cache.zero_();  // what pads it and rows that do not count, nothing writes
+  const Pair pair(inputs, rows, scratch, device, false, cache);
   const int64_t vocab = pair.policy.head.vocab(), n = mask.size(0);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::KlRowState)));
   auto* state = static_cast<cuda::KlRowState*>(states.data_ptr());
@@ -84,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_
       const Operand ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
       for (int64_t row = first; row < end; row += pair.plan.row_chunk) {
         const int64_t here = std::min(pair.plan.row_chunk, end - row);
-        const Tile policy = pair.policy.logits(scratch, pair.plan, pair.policy.head.part(operands, row - first), here,
-                                               slice, begin, columns);
-        const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - first), here,
+        const Tile policy = pair.policy.logits(scratch, pair.plan, pair.policy.head.part(operands, row - first), row,
+                                               here, slice, begin, columns);
+        const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - first), row, here,
                                          ref_slice, begin, columns);
         cuda::fold_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, here, begin == 0, state + row,
                       device.stream());
@@ -96,23 +120,25 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_
   const Tensor kl = scratch.floats({n}).zero_(), stats = scratch.floats({6, n}).zero_();
   cuda::finish_kl(state, rows.count, rows.index_data(), kl.data_ptr<float>(), stats.data_ptr<float>(), n,
                   device.stream());
-  return {kl, stats, scratch.floats({0})};
+  return {kl, stats, cache};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl, const SavedKl& saved,
                                                            const KlInputs& inputs, GradientNeeds needs) {
-  TORCH_CHECK_VALUE(saved.logit_cache.numel() == 0, "linear_kl keeps no logits on CUDA, got ",
-                    saved.logit_cache.sizes());
   check_kl(inputs);
   check_devices(inputs);
+  const Tensor& cache = saved.logit_cache;
+  TORCH_CHECK_VALUE(
+      (cache.numel() == 0 || cache.numel() >= all_logits(inputs)) && cache.dim() == 1 && cache.is_contiguous(),
+      "logit_cache does not belong to these inputs: got ", cache.sizes());
   const Tensor& mask = inputs.mask;
   const bool policy_ref = inputs.policy_ref;
   const DeviceScope device(mask);
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
-  const Pair pair(inputs, rows, scratch, device, true);
+  const Pair pair(inputs, rows, scratch, device, true, cache);
   const int64_t n = mask.size(0);
-  cuda::check_same_device(mask, {grad_kl, saved.kl, saved.stats});
+  cuda::check_same_device(mask, {grad_kl, saved.kl, saved.stats, cache});
   const Tensor grad_values = float_rows(grad_kl, n), kl_values = float_rows(saved.kl, n),
                all_stats = saved.stats.contiguous();
   const cuda::KlUpstream upstream{grad_values.const_data_ptr<float>(), kl_values.const_data_ptr<float>(),
@@ -122,15 +148,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl
   Operand ref_operands{}, ref_slice{};
   const auto prepare = [&](int64_t first, int64_t count) {
     chunk = first;
-    ref_operands = pair.ref.operands(rows, first, count);
+    if (!pair.kept) ref_operands = pair.ref.operands(rows, first, count);
   };
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
-    if (sliced != begin) ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
+    if (!pair.kept && sliced != begin) ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
     sliced = begin;
-    const Tile policy = pair.policy.logits(scratch, pair.plan, operands, here, slice, begin, columns);
-    const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), here, ref_slice,
-                                     begin, columns);
+    const Tile policy = pair.kept ? pair.policy.kept_logits(row, begin, columns)
+                                  : pair.policy.logits(scratch, pair.plan, operands, row, here, slice, begin, columns);
+    const Tile ref = pair.kept ? pair.ref.kept_logits(row, begin, columns)
+                               : pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), row,
+                                                 here, ref_slice, begin, columns);
     cuda::differentiate_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, policy_ref, row, here, upstream, sink,
                            device.stream());
   };

@@ -8,15 +8,19 @@ namespace rk {
 namespace {
 
 using at::Tensor;
-using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch;
+using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::TilePlaces;
 
 // `kept_bytes`: of the budget, what a logit cache takes.
 DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
                     const DeviceScope& device, bool backward, int64_t kept_bytes) {
-  const DeviceHeads heads{head.width(),           head.width(), 1,
-                          size_of(head.format()), head.casts(), !head.reads_in_place(hidden, rows)};
-  const int64_t budget = std::max(scratch.budget_left() - kept_bytes, scratch.budget_left() / 8);
-  return plan_device(heads, rows.count, head.vocab(), head.width(), backward, device.l2_bytes(), budget);
+  const DeviceHeads heads{head.depth(),
+                          head.depth(),
+                          1,
+                          size_of(head.format()),
+                          head.biased(),
+                          head.casts(),
+                          !head.reads_in_place(hidden, rows)};
+  return plan_device(heads, rows.count, head.vocab(), backward, device.sizes(), scratch.budget_left(), kept_bytes);
 }
 
 std::optional<Tensor> float_vector(const std::optional<Tensor>& values, int64_t rows) {
@@ -39,17 +43,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   const Scratch scratch(hidden, device);
   const auto rows = DeviceRows::of_targets(targets.ids, targets.ignore_index, vocab, device);
   const DeviceHead head(side, device.stream());
-  const int64_t cache_stride = cached_vocab(vocab);
-  TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= n * cache_stride,
-                    "on CUDA all logits are kept or none: expected ", n * cache_stride, " or 0, got ", kept_logits);
+  const int64_t all_logits = n * cached_vocab(vocab);
+  TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= all_logits, "on CUDA all logits are kept or none: expected ",
+                    all_logits, " or 0, got ", kept_logits);
   const Tensor cache = scratch.floats({kept_logits});
   cache.zero_();  // what pads it and rows that do not count, nothing writes
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
   const int32_t outputs = wanted.accumulated();
 
   const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
-  const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.width()});
-  const Tensor tile = scratch.floats({kept_logits ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
+  const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.depth()});
+  const TilePlaces places(kept_logits ? cache.data_ptr<float>() : nullptr, vocab, rows.count, plan, scratch);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
   auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
   for (int64_t first = 0; first < rows.count; first += plan.rows_at_once) {
@@ -60,9 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
       const Operand slice = head.slice(begin, columns, cast);
       for (int64_t row = first; row < end; row += plan.row_chunk) {
         const int64_t here = std::min(plan.row_chunk, end - row);
-        float* to = kept_logits ? cache.data_ptr<float>() + row * cache_stride + begin : tile.data_ptr<float>();
-        const auto logits = head.tile(scratch.gemm_context(), head.part(operands, row - first), here, slice, begin,
-                                      columns, to, kept_logits ? cache_stride : plan.tile, plan.nominal_rows);
+        const auto logits = head.tile(scratch.gemm_context(), plan, head.part(operands, row - first), row, here, slice,
+                                      begin, columns, places);
         cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
       }
     }
@@ -112,15 +115,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(const LogprobUp
                                         rows.index_data(),
                                         rows.target_data()};
 
-  const float* cache = logit_cache.numel() ? logit_cache.const_data_ptr<float>() : nullptr;
-  const Tensor tile = scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows.count), plan.tile});
+  const TilePlaces places(logit_cache.numel() ? logit_cache.data_ptr<float>() : nullptr, vocab, rows.count, plan,
+                          scratch);
   cuda::DeviceGradient gradient(head, side, rows, needs, plan, scratch);
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
     const auto logits =
-        cache ? head.tile_of(cache + row * cached_vocab(vocab) + begin, cached_vocab(vocab), begin, columns)
-              : head.tile(scratch.gemm_context(), operands, here, slice, begin, columns, tile.data_ptr<float>(),
-                          plan.tile, plan.nominal_rows);
+        places.kept ? head.tile_at(places, row, begin, columns)
+                    : head.tile(scratch.gemm_context(), plan, operands, row, here, slice, begin, columns, places);
     cuda::differentiate_logprobs(logits, row, here, gradients, sink, device.stream());
   };
   return gradient.run([](int64_t, int64_t) {}, differentiate).tensors(hidden);

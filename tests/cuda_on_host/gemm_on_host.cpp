@@ -45,7 +45,14 @@ void check(const GemmContext& context, const GemmArgs& args) {
   require(args.c_stride >= args.n, "rows of c that do not overlap");
   require(args.result == Format::f32 || args.result == args.operands, "a result in fp32 or the operands' format");
   require(!args.accumulate || args.result == Format::f32, "fp32 where the product is added to c");
-  require(args.nominal_m >= 0, "a nominal number of rows");
+  require(args.nominal_m >= 0 && args.nominal_n >= 0 && args.nominal_n % 8 == 0, "a nominal size");
+  require((args.nominal_m == 0) == (args.nominal_n == 0), "both nominal sizes or none");
+  const auto starts = [](const void* data, int64_t stride, Format format) {
+    return reinterpret_cast<uintptr_t>(data) % kRowAlignment == 0 && stride * size_of(format) % kRowAlignment == 0;
+  };
+  require(starts(args.a, args.a_stride, args.operands) && starts(args.b, args.b_stride, args.operands) &&
+              starts(args.c, args.c_stride, args.result),
+          "rows that start at multiples of 16 bytes");
   // It is the library's own; the beginning of it will do to spoil what someone else keeps there.
   if (context.workspace) std::memset(context.workspace, 0xff, std::min<int64_t>(context.workspace_bytes, 1 << 16));
 }

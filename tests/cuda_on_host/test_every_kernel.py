@@ -26,14 +26,15 @@ KINDS = {  # of logits, each a template instance: (bias, options)
     "affine": (True, {"logit_scale": 0.7}),
     "softcap": (True, {"logit_softcap": 5.0}),
 }
-SHAPES = [  # N, D, V; a GPU with an L2 of 1 MiB is imitated
+SHAPES = [  # N, D, V
     (1, 1, 1),
-    (3, 8, 4099),  # a block holds 2048 logits at a time: three are left
+    (3, 8, 4099),  # one tile; a block holds 2048 logits at a time: three are left
     (5, 9, 256),  # 256 is a whole tile: what is read beyond a row's end is beyond the memory's end
     (4, 8, 260),  # full loads of four to the very end
-    (3, 344, 515),  # tiles of 256 tokens, the last of three
-    (261, 3, 343),  # a second chunk of rows, of five
+    (3, 344, 515),
+    (261, 3, 343),
 ]
+SEVERAL = (133, 2, 4099)  # in 8 MiB: two slices of the vocabulary, and two chunks of rows, the last of five
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,43 @@ def kl(*args, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logprob_shapes(shape, dtype):
     T.check_linear_logprobs(logprobs, T.make_head(*shape, dtype=dtype, bias=True, masked=0.3))
+
+
+@pytest.fixture
+def small_budget():
+    rk.set_workspace_budget(8)
+    yield
+    rk.set_workspace_budget(None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_several_tiles(small_budget, dtype):
+    T.check_linear_logprobs(logprobs, T.make_head(*SEVERAL, dtype=dtype, bias=True, masked=0.02))
+
+
+def test_several_tiles_of_a_kl(small_budget):
+    n, d, v = SEVERAL
+    T.check_linear_kl(kl, T.make_kl_inputs(n, d, v, ref_d=d + 1, bias=True, masked=0.02))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64, 1), (1, 1, 70), (2, 33, 70)])
+def test_strides_of_sizes_of_one(shape, dtype):
+    """A size of 1 may have any stride and is contiguous all the same: a GEMM gets rows that do not overlap, and that
+    start where it wants them, whatever D."""
+    head = T.make_head(*shape, dtype=dtype)
+    storage = torch.zeros(1 << 10, dtype=dtype)
+    at = -storage.data_ptr() % 256 // dtype.itemsize  # where hidden states are read in place
+
+    def strided(tensor):
+        strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+        memory = torch.zeros(1 << 12, dtype=dtype)[at:] if tensor is head.weight else storage[at:]
+        return memory.as_strided(tensor.shape, strides).copy_(tensor)
+
+    strange = head._replace(hidden=strided(head.hidden), weight=strided(head.weight))
+    assert strange.hidden.is_contiguous() and strange.weight.is_contiguous()
+    T.check_linear_logprobs(logprobs, strange)
+    T.check_linear_kl(kl, T.make_kl_inputs(*shape, dtype=dtype)._replace(hidden=strange.hidden, weight=strange.weight))
 
 
 @pytest.mark.parametrize("outputs", [(), ("entropy",), ("is_top1", "mean_logit", "log_sum_sq_probs"), T.OUTPUTS])
@@ -134,6 +172,20 @@ def test_kept_logits(v, monkeypatch):
         side = Side.of(hidden, LMHead(weight, bias, 1.0, None), 1.0)
         out = logprob_ops.linear_logprobs(side, head.targets, -100, ())
         return [out[0], *torch.autograd.grad(out[0].sum(), leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True))
+
+
+def test_kept_logits_of_a_kl(monkeypatch):
+    """Of both models, whose widths differ."""
+    n, v = 130, 301
+    inputs = T.make_kl_inputs(n, 5, v, ref_d=9, bias=True, masked=0.3)
+
+    def results(keep):
+        monkeypatch.setattr(_workspace, "logits_to_keep", lambda *_: keep and 2 * n * -(-v // 64) * 64)
+        leaves = T.leaves_of((inputs.hidden, inputs.weight, inputs.bias))
+        value = kl(*leaves[:2], *inputs[2:5], bias=leaves[2], ref_bias=inputs.ref_bias)
+        return [value, *torch.autograd.grad(value.sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(results(True), results(False), strict=True))
 

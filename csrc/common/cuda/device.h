@@ -9,6 +9,8 @@
 #include <initializer_list>
 #include <optional>
 
+#include "common/device_plan.h"
+
 #if !defined(RK_CUDA_ON_HOST)
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -32,12 +34,15 @@ class DeviceScope {
   explicit DeviceScope(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
   bool capturing() const { return std::getenv("RK_CUDA_ON_HOST_CAPTURING") != nullptr; }
-  int64_t l2_bytes() const { return 1 << 20; }
+  DeviceSizes sizes() const { return {5, 1 << 20}; }
 #else
   explicit DeviceScope(const at::Tensor& tensor) : guard_(tensor.device()) {}
   cudaStream_t stream() const { return at::cuda::getCurrentCUDAStream(); }
   bool capturing() const { return at::cuda::currentStreamCaptureStatusMayInitCtx() != at::cuda::CaptureStatus::None; }
-  int64_t l2_bytes() const { return at::cuda::getCurrentDeviceProperties()->l2CacheSize; }
+  DeviceSizes sizes() const {
+    const auto* properties = at::cuda::getCurrentDeviceProperties();
+    return {properties->multiProcessorCount, properties->l2CacheSize};
+  }
 
  private:
   c10::cuda::CUDAGuard guard_;

@@ -21,14 +21,15 @@ class DeviceGradient {
     needs_.bias = needs.bias && side.bias && side.bias->defined();
     const at::Tensor& weight = head.weight();
     if (needs_.weight) gradients_.weight = at::empty_like(weight, at::MemoryFormat::Contiguous);
-    if (needs_.hidden) sums_ = scratch.floats({rows.count, head.width()});
+    if (needs_.hidden) sums_ = scratch.floats({rows.count, head.depth()});
     if (needs_.bias) {
       bias_sums_ = scratch.floats({head.vocab()}).zero_();
       bias_dtype_ = side.bias->scalar_type();
     }
     // Rounded once: sums over several chunks of rows, or of a format that the GEMM does not write, are fp32 until then.
     const Format stored = format_of(weight.scalar_type());
-    sums_weight_ = plan.rows_at_once < rows.count || (stored != Format::f32 && stored != head.format());
+    sums_weight_ = plan.rows_at_once < rows.count || head.width() != head.depth() ||
+                   (stored != Format::f32 && stored != head.format());
   }
 
   // prepare(first, rows): a chunk of rows begins.
@@ -38,11 +39,11 @@ class DeviceGradient {
   template <class Prepare, class Differentiate>
   HeadGradients run(const Prepare& prepare, const Differentiate& differentiate) {
     const Format format = head_.format();
-    const int64_t vocab = head_.vocab(), width = head_.width(), count = rows_.count;
+    const int64_t vocab = head_.vocab(), depth = head_.depth(), count = rows_.count;
     const int64_t held = std::min(plan_.rows_at_once, count);
-    const at::Tensor cast = scratch_.of(format, {head_.casts() ? plan_.vocab_group : 0, width});
+    const at::Tensor cast = scratch_.of(format, {head_.casts() ? plan_.vocab_group : 0, depth});
     const at::Tensor room = head_.room(hidden_, rows_, plan_.rows_at_once, scratch_);
-    const at::Tensor weight_sums = scratch_.floats({needs_.weight && sums_weight_ ? plan_.vocab_group : 0, width});
+    const at::Tensor weight_sums = scratch_.floats({needs_.weight && sums_weight_ ? plan_.vocab_group : 0, depth});
     const at::Tensor dz = scratch_.of(format, {held, plan_.vocab_group});
     const at::Tensor unrounded = scratch_.floats({needs_.bias ? std::min(plan_.row_chunk, count) : 0, plan_.tile});
 
@@ -72,8 +73,8 @@ class DeviceGradient {
         if (needs_.weight) multiply_weight(begin, group, rows, first, dz, weight_sums);
         if (needs_.hidden) {
           gemm(scratch_.gemm_context(),
-               {rows, width, group, dz.const_data_ptr(), dz.stride(0), false, slice.data, slice.stride, false,
-                sums_.data_ptr<float>() + first * width, width, begin > 0, format, Format::f32, 0});
+               {rows, depth, group, dz.const_data_ptr(), dz.stride(0), false, slice.data, slice.stride, false,
+                sums_.data_ptr<float>() + first * depth, depth, begin > 0, format, Format::f32, 0, 0});
         }
       }
       if (needs_.weight && sums_weight_) round_weight(begin, group, weight_sums);
@@ -91,15 +92,15 @@ class DeviceGradient {
                        const at::Tensor& weight_sums) const {
     const Format format = head_.format();
     void* to = sums_weight_ ? weight_sums.data_ptr() : weight_rows(begin);
-    gemm(scratch_.gemm_context(), {group, head_.width(), rows, dz.const_data_ptr(), dz.stride(0), true, operands_.data,
-                                   operands_.stride, false, to, head_.width(), first > 0, format,
-                                   sums_weight_ ? Format::f32 : format_of(gradients_.weight.scalar_type()), 0});
+    gemm(scratch_.gemm_context(), {group, head_.depth(), rows, dz.const_data_ptr(), dz.stride(0), true, operands_.data,
+                                   operands_.stride, false, to, head_.depth(), first > 0, format,
+                                   sums_weight_ ? Format::f32 : format_of(gradients_.weight.scalar_type()), 0, 0});
   }
 
   void round_weight(int64_t begin, int64_t group, const at::Tensor& weight_sums) const {
     const int64_t width = head_.width();
-    gather_rows({weight_sums.const_data_ptr(), width, 1, Format::f32, nullptr, group, width, weight_rows(begin), width,
-                 width, format_of(gradients_.weight.scalar_type())},
+    gather_rows({weight_sums.const_data_ptr(), head_.depth(), 1, Format::f32, nullptr, group, width, weight_rows(begin),
+                 width, width, format_of(gradients_.weight.scalar_type())},
                 scratch_.gemm_context().stream);
   }
 
@@ -108,7 +109,7 @@ class DeviceGradient {
     if (needs_.bias) gradients_.bias = bias_sums_.to(bias_dtype_);
     if (needs_.hidden) {
       gradients_.hidden = at::zeros_like(hidden_, at::MemoryFormat::Contiguous);
-      scatter_rows(sums_.const_data_ptr<float>(), head_.width(), rows_.index_data(), rows_.count, head_.width(),
+      scatter_rows(sums_.const_data_ptr<float>(), head_.depth(), rows_.index_data(), rows_.count, head_.width(),
                    gradients_.hidden.data_ptr(), head_.width(), format_of(hidden_.scalar_type()),
                    scratch_.gemm_context().stream);
     }

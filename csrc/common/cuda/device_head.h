@@ -53,6 +53,23 @@ class Scratch {
   GemmContext context_;
 };
 
+// The memory of logit tiles: one after the other in the same place, or each in its own among all that are kept.
+struct TilePlaces {
+  at::Tensor tile;
+  float* data;
+  int64_t stride;
+  bool kept;
+
+  // `cache`: the first of the logits that are kept, or null.
+  TilePlaces(float* cache, int64_t vocab, int64_t rows, const DevicePlan& plan, const Scratch& scratch)
+      : tile(scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows), plan.tile})),
+        data(cache ? cache : tile.data_ptr<float>()),
+        stride(cache ? cached_vocab(vocab) : plan.tile),
+        kept(cache != nullptr) {}
+
+  float* at(int64_t row, int64_t begin) const { return kept ? data + row * stride + begin : data; }
+};
+
 // A matrix that a GEMM reads: rows of `stride` elements.
 struct Operand {
   const void* data;
@@ -67,48 +84,53 @@ class DeviceHead {
         transform_(side.transform),
         format_(format_of(side.gemm_dtype)),
         stream_(stream),
-        direct_(weight_.scalar_type() == side.gemm_dtype && weight_.stride(1) == 1 &&
-                weight_.stride(0) >= weight_.size(1)) {}
+        stride_(weight_.is_contiguous() ? width() : weight_.stride(0)),  // of a size of 1 a stride may be anything
+        direct_(weight_.scalar_type() == side.gemm_dtype && (weight_.is_contiguous() || weight_.stride(1) == 1) &&
+                stride_ >= width() && width() == depth() && stride_ * size_of(format_) % kRowAlignment == 0 &&
+                reinterpret_cast<uintptr_t>(weight_.const_data_ptr()) % kRowAlignment == 0) {}
 
   int64_t vocab() const { return weight_.size(0); }
   int64_t width() const { return weight_.size(1); }
+  // The width of operands: copies are padded with zeros, so that their rows start where a GEMM wants them.
+  int64_t depth() const { return round_up(width(), kRowAlignment / size_of(format_)); }
   Format format() const { return format_; }
   bool casts() const { return !direct_; }
+  bool biased() const { return bias_.defined(); }
   const at::Tensor& weight() const { return weight_; }
 
-  // Rows [begin, begin + count) of the head: in place, or cast into `scratch` [count][D].
+  // Rows [begin, begin + count) of the head: in place, or cast into `scratch` [count][depth].
   Operand slice(int64_t begin, int64_t count, const at::Tensor& scratch) const {
     const int64_t size = weight_.element_size();
     const char* from = static_cast<const char*>(weight_.const_data_ptr()) + begin * weight_.stride(0) * size;
-    if (direct_) return {from, weight_.stride(0)};
+    if (direct_) return {from, stride_};
     gather_rows({from, weight_.stride(0), weight_.stride(1), format_of(weight_.scalar_type()), nullptr, count, width(),
-                 scratch.data_ptr(), width(), width(), format_},
+                 scratch.data_ptr(), depth(), depth(), format_},
                 stream_);
-    return {scratch.data_ptr(), width()};
+    return {scratch.data_ptr(), depth()};
   }
 
   // Only hidden states that look to a GEMM as a copy would: its algorithm, and so a row's bits, may depend on strides
   // and alignment.
   bool reads_in_place(const at::Tensor& hidden, const DeviceRows& rows) const {
-    return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.is_contiguous() &&
+    return rows.all && hidden.scalar_type() == dtype_of(format_) && hidden.is_contiguous() && width() == depth() &&
            reinterpret_cast<uintptr_t>(hidden.const_data_ptr()) % 256 == 0;
   }
 
   // Room for operands() of `rows_at_once` rows, if they have to be copied.
   at::Tensor room(const at::Tensor& hidden, const DeviceRows& rows, int64_t rows_at_once,
                   const Scratch& scratch) const {
-    return scratch.of(format_, {reads_in_place(hidden, rows) ? 0 : std::min(rows_at_once, rows.count), width()});
+    return scratch.of(format_, {reads_in_place(hidden, rows) ? 0 : std::min(rows_at_once, rows.count), depth()});
   }
 
   // Hidden states of the rows that count from the `first` of them on: in place, or copied to `room`, where a row that
   // does not count is zero.
   Operand operands(const at::Tensor& hidden, const DeviceRows& rows, int64_t first, int64_t count,
                    const at::Tensor& room) const {
-    if (reads_in_place(hidden, rows)) return part({hidden.const_data_ptr(), hidden.stride(0)}, first);
+    if (reads_in_place(hidden, rows)) return part({hidden.const_data_ptr(), depth()}, first);
     gather_rows({hidden.const_data_ptr(), hidden.stride(0), hidden.stride(1), format_of(hidden.scalar_type()),
-                 rows.index_data() + first, count, width(), room.data_ptr(), width(), width(), format_},
+                 rows.index_data() + first, count, width(), room.data_ptr(), depth(), depth(), format_},
                 stream_);
-    return {room.data_ptr(), width()};
+    return {room.data_ptr(), depth()};
   }
 
   // The operand's rows from `row` on.
@@ -116,17 +138,19 @@ class DeviceHead {
     return {static_cast<const char*>(whole.data) + row * whole.stride * size_of(format_), whole.stride};
   }
 
-  // Raw logits of `rows` operands against a slice of `count` vocabulary rows from `begin` on.
-  Tile tile(const GemmContext& context, Operand operands, int64_t rows, Operand slice, int64_t begin, int64_t count,
-            float* to, int64_t to_stride, int64_t nominal_rows) const {
-    gemm(context, {rows, count, width(), operands.data, operands.stride, false, slice.data, slice.stride, true, to,
-                   to_stride, false, format_, Format::f32, nominal_rows});
-    return tile_of(to, to_stride, begin, count);
+  // Raw logits of `rows` operands, rows from `row` on, against a slice of `count` vocabulary rows from `begin` on.
+  Tile tile(const GemmContext& context, const DevicePlan& plan, Operand operands, int64_t row, int64_t rows,
+            Operand slice, int64_t begin, int64_t count, const TilePlaces& places) const {
+    gemm(context,
+         {rows, count, depth(), operands.data, operands.stride, false, slice.data, slice.stride, true,
+          places.at(row, begin), places.stride, false, format_, Format::f32, plan.nominal_rows, plan.nominal_columns});
+    return tile_at(places, row, begin, count);
   }
 
-  Tile tile_of(const float* logits, int64_t stride, int64_t begin, int64_t count) const {
-    return {logits,
-            stride,
+  // The same, computed before.
+  Tile tile_at(const TilePlaces& places, int64_t row, int64_t begin, int64_t count) const {
+    return {places.at(row, begin),
+            places.stride,
             static_cast<int32_t>(count),
             begin,
             bias_.defined() ? bias_.const_data_ptr<float>() : nullptr,
@@ -138,6 +162,7 @@ class DeviceHead {
   LogitTransform transform_;
   Format format_;
   cudaStream_t stream_;
+  int64_t stride_;
   bool direct_;
 };
 

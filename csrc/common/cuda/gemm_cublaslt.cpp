@@ -46,7 +46,7 @@ struct Problem {
   Operation operation;
   Layout first, second, result;
 
-  Problem(const GemmContext& context, const GemmArgs& args, int64_t m) {
+  Problem(const GemmContext& context, const GemmArgs& args) {
     const auto compute =
         args.operands == Format::f32 && context.allow_tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
     check(cublasLtMatmulDescCreate(&operation.handle, compute, CUDA_R_32F), "cublasLtMatmulDescCreate");
@@ -54,8 +54,17 @@ struct Problem {
     set(CUBLASLT_MATMUL_DESC_TRANSB, args.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     create(first, args.operands, args.b_transposed ? args.k : args.n, args.b_transposed ? args.n : args.k,
            args.b_stride);
-    create(second, args.operands, args.a_transposed ? m : args.k, args.a_transposed ? args.k : m, args.a_stride);
-    create(result, args.result, args.n, m, args.c_stride);
+    create(second, args.operands, args.a_transposed ? args.m : args.k, args.a_transposed ? args.k : args.m,
+           args.a_stride);
+    create(result, args.result, args.n, args.m, args.c_stride);
+  }
+
+  // Whether an algorithm that was chosen for another problem is one for this.
+  bool takes(cublasLtHandle_t library, const cublasLtMatmulAlgo_t& algorithm, int64_t workspace_bytes) const {
+    cublasLtMatmulHeuristicResult_t checked{};
+    return cublasLtMatmulAlgoCheck(library, operation.handle, first.handle, second.handle, result.handle, result.handle,
+                                   &algorithm, &checked) == CUBLAS_STATUS_SUCCESS &&
+           checked.state == CUBLAS_STATUS_SUCCESS && checked.workspaceSize <= static_cast<size_t>(workspace_bytes);
   }
 
  private:
@@ -78,14 +87,27 @@ uint32_t alignment_of(const void* data, int64_t stride, Format format) {
 // Bits that may not depend on the batch may not depend on the budget either: as much as the smallest one gives.
 constexpr int64_t kFixedWorkspaceBytes = int64_t{1} << 20;
 constexpr size_t kMostAlgorithms = 1024;  // the sizes of masked batches differ from step to step
+constexpr int kCandidates = 16;
 
-// The key that an algorithm is chosen for: everything but m.
-using Key = std::tuple<int, int64_t, int64_t, int64_t, std::array<int64_t, 3>, std::array<uint32_t, 3>,
+// What an algorithm is chosen for.
+using Key = std::tuple<int, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<uint32_t, 3>,
                        std::array<bool, 4>, Format, Format, int64_t>;
 
-cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context, const GemmArgs& args, int64_t m,
+// The product that stands for all of those whose bits must agree: of the nominal size, with c's rows next to each
+// other.
+GemmArgs nominal_of(GemmArgs args) {
+  if (args.nominal_m == 0) return args;
+  args.m = args.nominal_m;
+  args.n = args.nominal_n - (args.n % 8 ? 8 - args.n % 8 : 0);
+  args.c_stride = args.nominal_n;
+  return args;
+}
+
+// The library's first choice, and where a nominal size was named, its first that also takes the smallest product: a
+// rule that no batch changes.
+cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context, const GemmArgs& args,
                             int64_t workspace_bytes, const std::array<uint32_t, 3>& alignments) {
-  const Problem problem(context, args, m);
+  const Problem problem(context, args);
   Preference preference;
   check(cublasLtMatmulPreferenceCreate(&preference.handle), "cublasLtMatmulPreferenceCreate");
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
@@ -99,17 +121,27 @@ cublasLtMatmulAlgo_t choose(cublasLtHandle_t library, const GemmContext& context
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignments[2]);
   // No splitting of k: sums then have one order, which m does not change.
   set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
-  cublasLtMatmulHeuristicResult_t best{};
+  std::array<cublasLtMatmulHeuristicResult_t, kCandidates> candidates{};
   int count = 0;
-  const auto status =
-      cublasLtMatmulAlgoGetHeuristic(library, problem.operation.handle, problem.first.handle, problem.second.handle,
-                                     problem.result.handle, problem.result.handle, preference.handle, 1, &best, &count);
-  if (status != CUBLAS_STATUS_SUCCESS || count == 0) {
-    throw std::runtime_error("cuBLASLt has no algorithm for a product of [" + std::to_string(m) + ", " +
+  const auto status = cublasLtMatmulAlgoGetHeuristic(
+      library, problem.operation.handle, problem.first.handle, problem.second.handle, problem.result.handle,
+      problem.result.handle, preference.handle, args.nominal_m > 0 ? kCandidates : 1, candidates.data(), &count);
+  const auto end = std::remove_if(candidates.begin(), candidates.begin() + count,
+                                  [](const auto& candidate) { return candidate.state != CUBLAS_STATUS_SUCCESS; });
+  if (status != CUBLAS_STATUS_SUCCESS || end == candidates.begin()) {
+    throw std::runtime_error("cuBLASLt has no algorithm for a product of [" + std::to_string(args.m) + ", " +
                              std::to_string(args.k) + "] and [" + std::to_string(args.k) + ", " +
                              std::to_string(args.n) + "]: " + cublasLtGetStatusString(status));
   }
-  return best.algo;
+  if (args.nominal_m == 0) return candidates[0].algo;
+  GemmArgs smallest = args;
+  smallest.m = 1;
+  smallest.n = args.n % 8 ? args.n % 8 : 8;
+  const Problem small(context, smallest);
+  const auto first = std::find_if(candidates.begin(), end, [&](const auto& candidate) {
+    return small.takes(library, candidate.algo, workspace_bytes);
+  });
+  return (first == end ? candidates.begin() : first)->algo;
 }
 
 // One handle a device, and the algorithms chosen so far.
@@ -132,17 +164,15 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
   }
   int device = 0;
   cuda::check(cudaGetDevice(&device), "cudaGetDevice");
-  const std::array<uint32_t, 3> alignments{alignment_of(args.a, args.a_stride, args.operands),
-                                           alignment_of(args.b, args.b_stride, args.operands),
-                                           alignment_of(args.c, args.c_stride, args.result)};
-  const int64_t chosen_for = args.nominal_m > 0 ? args.nominal_m : args.m;
+  const GemmArgs nominal = nominal_of(args);
+  const std::array<uint32_t, 3> alignments{alignment_of(nominal.a, nominal.a_stride, nominal.operands),
+                                           alignment_of(nominal.b, nominal.b_stride, nominal.operands),
+                                           alignment_of(nominal.c, nominal.c_stride, nominal.result)};
   const int64_t workspace_bytes =
-      args.nominal_m > 0 ? std::min(kFixedWorkspaceBytes, context.workspace_bytes) : context.workspace_bytes;
+      nominal.nominal_m > 0 ? std::min(kFixedWorkspaceBytes, context.workspace_bytes) : context.workspace_bytes;
   const Key key{device,
-                args.n,
-                args.k,
-                chosen_for,
-                {args.a_stride, args.b_stride, args.c_stride},
+                {nominal.m, nominal.n, nominal.k},
+                {nominal.a_stride, nominal.b_stride, nominal.c_stride},
                 alignments,
                 {args.a_transposed, args.b_transposed, args.accumulate, context.allow_tf32},
                 args.operands,
@@ -159,25 +189,24 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
     auto known = shared.algorithms.find(key);
     if (known == shared.algorithms.end()) {
       if (shared.algorithms.size() >= kMostAlgorithms) shared.algorithms.clear();
-      const auto chosen = choose(handle, context, args, chosen_for, workspace_bytes, alignments);
+      const auto chosen = choose(handle, context, nominal, workspace_bytes, alignments);
       known = shared.algorithms.emplace(key, chosen).first;
     }
     algorithm = known->second;
   }
-  const Problem problem(context, args, args.m);
-  const float alpha = 1, beta = args.accumulate ? 1 : 0;
-  const auto multiply = [&] {
-    return cublasLtMatmul(handle, problem.operation.handle, &alpha, args.b, problem.first.handle, args.a,
-                          problem.second.handle, &beta, args.c, problem.result.handle, args.c, problem.result.handle,
-                          &algorithm, context.workspace, static_cast<size_t>(context.workspace_bytes), context.stream);
-  };
-  auto status = multiply();
-  // An algorithm may refuse an m that it was not chosen for.
-  if (args.m != chosen_for && (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)) {
-    algorithm = choose(handle, context, args, args.m, workspace_bytes, alignments);
-    status = multiply();
+  const Problem problem(context, args);
+  if (args.nominal_m > 0 && !problem.takes(handle, algorithm, workspace_bytes)) {
+    // None is known that takes the nominal and the smallest size but not this one. The result is right, if maybe not to
+    // the same bit.
+    GemmArgs alone = args;
+    alone.nominal_m = alone.nominal_n = 0;
+    algorithm = choose(handle, context, alone, workspace_bytes, alignments);
   }
-  check(status, "cublasLtMatmul");
+  const float alpha = 1, beta = args.accumulate ? 1 : 0;
+  check(cublasLtMatmul(handle, problem.operation.handle, &alpha, args.b, problem.first.handle, args.a,
+                       problem.second.handle, &beta, args.c, problem.result.handle, args.c, problem.result.handle,
+                       &algorithm, context.workspace, static_cast<size_t>(context.workspace_bytes), context.stream),
+        "cublasLtMatmul");
 }
 
 }  // namespace rk::cuda
