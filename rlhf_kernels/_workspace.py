@@ -20,8 +20,8 @@ def set_workspace_budget(mib: int | None) -> None:
         mib: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four, or of `linear_kl`'s two of six: on CPU as many as fit half of the budget beside what backward
-            needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it, and none of the
-            KL; under torch.compile none. Each call that waits for its backward holds its own; on CPU the memory of the
+            needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it; under
+            torch.compile none. Each call that waits for its backward holds its own; on CPU the memory of the
             last one stays for the next call, until a smaller budget is set.
 
     Raises:
@@ -51,15 +51,13 @@ def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device, ref_
     logits."""
     if torch.compiler.is_compiling():
         return 0
-    budget = workspace_budget_bytes(device)
+    budget, models = workspace_budget_bytes(device), 2 if ref_width else 1
     if device.type != "cpu":
-        if ref_width:
-            return 0
-        whole = rows * (-(-vocab // PAD_COLUMNS) * PAD_COLUMNS)
+        whole = models * rows * (-(-vocab // PAD_COLUMNS) * PAD_COLUMNS)
         return whole if 4 * whole <= budget * 3 // 4 else 0
     # Backward must find the room it would have had, however few of the rows count: a smaller plan would be slower, and
     # would add up gradients in another order. It takes three quarters of what is there.
     *_, scratch = _extension.module().plan_backward(rows, vocab, width, 4, _NO_LIMIT, ref_width)
     room = min(budget // 2, budget - scratch * 4 // 3) // 4
-    logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab * (2 if ref_width else 1)
+    logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab * models
     return min(logits, room) if logits <= 8 * room else 0

@@ -243,7 +243,7 @@ def test_compiled_under_autocast(backend, device):
     compare("autocast", op, head[:2], torch.compile(op, fullgraph=True, backend="aot_eager"))
 
 
-def samples(device, on_cuda):
+def samples(device):
     """Arguments for every op that the extension registers, by op name."""
     h = T.make_head(70, 16, 300, masked=0.3, bias=True, device=device)
     ref = T.make_head(70, 8, 300, seed=50, bias=True, device=device)
@@ -290,7 +290,7 @@ def samples(device, on_cuda):
              True, not kept, True)
         )  # fmt: skip
     arguments["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
-    for kept in (0,) if on_cuda else (0, 2 * every):
+    for kept in (0, 2 * every):
         arguments["linear_kl"].append((*kl_args(True), kept))
         args = kl_args(False)
         results = ops.linear_kl(*args, kept)
@@ -311,13 +311,13 @@ def registered():
     return sorted(name.split("::")[1] for name in names if name.startswith("rlhf_kernels::"))
 
 
-def test_every_registered_op_has_a_sample(native, device, on_cuda):
-    assert registered() == sorted(samples(device, on_cuda))
+def test_every_registered_op_has_a_sample(native, device):
+    assert registered() == sorted(samples(device))
 
 
 @pytest.mark.parametrize("name", sorted({*OPS} - {"sequence_logprobs", "linear_dpo_loss"}))
 @pytest.mark.parametrize("which", ["", "_backward"])
-def test_opcheck(native, device, name, which, on_cuda):
+def test_opcheck(native, device, name, which):
     op = getattr(torch.ops.rlhf_kernels, name + which).default
-    for args in samples(device, on_cuda)[name + which]:
+    for args in samples(device)[name + which]:
         torch.library.opcheck(op, args)
