@@ -93,7 +93,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
   const Tensor cache = scratch.floats({kept_logits});
-  cache.zero_();  // what pads it and rows that do not count, nothing writes
   const Pair pair(inputs, rows, scratch, device, false, cache);
   const int64_t vocab = pair.policy.head.vocab(), n = mask.size(0);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::KlRowState)));

@@ -47,7 +47,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= all_logits, "on CUDA all logits are kept or none: expected ",
                     all_logits, " or 0, got ", kept_logits);
   const Tensor cache = scratch.floats({kept_logits});
-  cache.zero_();  // what pads it and rows that do not count, nothing writes
   const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
   const int32_t outputs = wanted.accumulated();
 
