@@ -192,17 +192,11 @@ PYBIND11_MODULE(_C, m) {
          int64_t kept_bytes) {
         const rk::DeviceHeads sizes{hidden, heads * hidden, heads, element_size, bias, cast_weight, copy_hidden};
         const auto p = rk::plan_device(sizes, rows, vocab, backward, {multiprocessors, l2_bytes}, budget, kept_bytes);
-        pybind11::dict plan;
-        plan["nominal_columns"] = p.nominal_columns;
-        plan["nominal_rows"] = p.nominal_rows;
-        plan["tile"] = p.tile;
-        plan["row_chunk"] = p.row_chunk;
-        plan["vocab_group"] = p.vocab_group;
-        plan["rows_at_once"] = p.rows_at_once;
-        plan["bytes"] = p.bytes;
-        plan["waves"] = p.waves;
-        plan["utilisation"] = p.utilisation;
-        return plan;
+        using pybind11::literals::operator""_a;
+        return pybind11::dict("nominal_columns"_a = p.nominal_columns, "nominal_rows"_a = p.nominal_rows,
+                              "tile"_a = p.tile, "row_chunk"_a = p.row_chunk, "vocab_group"_a = p.vocab_group,
+                              "rows_at_once"_a = p.rows_at_once, "bytes"_a = p.bytes, "waves"_a = p.waves,
+                              "utilisation"_a = p.utilisation);
       },
       pybind11::arg("rows"), pybind11::arg("vocab"), pybind11::arg("hidden"), pybind11::kw_only(),
       pybind11::arg("heads") = 1, pybind11::arg("element_size") = 2, pybind11::arg("bias") = false,

@@ -1,5 +1,4 @@
-// Sizes of logit tiles on a GPU and how its scratch memory is divided: plain arithmetic, no torch, reachable from
-// Python for its tests. docs/gpu-notes.md has a table of plans.
+// Sizes of logit tiles and scratch on a GPU: plain arithmetic, reachable from Python. docs/gpu-notes.md has a table.
 #pragma once
 
 #include <algorithm>
@@ -63,9 +62,9 @@ class DevicePlanner {
       plan_.nominal_columns = columns * kColumns;
       plan_.nominal_rows = rows.blocks * kRows;
     }
-    int64_t& columns = plan_.nominal_columns;
-    while (heads.cast_weight && columns > kLeastColumns && columns * column_bytes > budget / 2) columns /= 2;
-    columns = std::min(columns, round_up(vocab, kLeastColumns));
+    int64_t& most = plan_.nominal_columns;
+    while (heads.cast_weight && most > kLeastColumns && most * column_bytes > budget / 2) most /= 2;
+    most = std::min(most, round_up(vocab, kLeastColumns));
   }
 
   // `kept`: logits are written to where they stay, and are there in backward. `budget`: what is left beside them.
@@ -125,8 +124,7 @@ class DevicePlanner {
 
   int64_t traffic(int64_t bytes) const { return bytes * kPerByte / (device_.multiprocessors * kRows * kColumns); }
 
-  // One tile of each head, and the row kernel that reads them: out of memory as far as L2 cannot hold tile and
-  // operands.
+  // One tile of each head, and the row kernel that reads it: from memory as far as L2 cannot hold tile and operands.
   int64_t tile_cost(int64_t row_blocks, int64_t column_blocks) const {
     const int64_t ctas = row_blocks * column_blocks, rows = row_blocks * kRows;
     const int64_t logits = ctas * kTileBytes * heads_.count;
@@ -142,7 +140,6 @@ class DevicePlanner {
     Rows best{1, kNever};
     for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
       const int64_t most = std::min(waves * device_.multiprocessors, most_ctas_) / columns;
-      if (most == 0 && waves < kMostWaves) continue;
       const int64_t whole = std::clamp<int64_t>(most, 1, rows);
       for (const int64_t blocks : {whole, ceil_div(rows, ceil_div(rows, whole))}) {
         int64_t cost = 0;
@@ -186,13 +183,10 @@ class DevicePlanner {
     for (int64_t columns = 1; columns <= most_blocks_; ++columns) {
       if (!even(columns)) continue;
       const int64_t slices = ceil_div(blocks_, columns);
-      Rows rows{1, kNever};
+      const Rows rows = rows_for(ceil_div(held, kRows), columns);
       for (int64_t tiles = 1; tiles * columns <= kMostBlocks; ++tiles) {
         const int64_t groups = ceil_div(slices, tiles);
         if (ceil_div(slices, groups) != tiles) continue;
-        take(held, rows, columns * kColumns, tiles);
-        if (bytes() > budget) break;  // with the least rows of a tile, and more as groups grow
-        if (rows.cost == kNever) rows = rows_for(ceil_div(held, kRows), columns);
         take(held, rows, columns * kColumns, tiles);
         if (bytes() > budget) break;
         const int64_t group = plan_.vocab_group, last = vocab_ - (groups - 1) * group;

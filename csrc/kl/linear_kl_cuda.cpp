@@ -1,6 +1,4 @@
 // linear_kl on CUDA: two heads' tiles at a time, policy's and reference's, folded together.
-#include <optional>
-
 #include "common/cuda/device_gradient.h"
 #include "kl/kl_checks.h"
 #include "kl/kl_kernels.h"
@@ -17,17 +15,17 @@ struct DeviceSide {
   const Tensor& hidden;
   DeviceHead head;
   Tensor room, cast;
-  std::optional<TilePlaces> places;
+  TilePlaces places;
 
   DeviceSide(const Side& side, const DeviceScope& device) : hidden(side.hidden), head(side, device.stream()) {}
 
   bool copies(const DeviceRows& rows) const { return !head.reads_in_place(hidden, rows); }
 
   void make_room(const DeviceRows& rows, const DevicePlan& plan, const Scratch& scratch, bool for_operands,
-                 float* cache) {
+                 TilePlaces for_tiles) {
     room = head.room(hidden, rows, for_operands ? plan.rows_at_once : 0, scratch);
     cast = scratch.of(head.format(), {head.casts() && for_operands ? plan.tile : 0, head.depth()});
-    places.emplace(cache, head.vocab(), rows.count, plan, scratch);
+    places = for_tiles;
   }
 
   Operand operands(const DeviceRows& rows, int64_t first, int64_t count) const {
@@ -36,11 +34,7 @@ struct DeviceSide {
 
   Tile logits(const Scratch& scratch, const DevicePlan& plan, Operand operands, int64_t row, int64_t rows,
               Operand slice, int64_t begin, int64_t columns) const {
-    return head.tile(scratch.gemm_context(), plan, operands, row, rows, slice, begin, columns, *places);
-  }
-
-  Tile kept_logits(int64_t row, int64_t begin, int64_t columns) const {
-    return head.tile_at(*places, row, begin, columns);
+    return head.tile(scratch.gemm_context(), plan, operands, row, rows, slice, begin, columns, places);
   }
 };
 
@@ -50,27 +44,25 @@ int64_t all_logits(const KlInputs& inputs) { return 2 * inputs.mask.size(0) * ca
 struct Pair {
   DeviceSide policy, ref;
   DevicePlan plan;
-  bool kept;
 
   // `cache`: the logits that are kept, or nothing.
   Pair(const KlInputs& inputs, const DeviceRows& rows, const Scratch& scratch, const DeviceScope& device, bool backward,
        const Tensor& cache)
-      : policy(inputs.policy, device), ref(inputs.ref, device), kept(cache.numel() > 0) {
-    const bool recomputes = !backward || !kept;  // and reads the reference's model
+      : policy(inputs.policy, device), ref(inputs.ref, device) {
     const int64_t size = std::max(size_of(policy.head.format()), size_of(ref.head.format()));
-    const DeviceHeads heads{policy.head.depth(),
-                            policy.head.depth() + ref.head.depth(),
-                            2,
-                            size,
-                            policy.head.biased(),
-                            policy.head.casts() || ref.head.casts(),
-                            policy.copies(rows) || ref.copies(rows)};
+    const int64_t width = policy.head.depth(), ref_width = ref.head.depth();
+    const bool casts = policy.head.casts() || ref.head.casts(), copies = policy.copies(rows) || ref.copies(rows);
+    const DeviceHeads heads{width, width + ref_width, 2, size, policy.head.biased(), casts, copies};
     plan = plan_device(heads, rows.count, policy.head.vocab(), backward, device.sizes(), scratch.budget_left(),
                        cache.nbytes());
-    float* const kept_logits = kept ? cache.data_ptr<float>() : nullptr;
-    float* const ref_logits = kept ? kept_logits + all_logits(inputs) / 2 : nullptr;
-    policy.make_room(rows, plan, scratch, !backward, kept_logits);  // in backward, DeviceGradient has the operands
-    ref.make_room(rows, plan, scratch, recomputes, ref_logits);
+    float* const logits = cache.numel() ? cache.data_ptr<float>() : nullptr;
+    const auto places = [&](float* of_model) {
+      return TilePlaces(of_model, backward, policy.head.vocab(), rows.count, plan, scratch);
+    };
+    // In backward, DeviceGradient has the policy's operands, and kept logits need none.
+    policy.make_room(rows, plan, scratch, !backward, places(logits));
+    ref.make_room(rows, plan, scratch, !backward || !logits,
+                  places(logits ? logits + all_logits(inputs) / 2 : nullptr));
   }
 };
 
@@ -147,17 +139,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_backward_cuda(const Tensor& grad_kl
   Operand ref_operands{}, ref_slice{};
   const auto prepare = [&](int64_t first, int64_t count) {
     chunk = first;
-    if (!pair.kept) ref_operands = pair.ref.operands(rows, first, count);
+    if (!pair.ref.places.computed) ref_operands = pair.ref.operands(rows, first, count);
   };
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
-    if (!pair.kept && sliced != begin) ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
+    if (!pair.ref.places.computed && sliced != begin) ref_slice = pair.ref.head.slice(begin, columns, pair.ref.cast);
     sliced = begin;
-    const Tile policy = pair.kept ? pair.policy.kept_logits(row, begin, columns)
-                                  : pair.policy.logits(scratch, pair.plan, operands, row, here, slice, begin, columns);
-    const Tile ref = pair.kept ? pair.ref.kept_logits(row, begin, columns)
-                               : pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), row,
-                                                 here, ref_slice, begin, columns);
+    const Tile policy = pair.policy.logits(scratch, pair.plan, operands, row, here, slice, begin, columns);
+    const Tile ref = pair.ref.logits(scratch, pair.plan, pair.ref.head.part(ref_operands, row - chunk), row, here,
+                                     ref_slice, begin, columns);
     cuda::differentiate_kl(policy_ref ? policy : ref, policy_ref ? ref : policy, policy_ref, row, here, upstream, sink,
                            device.stream());
   };

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
 
   const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
   const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.depth()});
-  const TilePlaces places(kept_logits ? cache.data_ptr<float>() : nullptr, vocab, rows.count, plan, scratch);
+  const TilePlaces places(kept_logits ? cache.data_ptr<float>() : nullptr, false, vocab, rows.count, plan, scratch);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
   auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
   for (int64_t first = 0; first < rows.count; first += plan.rows_at_once) {
@@ -114,14 +114,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(const LogprobUp
                                         rows.index_data(),
                                         rows.target_data()};
 
-  const TilePlaces places(logit_cache.numel() ? logit_cache.data_ptr<float>() : nullptr, vocab, rows.count, plan,
+  const TilePlaces places(logit_cache.numel() ? logit_cache.data_ptr<float>() : nullptr, true, vocab, rows.count, plan,
                           scratch);
   cuda::DeviceGradient gradient(head, side, rows, needs, plan, scratch);
   const auto differentiate = [&](int64_t begin, int64_t columns, Operand slice, Operand operands, int64_t row,
                                  int64_t here, const cuda::DlogitsSink& sink) {
-    const auto logits =
-        places.kept ? head.tile_at(places, row, begin, columns)
-                    : head.tile(scratch.gemm_context(), plan, operands, row, here, slice, begin, columns, places);
+    const auto logits = head.tile(scratch.gemm_context(), plan, operands, row, here, slice, begin, columns, places);
     cuda::differentiate_logprobs(logits, row, here, gradients, sink, device.stream());
   };
   return gradient.run([](int64_t, int64_t) {}, differentiate).tensors(hidden);

@@ -56,16 +56,18 @@ class Scratch {
 // The memory of logit tiles: one after the other in the same place, or each in its own among all that are kept.
 struct TilePlaces {
   at::Tensor tile;
-  float* data;
-  int64_t stride;
-  bool kept;
+  float* data = nullptr;
+  int64_t stride = 0;
+  bool kept = false, computed = false;
 
-  // `cache`: the first of the logits that are kept, or null.
-  TilePlaces(float* cache, int64_t vocab, int64_t rows, const DevicePlan& plan, const Scratch& scratch)
+  TilePlaces() = default;
+  // `cache`: the first of the logits that are kept, or null; `computed`: before, so that they are there.
+  TilePlaces(float* cache, bool computed, int64_t vocab, int64_t rows, const DevicePlan& plan, const Scratch& scratch)
       : tile(scratch.floats({cache ? 0 : std::min(plan.row_chunk, rows), plan.tile})),
         data(cache ? cache : tile.data_ptr<float>()),
         stride(cache ? cached_vocab(vocab) : plan.tile),
-        kept(cache != nullptr) {}
+        kept(cache != nullptr),
+        computed(kept && computed) {}
 
   float* at(int64_t row, int64_t begin) const { return kept ? data + row * stride + begin : data; }
 };
@@ -141,14 +143,11 @@ class DeviceHead {
   // Raw logits of `rows` operands, rows from `row` on, against a slice of `count` vocabulary rows from `begin` on.
   Tile tile(const GemmContext& context, const DevicePlan& plan, Operand operands, int64_t row, int64_t rows,
             Operand slice, int64_t begin, int64_t count, const TilePlaces& places) const {
-    gemm(context,
-         {rows, count, depth(), operands.data, operands.stride, false, slice.data, slice.stride, true,
-          places.at(row, begin), places.stride, false, format_, Format::f32, plan.nominal_rows, plan.nominal_columns});
-    return tile_at(places, row, begin, count);
-  }
-
-  // The same, computed before.
-  Tile tile_at(const TilePlaces& places, int64_t row, int64_t begin, int64_t count) const {
+    if (!places.computed) {
+      gemm(context, {rows, count, depth(), operands.data, operands.stride, false, slice.data, slice.stride, true,
+                     places.at(row, begin), places.stride, false, format_, Format::f32, plan.nominal_rows,
+                     plan.nominal_columns});
+    }
     return {places.at(row, begin),
             places.stride,
             static_cast<int32_t>(count),

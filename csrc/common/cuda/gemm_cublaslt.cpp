@@ -93,8 +93,7 @@ constexpr int kCandidates = 16;
 using Key = std::tuple<int, std::array<int64_t, 3>, std::array<int64_t, 3>, std::array<uint32_t, 3>,
                        std::array<bool, 4>, Format, Format, int64_t>;
 
-// The product that stands for all of those whose bits must agree: of the nominal size, with c's rows next to each
-// other.
+// The product that stands for all those whose bits must agree: of the nominal size, c's rows next to each other.
 GemmArgs nominal_of(GemmArgs args) {
   if (args.nominal_m == 0) return args;
   args.m = args.nominal_m;
@@ -196,8 +195,7 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
   }
   const Problem problem(context, args);
   if (args.nominal_m > 0 && !problem.takes(handle, algorithm, workspace_bytes)) {
-    // None is known that takes the nominal and the smallest size but not this one. The result is right, if maybe not to
-    // the same bit.
+    // Nothing is known to be refused between two sizes that are taken. Right, if maybe not to the same bit.
     GemmArgs alone = args;
     alone.nominal_m = alone.nominal_n = 0;
     algorithm = choose(handle, context, alone, workspace_bytes, alignments);
