@@ -31,10 +31,10 @@ def results(native, head, options):
 @pytest.mark.parametrize(
     ("dtype", "share", "options"), every_pair([torch.float32, torch.bfloat16, torch.float16], SHARES, OPTIONS)
 )
-def test_what_is_kept_changes_nothing(native, device, monkeypatch, dtype, share, options):
+def test_what_is_kept_changes_nothing(native, device, on_cuda, monkeypatch, dtype, share, options):
     """No bit."""
     share, options = SHARES[share], OPTIONS[options]
-    if device.type == "cuda" and share < 1:
+    if on_cuda and share < 1:
         pytest.skip("on CUDA all logits are kept or none")
     head = T.make_head(N, D, V, dtype=dtype, masked=0.3, bias="softcap" not in str(options), device=device)
     recomputed = results(native, head, options)
@@ -58,10 +58,12 @@ def kl_results(native, inputs, **options):
     ("dtype", "share", "options", "direction"),
     every_pair([torch.float32, torch.bfloat16], SHARES, OPTIONS, ["policy_ref", "ref_policy"]),
 )
-def test_what_is_kept_of_both_models_changes_nothing(native, device, monkeypatch, dtype, share, options, direction):
+def test_what_is_kept_of_both_models_changes_nothing(
+    native, device, on_cuda, monkeypatch, dtype, share, options, direction
+):
     """The models differ in width; the wider one decides how large a tile is."""
     share, options = SHARES[share], OPTIONS[options]
-    if device.type == "cuda" and share < 1:
+    if on_cuda and share < 1:
         pytest.skip("on CUDA all logits are kept or none")
     bias = "softcap" not in str(options)
     inputs = T.make_kl_inputs(N, D, V, ref_d=D + 9, dtype=dtype, masked=0.3, bias=bias, device=device)
