@@ -14,7 +14,7 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import _workspace
 from rlhf_kernels import testing as T
-from rlhf_kernels._logits import LMHead, Side
+from rlhf_kernels._logits import LMHead, LogitTransform, Side
 from rlhf_kernels.kl import ops as kl_ops
 from rlhf_kernels.logprob import ops as logprob_ops
 
@@ -91,18 +91,28 @@ def test_strides_of_sizes_of_one(shape, dtype):
     """A size of 1 may have any stride and is contiguous all the same: a GEMM gets rows that do not overlap, and that
     start where it wants them, whatever D."""
     head = T.make_head(*shape, dtype=dtype)
-    storage = torch.zeros(1 << 10, dtype=dtype)
-    at = -storage.data_ptr() % 256 // dtype.itemsize  # where hidden states are read in place
+    transform, all_rows = LogitTransform(1.0, 0.0, 1.0), torch.ones(shape[0], dtype=torch.bool)
 
     def strided(tensor):
         strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-        memory = torch.zeros(1 << 12, dtype=dtype)[at:] if tensor is head.weight else storage[at:]
+        memory = torch.zeros(1 << 13, dtype=dtype)
+        memory = memory[-memory.data_ptr() % 256 // dtype.itemsize :]  # hidden states are read in place
         return memory.as_strided(tensor.shape, strides).copy_(tensor)
 
-    strange = head._replace(hidden=strided(head.hidden), weight=strided(head.weight))
-    assert strange.hidden.is_contiguous() and strange.weight.is_contiguous()
-    T.check_linear_logprobs(logprobs, strange)
-    T.check_linear_kl(kl, T.make_kl_inputs(*shape, dtype=dtype)._replace(hidden=strange.hidden, weight=strange.weight))
+    def results(hidden, weight):  # past the public functions, which reshape
+        leaves = T.leaves_of((hidden, weight))
+        side = Side.made_of(*leaves, None, transform, dtype)
+        values = logprob_ops.linear_logprobs(side, head.targets, -100, ())[0]
+        other = kl_ops.linear_kl(
+            side, Side.made_of(hidden * 0.9, weight, None, transform, dtype), all_rows, "policy_ref"
+        )
+        return [values, other, *torch.autograd.grad((values + other).sum(), leaves)]
+
+    strange = strided(head.hidden), strided(head.weight)
+    assert all(tensor.is_contiguous() for tensor in strange)
+    for got, want in zip(results(*strange), results(head.hidden, head.weight), strict=True):
+        assert torch.equal(got, want)
+    T.check_linear_logprobs(logprobs, head)
 
 
 @pytest.mark.parametrize("outputs", [(), ("entropy",), ("is_top1", "mean_logit", "log_sum_sq_probs"), T.OUTPUTS])

@@ -101,6 +101,19 @@ DEFECTS = {
     "the last row left out of a sum": Defect(
         "common/cuda/copies.cu", "for (int64_t row = y; row < rows;", "for (int64_t row = y; row < rows - 1;", "shapes"
     ),
+    "the stride of a size of one": Defect(
+        "common/cuda/device_head.h",
+        "part({hidden.const_data_ptr(), depth()}, first)",
+        "part({hidden.const_data_ptr(), hidden.stride(0)}, first)",
+        "strides",
+        only="linear_logprobs_cuda.cpp",
+    ),
+    "the other model's logits where the policy's are kept": Defect(
+        "kl/linear_kl_cuda.cpp",
+        "places(logits ? logits + all_logits(inputs) / 2 : nullptr)",
+        "places(logits)",
+        "kept_logits_of_a_kl",
+    ),
     "a thread too many": Defect("kl/penalty_kernels.cu", "if (i >= count)", "if (i > count)", "elementwise", asan=True),
     "a pair's index for a response's": Defect(
         "preference/preference_kernels.cu", "args.rejected[pair] == response", "args.rejected[pair] == pair", "dpo"
