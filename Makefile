@@ -135,7 +135,7 @@ check-torch-min:
 		pybind11 numpy pytest pytest-xdist hypothesis
 	RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=0 $(MIN)/bin/python -m pip install -q --no-deps --no-build-isolation \
 		--force-reinstall .
-	cp -R pyproject.toml csrc build/torch-min/
+	cp -R pyproject.toml csrc docs build/torch-min/
 	cp -R tests/kernels build/torch-min/tests/
 	cd build/torch-min && $(CURDIR)/$(MIN)/bin/python -c 'import rlhf_kernels as rk; print(rk.__file__, rk.build_info())'
 	cd build/torch-min && OMP_NUM_THREADS=1 $(CURDIR)/$(MIN)/bin/python -m pytest -q -n $(WORKERS) tests $(TEST_ARGS)
