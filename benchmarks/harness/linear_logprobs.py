@@ -67,6 +67,12 @@ def liger_logprobs(reduction: str, hidden: Tensor, weight: Tensor, targets: Tens
     return -LigerFusedLinearCrossEntropyLoss(reduction=reduction, **head)(weight, hidden, targets)
 
 
+def liger_scaled(*inputs: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(*inputs)
+
+
 def cce_logprobs(impl: str, *inputs: Tensor, **head) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
@@ -112,6 +118,7 @@ class LinearLogprobs(HeadCase):
             Peer("torch chunked", partial(torch_chunked, "none"), no_cap, "linear_cross_entropy, default options"),
             Peer("torch chunked, sum", partial(torch_chunked, "sum"), no_cap, at_once, sums=True),
             Peer("Liger", partial(liger_logprobs, "none"), GPU_ALONE, "reduction='none': computes logits again"),
+            Peer("Liger, scaled", liger_scaled, no_cap_gpu - {"32-bit"}, "by nvidia-cutlass-dsl on Hopper"),
             Peer("Liger, sum", partial(liger_logprobs, "sum"), GPU_ALONE, at_once, sums=True),
             Peer("verl", partial(of_counted, verl_logprobs), no_cap_gpu, taken_out),
             Peer("quack, sum", quack_logprobs, no_cap_gpu - {"32-bit"}, at_once, sums=True),
