@@ -132,7 +132,7 @@ def test_under_the_sanitizer(native, tool):
     options = ["--tool", tool, "--kernel-name", "kns=_ZN2rk", "--error-exitcode", "9"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks CUDA questions that may fail
     done = subprocess.run(
-        ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.on_gpu", "--small"],
+        ["compute-sanitizer", *options, sys.executable, "-m", "tests.support.every_op", "native"],
         cwd=ROOT, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True,
         check=False, timeout=300,
     )  # fmt: skip

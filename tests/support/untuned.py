@@ -5,7 +5,7 @@ sets the choices itself and compares them.
 """
 
 
-def pytest_configure(config):
+def pytest_configure():
     from rlhf_kernels.kl import triton_kernels as kl
     from rlhf_kernels.logprob import triton_kernels as logprob
 
