@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
 .PHONY: install demo demo-real test real integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
-	triton-interpreted triton-check cuda-on-host cuda-check clean distclean
+	triton-interpreted triton-check cuda-on-host cuda-check gpu-bundle clean distclean
 
 install: $(STAMP)
 
@@ -201,6 +201,40 @@ $(CUDA_STAMP): Makefile pyproject.toml setup.py setup_cuda.py MANIFEST.in $(CSRC
 	rm -rf build/lib*
 	PYTORCH_NVCC='$(CUDA_CHECK) nvcc' RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=1 $(CUDA_VENV)/bin/python -m pip \
 		install -q --no-deps --no-build-isolation --force-reinstall .
+	touch $@
+
+# What is carried to a borrowed GPU machine (CONTRIBUTING.md): the extension for its Python and torch, the peers' wheels,
+# which are installed there without what they ask for. The venv has the packages of that machine, and in a copy of the
+# checkout, as it would lie there, every stage is walked through on the CPU. (Triton 3.6's interpreter fails with numpy
+# 2.4, so numpy is older.) 5 GB, once.
+GPU_BUNDLE_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+GPU_BUNDLE_TORCH ?= torch===2.11.0
+GPU_BUNDLE_ARCH ?= 9.0
+GPU_BUNDLE_WITH ?= transformers==5.17.0 huggingface_hub==1.33.0 accelerate==1.15.0 'numpy<2.4'
+GPU_BUNDLE_WHEELS := trl liger_kernel cut-cross-entropy datasets dill multiprocess xxhash
+GPU_VENV := build/gpu-venv
+GPU_BUNDLE := build/gpu-bundle
+GPU_COPY := build/gpu-copy
+GPU_RUN = cd $(GPU_COPY) && env PYTHONPATH=$(CURDIR)/$(GPU_COPY)/build/gpu-site:.:python OMP_NUM_THREADS=1 \
+	HF_HUB_OFFLINE=1 TORCH_COMPILE_DISABLE=1 $(CURDIR)/$(GPU_VENV)/bin/python -m
+gpu-bundle: $(GPU_VENV)/.installed
+	RLHF_KERNELS_NATIVE=1 RLHF_KERNELS_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_BUNDLE_ARCH) $(GPU_VENV)/bin/python setup.py -q \
+		build_ext --build-lib build/gpu-lib
+	rm -rf $(GPU_BUNDLE) $(GPU_COPY)
+	mkdir -p $(GPU_BUNDLE) $(GPU_COPY)/build
+	grep -E '$(subst $() ,|,^($(strip $(GPU_BUNDLE_WHEELS)))==)' constraints.txt > build/gpu-wheels.txt
+	$(GPU_VENV)/bin/python -m pip wheel -q --no-deps --no-build-isolation -w $(GPU_BUNDLE)/wheels -r build/gpu-wheels.txt
+	PYTHONPATH=.:python $(GPU_VENV)/bin/python -m tests.packaging.gpu_bundle build/gpu-lib/rlhf_kernels
+	git ls-files -coz --exclude-standard | xargs -0 cp --parents -t $(GPU_COPY)
+	cp -R $(GPU_BUNDLE) $(GPU_COPY)/build/
+	$(GPU_RUN) benchmarks.on_gpu --dry_run
+	$(GPU_RUN) tests.packaging.gpu_bundle try
+
+$(GPU_VENV)/.installed: PYTHON := $(GPU_BUNDLE_PYTHON)
+$(GPU_VENV)/.installed: Makefile
+	$(call make_venv,$(GPU_VENV))
+	$(GPU_VENV)/bin/python -m pip install -q $(GPU_BUNDLE_TORCH) 'setuptools>=77' wheel ninja pybind11 $(GPU_BUNDLE_WITH) \
+		peft pandas pyarrow pytest pytest-xdist hypothesis
 	touch $@
 
 clean:

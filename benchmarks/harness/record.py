@@ -12,6 +12,7 @@ from benchmarks.harness.peers import ROOT
 from rlhf_trainer.studies.machine import commit, cpu_name, output_of, utc_now, versions
 from rlhf_trainer.training.files import write_whole
 
+PARTS = ROOT / "build/on_gpu"  # what each stage of on_gpu.py measured
 # Two rows that agree in these are the same row, measured twice.
 SAME = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
 SAME += ("contender", "trainer", "host", "case")

@@ -158,6 +158,8 @@ def heading(results: dict) -> list[str]:
     device, rates = results["device"], results.get("rates") or {}
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in device.items() if name != "device"]
     facts.append(", ".join(f"{name} {version}" for name, version in results["versions"].items() if version))
+    tests = [(name, one) for name, one in results.get("stages", {}).items() if "passed" in one]
+    facts += [f"{name}: {one['passed']} passed, {one['failed']} failed" for name, one in tests]
     facts += [f"measured {results['measured']}", f"commit {results['commit']}"]
     if "gemm" in rates:
         facts.append(f"a large {rates['gemm'].get('dtype', '')} GEMM {short(rates['gemm']['tflops'])} TFLOP/s")

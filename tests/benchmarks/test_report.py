@@ -111,7 +111,8 @@ def gpu() -> dict:
     rows.append(refused("all", "not measured: time", op="linear_kl"))
     rows = [{name: value for name, value in made.items() if name not in lacks} for made in rows]
     same = {name: value for name, value in cpu().items() if name not in ("rows", "pair_losses", "steps")}
-    return same | {"device": {"device": "Some GPU", "memory_mib": 81920}, "rates": None, "rows": rows}
+    stages = {"native_tests": {"passed": 800, "failed": 3}, "native": {"status": "done"}}
+    return same | {"device": {"device": "Some GPU", "memory_mib": 81920}, "rates": None, "rows": rows, "stages": stages}
 
 
 def written(tmp_path: Path, **files: dict) -> str:
@@ -157,6 +158,7 @@ def test_machine_versions_commit_and_date_are_said(page):
     for words in ("## Some CPU\n", "threads 2; cpu isa avx2", "commit abc1234", "measured 2026-11-21", "trl 1.16.0"):
         assert words in text
     assert "0.15 TFLOP/s" in text and "## Some GPU\n" in text and "memory mib 81920" in text
+    assert "native_tests: 800 passed, 3 failed" in text
 
 
 def test_a_table_of_fewer_than_five_turns_says_so(page, tmp_path):

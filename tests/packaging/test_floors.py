@@ -16,7 +16,7 @@ TRAINER = sorted((ROOT / "python" / "rlhf_trainer").rglob("*.py"))
 CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 PUBLIC_INTEGRATIONS = ("rlhf_kernels.integrations.lm_head", "rlhf_kernels.integrations.transformers")
 MAX_LINES = 450
-LEAN = {"rlhf_kernels": 10_000, "python": 13_000, "benchmarks": 3_500}  # lines of Python: features come by libraries
+LEAN = {"rlhf_kernels": 10_000, "python": 13_000, "benchmarks": 3_700}  # lines of Python: features come by libraries
 
 # The trainer's rooms from the ground up; those of one row do not know each other.
 ROOMS = (
