@@ -52,7 +52,7 @@ def work(name: str, seconds: int) -> Stage:
 def pytest(name: str, seconds: int, files: tuple[str, ...], *options: str) -> Stage:
     paths = [f"tests/kernels/{file if '/' in file else f'test_{file}'}.py" for file in files]
     workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
-    return Stage(name, seconds, [*PYTHON, *PYTEST, *paths, *options, *workers])
+    return Stage(name, seconds, [*PYTHON, *PYTEST, *paths, *workers, *options])
 
 
 def ncu(backend: str, seconds: int, kernels: str, launches: int) -> Stage:
@@ -86,8 +86,8 @@ STAGES = {
         work("masked", 30),
         work("kl", 45),
         work("dpo", 40),
-        pytest("memcheck", 40, ("cuda_device",), "-m", "slow", "-k", "sanitizer and memcheck"),
-        pytest("racecheck", 45, ("cuda_device",), "-m", "slow", "-k", "sanitizer and racecheck"),
+        pytest("memcheck", 60, ("cuda_device",), "-n0", "-m", "slow", "-k", "sanitizer and memcheck"),
+        pytest("racecheck", 60, ("cuda_device",), "-n0", "-m", "slow", "-k", "sanitizer and racecheck"),
         work("grpo", 35),
         work("shapes", 60),
         work("fp32", 25),
