@@ -7,6 +7,7 @@
 #include "common/cpu/gemm_tile.h"
 #include "common/cpu/kept_logits.h"
 #include "common/device_plan.h"
+#include "common/products.h"
 #include "common/simd/tile_kernels.h"
 #include "common/tile_plan.h"
 #include "common/workspace.h"
@@ -28,6 +29,15 @@ auto linear_logprobs(const Tensor& hidden, const Tensor& weight, const Tensor& t
                      bool entropy, bool is_top1, bool mean_logit, bool log_sum_sq_probs, int64_t kept_logits) {
   return op({hidden, weight, bias, transform_of(scale, softcap, temperature), gemm}, {targets, ignore_index},
             {entropy, is_top1, mean_logit, log_sum_sq_probs}, kept_logits);
+}
+
+template <decltype(linear_logprobs_frozen_cpu) op>
+auto linear_logprobs_frozen(const Tensor& hidden, const Tensor& weight, const Tensor& targets,
+                            const OptionalTensor& bias, double scale, double softcap, double temperature,
+                            int64_t ignore_index, ScalarType gemm, bool entropy, bool is_top1, bool mean_logit,
+                            bool log_sum_sq_probs) {
+  return op({hidden, weight, bias, transform_of(scale, softcap, temperature), gemm}, {targets, ignore_index},
+            {entropy, is_top1, mean_logit, log_sum_sq_probs});
 }
 
 template <decltype(linear_logprobs_backward_cpu) op>
@@ -86,6 +96,14 @@ TORCH_LIBRARY(rlhf_kernels, m) {
       "Tensor logit_cache, float logit_scale, float logit_softcap, float temperature, int ignore_index, "
       "ScalarType gemm_dtype, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "linear_logprobs_frozen(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, float logit_scale, "
+      "float logit_softcap, float temperature, int ignore_index, ScalarType gemm_dtype, bool entropy, bool is_top1, "
+      "bool mean_logit, bool log_sum_sq_probs) -> (Tensor logprobs, Tensor max_logit, Tensor log_sum, "
+      "Tensor entropy, Tensor is_top1, Tensor mean_logit, Tensor log_sum_sq_probs, Tensor directions)");
+  m.def(
+      "linear_logprobs_frozen_backward(Tensor grad_logprobs, Tensor directions, Tensor targets, int ignore_index, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
       "linear_kl(Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float logit_softcap, "
       "float temperature, ScalarType gemm_dtype, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
       "float ref_logit_scale, float ref_logit_softcap, float ref_temperature, ScalarType ref_gemm_dtype, Tensor mask, "
@@ -115,6 +133,8 @@ TORCH_LIBRARY(rlhf_kernels, m) {
 #define RK_IMPLEMENT(m, device)                                                                            \
   m.impl("linear_logprobs", rk::linear_logprobs<rk::linear_logprobs_##device>);                            \
   m.impl("linear_logprobs_backward", rk::linear_logprobs_backward<rk::linear_logprobs_backward_##device>); \
+  m.impl("linear_logprobs_frozen", rk::linear_logprobs_frozen<rk::linear_logprobs_frozen_##device>);       \
+  m.impl("linear_logprobs_frozen_backward", rk::linear_logprobs_frozen_backward);                          \
   m.impl("linear_kl", rk::linear_kl<rk::linear_kl_##device>);                                              \
   m.impl("linear_kl_backward", rk::linear_kl_backward<rk::linear_kl_backward_##device>);                   \
   m.impl("kl_penalty", rk::kl_penalty_##device);                                                           \
@@ -168,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
         rk::trim_kept_logits_memory();
       },
       "0: the device's default.");
+  m.def("multiply_adds", [] { return rk::multiply_adds().load(); }, "Of all matrix products so far.");
   m.def(
       "plan_forward",
       [](int64_t rows, int64_t vocab, int64_t hidden, int64_t element_size, int64_t budget, int64_t threads) {

@@ -90,4 +90,48 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t vocab, int64_t hidden_si
   return plan;
 }
 
+// Forward with a frozen head: log-probs and their gradients of the hidden states in one pass over the vocabulary.
+struct FrozenPlan {
+  int64_t tile, split, splits;  // as in ForwardPlan, so that log-probs have the bits of a plain forward
+  int64_t group;                // splits whose weights are held at a time, to multiply the head by
+  int64_t row_chunk;            // rows held at a time
+  int64_t packed;               // vocabulary rows of the head that are packed at a time, a multiple of `tile`
+  int64_t bytes;                // of scratch, without threads' own
+};
+
+inline FrozenPlan plan_frozen(int64_t rows, int64_t vocab, int64_t hidden_size, int64_t element_size, int64_t stats,
+                              int64_t budget) {
+  constexpr int64_t kEnoughTasks = 32;  // of one split and four blocks of rows, so that few threads wait for others
+  FrozenPlan plan{};
+  plan.tile = vocab_tile(hidden_size, element_size);
+  plan.split = kTilesPerSplit * plan.tile;
+  plan.splits = ceil_div(vocab, plan.split);
+  plan.row_chunk = round_up(std::max<int64_t>(rows, 1), kRowBlock);
+  plan.group = std::clamp<int64_t>(kEnoughTasks * 4 * kRowBlock / plan.row_chunk, 1, plan.splits);
+  plan.packed = plan.group * plan.split;
+  const int64_t padded = round_up(hidden_size, kRowBlock);
+  const auto bytes = [&] {
+    const int64_t row = hidden_size * element_size + padded * 4 + plan.splits * stats * 4 +
+                        plan.group * (plan.split * element_size + kTilesPerSplit * 8);
+    return plan.row_chunk * row + plan.packed * padded * element_size;
+  };
+  // What costs least shrinks first; fewer rows at a time mean that the head is read once more.
+  while (bytes() > budget * 3 / 4) {
+    if (plan.group > 1) {
+      plan.group = ceil_div(plan.group, 2);
+      plan.packed = std::min(plan.packed, plan.group * plan.split);
+    } else if (plan.packed > plan.tile && plan.packed * padded * element_size > budget / 4) {
+      plan.packed = round_up(plan.packed / 2, plan.tile);
+    } else if (plan.row_chunk > kRowBlock) {
+      plan.row_chunk = round_up(plan.row_chunk / 2, kRowBlock);
+    } else if (plan.packed > plan.tile) {
+      plan.packed = round_up(plan.packed / 2, plan.tile);
+    } else {
+      break;
+    }
+  }
+  plan.bytes = bytes();
+  return plan;
+}
+
 }  // namespace rk

@@ -25,6 +25,7 @@ extern const TileKernels kTileKernels_avx2;
 const TileKernels kTileKernels_avx2 = {"avx2",
                                        avx2::logprob_forward,
                                        avx2::logprob_backward,
+                                       avx2::logprob_weights,
                                        avx2::kl_forward,
                                        avx2::kl_backward,
                                        avx2::pack_columns,

@@ -25,6 +25,7 @@ extern const TileKernels kTileKernels_avx512;
 const TileKernels kTileKernels_avx512 = {"avx512",
                                          avx512::logprob_forward,
                                          avx512::logprob_backward,
+                                         avx512::logprob_weights,
                                          avx512::kl_forward,
                                          avx512::kl_backward,
                                          avx512::pack_columns,

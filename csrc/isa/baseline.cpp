@@ -14,6 +14,7 @@ extern const TileKernels kTileKernels_baseline;
 const TileKernels kTileKernels_baseline = {"baseline",
                                            baseline::logprob_forward,
                                            baseline::logprob_backward,
+                                           baseline::logprob_weights,
                                            baseline::kl_forward,
                                            baseline::kl_backward,
                                            baseline::pack_columns,

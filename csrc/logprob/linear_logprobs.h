@@ -42,6 +42,15 @@ struct SavedLogprobs {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 linear_logprobs_cpu(const Side& side, const Targets& targets, const WantedOutputs& wanted, int64_t kept_logits);
 
+// The same of a head that needs no gradient; in the cache's place d logprob / d hidden [N, D], 0 of rows that do not
+// count.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+linear_logprobs_frozen_cpu(const Side& side, const Targets& targets, const WantedOutputs& wanted);
+
+// -> gradient of hidden [N, D] in `dtype`, from the directions d logprob / d hidden: on any device
+at::Tensor linear_logprobs_frozen_backward(const at::Tensor& grad_logprobs, const at::Tensor& directions,
+                                           const at::Tensor& targets, int64_t ignore_index, at::ScalarType dtype);
+
 // -> gradients of hidden, weight, bias (empty where not needed)
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(const LogprobUpstreams& upstream,
                                                                             const SavedLogprobs& saved,
@@ -50,6 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_logprobs_backward_cpu(cons
 
 // The same on CUDA.
 decltype(linear_logprobs_cpu) linear_logprobs_cuda;
+decltype(linear_logprobs_frozen_cpu) linear_logprobs_frozen_cuda;
 decltype(linear_logprobs_backward_cpu) linear_logprobs_backward_cuda;
 
 }  // namespace rk

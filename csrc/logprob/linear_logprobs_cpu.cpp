@@ -2,94 +2,18 @@
 // (backward).
 #include "logprob/linear_logprobs.h"
 
-#include <cmath>
-#include <vector>
-
 #include "common/cpu/counted_rows.h"
 #include "common/cpu/head.h"
 #include "common/cpu/head_gradient.h"
 #include "common/cpu/kept_logits.h"
 #include "common/cpu/parallel.h"
-#include "common/online_softmax.h"
 #include "common/workspace.h"
+#include "logprob/row_results_cpu.h"
 
 namespace rk {
 namespace {
 
 using at::Tensor;
-
-// Statistics of every (split, row), in arrays of `rows` per split and field.
-class Partials {
- public:
-  Partials(int64_t splits, int64_t rows, int32_t outputs) : rows_(rows), outputs_(outputs) {
-    const int64_t size = splits * rows;
-    max_.assign(size, -kInfinity);
-    sum_.assign(size, 0);
-    if (outputs & kEntropy) shifted_.assign(size, 0);
-    if (outputs & kExtras) {
-      squares_.assign(size, 0);
-      logit_sum_.assign(size, 0);
-      argmax_.assign(size, 0);
-    }
-  }
-
-  LogprobStats at(int64_t split, int64_t row) {
-    const int64_t i = split * rows_ + row;
-    const bool entropy = outputs_ & kEntropy, extras = outputs_ & kExtras;
-    return {&max_[i],
-            &sum_[i],
-            entropy ? &shifted_[i] : nullptr,
-            extras ? &squares_[i] : nullptr,
-            extras ? &logit_sum_[i] : nullptr,
-            extras ? &argmax_[i] : nullptr};
-  }
-
- private:
-  int64_t rows_;
-  int32_t outputs_;
-  std::vector<float> max_, sum_, shifted_, squares_;
-  std::vector<double> logit_sum_;
-  std::vector<int32_t> argmax_;
-};
-
-// The forward's results of each counted row.
-struct RowResults {
-  std::vector<float> logprob, max, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, target_logit;
-  Tensor kept_logits;
-
-  explicit RowResults(size_t rows) {
-    for (auto* field : {&logprob, &max, &log_sum, &entropy, &is_top1, &mean_logit, &log_sum_sq_probs, &target_logit}) {
-      field->assign(rows, 0);
-    }
-  }
-
-  // Merges the splits in their order.
-  void finish_row(int64_t row, int64_t target, int64_t vocab, int64_t splits, int64_t chunk_row, Partials& partials,
-                  int32_t outputs) {
-    auto state = SoftmaxState<ScalarMath>::empty();
-    float best = -kInfinity;
-    double logit_total = 0;
-    int64_t argmax = 0;
-    for (int64_t split = 0; split < splits; ++split) {
-      const LogprobStats s = partials.at(split, chunk_row);
-      merge<ScalarMath>(state, {*s.max, *s.sum, s.shifted ? *s.shifted : 0, s.squares ? *s.squares : 0});
-      if (!(outputs & kExtras)) continue;
-      logit_total += *s.logit_sum;
-      if (*s.max > best) {
-        best = *s.max;
-        argmax = *s.argmax;
-      }
-    }
-    max[row] = state.max;
-    log_sum[row] = std::log(state.sum);
-    logprob[row] = logprob_of(state, target_logit[row]);
-    if (outputs & kEntropy) entropy[row] = entropy_of(state);
-    if (!(outputs & kExtras)) return;
-    is_top1[row] = argmax == target ? 1 : 0;
-    mean_logit[row] = static_cast<float>(logit_total / vocab);
-    log_sum_sq_probs[row] = log_sum_sq_probs_of(state);
-  }
-};
 
 template <class T>
 KeptLogits plan_kept_logits(int64_t count, const CountedRows& rows, const Head<T>& head) {
@@ -97,15 +21,15 @@ KeptLogits plan_kept_logits(int64_t count, const CountedRows& rows, const Head<T
 }
 
 template <class T>
-RowResults forward(const Side& side, const CountedRows& rows, int32_t outputs, int64_t kept_logits) {
+std::pair<RowResults, Tensor> forward(const Side& side, const CountedRows& rows, int32_t outputs, int64_t kept_logits) {
   const Head<T> head(side);
-  const int64_t stats = 2 + (outputs & kEntropy ? 1 : 0) + (outputs & kExtras ? 4 : 0);
-  const ForwardPlan plan = plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), stats,
-                                        workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
+  const ForwardPlan plan =
+      plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), Partials::floats(outputs),
+                   workspace_budget_bytes(kCpuBudgetMib), at::get_num_threads());
   RowResults results(rows.targets.size());
   KeptLogits kept = plan_kept_logits(kept_logits, rows, head);
-  results.kept_logits = kept_logits_memory(kept_logits, kept.size);
-  kept.data = results.kept_logits.data_ptr<float>();
+  const Tensor cache = kept_logits_memory(kept_logits, kept.size);
+  kept.data = cache.data_ptr<float>();
   const Tensor operands = head.operands(side.hidden, rows.index);
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
   Buffer<T> packed(std::min(blocks, chunk_blocks) * kRowBlock * head.depth());
@@ -135,14 +59,9 @@ RowResults forward(const Side& side, const CountedRows& rows, int32_t outputs, i
         }
       };
     });
-    at::parallel_for(0, here * kRowBlock, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = first * kRowBlock + i;
-        results.finish_row(row, rows.targets[row], head.vocab(), plan.splits, i, partials, outputs);
-      }
-    });
+    results.finish_rows(first * kRowBlock, here * kRowBlock, rows, head.vocab(), plan.splits, partials, outputs);
   }
-  return results;
+  return {results, cache};
 }
 
 // Backward's inputs of the rows that count, padded to whole blocks.
@@ -211,18 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   TORCH_CHECK_VALUE(kept_logits >= 0, "kept_logits must be >= 0, got ", kept_logits);
 
   const auto run = runs_on_bf16(side.gemm_dtype) ? forward<at::BFloat16> : forward<float>;
-  const RowResults results = run(side, rows, wanted.accumulated(), kept_logits);
-  const auto give = [&](bool is_wanted, const std::vector<float>& values) {
-    return is_wanted ? rows.scatter(values, n) : at::empty({0}, at::kFloat);
-  };
-  return {give(true, results.logprob),
-          give(true, results.max),
-          give(true, results.log_sum),
-          give(wanted.entropy, results.entropy),
-          give(wanted.is_top1, results.is_top1),
-          give(wanted.mean_logit, results.mean_logit),
-          give(wanted.log_sum_sq_probs, results.log_sum_sq_probs),
-          results.kept_logits};
+  const auto [results, cache] = run(side, rows, wanted.accumulated(), kept_logits);
+  return std::tuple_cat(results.tensors(rows, n, wanted), std::make_tuple(cache));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cpu(const LogprobUpstreams& upstream,

@@ -2,26 +2,13 @@
 // into dlogits (backward).
 #include "common/cuda/device_gradient.h"
 #include "logprob/linear_logprobs.h"
-#include "logprob/logprob_kernels.h"
+#include "logprob/logprob_rows_cuda.h"
 
 namespace rk {
 namespace {
 
 using at::Tensor;
 using cuda::DeviceHead, cuda::DeviceRows, cuda::DeviceScope, cuda::Operand, cuda::Scratch, cuda::TilePlaces;
-
-// `kept_bytes`: of the budget, what a logit cache takes.
-DevicePlan plan_for(const DeviceHead& head, const Tensor& hidden, const DeviceRows& rows, const Scratch& scratch,
-                    const DeviceScope& device, bool backward, int64_t kept_bytes) {
-  const DeviceHeads heads{head.depth(),
-                          head.depth(),
-                          1,
-                          size_of(head.format()),
-                          head.biased(),
-                          head.casts(),
-                          !head.reads_in_place(hidden, rows)};
-  return plan_device(heads, rows.count, head.vocab(), backward, device.sizes(), scratch.budget_left(), kept_bytes);
-}
 
 std::optional<Tensor> float_vector(const std::optional<Tensor>& values, int64_t rows) {
   if (!values || !values->defined() || values->numel() == 0) return std::nullopt;
@@ -47,14 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= all_logits, "on CUDA all logits are kept or none: expected ",
                     all_logits, " or 0, got ", kept_logits);
   const Tensor cache = scratch.floats({kept_logits});
-  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, false, cache.nbytes());
+  const DevicePlan plan = cuda::plan_logprobs(head, hidden, rows, scratch, device, false, cache.nbytes());
   const int32_t outputs = wanted.accumulated();
 
   const Tensor room = head.room(hidden, rows, plan.rows_at_once, scratch);
   const Tensor cast = scratch.of(head.format(), {head.casts() ? plan.tile : 0, head.depth()});
   const TilePlaces places(kept_logits ? cache.data_ptr<float>() : nullptr, false, vocab, rows.count, plan, scratch);
-  const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::LogprobRow)));
-  auto* state = static_cast<cuda::LogprobRow*>(states.data_ptr());
+  const cuda::LogprobStates states(rows, scratch);
   for (int64_t first = 0; first < rows.count; first += plan.rows_at_once) {
     const int64_t end = std::min(first + plan.rows_at_once, rows.count);
     const Operand operands = head.operands(hidden, rows, first, end - first, room);
@@ -65,22 +51,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
         const int64_t here = std::min(plan.row_chunk, end - row);
         const auto logits = head.tile(scratch.gemm_context(), plan, head.part(operands, row - first), row, here, slice,
                                       begin, columns, places);
-        cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, state + row, device.stream());
+        cuda::fold_logprobs(logits, here, rows.target_data() + row, outputs, begin == 0, states.data() + row,
+                            device.stream());
       }
     }
   }
 
-  // Rows that do not count are exactly 0.
-  const auto results = [&](bool is_wanted) { return scratch.floats({is_wanted ? n : 0}).zero_(); };
-  const Tensor logprobs = results(true), max_logit = results(true), log_sum = results(true),
-               entropy = results(wanted.entropy), is_top1 = results(wanted.is_top1),
-               mean_logit = results(wanted.mean_logit), log_sum_sq_probs = results(wanted.log_sum_sq_probs);
-  const auto to = [](const Tensor& values) { return values.numel() ? values.data_ptr<float>() : nullptr; };
-  cuda::finish_logprobs(
-      state, rows.count, rows.index_data(), rows.target_data(), vocab,
-      {to(logprobs), to(max_logit), to(log_sum), to(entropy), to(is_top1), to(mean_logit), to(log_sum_sq_probs)},
-      device.stream());
-  return {logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, cache};
+  return std::tuple_cat(states.results(n, vocab, wanted), std::make_tuple(cache));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(const LogprobUpstreams& upstream,
@@ -99,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_logprobs_backward_cuda(const LogprobUp
   const Scratch scratch(hidden, device);
   const auto rows = DeviceRows::of_targets(targets.ids, targets.ignore_index, vocab, device);
   const DeviceHead head(side, device.stream());
-  const DevicePlan plan = plan_for(head, hidden, rows, scratch, device, true, logit_cache.nbytes());
+  const DevicePlan plan = cuda::plan_logprobs(head, hidden, rows, scratch, device, true, logit_cache.nbytes());
 
   const auto max_values = float_rows(saved.max_logit, n), sums = float_rows(saved.log_sum, n);
   const auto of_logprobs = float_vector(upstream.logprobs, n), of_log_sum = float_vector(upstream.log_sum, n);

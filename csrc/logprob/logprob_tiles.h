@@ -16,12 +16,14 @@ static inline void pick_targets(const LogprobForwardTile& a) {
   }
 }
 
-// Maximum and its place, first; then the sums about the maximum, in two levels: few terms at a time, so that rounding
-// grows with the square root of kTermsAtATime and of the number of such parts, not of the tile.
+// Sums are taken in two levels, few terms at a time, so that rounding grows with the square root of kTermsAtATime and
+// of the number of such parts, not of the tile.
+constexpr int64_t kTermsAtATime = 16;
+
+// Maximum and its place, first; then the sums about the maximum.
 template <int outputs>
 static void fold_statistics(const LogprobForwardTile& a) {
   constexpr bool entropy = (outputs & kEntropy) != 0, extras = (outputs & kExtras) != 0;
-  constexpr int64_t kTermsAtATime = 16;
   const float* tile = a.tile.logits;
   VecF tile_max[kVectors];
   for (VecF& m : tile_max) m = Simd::set(-kInfinity);
@@ -144,6 +146,54 @@ static void logprob_backward(const LogprobBackwardTile& a) {
     case Transform::softcap:
       a.with_entropy ? differentiate<Transform::softcap, true>(a) : differentiate<Transform::softcap, false>(a);
       break;
+  }
+  emit_gradient(a.tile, a.sink);
+}
+
+constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f;
+
+static RK_INLINE VecF ceil_of(VecF x) {
+  float lanes[kLanes];
+  Simd::store(lanes, x);
+  for (float& lane : lanes) lane = __builtin_ceilf(lane);
+  return Simd::load(lanes);
+}
+
+template <Transform kind>
+static void weigh(const LogprobWeightTile& a) {
+  const LogitMap<Simd, kind> map(a.tile.transform);
+  float* tile = a.tile.logits;
+  for (int64_t token = 0; token < kRowBlock; ++token) {
+    const int64_t row = a.targets[token] - a.tile.vocab_begin;
+    if (row >= 0 && row < a.tile.count) tile[row * kRowBlock + token] = -kInfinity;
+  }
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t at = j * kLanes;
+    const VecF scale = Simd::max(Simd::load(a.before + at), ceil_of(Simd::load(a.max + at) * kLog2E));
+    const VecF shift = finite_max<Simd>(scale) * kLog2;
+    VecF sum{};
+    for (int64_t begin = 0; begin < a.tile.count; begin += kTermsAtATime) {
+      const int64_t end = begin + kTermsAtATime < a.tile.count ? begin + kTermsAtATime : a.tile.count;
+      VecF few{};
+      for (int64_t row = begin; row < end; ++row) {
+        const VecF z = Simd::load(tile + row * kRowBlock + at);
+        const VecF e = Simd::exp(z - shift);
+        few += e;
+        // Where e is 0 the slope may not be infinite: that of a soft cap at -inf.
+        Simd::store(tile + row * kRowBlock + at, e * map.derivative(Simd::max(z, Simd::set(-map.cap))));
+      }
+      sum += few;
+    }
+    Simd::store(a.scale + at, scale);
+    Simd::store(a.others + at, sum);
+  }
+}
+
+static void logprob_weights(const LogprobWeightTile& a) {
+  switch (kind_of(a.tile)) {
+    case Transform::identity: weigh<Transform::identity>(a); break;
+    case Transform::affine: weigh<Transform::affine>(a); break;
+    case Transform::softcap: weigh<Transform::softcap>(a); break;
   }
   emit_gradient(a.tile, a.sink);
 }

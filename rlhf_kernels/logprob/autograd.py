@@ -110,17 +110,70 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
     """d logsumexp / d z = p: the op's (max, log_sum) pair is one quantity, and log_sum carries its gradient."""
+    upstream = _upstream(ctx, grad_logprobs, grad_log_sum, grad_entropy)
+    arguments, statistics = _ops.saved(ctx)
+    return _head_gradients(op, ctx, upstream, arguments, Statistics(*statistics))
+
+
+def _upstream(ctx, grad_logprobs, grad_log_sum, grad_entropy) -> Upstream:  # type: ignore[no-untyped-def]
     if not ctx.arguments.entropy:  # an output that is not wanted is empty, and so is the gradient that tracing gives it
         grad_entropy = None
-    upstream = Upstream(grad_logprobs, grad_log_sum, grad_entropy)
+    return Upstream(grad_logprobs, grad_log_sum, grad_entropy)
+
+
+def _head_gradients(op, ctx, upstream, arguments, statistics):  # type: ignore[no-untyped-def]
     if all(gradient is None for gradient in upstream):
         return (None,) * len(ctx.needs_input_grad)
-    arguments, statistics = _ops.saved(ctx)
     needs = _ops.needs_of(ctx, Arguments._fields)
-    hidden, weight, bias = op(*flat_backward(upstream, arguments, Statistics(*statistics), needs))
+    hidden, weight, bias = op(*flat_backward(upstream, arguments, statistics, needs))
     return _ops.gradients_of(ctx, Arguments._fields, hidden=hidden, weight=weight, bias=bias)
 
 
 register = functools.partial(
     _ops.register, fake=_fake, fake_backward=_fake_backward, setup_context=_setup_context, gradient=_gradient
+)
+
+
+# ---- a head that needs no gradient: forward finds d logprob / d hidden too -------------------------------------------
+
+
+def frozen_arguments(arguments: Arguments) -> tuple:
+    """The forward op's arguments for a frozen head: all but the number of logits to keep."""
+    return arguments[: Arguments._fields.index("kept_logits")]
+
+
+def _of_frozen(inputs) -> Arguments:  # type: ignore[no-untyped-def]
+    return Arguments(*inputs, kept_logits=0)
+
+
+def _fake_frozen(*inputs):  # type: ignore[no-untyped-def]
+    *results, _ = _fake(*_of_frozen(inputs))
+    return *results, inputs[0].new_empty(inputs[0].shape, dtype=torch.float32)
+
+
+def _fake_frozen_backward(grad_logprobs, directions, targets, ignore_index, dtype):  # type: ignore[no-untyped-def]
+    return directions.new_empty(directions.shape, dtype=dtype)
+
+
+def _setup_frozen(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _setup_context(ctx, _of_frozen(inputs), output)  # the directions are in the place of kept logits
+
+
+def _frozen_gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    """The directions serve the log-probs alone; with a gradient of another output all take the way of any head."""
+    upstream = _upstream(ctx, grad_logprobs, grad_log_sum, grad_entropy)
+    arguments, (*statistics, directions) = _ops.saved(ctx)
+    if upstream.logprobs is None or upstream.log_sum is not None or upstream.entropy is not None:
+        statistics = Statistics(*statistics, logit_cache=directions.new_empty(0))
+        return _head_gradients(torch.ops.rlhf_kernels.linear_logprobs_backward, ctx, upstream, arguments, statistics)
+    hidden = op(upstream.logprobs, directions, arguments.targets, arguments.ignore_index, arguments.hidden.dtype)
+    return _ops.gradients_of(ctx, Arguments._fields, hidden=hidden)
+
+
+register_frozen = functools.partial(
+    _ops.register,
+    fake=_fake_frozen,
+    fake_backward=_fake_frozen_backward,
+    setup_context=_setup_frozen,
+    gradient=_frozen_gradient,
 )

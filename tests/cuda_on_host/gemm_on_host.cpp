@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/cuda/gemm.h"
+#include "common/products.h"
 
 namespace rk::cuda {
 namespace {
@@ -61,6 +62,7 @@ void check(const GemmContext& context, const GemmArgs& args) {
 
 void gemm(const GemmContext& context, const GemmArgs& args) {
   check(context, args);
+  count_product(args.m, args.n, args.k);
   const auto a_at = [&](int64_t row, int64_t depth) {
     return load(args.a, args.operands, args.a_transposed ? depth * args.a_stride + row : row * args.a_stride + depth);
   };

@@ -123,6 +123,33 @@ def test_logprob_instances(kind, dtype, outputs):
     T.check_linear_logprobs(logprobs, T.make_head(5, 33, 301, dtype=dtype, bias=bias), outputs=outputs, **options)
 
 
+def check_frozen(head, **options):
+    hidden = head.hidden.clone().requires_grad_()
+    out = logprobs(hidden, head.weight, head.targets, head.bias, **options).logprobs
+    weights = T.randn(len(out))
+    (gradient,) = torch.autograd.grad((out * weights).sum(), [hidden])
+    exact = [None if t is None else t.detach().double() for t in (head.hidden, head.weight, head.bias)]
+    exact[0].requires_grad_()
+    truth = rk.linear_logprobs(*exact[:2], head.targets, exact[2], backend="reference", **options).logprobs
+    (expected,) = torch.autograd.grad((truth * weights.double()).sum(), exact[:1])
+    assert (
+        T.relative_error(gradient, expected)
+        < {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[hidden.dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_head_instances(kind, dtype):
+    bias, options = KINDS[kind]
+    check_frozen(T.make_head(5, 33, 301, dtype=dtype, bias=bias), **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_frozen_head_shapes(shape):
+    check_frozen(T.make_head(*shape, bias=True, masked=0.3))
+
+
 @pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kl_shapes(shape, direction):

@@ -290,12 +290,16 @@ def samples(device):
              True, not kept, True)
         )  # fmt: skip
     arguments["linear_logprobs"].append((*policy(True)[:2], h.targets, None, *transform, -100, fp32, *[False] * 4, 0))
+    frozen = [(policy(True)[0], h.weight, h.targets, h.bias, *transform, -100, gemm, *flags) for gemm in (fp32, bf16)]
+    directions = T.randn(70, 16, seed=10, device=device)
     for kept in (0, 2 * every):
         arguments["linear_kl"].append((*kl_args(True), kept))
         args = kl_args(False)
         results = ops.linear_kl(*args, kept)
         arguments["linear_kl_backward"].append((up, *results, *args, not kept, True, not kept))
     return arguments | {
+        "linear_logprobs_frozen": frozen,
+        "linear_logprobs_frozen_backward": [(up, directions, h.targets, -100, dtype) for dtype in (fp32, bf16)],
         "kl_penalty": [(leaf(x), leaf(y), k) for k in range(3)],
         "kl_penalty_backward": [(x, x, y, k) for k in range(3)],
         "dpo_loss": [(leaf(x), leaf(y), pairs, pairs.flip(0), 0.3, k, 0.1 * (k == 0)) for k in range(4)]
@@ -315,7 +319,7 @@ def test_every_registered_op_has_a_sample(native, device):
     assert registered() == sorted(samples(device))
 
 
-@pytest.mark.parametrize("name", sorted({*OPS} - {"sequence_logprobs", "linear_dpo_loss"}))
+@pytest.mark.parametrize("name", sorted({*OPS, "linear_logprobs_frozen"} - {"sequence_logprobs", "linear_dpo_loss"}))
 @pytest.mark.parametrize("which", ["", "_backward"])
 def test_opcheck(native, device, name, which):
     op = getattr(torch.ops.rlhf_kernels, name + which).default

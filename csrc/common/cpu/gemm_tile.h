@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "common/products.h"
 #include "common/tile_plan.h"
 
 namespace rk {
@@ -25,6 +26,7 @@ void gemm_tile(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_stride, co
   // 64 columns of a depth block stay in the nearest cache. For float, shorter blocks also round long sums a little
   // less.
   constexpr int64_t kDepthBlock = std::is_same_v<T, float> ? 256 : 512;
+  count_product(m, n, k);
   for (int64_t at = 0; at < k; at += kDepthBlock) {
     at::native::cpublas::brgemm(m, n, std::min(kDepthBlock, k - at), a_stride, kRowBlock, c_stride, add || at > 0,
                                 a + at, b + at * kRowBlock, c, !std::is_same_v<T, float>);

@@ -112,4 +112,14 @@ class Head {
   bool direct_;
 };
 
+// Rows of the head as a GEMM's right operand: `packed` [D / 64][stride][64], from an even row of it on.
+template <class T>
+void pack_head_rows(const Head<T>& head, int64_t begin, int64_t count, Buffer<T>& scratch, T* packed, int64_t stride) {
+  const auto rows = head.rows(begin, count, scratch);
+  for (int64_t d = 0; d < head.width(); d += kRowBlock) {
+    const int64_t columns = std::min(kRowBlock, head.width() - d);
+    tile_kernels().pack_columns(kFormat<T>, rows.data + d, rows.stride, count, columns, packed + d * stride);
+  }
+}
+
 }  // namespace rk

@@ -83,15 +83,6 @@ class HeadGradient {
   // Output rows of one GEMM: small enough that its operand, and the slice of dW it fills, stay in L2 over all columns.
   static constexpr int64_t kWeightTile = 128, kRowTile = 128;
 
-  // One tile of the head as the right operand of dH's GEMM, in blocks of kRowBlock columns of the whole group.
-  void pack_head(int64_t begin, int64_t from, int64_t count, Buffer<T>& scratch, T* packed) const {
-    const auto rows = head_.rows(begin + from, count, scratch);
-    for (int64_t d = 0; d < padded_width_; d += kRowBlock) {
-      T* to = packed + d * plan_.vocab_group + from * kRowBlock;  // a tile starts at an even row
-      tile_kernels().pack_columns(kFormat<T>, rows.data + d, rows.stride, count, std::min(kRowBlock, width_ - d), to);
-    }
-  }
-
   void pack_rows(const at::Tensor& operands, int64_t begin, int64_t count, T* packed) const {
     const int64_t real = std::clamp<int64_t>(count_ - begin, 0, count);
     const T* from = operands.const_data_ptr<T>() + begin * head_.depth();
@@ -125,7 +116,9 @@ class HeadGradient {
           tiler(begin + from, count, first + block, sink);
         }
         // Here, where the tile is in cache; once, with the tile's first blocks of the first chunk.
-        if (needs_.hidden && first == 0 && block_begin == 0) pack_head(begin, from, count, scratch, packed_head);
+        if (needs_.hidden && first == 0 && block_begin == 0) {
+          pack_head_rows(head_, begin + from, count, scratch, packed_head + from * kRowBlock, plan_.vocab_group);
+        }
       };
     });
     if (!needs_.bias) return;

@@ -12,6 +12,7 @@
 #include "common/cuda/gemm.h"
 #include "common/cuda/launch.h"
 #include "common/cuda/tile.h"
+#include "common/products.h"
 
 namespace rk::cuda {
 namespace {
@@ -161,6 +162,7 @@ void gemm(const GemmContext& context, const GemmArgs& args) {
   if (args.m == 0 || args.n == 0 || args.k == 0) {
     throw std::invalid_argument("gemm: m, n and k must be positive");
   }
+  count_product(args.m, args.n, args.k);
   int device = 0;
   cuda::check(cudaGetDevice(&device), "cudaGetDevice");
   const GemmArgs nominal = nominal_of(args);

@@ -38,7 +38,7 @@ static inline void finish_logits(const LogitTile& t) {
 }
 
 // A square of kLanes vocabulary rows and as many tokens, transposed in registers: a token stores neighbours at once.
-template <bool full>
+template <bool full, bool by_rows_alone>
 static RK_INLINE void emit_f32_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
   float* by_vocab = static_cast<float*>(sink.by_vocab) + first * sink.by_vocab_stride + at;
   float* by_row = static_cast<float*>(sink.by_row) + at * sink.by_row_stride + first;
@@ -47,7 +47,7 @@ static RK_INLINE void emit_f32_square(const LogitTile& t, int64_t first, int64_t
   VecU square[kLanes] = {};
   for (int64_t row = 0; row < rows; ++row) {
     const VecF dz = Simd::load(from + row * kRowBlock);
-    Simd::store(by_vocab + row * sink.by_vocab_stride, dz);
+    if constexpr (!by_rows_alone) Simd::store(by_vocab + row * sink.by_vocab_stride, dz);
     square[row] = (VecU)dz;
   }
   transpose(square);
@@ -56,11 +56,13 @@ static RK_INLINE void emit_f32_square(const LogitTile& t, int64_t first, int64_t
   }
 }
 
+template <bool by_rows_alone>
 static inline void emit_f32(const LogitTile& t, const GradientSink& sink) {
   for (int64_t first = 0; first < t.count; first += kLanes) {
     const bool full = t.count - first >= kLanes;
     for (int64_t at = 0; at < kRowBlock; at += kLanes) {
-      full ? emit_f32_square<true>(t, first, at, sink) : emit_f32_square<false>(t, first, at, sink);
+      full ? emit_f32_square<true, by_rows_alone>(t, first, at, sink)
+           : emit_f32_square<false, by_rows_alone>(t, first, at, sink);
     }
   }
 }
@@ -69,7 +71,7 @@ constexpr int64_t kSquare = 2 * kLanes;  // vocabulary rows of a square of bf16
 
 // The bf16 bits of two vocabulary rows side by side make a 32-bit number a token, and kLanes such pairs of rows a
 // square of kLanes x kLanes: transposed in registers, a token stores kSquare neighbours at once.
-template <bool full>
+template <bool full, bool by_rows_alone>
 static RK_INLINE void emit_bf16_square(const LogitTile& t, int64_t first, int64_t at, const GradientSink& sink) {
   uint16_t* by_vocab = static_cast<uint16_t*>(sink.by_vocab) + first * sink.by_vocab_stride + at;
   uint16_t* by_row = static_cast<uint16_t*>(sink.by_row) + at * sink.by_row_stride + first;
@@ -78,8 +80,10 @@ static RK_INLINE void emit_bf16_square(const LogitTile& t, int64_t first, int64_
   const auto bits_of = [&](int64_t row) {
     if (!full && row >= rows) return VecU{};  // an odd last row is paired with zeros
     const VecU bits = Simd::to_bf16_bits(Simd::load(from + row * kRowBlock));
-    const VecH half = __builtin_convertvector(bits, VecH);
-    __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, &half, sizeof(half));
+    if constexpr (!by_rows_alone) {
+      const VecH half = __builtin_convertvector(bits, VecH);
+      __builtin_memcpy(by_vocab + row * sink.by_vocab_stride, &half, sizeof(half));
+    }
     return bits;
   };
   VecU pairs[kLanes];
@@ -94,11 +98,13 @@ static RK_INLINE void emit_bf16_square(const LogitTile& t, int64_t first, int64_
   }
 }
 
+template <bool by_rows_alone>
 static inline void emit_bf16(const LogitTile& t, const GradientSink& sink) {
   for (int64_t first = 0; first < t.count; first += kSquare) {
     const bool full = t.count - first >= kSquare;
     for (int64_t at = 0; at < kRowBlock; at += kLanes) {
-      full ? emit_bf16_square<true>(t, first, at, sink) : emit_bf16_square<false>(t, first, at, sink);
+      full ? emit_bf16_square<true, by_rows_alone>(t, first, at, sink)
+           : emit_bf16_square<false, by_rows_alone>(t, first, at, sink);
     }
   }
 }
@@ -116,7 +122,11 @@ static inline void emit_gradient(const LogitTile& t, const GradientSink& sink) {
       sink.bias_grad[row] += total;
     }
   }
-  sink.format == Format::f32 ? emit_f32(t, sink) : emit_bf16(t, sink);
+  if (sink.by_vocab) {
+    sink.format == Format::f32 ? emit_f32<false>(t, sink) : emit_bf16<false>(t, sink);
+  } else {
+    sink.format == Format::f32 ? emit_f32<true>(t, sink) : emit_bf16<true>(t, sink);
+  }
 }
 
 }  // namespace RK_ISA

@@ -38,7 +38,7 @@ struct LogprobForwardTile {
 // The places where a gradient tile goes: both layouts that the two GEMMs behind it read, and into the bias gradient.
 struct GradientSink {
   Format format;   // f32 or bf16
-  void* by_vocab;  // [count][by_vocab_stride], this block's kRowBlock columns
+  void* by_vocab;  // [count][by_vocab_stride], this block's kRowBlock columns; or null
   int64_t by_vocab_stride;
   void* by_row;  // [kRowBlock][by_row_stride], this tile's count columns
   int64_t by_row_stride;
@@ -52,6 +52,17 @@ struct LogprobBackwardTile {
   bool with_entropy;
   const float *max, *log_sum, *grad_logprob, *grad_log_sum, *grad_entropy, *entropy;  // [kRowBlock] each
   GradientSink sink;
+};
+
+// Weights of the head's rows in the gradient of a log-prob: 2^-scale e^z dz/dx, and 0 of the target. The scale, a whole
+// number, is the least that is no smaller than the one before and leaves no weight above 1: weights of other scales are
+// restated without rounding.
+struct LogprobWeightTile {
+  LogitTile tile;             // of final logits, which `max` bounds; becomes weights
+  const int64_t* targets;     // [kRowBlock], -1 where there is none
+  const float *max, *before;  // [kRowBlock], the scale before; -inf: none yet
+  float *scale, *others;      // [kRowBlock], the scale, and the sum of 2^-scale e^z of all but the target
+  GradientSink sink;          // by_row alone
 };
 
 struct KlStats {
@@ -103,6 +114,7 @@ struct TileKernels {
   const char* name;
   void (*logprob_forward)(const LogprobForwardTile&);
   void (*logprob_backward)(const LogprobBackwardTile&);
+  void (*logprob_weights)(const LogprobWeightTile&);
   void (*kl_forward)(const KlForwardTile&);
   void (*kl_backward)(const KlBackwardTile&);
   // Packs rows [k][columns] (stride in elements) as a GEMM's right operand, kRowBlock columns wide and zero-padded to
