@@ -17,7 +17,7 @@ import sass  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = "sm_90"
-ROW_KERNELS = ("logprob_kernels.cu", "kl_kernels.cu")
+ROW_KERNELS = ("logprob_kernels.cu", "frozen_kernels.cu", "kl_kernels.cu")
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 FUNCTION = re.compile(r"Function properties for (\w+)")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

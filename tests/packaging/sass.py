@@ -22,6 +22,7 @@ CEILINGS = {
     "fold<(rk::Transform)2, 0>": 44,
     "differentiate_row<(rk::Transform)0, __nv_bfloat16, rk::cuda::LogprobGradient<false> >": 7,
     "differentiate_row<(rk::Transform)0, __nv_bfloat16, rk::cuda::LogprobGradient<true> >": 10,
+    "weigh<(rk::Transform)0, __nv_bfloat16>": 12,
     "fold<(rk::Transform)0, (rk::Transform)0>": 52,
     "differentiate_row<(rk::Transform)0, __nv_bfloat16, rk::cuda::KlGradient<(rk::Transform)0, true> >": 15,
     "differentiate_row<(rk::Transform)0, __nv_bfloat16, rk::cuda::KlGradient<(rk::Transform)0, false> >": 36,
