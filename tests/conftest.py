@@ -1,6 +1,11 @@
 """Tests of one `xdist_group` run in one worker, so that what they share, such as a launch, is done once."""
 
+import os
+
 import pytest
+
+# Inductor reads it when imported: its pool of compiling processes outlives a test, and times out on a busy machine.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.hookimpl(trylast=True)

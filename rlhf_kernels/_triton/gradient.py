@@ -6,7 +6,9 @@ The two products are the vendor library's. The caller computes the tiles of dlog
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from .._logits import Needs, Side
 from .._rows import VisitedRows
 from .._workspace import workspace_budget_bytes
 from . import INTERPRETED
-from .plan import ROW_STEP, cdiv, plan_backward
+from .plan import ROW_STEP, cdiv, plan_backward, plan_forward
 
 # differentiate(operands [rows, D], first_row, rows, begin, end, dlogits [rows, group], bias_sums [blocks, end - begin])
 Differentiate = Callable[[Tensor, int, int, int, int, Tensor, Tensor | None], None]
@@ -32,20 +34,53 @@ def operands_of(side: Side, visited: VisitedRows, counted: Tensor, first: int, r
     return part.to(side.gemm)
 
 
+def places_of(index: Tensor | None, rows: Tensor) -> Tensor:
+    """The places of the rows visited among `rows` [N]: never None, as kernels would be compiled anew for that."""
+    return torch.arange(rows.shape[0], device=rows.device) if index is None else index
+
+
 def reads_in_place(side: Side, visited: VisitedRows) -> bool:
     """Whether `operands_of` copies nothing."""
     return visited.rows is None and not visited.masked and side.hidden.dtype == side.gemm
 
 
-# In these two autocast is off: their callers have chosen the dtypes.
+def forward_chunks(count: int, scratch: int, visited: VisitedRows, *sides: Side) -> list[tuple[int, int]]:
+    """(first, rows): all `count` rows at once where they fit the budget, with `scratch` bytes a row and the copies of
+    their hidden states."""
+    copied = sum(0 if reads_in_place(s, visited) else s.hidden.shape[1] * s.gemm.itemsize for s in sides)
+    at_once = plan_forward(count, scratch + copied, workspace_budget_bytes(sides[0].hidden.device))
+    return [(0, count)] if at_once is None else _chunks(count, at_once)
+
+
+_flags = threading.Lock()  # autograd has a thread for each device
+
+
+@contextlib.contextmanager
+def _exact_sums(device: torch.device) -> Iterator[None]:
+    """The vendor's products in the dtypes of the call, and their partial sums not rounded: neither autocast nor what
+    torch.backends.cuda.matmul allows changes that. The settings are put back."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    with torch.autocast(device.type, enabled=False), _flags:
+        before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+        accumulation = matmul.allow_fp16_accumulation
+        try:
+            matmul.allow_fp16_accumulation = False
+            for name, (_, split_k) in zip(names, before, strict=True):
+                setattr(matmul, name, (False, split_k))
+            yield
+        finally:
+            matmul.allow_fp16_accumulation = accumulation
+            for name, value in zip(names, before, strict=True):
+                setattr(matmul, name, value)
 
 
 def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums += a @ b, in fp32."""
-    with torch.autocast(a.device.type, enabled=False):
+    with _exact_sums(a.device):
         if a.device.type == "cpu" or a.dtype == torch.float32:  # cpu: under the interpreter
             sums.addmm_(a.float(), b.float())
-        elif type(a) is not Tensor:  # traced, which torch 2.11 cannot do with the addmm below
+        elif _traced(a):  # which torch 2.11 cannot do with the addmm below
             sums.add_(torch.mm(a, b, out_dtype=torch.float32))
         else:
             torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
@@ -53,15 +88,19 @@ def add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
 
 def write_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """to = a @ b, summed in fp32 and rounded once."""
-    with torch.autocast(a.device.type, enabled=False):
+    with _exact_sums(a.device):
         if a.device.type == "cpu":
             to.copy_(a.float() @ b.float())
-        elif to.dtype == a.dtype:
+        elif to.dtype == a.dtype and (a.dtype == torch.float32 or not _traced(a)):  # a graph runs under other settings
             torch.mm(a, b, out=to)
         elif to.dtype == torch.float32:
             torch.mm(a, b, out_dtype=torch.float32, out=to)
         else:
             to.copy_(torch.mm(a, b, out_dtype=torch.float32))
+
+
+def _traced(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor
 
 
 def head_gradient(

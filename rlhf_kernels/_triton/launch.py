@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._logits import Side
 from . import INTERPRETED
@@ -18,6 +19,7 @@ from .maths import AFFINE, IDENTITY, SOFTCAP
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 WARPS = 8
+LEAST_BLOCKS = 16  # of rows: fewer would tell nothing of more, and yet stay on disk
 
 
 def configs(hip: bool) -> list[triton.Config]:
@@ -35,6 +37,20 @@ def tuned(kernel: Any) -> Any:
     return triton.autotune(configs=configs(torch.version.hip is not None), key=key, cache_results=True)(kernel)
 
 
+def _untuned_choice(kernel: Any, arguments: dict[str, Any], traced: bool) -> triton.Config | None:
+    """What a kernel is to run with where the tuner may not decide; None where it may.
+
+    Few rows take the first choice. In a graph that is captured nothing can be timed or loaded: there the tuner's choice
+    of this process for such arguments, which has run, or else the first one."""
+    if arguments["rows"] < LEAST_BLOCKS * arguments["ROWS"]:
+        return kernel.configs[0]
+    if traced or not torch.cuda.is_current_stream_capturing():
+        return None
+    key = [arguments[name] for name in kernel.keys]
+    key += [str(arguments[name].dtype) for name in kernel.arg_names if hasattr(arguments.get(name), "dtype")]
+    return kernel.cache.get(tuple(key), kernel.configs[0])
+
+
 class Tile(NamedTuple):
     """A tile of logits, and how much of the multiplication's inner dimension is taken at a time. Fixed for each dtype,
     because the order of sums follows from it."""
@@ -44,25 +60,33 @@ class Tile(NamedTuple):
     depth: int
 
 
-LIGHT, MEDIUM, HEAVY = range(3)  # how many registers a tile of logits takes besides its own
+LIGHT, MEDIUM, HEAVY, HEAVIEST = range(4)  # how many registers a tile of logits takes besides its own
 
 
 def tile_for(device: torch.device, gemm: torch.dtype, load: int) -> Tile:
-    """The largest tile that spills no registers: tests/kernels/triton/test_triton_compiled.py."""
+    """The largest tile that spills no registers: tests/kernels/triton/test_triton_compiled.py. docs/gpu-notes.md has
+    the arithmetic."""
     if INTERPRETED:
         return Tile(64, 128, 128)
     if gemm == torch.float32:  # no matrix unit multiplies fp32 exactly: less data for each operation
-        return Tile(32, 64 if load < HEAVY else 32, 32)
+        return Tile(32, 64 if load < HEAVIEST else 32, 32)
+    if generation(device) == 9 and load < HEAVY:
+        return Tile(128, 256 if load == LIGHT else 128, 64)
     if load == LIGHT and has_tma(device):
         return Tile(128, 128, 64)
-    return Tile(64, 128 if load < HEAVY else 64, 64)
+    return Tile(64, 128 if load < HEAVIEST else 64, 64)
+
+
+def generation(device: torch.device) -> int:
+    """Of NVIDIA's GPUs, 9 is Hopper; 0 is any other device."""
+    if INTERPRETED or torch.version.hip is not None or device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def has_tma(device: torch.device) -> bool:
     """Tensor memory access: NVIDIA's Hopper and newer."""
-    if INTERPRETED or torch.version.hip is not None or device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return generation(device) >= 9
 
 
 def readable(tensor: Tensor, gemm: torch.dtype) -> Tensor:
@@ -76,16 +100,21 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> None:
     """Tracing sees the kernel (torch.library.wrap_triton); eager mode and the interpreter run it, on the device of the
-    first argument: Triton itself takes the current one."""
-    runner = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-    if INTERPRETED or runner is not kernel:
+    first tensor: Triton itself takes the current one."""
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return
+    runner = torch.library.wrap_triton(kernel)
+    traced = runner is not kernel
+    if hasattr(kernel, "configs"):
+        choice = _untuned_choice(kernel, dict(zip(kernel.arg_names, args, strict=False)) | options, traced)
+        if choice is not None:
+            runner = torch.library.wrap_triton(kernel.fn)
+            options |= {**choice.kwargs, "num_warps": choice.num_warps, "num_stages": choice.num_stages}
+    if traced:
         runner[grid](*args, **options)
         return
-    with torch.cuda.device_of(args[0]):
-        if hasattr(kernel, "configs") and torch.cuda.is_current_stream_capturing():
-            # Nothing can be timed while a graph is captured: the tuner's last choice, or the first choice.
-            options |= getattr(kernel, "best_config", kernel.configs[0]).all_kwargs()
-            runner = kernel.fn
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
         runner[grid](*args, **options)
 
 
@@ -96,17 +125,25 @@ def define_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     return make(f"rlhf_kernels::{name}", mutates_args=())
 
 
-def uses_tma(tensor: Tensor) -> bool:
-    """The one switch between tensor descriptors and plain pointers: where the GPU has them and the tensor allows."""
-    traced = torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
-    if traced or not has_tma(tensor.device):  # tracing has no addresses
+def uses_tma(*tensors: Tensor) -> bool:
+    """The one switch between tensor descriptors and plain pointers: where the GPU has them and all tensors allow."""
+    traced = torch.compiler.is_compiling() or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    if traced or not has_tma(tensors[0].device):  # tracing has no addresses
         return False
-    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-    if not aligned or tensor.stride(1) != 1 or tensor.stride(0) < tensor.shape[1]:  # rows may not overlap
-        return False
-    device = tensor.device  # the allocator outlives this call: it may not hold the tensor
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
-    return True
+    return all(
+        t.element_size() == 2  # fp32 is multiplied without matrix units, which wait for no data
+        and t.data_ptr() % 16 == 0
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]  # rows may not overlap
+        for t in tensors
+    )
+
+
+def described(tensor: Tensor, rows: int, tile: Tile, tma: bool) -> Any:
+    """A matrix as a kernel reads it, in blocks of [rows, tile.depth]: by a descriptor (TMA), made here once and not by
+    each program, which would also need memory of the user's Triton allocator; or as it is."""
+    return TensorDescriptor.from_tensor(tensor, [rows, tile.depth]) if tma else tensor
 
 
 def readable_side(side: Side) -> Side:

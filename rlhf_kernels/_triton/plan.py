@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-LEAST_TILES, MOST_SPLITS = 16, 32
+LEAST_TILES, MOST_SPLITS = 8, 64
 GROUPS = (8192, 4096, 2048, 1024, 512, 256)  # vocabulary rows whose dlogits are held at a time
 ROW_STEP = 128
 VECTOR = 256  # elements of a program over small vectors
@@ -28,6 +28,11 @@ def splits_of(vocab: int, columns: int) -> Splits:
     batch, and few enough partial statistics for a large one."""
     tiles = max(LEAST_TILES, cdiv(vocab, columns * MOST_SPLITS))
     return Splits(cdiv(vocab, columns * tiles), tiles)
+
+
+def plan_forward(rows: int, bytes_a_row: int, budget: int) -> int | None:
+    """How many rows fit `budget` bytes, a multiple of ROW_STEP; None where all do."""
+    return None if rows * bytes_a_row <= budget else max(ROW_STEP, budget // bytes_a_row // ROW_STEP * ROW_STEP)
 
 
 class BackwardPlan(NamedTuple):

@@ -10,13 +10,15 @@ from torch import Tensor
 from .._logits import Needs, Side
 from .._rows import VisitedRows
 from .._triton import INTERPRETED, plan
-from .._triton.gradient import head_gradient
+from .._triton.gradient import forward_chunks, head_gradient, operands_of, places_of
 from .._triton.launch import (
+    HEAVY,
     LIGHT,
     MEDIUM,
     TL_DTYPE,
     Tile,
     contiguous,
+    described,
     launch,
     readable,
     readable_side,
@@ -26,16 +28,19 @@ from .._triton.launch import (
     uses_tma,
 )
 from .._triton.maths import (
+    IDENTITY,
     LOWEST_LOG_P,
     empty_softmax,
+    exp,
     expm1,
+    filled_past,
     final_logits,
     finite_max,
     logit_slope,
     merge_softmax,
     rescale_softmax,
 )
-from .._triton.tiles import described, in_groups, multiply, visited_rows
+from .._triton.tiles import add_product, in_groups, multiply, visited_rows
 from .autograd import Statistics, Upstream
 
 FIELDS = 5  # of a split's statistics: max, sum, shifted, squares, logit sum
@@ -47,52 +52,61 @@ def _store(partials, field, split, splits, rows, row, inside, value):
 
 
 @tuned
-@triton.jit(do_not_specialize=["rows", "hidden_rows"])
+@triton.jit(do_not_specialize=["rows"])
 def fold(
-    hidden, index, hidden_stride, hidden_step, head, head_stride, head_step, bias, targets, partials, best,
-    target_logit, rows, hidden_rows, vocab, width, splits, gain, cap,
+    hidden, hidden_stride, hidden_step, head, head_stride, head_step, bias, targets, partials, best, target_logit,
+    rows, vocab, width, splits, gain, cap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, KIND: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, INTERPRETED: tl.constexpr,
     TMA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One row block over one split of the vocabulary, TILES tiles: its softmax statistics, and the target's logit."""
     row_block, split = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
-    row, inside, at = visited_rows(index, 0, row_block, rows, ROWS)
-    target = tl.load(targets + at, mask=inside, other=-1)
+    row = row_block * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    target = tl.load(targets + row, mask=inside, other=-1)
     counts = inside & (target >= 0)
-    hidden_source = described(hidden, hidden_rows, width, hidden_stride, ROWS, DEPTH, TMA)
-    head_source = described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA)
-
     own = tl.where(counts & (target < vocab), target, -1).to(tl.int32)  # a tile of 64-bit comparisons would spill
     m, s, shifted, squares = empty_softmax(ROWS)
     logit_sum = tl.zeros([ROWS], tl.float32)
     argmax = tl.zeros([ROWS], tl.int32)
-    for tile in range(TILES):
-        first = (split * TILES + tile) * COLUMNS
-        if first < vocab:
-            x = multiply(
-                hidden_source, row_block * ROWS, at, counts, hidden_stride, hidden_step, head_source, first, vocab,
-                head_stride, head_step, width, ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
-            )  # fmt: skip
+    first = split * TILES * COLUMNS
+    tiles = tl.minimum(TILES, tl.cdiv(vocab - first, COLUMNS))
+    k = 0
+    z = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # One loop over all tiles and their depths, so that the next tile is read while this one's exponentials are computed
+    for _ in range(tiles * tl.cdiv(width, DEPTH)):
+        z = add_product(
+            z, hidden, row_block * ROWS, counts, hidden_stride, hidden_step, head, first, vocab, head_stride,
+            head_step, k, width, ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
+        )  # fmt: skip
+        k += DEPTH
+        if k >= width:
             columns = first + tl.arange(0, COLUMNS)
-            z = final_logits(x, bias, columns, vocab, gain, cap, KIND)
+            z = final_logits(z, bias, columns, vocab, gain, cap, KIND)
+            known = (columns < vocab)[None, :]
+            if EXTRAS:
+                logit_sum += tl.sum(tl.where(known, z, 0.0), 1)
+            z = tl.where(known, z, -float("inf"))  # no branch around it: ptxas would then wait for each instruction
+            here = (own >= first) & (own < first + COLUMNS)
+            logit = tl.sum(tl.where(columns[None, :] == own[:, None], z, 0.0), 1)
+            tl.store(target_logit + row, logit, mask=here)
             tile_max = tl.max(z, 1)
             if EXTRAS:
                 argmax = tl.where(tile_max > m, first + tl.argmax(z, 1), argmax)
-                logit_sum += tl.sum(tl.where((columns < vocab)[None, :], z, 0.0), 1)
             new_max = tl.maximum(m, tile_max)
             s, shifted, squares = rescale_softmax(m, s, shifted, squares, new_max)
             m = new_max
             delta = z - finite_max(m)[:, None]
-            e = tl.exp(delta)
+            e = exp(delta)
             s += tl.sum(e, 1)
             if ENTROPY:
                 shifted += tl.sum(e * tl.maximum(delta, LOWEST_LOG_P), 1)
             if EXTRAS:
                 squares += tl.sum(e * e, 1)
-            here = (own >= first) & (own < first + COLUMNS)
-            logit = tl.sum(tl.where(columns[None, :] == own[:, None], z, 0.0), 1)
-            tl.store(target_logit + row, logit, mask=here)
+            z = tl.zeros([ROWS, COLUMNS], tl.float32)
+        first = tl.where(k >= width, first + COLUMNS, first)  # outside the branch, of which the loads are independent
+        k = tl.where(k >= width, 0, k)
 
     _store(partials, 0, split, splits, rows, row, inside, m)
     _store(partials, 1, split, splits, rows, row, inside, s)
@@ -104,15 +118,15 @@ def fold(
         _store(best, 0, split, splits, rows, row, inside, argmax)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first_row"])
 def merge(
-    partials, best, target_logit, targets, index, rows, vocab, splits,
+    partials, best, target_logit, targets, index, first_row, rows, vocab, splits,
     logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs,
     ROWS: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits in their order, and writes the results at the row's place. Rows that do not count: 0."""
-    row, inside, at = visited_rows(index, 0, tl.program_id(0), rows, ROWS)
-    target = tl.load(targets + at, mask=inside, other=-1)
+    row, inside, at = visited_rows(index, first_row, tl.program_id(0), rows, ROWS)
+    target = tl.load(targets + row, mask=inside, other=-1)
     counts = inside & (target >= 0)
     m, s, shifted, squares = empty_softmax(ROWS)
     logit_sum = tl.zeros([ROWS], tl.float64)
@@ -148,7 +162,7 @@ def merge(
 
 
 @tuned
-@triton.jit(do_not_specialize=["rows", "first_row"])
+@triton.jit(do_not_specialize=["rows", "first_row", "begin", "end"])
 def differentiate(
     hidden, hidden_stride, hidden_step, head, head_stride, head_step, bias, targets, index, dlogits, dlogits_stride,
     bias_sums, max_logit, log_sum, grad_logprobs, grad_log_sum, grad_entropy, entropy,
@@ -158,49 +172,59 @@ def differentiate(
 ):  # fmt: skip
     """dlogits [rows, end - begin] of hidden [rows, width], and their sums over each row block's rows for the bias."""
     row_block, tile = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(end - begin, COLUMNS), GROUP)
-    row, inside, at = visited_rows(index, first_row, row_block, rows, ROWS)
+    _row, inside, at = visited_rows(index, first_row, row_block, rows, ROWS)
     target = tl.load(targets + at, mask=inside, other=-1)
     counts = inside & (target >= 0)
     first = begin + tile * COLUMNS
-    x = multiply(
-        described(hidden, rows, width, hidden_stride, ROWS, DEPTH, TMA), row_block * ROWS, row, counts, hidden_stride,
-        hidden_step, described(head, vocab, width, head_stride, COLUMNS, DEPTH, TMA), first, vocab, head_stride,
-        head_step, width, ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
-    )  # fmt: skip
     columns = first + tl.arange(0, COLUMNS)
-    z = final_logits(x, bias, columns, vocab, gain, cap, KIND)
-    row_max = tl.load(max_logit + at, mask=counts, other=0.0)
+    z = multiply(
+        hidden, row_block * ROWS, counts, hidden_stride, hidden_step, head, first, vocab, head_stride, head_step, width,
+        ROWS, COLUMNS, DEPTH, WHOLE, DTYPE, INTERPRETED, TMA,
+    )  # fmt: skip
+    z = final_logits(z, bias, columns, vocab, gain, cap, KIND)
+    row_max = tl.load(max_logit + at, mask=counts, other=float("inf"))  # p of rows that do not count: 0
     row_log_sum = tl.load(log_sum + at, mask=counts, other=0.0)
-    log_p = (z - row_max[:, None]) - row_log_sum[:, None]
     through_sum = tl.zeros([ROWS], tl.float32)  # p_v (g_lse - g_lp) - p_v g_H (log p_v + H); 1 - p_y from expm1
+    grad, grad_h, h = through_sum, through_sum, through_sum
     if grad_log_sum is not None:
-        through_sum += tl.load(grad_log_sum + at, mask=counts, other=0.0)
-    d = tl.exp(log_p)
-    own = tl.where(counts & (target < vocab), target, -1).to(tl.int32)  # a tile of 64-bit comparisons would spill
-    is_target = columns[None, :] == own[:, None]
+        through_sum = tl.load(grad_log_sum + at, mask=counts, other=0.0)
     if grad_logprobs is not None:
         grad = tl.load(grad_logprobs + at, mask=counts, other=0.0)
-        factor = tl.where(is_target, through_sum[:, None], (through_sum - grad)[:, None])
-    else:
-        factor = tl.zeros_like(z) + through_sum[:, None]
     if grad_entropy is not None:
         grad_h = tl.load(grad_entropy + at, mask=counts, other=0.0)
         h = tl.load(entropy + at, mask=counts, other=0.0)
+
+    own = tl.where(counts & (target < vocab), target, -1).to(tl.int32)  # a tile of 64-bit comparisons would spill
+    d_y = grad
+    any_target = grad_logprobs is not None and tl.max(((own >= first) & (own < first + COLUMNS)).to(tl.int32), 0) != 0
+    if any_target:  # expm1 once a row, not once a logit
+        z_y = tl.sum(tl.where(columns[None, :] == own[:, None], z, 0.0), 1)
+        log_p_y = (z_y - row_max) - row_log_sum
+        d_y = exp(log_p_y) * (through_sum - grad_h * (tl.maximum(log_p_y, LOWEST_LOG_P) + h)) - grad * expm1(log_p_y)
+    log_p = (z - row_max[:, None]) - row_log_sum[:, None]
+    factor = (through_sum - grad)[:, None]
+    if grad_entropy is not None:
         factor -= grad_h[:, None] * (tl.maximum(log_p, LOWEST_LOG_P) + h[:, None])
-    d = d * factor
-    if grad_logprobs is not None:
-        d = tl.where(is_target, d - grad[:, None] * expm1(log_p), d)
-    d = d * logit_slope(z, inverse_cap, slope, KIND)
-    d = tl.where(counts[:, None] & (columns < end)[None, :], d, 0.0)
-    to = dlogits + row[:, None] * dlogits_stride + (columns - begin)[None, :]
-    tl.store(to, d.to(dlogits.dtype.element_ty), mask=inside[:, None] & (columns < end)[None, :])
+    d = exp(log_p) * factor
+    if any_target:  # another comparison than above, or 128 predicates would be kept in registers between the two
+        d = tl.where(tl.arange(0, COLUMNS)[None, :] == (own - first)[:, None], d_y[:, None], d)
+    if KIND != IDENTITY:
+        d = d * logit_slope(z, inverse_cap, slope, KIND)
+    d = filled_past(d, first, end, COLUMNS, 0.0)
+    inner = tile * COLUMNS + tl.arange(0, COLUMNS)  # all of the buffer: so no alignment of `end` matters
+    to = dlogits + tl.cast(row_block, tl.int64) * ROWS * dlogits_stride
+    to += tl.arange(0, ROWS)[:, None] * dlogits_stride + inner[None, :]
+    tl.store(to, d.to(dlogits.dtype.element_ty), mask=inside[:, None] & (inner < dlogits_stride)[None, :])
     if bias_sums is not None:
-        sums = bias_sums + tl.cast(row_block, tl.int64) * (end - begin) + (columns - begin)
+        sums = bias_sums + tl.cast(row_block, tl.int64) * (end - begin) + inner
         tl.store(sums, tl.sum(d, 0), mask=columns < end)
 
 
-def _tile(side: Side, with_more: bool) -> Tile:
-    return tile_for(side.hidden.device, side.gemm, MEDIUM if with_more or side.transform.softcap else LIGHT)
+def _tile(side: Side, light: bool) -> Tile:
+    """A head that is cast as it is read, and rows that start off 16 bytes, pass through registers."""
+    weight = side.head.weight
+    heavy = side.transform.softcap or weight.dtype != side.gemm or weight.shape[1] * weight.element_size() % 16
+    return tile_for(side.hidden.device, side.gemm, HEAVY if heavy else LIGHT if light else MEDIUM)
 
 
 def forward(
@@ -210,33 +234,40 @@ def forward(
 
     -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, each [N], or [0] if not wanted.
     """
-    tile, count = _tile(side, with_entropy or with_extras), targets.shape[0] if index is None else index.shape[0]
+    light = not with_extras and side.head.bias is None
+    tile, count = _tile(side, light), targets.shape[0] if index is None else index.shape[0]
     side = readable_side(side)
-    hidden, weight, bias = side.tensors()
+    weight, bias = side.head.weight, side.head.bias
     vocab, width = weight.shape
     splits = plan.splits_of(vocab, tile.columns)
     fields = FIELDS if with_extras else 3 if with_entropy else 2
-    partials = hidden.new_empty((fields, splits.parts, count), dtype=torch.float32)
-    best = hidden.new_empty((splits.parts, count) if with_extras else (0,), dtype=torch.int32)
-    target_logit = hidden.new_full((count,), float("nan"), dtype=torch.float32)  # stays so where a target is no token
-    results = [hidden.new_zeros(targets.shape[0] if wanted else 0, dtype=torch.float32)
+    make, arguments = side.hidden.new_empty, transform_arguments(side)
+    results = [side.hidden.new_zeros(targets.shape[0] if wanted else 0, dtype=torch.float32)
                for wanted in (True, True, True, with_entropy, *[with_extras] * 3)]  # fmt: skip
     if count == 0:
         return tuple(results)
-    arguments = transform_arguments(side)
-    launch(
-        fold, (plan.cdiv(count, tile.rows) * splits.parts,),
-        hidden, index, *hidden.stride(), weight, *weight.stride(), bias, targets, partials, best, target_logit,
-        count, hidden.shape[0], vocab, width, splits.parts, arguments["gain"], arguments["cap"],
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0, TILES=splits.tiles,
-        DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], ENTROPY=with_entropy, EXTRAS=with_extras,
-        INTERPRETED=INTERPRETED, TMA=index is None and uses_tma(hidden) and uses_tma(weight),
-    )  # fmt: skip
-    launch(
-        merge, (plan.cdiv(count, plan.ROW_STEP),),
-        partials, best, target_logit, targets, index, count, vocab, splits.parts, *results,
-        ROWS=plan.ROW_STEP, ENTROPY=with_entropy, EXTRAS=with_extras,
-    )  # fmt: skip
+    visited, places = VisitedRows(index, False), places_of(index, targets)
+    own = targets if index is None else targets[index]
+    for first, rows in forward_chunks(count, splits.parts * 4 * (fields + with_extras), visited, side):
+        partials = make((fields, splits.parts, rows), dtype=torch.float32)
+        best = make((splits.parts, rows) if with_extras else (0,), dtype=torch.int32)
+        target_logit = torch.full_like(partials[0, 0], float("nan"))  # stays so where a target is no token
+        hidden, chosen = operands_of(side, visited, own, first, rows), own[first : first + rows]
+        tma = uses_tma(hidden, weight)
+        launch(
+            fold, (plan.cdiv(rows, tile.rows) * splits.parts,),
+            described(hidden, tile.rows, tile, tma), *hidden.stride(), described(weight, tile.columns, tile, tma),
+            *weight.stride(), bias, chosen, partials, best, target_logit, rows, vocab, width, splits.parts,
+            arguments["gain"], arguments["cap"],
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0, TILES=splits.tiles,
+            DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], ENTROPY=with_entropy, EXTRAS=with_extras,
+            INTERPRETED=INTERPRETED, TMA=tma,
+        )  # fmt: skip
+        launch(
+            merge, (plan.cdiv(rows, plan.ROW_STEP),),
+            partials, best, target_logit, chosen, places, first, rows, vocab, splits.parts, *results,
+            ROWS=plan.ROW_STEP, ENTROPY=with_entropy, EXTRAS=with_extras,
+        )  # fmt: skip
     return tuple(results)
 
 
@@ -244,26 +275,27 @@ def backward(
     upstream: Upstream, side: Side, targets: Tensor, visited: VisitedRows, statistics: Statistics, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed."""
-    tile, arguments = _tile(side, False), transform_arguments(side)
+    light = side.head.bias is None and upstream.entropy is None
+    tile, arguments = _tile(side, light), transform_arguments(side)
     inverse_cap = 1.0 / arguments["cap"] if arguments["cap"] else 0.0
     width = side.head.weight.shape[1]
     head, bias = readable(side.head.weight, side.gemm), contiguous(side.head.bias)
-    into = [None if g is None else g.float().contiguous() for g in upstream]
+    into, places = [None if g is None else g.float().contiguous() for g in upstream], places_of(visited.rows, targets)
 
     def dlogits_of(
         operands: Tensor, first: int, rows: int, begin: int, end: int, dlogits: Tensor, bias_sums: Tensor | None
     ) -> None:
         if rows == 0:
             return
+        tma = uses_tma(operands, head)
         launch(
             differentiate, (plan.cdiv(rows, tile.rows) * plan.cdiv(end - begin, tile.columns),),
-            operands, *operands.stride(), head, *head.stride(), bias, targets, visited.rows, dlogits,
-            dlogits.stride(0), bias_sums, statistics.max_logit, statistics.log_sum, *into, statistics.entropy,
-            first, rows, begin, end, head.shape[0], width, arguments["gain"], arguments["cap"], inverse_cap,
-            arguments["slope"],
+            described(operands, tile.rows, tile, tma), *operands.stride(), described(head, tile.columns, tile, tma),
+            *head.stride(), bias, targets, places, dlogits, dlogits.stride(0), bias_sums, statistics.max_logit,
+            statistics.log_sum, *into, statistics.entropy, first, rows, begin, end, head.shape[0], width,
+            arguments["gain"], arguments["cap"], inverse_cap, arguments["slope"],
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
-            DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], INTERPRETED=INTERPRETED,
-            TMA=uses_tma(operands) and uses_tma(head),
+            DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], INTERPRETED=INTERPRETED, TMA=tma,
         )  # fmt: skip
 
     return head_gradient(side, visited, targets >= 0, needs, tile.rows, dlogits_of)

@@ -1,4 +1,4 @@
-"""Gradients of the Triton backend where rows go in chunks, the vocabulary in slices. On a GPU or interpreted."""
+"""The Triton backend where rows go in chunks, and in backward the vocabulary in slices. On a GPU or interpreted."""
 
 import functools
 
@@ -13,9 +13,11 @@ from rlhf_kernels._triton import plan
 @pytest.mark.parametrize("op", ["linear_logprobs", "linear_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_in_chunks_and_groups(monkeypatch, device, dtype, op):
-    """Three chunks of rows and three slices of the vocabulary: sums over chunks, and copies of each."""
+    """Three chunks of rows, forward and backward, and three slices of the vocabulary: sums over chunks, and copies of
+    each."""
     from rlhf_kernels._triton import gradient
 
+    monkeypatch.setattr(gradient, "plan_forward", lambda *_: 32)
     monkeypatch.setattr(gradient, "plan_backward", lambda *_: plan.BackwardPlan(256, 32))
     if op == "linear_logprobs":
         head = T.make_head(100, 33, 600, dtype=dtype, bias=True, masked=0.2, device=device)

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiled ahead of time for four GPUs, which takes none: matrix instructions, and no spills.
+"""Every Triton kernel compiled ahead of time for four GPUs, which takes none: matrix instructions, no spills, and on
+Hopper how many instructions, registers and waits.
 
 The ops' own launches are followed, with a driver that only names the GPU, so what is compiled is what would run.
 """
@@ -6,6 +7,7 @@ The ops' own launches are followed, with a driver that only names the GPU, so wh
 import re
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,9 +32,33 @@ MATRIX_INSTRUCTION = {
     "gfx942": r"\bv_mfma_",
 }
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # a program's
-PLAIN = LogitTransform(1.0, 0.0, 1.0)
+PLAIN, TEMPERED = LogitTransform(1.0, 0.0, 1.0), LogitTransform(1.0, 0.0, 0.7)
 GEMMA = LogitTransform(1.0, 30.0, 0.7)
 N, D, V = 256, 128, 1000
+
+
+class Case(NamedTuple):
+    dtype: torch.dtype
+    bias: bool = False
+    transform: LogitTransform = PLAIN
+    outputs: str = ""  # besides log-probs: "entropy", or "all"
+    tma: bool = True  # where the GPU has it: not traced
+    head: torch.dtype | None = None  # another dtype than the GEMM's
+
+
+CASES = {
+    "bf16": Case(torch.bfloat16),
+    "bf16 pointers": Case(torch.bfloat16, tma=False),
+    "bf16 bias": Case(torch.bfloat16, True, TEMPERED, tma=False),
+    "bf16 entropy": Case(torch.bfloat16, False, TEMPERED, "entropy"),
+    "bf16 entropy pointers": Case(torch.bfloat16, False, TEMPERED, "entropy", tma=False),
+    "bf16 all": Case(torch.bfloat16, True, TEMPERED, "all"),
+    "bf16 everything": Case(torch.bfloat16, True, GEMMA, "all"),
+    "bf16 autocast": Case(torch.bfloat16, head=torch.float32),
+    "fp16": Case(torch.float16),
+    "fp32": Case(torch.float32),
+    "fp32 everything": Case(torch.float32, True, GEMMA, "all"),
+}
 
 
 class NamedGpu:
@@ -55,12 +81,14 @@ class NamedGpu:
 
 @pytest.fixture
 def gpu(request, monkeypatch):
-    """(name, compiled): the launches made while this is alive are compiled for the GPU, and end in the list."""
+    """(name, compiled, tma): the launches made while this is alive are compiled for the GPU, and end in the list, for
+    the choice of the tuner that needs most: all stages. tma(False) is for what is traced."""
     from rlhf_kernels._triton import launch
     from rlhf_kernels.kl import triton_kernels as kl
     from rlhf_kernels.logprob import triton_kernels as logprob
 
     name, compiled = request.param, []
+    choice = max(launch.configs(hip=name == "gfx942"), key=lambda c: c.num_stages)
 
     class CompileOnly:
         def __init__(self, kernel):
@@ -70,20 +98,19 @@ def gpu(request, monkeypatch):
             return self.compile
 
         def compile(self, *args, **options):
-            jit = self.kernel
-            if hasattr(jit, "configs"):  # the configuration that needs most: all stages; GROUP is just a number
-                jit, config = jit.fn, max(launch.configs(hip=name == "gfx942"), key=lambda c: c.num_stages)
-                options |= config.all_kwargs()
-            jit.device_caches.clear()  # what was compiled for another GPU
-            compiled.append((jit.fn.__name__, jit.warmup(*args, grid=(1,), **options)))
+            self.kernel.device_caches.clear()  # what was compiled for another GPU
+            compiled.append((self.kernel.fn.__name__, self.kernel.warmup(*args, grid=(1,), **options)))
+
+    def tma(allowed):
+        for module in (logprob, kl):
+            monkeypatch.setattr(module, "uses_tma", launch.uses_tma if allowed else lambda *tensors: False)
 
     monkeypatch.setattr(triton.runtime.driver, "_active", NamedGpu(name))
     monkeypatch.setattr(torch.library, "wrap_triton", CompileOnly)
-    has_tma = name in ("sm_90", "sm_100")
-    monkeypatch.setattr(launch, "has_tma", lambda device: has_tma)
-    for module in (logprob, kl):
-        monkeypatch.setattr(module, "uses_tma", lambda tensor: has_tma)
-    return name, compiled
+    monkeypatch.setattr(launch, "generation", lambda device: GPUS[name][1] // 10 if name.startswith("sm_") else 0)
+    monkeypatch.setattr(launch, "_untuned_choice", lambda *arguments: choice)
+    tma(True)
+    return name, compiled, tma
 
 
 def spilled_bytes(name, kernel):
@@ -94,12 +121,14 @@ def spilled_bytes(name, kernel):
         (registers,) = re.findall(r"\.vgpr_spill_count:\s*(\d+)", text)
         (scratch,) = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
         return int(registers) * 4 + int(scratch)
+    usage = cuobjdump(kernel, "--dump-resource-usage")
+    return int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def cuobjdump(kernel, option):
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     cubin = next(path for file, path in kernel.metadata_group.items() if file.endswith(".cubin"))
-    usage = subprocess.run(
-        [tools / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1])
+    return subprocess.run([tools / "cuobjdump", option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def check(name, compiled, *, multiplying, exact=False):
@@ -110,17 +139,18 @@ def check(name, compiled, *, multiplying, exact=False):
     for kernel, binary in compiled:
         assert spilled_bytes(name, binary) <= (8 if exact else 0), f"{kernel} on {name} spills"
         assert binary.metadata.shared <= SHARED_KIB[name] << 10, f"{kernel} does not fit {name}"
+        assert not getattr(binary.metadata, "global_scratch_size", 0), f"{kernel} asks the user's Triton allocator"
         code = binary.asm["amdgcn" if name == "gfx942" else "ptx"]
         if kernel in multiplying and not (exact and name != "gfx942"):
             assert re.search(MATRIX_INSTRUCTION[name], code), f"{kernel} on {name} has no matrix instruction"
 
 
-# Of the 60 products of GPUs, cases and directions `make test` takes those below, at a second or two each: on every GPU
-# the most registers in either dtype and one plain case, all cases on H200, and both directions of its usual one.
+# Of the products of GPUs, cases and directions `make test` takes those below, at a second or two each: on every GPU the
+# most registers in either dtype and one plain case, all cases on H200, and both directions of its usual one.
 # `make triton-check` takes all of them.
 SHORT = {
     "sm_80": ("bf16 everything", "fp32 everything", "fp32"),  # whose two stored numbers `check` allows
-    "sm_90": ("bf16", "bf16 everything", "fp16", "fp32", "fp32 everything"),
+    "sm_90": tuple(CASES),
     "sm_100": ("bf16 everything", "fp32 everything", "fp16"),
     "gfx942": ("bf16 everything", "fp32 everything", "bf16"),
 }
@@ -130,6 +160,8 @@ def combinations(*directions):
     """(GPU, case), or with directions (GPU, case, direction), those that are not in SHORT marked slow."""
     for number, name in enumerate(GPUS):
         for case in CASES:
+            if not CASES[case].tma and name in ("sm_80", "gfx942"):  # there all are
+                continue
             for direction in directions or (None,):
                 usual = (number + list(CASES).index(case)) % 2 == 0  # each case in either direction on some GPU
                 short = case in SHORT[name] and (direction in (None, usual) or (name, case) == ("sm_90", "bf16"))
@@ -137,51 +169,82 @@ def combinations(*directions):
                 yield pytest.param(*values, marks=() if short else pytest.mark.slow)
 
 
-CASES = {  # dtype, bias, transform, compacted, all outputs
-    "bf16": (torch.bfloat16, False, PLAIN, False, False),
-    "bf16 everything": (torch.bfloat16, True, GEMMA, True, True),
-    "fp16": (torch.float16, False, PLAIN, False, False),
-    "fp32": (torch.float32, False, PLAIN, False, False),
-    "fp32 everything": (torch.float32, True, GEMMA, True, True),
-}
+def head_of(case):
+    hidden, weight, targets, bias = T.make_head(N, D, V, dtype=case.dtype, bias=case.bias)
+    return hidden, weight if case.head is None else weight.to(case.head), targets, bias
+
+
+def launch_logprobs(case):
+    from rlhf_kernels.logprob import triton_kernels as kernels
+    from rlhf_kernels.logprob.autograd import Statistics, Upstream
+
+    hidden, weight, targets, bias = head_of(case)
+    side = Side.made_of(hidden, weight, bias, case.transform, case.dtype)
+    _, max_logit, log_sum, entropy, *_ = kernels.forward(side, targets, None, bool(case.outputs), case.outputs == "all")
+    grad = torch.ones(N)
+    upstream = Upstream(grad, grad, grad) if case.outputs else Upstream(grad, None, None)
+    statistics = Statistics(max_logit, log_sum, entropy, torch.empty(0))
+    needs = Needs(True, True, bias is not None)
+    kernels.backward(upstream, side, targets, VisitedRows(None, False), statistics, needs)
+
+
+def launch_kl(case, policy_weighs):
+    from rlhf_kernels.kl import triton_kernels as kernels
+    from rlhf_kernels.kl.autograd import Statistics
+
+    hidden, weight, _, bias = head_of(case)
+    reference = T.make_head(N, 2 * D, V, dtype=case.dtype, bias=case.bias)
+    policy = Side.made_of(hidden, weight, bias, case.transform, case.dtype)
+    ref = Side.made_of(reference.hidden, reference.weight, reference.bias, case.transform, case.dtype)
+    mask, every = torch.ones(N, dtype=torch.bool), VisitedRows(None, False)
+    kl, stats = kernels.forward(policy, ref, mask, None, policy_weighs)
+    statistics, needs = Statistics(kl, stats, torch.empty(0)), Needs(True, True, bias is not None)
+    kernels.backward(torch.ones(N), statistics, policy, ref, mask, every, policy_weighs, needs)
 
 
 @pytest.mark.parametrize(("gpu", "case"), list(combinations()), indirect=["gpu"])
 def test_linear_logprobs(gpu, case):
-    from rlhf_kernels.logprob import triton_kernels as kernels
-    from rlhf_kernels.logprob.autograd import Statistics, Upstream
-
-    name, compiled = gpu
-    dtype, bias, transform, compacted, everything = CASES[case]
-    hidden, weight, targets, bias = T.make_head(N, D, V, dtype=dtype, bias=bias)
-    index = torch.arange(0, N, 2) if compacted else None
-    side = Side.made_of(hidden, weight, bias, transform, dtype)
-    _, max_logit, log_sum, entropy, *_ = kernels.forward(side, targets, index, everything, everything)
-    grad = torch.ones(N)
-    upstream = Upstream(grad, grad, grad) if everything else Upstream(grad, None, None)
-    statistics = Statistics(max_logit, log_sum, entropy, torch.empty(0))
-    needs = Needs(True, True, bias is not None)
-    kernels.backward(upstream, side, targets, VisitedRows(index, False), statistics, needs)
-    check(name, compiled, multiplying=("fold", "differentiate"), exact=dtype == torch.float32)
+    name, compiled, tma = gpu
+    tma(CASES[case].tma)
+    launch_logprobs(CASES[case])
+    check(name, compiled, multiplying=("fold", "differentiate"), exact=CASES[case].dtype == torch.float32)
     assert {kernel for kernel, _ in compiled} == {"fold", "merge", "differentiate"}
 
 
 @pytest.mark.parametrize(("gpu", "case", "policy_weighs"), list(combinations(True, False)), indirect=["gpu"])
 def test_linear_kl(gpu, case, policy_weighs):
-    from rlhf_kernels.kl import triton_kernels as kernels
-    from rlhf_kernels.kl.autograd import Statistics
-
-    name, compiled = gpu
-    dtype, bias, transform, compacted, _ = CASES[case]
-    inputs = T.make_kl_inputs(N, D, V, ref_d=2 * D, dtype=dtype, bias=bias)
-    policy = Side.made_of(inputs.hidden, inputs.weight, inputs.bias, transform, dtype)
-    ref = Side.made_of(inputs.ref_hidden, inputs.ref_weight, inputs.ref_bias, transform, dtype)
-    mask, index = torch.ones(N, dtype=torch.bool), torch.arange(0, N, 2) if compacted else None
-    kl, stats = kernels.forward(policy, ref, mask, index, policy_weighs)
-    statistics, needs = Statistics(kl, stats, torch.empty(0)), Needs(True, True, inputs.bias is not None)
-    kernels.backward(torch.ones(N), statistics, policy, ref, mask, VisitedRows(index, False), policy_weighs, needs)
-    check(name, compiled, multiplying=("fold_kl", "differentiate_kl"), exact=dtype == torch.float32)
+    name, compiled, tma = gpu
+    tma(CASES[case].tma)
+    launch_kl(CASES[case], policy_weighs)
+    check(name, compiled, multiplying=("fold_kl", "differentiate_kl"), exact=CASES[case].dtype == torch.float32)
     assert {kernel for kernel, _ in compiled} == {"fold_kl", "merge_kl_splits", "differentiate_kl"}
+
+
+# Kernel -> logits of a thread, instructions for each (all that the kernel has, at four stages), programs that share a
+# multiprocessor, products.
+HOPPER = {"fold": (128, 18, 1, 1), "differentiate": (128, 22, 1, 1), "fold_kl": (32, 100, 1, 2),
+          "differentiate_kl": (32, 46, 2, 2)}  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", ["sm_90"], indirect=True)
+def test_what_hopper_executes(gpu):
+    """Of a product's matrix instructions none waits for the one before: ptxas puts waits between them where a branch
+    writes their registers, and says so in a warning alone."""
+    _name, compiled, _tma = gpu
+    launch_logprobs(CASES["bf16"])
+    launch_kl(CASES["bf16"], True)
+    for kernel, binary in compiled:
+        if kernel not in HOPPER:
+            continue
+        logits, most, programs, products = HOPPER[kernel]
+        code = cuobjdump(binary, "--dump-sass")
+        instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s", code, re.MULTILINE))
+        assert instructions <= most * logits, f"{kernel} has {instructions} instructions"
+        assert len(re.findall(r"HGMMA\S+ .*gsb0", code)) == products, f"matrix instructions of {kernel} are serialized"
+        registers = int(re.search(r"REG:(\d+)", cuobjdump(binary, "--dump-resource-usage"))[1])
+        threads = 32 * binary.metadata.num_warps
+        fit = min(65536 // (-(-registers // 8) * 8 * threads), (228 << 10) // (binary.metadata.shared + 1024))
+        assert fit >= programs, f"{kernel}: {registers} registers, {binary.metadata.shared} bytes shared"
 
 
 @pytest.mark.parametrize("gpu", GPUS, indirect=True)
@@ -192,7 +255,7 @@ def test_small_vectors(gpu):
     from rlhf_kernels.kl import triton_kernels as kl
     from rlhf_kernels.kl.reference import ESTIMATORS
 
-    name, compiled = gpu
+    name, compiled, _tma = gpu
     values, index = torch.randn(64), torch.arange(32)
     for loss in [kind.kernel for kind in LOSS_TYPES.values() if kind.kernel is not None]:
         pairs.forward(values, values, index, index + 32, 0.1, loss, 0.1)

@@ -9,7 +9,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("vocab", [1, 127, 128, 2048, 2049, 32003, 128256, 256000, 1 << 20])
-@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("columns", [64, 128, 256])
 def test_splits_cover_the_vocabulary_once(vocab, columns):
     splits = plan.splits_of(vocab, columns)
     assert splits.parts * splits.tiles * columns >= vocab > (splits.parts - 1) * splits.tiles * columns
@@ -27,6 +27,15 @@ def test_the_backward_plan_fits_the_budget(rows, width, copies, casts):
     sums = 0 if at_once is None else 2 * 4 * group * width
     assert used + sums <= budget
     assert at_once is None or at_once < rows
+
+
+@pytest.mark.parametrize("rows", [1, 127, 8192, 1 << 20])
+@pytest.mark.parametrize("bytes_a_row", [504, 8192 + 504])
+def test_the_forward_plan_fits_the_budget(rows, bytes_a_row):
+    at_once = plan.plan_forward(rows, bytes_a_row, 64 * MIB)
+    assert (at_once or rows) * bytes_a_row <= 64 * MIB
+    assert at_once is None or (at_once < rows and at_once % plan.ROW_STEP == 0)
+    assert plan.plan_forward(rows, 64 * MIB, 64 * MIB) in (None, plan.ROW_STEP)  # one block at least
 
 
 def test_a_larger_budget_never_takes_smaller_groups():

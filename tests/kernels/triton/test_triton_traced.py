@@ -41,7 +41,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(_triton, "why_not_on", lambda device: None)
-    monkeypatch.setattr(launch, "has_tma", lambda device: True)  # tracing must not ask for addresses
+    monkeypatch.setattr(launch, "generation", lambda device: 9)  # tracing must not ask for addresses
     torch.compiler.reset()
     kernel_side_table.reset_table()
     yield
@@ -174,41 +174,110 @@ def test_the_choice_of_a_backend_is_traced(monkeypatch):
     ("product", "to"),
     [("add_product", torch.float32), ("write_product", torch.float32), ("write_product", torch.bfloat16)],
 )
-def test_products_of_a_gpu_are_traced(product, to):
-    """Their fp32 sums are written into a tensor (out=), which a graph has to state without mutation."""
+def test_products_of_a_gpu_are_traced(monkeypatch, product, to):
+    """Their fp32 sums are written into a tensor (out=), which a graph has to state without mutation. In fp32 whatever
+    dtype they are for: a graph may run where torch lets the sums of a bf16 product be rounded."""
     from rlhf_kernels._triton import gradient
 
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", torch.Tensor.add_
+    )  # torch without CUDA cannot trace copy_ of its tensors
     with FakeTensorMode():
         a, b = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in ((6, 4), (4, 8)))
         sums = torch.empty(6, 8, device="cuda", dtype=to)
         graph = make_fx(dispatch_functionalize(lambda *args: getattr(gradient, product)(*args)))(sums, a, b)
     (node,) = (node for node in graph.graph.nodes if node.target in PRODUCTS)
-    assert node.meta["val"].dtype == to and node.meta["val"].device.type == "cuda"
+    assert node.meta["val"].dtype == torch.float32 and node.meta["val"].device.type == "cuda"
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_what_is_tuned_is_kept_on_disk_and_nothing_is_tuned_in_a_captured_graph(captured, monkeypatch, tmp_path):
+@pytest.mark.parametrize("setting", [True, False, (False, False)])
+def test_the_settings_of_torchs_products_are_put_back(monkeypatch, setting):
+    """While a product is computed no partial sum may be rounded."""
+    from rlhf_kernels._triton import gradient
+
+    matmul, seen = torch.backends.cuda.matmul, []
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+
+    def settings():
+        return [getattr(matmul, name) for name in (*names, *(f"{n}_split_k" for n in names), "allow_fp16_accumulation")]
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(settings())
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    before = settings()
+    try:
+        for name in names:
+            setattr(matmul, name, setting)
+        matmul.allow_fp16_accumulation = True
+        chosen = settings()
+        a = torch.ones(2, 2).as_subclass(Watched)
+        gradient.write_product(torch.empty(2, 2), a, a)
+        gradient.add_product(torch.zeros(2, 2), a, a)
+        assert settings() == chosen
+        with pytest.raises(RuntimeError):
+            gradient.write_product(torch.empty(2, 2), a, torch.ones(3, 3))
+        assert settings() == chosen
+        assert [False, False, *chosen[2:4], False] in seen
+    finally:
+        for name, reduced, split_k in zip(names, before, before[2:], strict=False):
+            setattr(matmul, name, (reduced, split_k))
+        matmul.allow_fp16_accumulation = before[-1]
+
+
+@pytest.mark.parametrize("rows", [2047, 2048])  # 15 blocks of 128 rows and a part of one, and 16 blocks
+def test_many_rows_are_tuned_and_kept_on_disk_and_nothing_is_tuned_in_a_captured_graph(rows, monkeypatch, tmp_path):
+    """A captured graph takes what has run before: the tuner's choice, or the first."""
     from rlhf_kernels._logits import LMHead, Side
     from rlhf_kernels.logprob import triton_kernels as kernels
 
-    timed, ran = [], []
+    timed, ran, captured = [], [], []
 
     def bench(*args, config, **options):
         timed.append(config)
-        return [float(config.num_stages)] * 3
+        return [float(-config.num_stages)] * 3  # the last choice but one is the best
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)  # as in eager mode
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(captured))
     monkeypatch.setattr(kernels.fold, "_bench", bench)
-    for jit in (kernels.fold.fn, kernels.merge):
-        monkeypatch.setattr(jit, "run", lambda *args, **options: ran.append(options))
-    hidden, weight, targets = head(70)
+    monkeypatch.setattr(kernels.merge, "run", lambda *args, **options: None)
+    monkeypatch.setattr(kernels.fold.fn, "run", lambda *args, **options: ran.append(options["num_stages"]))
+    hidden, weight, targets = head(rows)
     side = Side(hidden, LMHead(weight, None, 1.0, None), 1.0, torch.bfloat16)
+    few, many = kernels.fold.configs[0].num_stages, max(config.num_stages for config in kernels.fold.configs)
+    assert few != many
     kernels.fold.cache.clear()
-    for _ in range(2):
-        kernels.forward(side, targets, None, True, False)
+    captured.append(True)
+    kernels.forward(side, targets, None, True, False)
+    assert ran == [few] and not timed and not list(tmp_path.rglob("*.autotune.json"))
+    captured.clear()
+    kernels.forward(side, targets, None, True, False)
     kernels.fold.cache.clear()
-    assert len(ran) == 4 and ran[0]["GROUP"] and ran[0]["num_warps"]
-    assert len(timed) == (0 if captured else len(kernels.fold.configs))
-    assert bool(list(tmp_path.rglob("*.autotune.json"))) != captured
+    kernels.forward(side, targets, None, True, False)  # from the disk
+    captured.append(True)
+    kernels.forward(side, targets, None, True, False)
+    kernels.fold.cache.clear()
+    tuned = rows == 2048
+    assert ran == [few, *[many if tuned else few] * 3]
+    assert len(timed) == (len(kernels.fold.configs) if tuned else 0)
+    assert bool(list(tmp_path.rglob("*.autotune.json"))) == tuned
+
+
+def test_few_rows_are_a_graph_without_choices():
+    """Traced, rows below 16 blocks take the first choice too, so that there is nothing to tune."""
+    graphs = []
+    compiled = torch.compile(logprobs, fullgraph=True, dynamic=True, backend=tracer(graphs))
+    choices = []
+    for rows in (262, 2100):
+        with pytest.raises(Traced):
+            compiled(*head(rows))
+        (fold,) = (
+            node for node in graphs[-2].graph.nodes
+            if node.target is triton_kernel_wrapper_functional and "target_logit" in node.kwargs["kwargs"]
+            and "hidden" in node.kwargs["kwargs"]
+        )  # fmt: skip
+        choices.append(len(kernel_side_table.get_kernel(fold.kwargs["kernel_idx"]).configs))
+    assert choices == [1, 4]
