@@ -85,6 +85,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_kl_cuda(const KlInputs& inputs, int64_
   const Scratch scratch(mask, device);
   const auto rows = DeviceRows::of_mask(mask, device);
   const Tensor cache = scratch.floats({kept_logits});
+  const int64_t of_policy = kept_logits ? all_logits(inputs) / 2 : 0;
+  cuda::clear_unwritten(cache.narrow(0, 0, of_policy), rows.count, inputs.policy.vocab());
+  cuda::clear_unwritten(cache.narrow(0, of_policy, kept_logits - of_policy), rows.count, inputs.policy.vocab());
   const Pair pair(inputs, rows, scratch, device, false, cache);
   const int64_t vocab = pair.policy.head.vocab(), n = mask.size(0);
   const Tensor states = scratch.bytes(rows.count * static_cast<int64_t>(sizeof(cuda::KlRowState)));

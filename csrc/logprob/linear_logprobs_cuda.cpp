@@ -34,6 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linea
   TORCH_CHECK_VALUE(kept_logits == 0 || kept_logits >= all_logits, "on CUDA all logits are kept or none: expected ",
                     all_logits, " or 0, got ", kept_logits);
   const Tensor cache = scratch.floats({kept_logits});
+  cuda::clear_unwritten(cache, rows.count, vocab);
   const DevicePlan plan = cuda::plan_logprobs(head, hidden, rows, scratch, device, false, cache.nbytes());
   const int32_t outputs = wanted.accumulated();
 

@@ -143,7 +143,7 @@ def frozen_arguments(arguments: Arguments) -> tuple:
 
 
 def _of_frozen(inputs) -> Arguments:  # type: ignore[no-untyped-def]
-    return Arguments(*inputs, kept_logits=0)
+    return Arguments._make((*inputs, 0, None, None))
 
 
 def _fake_frozen(*inputs):  # type: ignore[no-untyped-def]
@@ -162,9 +162,9 @@ def _setup_frozen(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _frozen_gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
     """The directions serve the log-probs alone; with a gradient of another output all take the way of any head."""
     upstream = _upstream(ctx, grad_logprobs, grad_log_sum, grad_entropy)
-    arguments, (*statistics, directions) = _ops.saved(ctx)
+    arguments, (max_logit, log_sum, entropy, directions) = _ops.saved(ctx)
     if upstream.logprobs is None or upstream.log_sum is not None or upstream.entropy is not None:
-        statistics = Statistics(*statistics, logit_cache=directions.new_empty(0))
+        statistics = Statistics(max_logit, log_sum, entropy, directions.new_empty(0))
         return _head_gradients(torch.ops.rlhf_kernels.linear_logprobs_backward, ctx, upstream, arguments, statistics)
     hidden = op(upstream.logprobs, directions, arguments.targets, arguments.ignore_index, arguments.hidden.dtype)
     return _ops.gradients_of(ctx, Arguments._fields, hidden=hidden)

@@ -72,6 +72,14 @@ struct TilePlaces {
   float* at(int64_t row, int64_t begin) const { return kept ? data + row * stride + begin : data; }
 };
 
+// Zeroes what no product writes of one model's kept logits, of so many rows: what pads them, and what is behind them.
+inline void clear_unwritten(const at::Tensor& cache, int64_t rows, int64_t vocab) {
+  if (cache.numel() == 0) return;
+  const int64_t stride = cached_vocab(vocab), written = rows * stride;
+  cache.narrow(0, written, cache.numel() - written).zero_();
+  cache.narrow(0, 0, written).view({rows, stride}).narrow(1, vocab, stride - vocab).zero_();
+}
+
 // A matrix that a GEMM reads: rows of `stride` elements.
 struct Operand {
   const void* data;
