@@ -32,7 +32,17 @@ LOG_LENGTH = 1 << 20  # of a stage's output, its end
 PYTHON = (sys.executable, "-m")
 PYTEST = ("pytest", "-v", "-rfE", "--tb=short")
 CHOSEN = ("cuda_device", "batch_invariance", "linear_logprobs", "linear_logprobs_rows", "linear_kl", "linear_dpo")
-OF_NATIVE = (*CHOSEN, "kept_logits", "dpo", "bradley_terry", "kl_penalty", "sequence_logprobs", "memory", "dispatch")
+OF_NATIVE = (
+    *CHOSEN,
+    "kept_logits",
+    "frozen_head",
+    "dpo",
+    "bradley_terry",
+    "kl_penalty",
+    "sequence_logprobs",
+    "memory",
+    "dispatch",
+)
 OF_TRITON = ("triton/test_triton_device", *CHOSEN)
 # The third launch of every kernel of a name (nothing is cold then, or compiled), in the state that the step left.
 NCU = ("ncu", "--clock-control", "none", "--cache-control", "none", "--set", "detailed", "--csv", "--page", "details")
