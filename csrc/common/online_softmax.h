@@ -75,6 +75,13 @@ struct LogitMap {
   }
 };
 
+// The exponent z - scale log 2 of 2^-scale e^z for a whole number, with log 2 in two parts: the first has so few bits
+// that its multiple is exact.
+template <class M>
+RK_INLINE typename M::F scaled_exponent(typename M::F z, typename M::F scale) {
+  return (z - scale * 0.693359375f) - scale * -2.12194440e-4f;
+}
+
 // ---- softmax statistics ------------------------------------------------------------------------------------------
 
 // The statistics of a part of the vocabulary that a softmax needs, relative to the part's own maximum m = max z:

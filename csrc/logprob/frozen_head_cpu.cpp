@@ -169,8 +169,8 @@ class FrozenForward {
       const Tensor of_target = at::empty({live, 1}), of_sums = at::empty({live, 1});
       for (int64_t i = 0; i < live; ++i) {
         const float z = results_.target_logit[row + i], others = others_[block * kRowBlock + i];
-        const double shift = finite_max<ScalarMath>(scale_[block * kRowBlock + i]) * std::log(2.0);
-        const float total = others + static_cast<float>(std::exp(z - shift));
+        const float scale = finite_max<ScalarMath>(scale_[block * kRowBlock + i]);
+        const float total = others + std::exp(scaled_exponent<ScalarMath>(z, scale));
         of_target.data_ptr<float>()[i] = others * slope(z) / total;
         of_sums.data_ptr<float>()[i] = -1 / total;
       }

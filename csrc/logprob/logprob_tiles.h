@@ -150,8 +150,6 @@ static void logprob_backward(const LogprobBackwardTile& a) {
   emit_gradient(a.tile, a.sink);
 }
 
-constexpr float kLog2E = 1.44269504f, kLog2 = 0.693147181f;
-
 static RK_INLINE VecF ceil_of(VecF x) {
   float lanes[kLanes];
   Simd::store(lanes, x);
@@ -169,15 +167,15 @@ static void weigh(const LogprobWeightTile& a) {
   }
   for (int j = 0; j < kVectors; ++j) {
     const int64_t at = j * kLanes;
-    const VecF scale = Simd::max(Simd::load(a.before + at), ceil_of(Simd::load(a.max + at) * kLog2E));
-    const VecF shift = finite_max<Simd>(scale) * kLog2;
+    const VecF scale = Simd::max(Simd::load(a.before + at), ceil_of(Simd::load(a.max + at) * 1.44269504f));
+    const VecF bounded = finite_max<Simd>(scale);
     VecF sum{};
     for (int64_t begin = 0; begin < a.tile.count; begin += kTermsAtATime) {
       const int64_t end = begin + kTermsAtATime < a.tile.count ? begin + kTermsAtATime : a.tile.count;
       VecF few{};
       for (int64_t row = begin; row < end; ++row) {
         const VecF z = Simd::load(tile + row * kRowBlock + at);
-        const VecF e = Simd::exp(z - shift);
+        const VecF e = Simd::exp(scaled_exponent<Simd>(z, bounded));
         few += e;
         // Where e is 0 the slope may not be infinite: that of a soft cap at -inf.
         Simd::store(tile + row * kRowBlock + at, e * map.derivative(Simd::max(z, Simd::set(-map.cap))));

@@ -61,7 +61,7 @@ DEFECTS = {
         ROW_BLOCK,
         "lane <= kWarps ? of_warp[lane]",
         "lane < kWarps ? of_warp[lane]",
-        "logprob_shapes",
+        "several",
         only="logprob_kernels.cu",
     ),
     "no barrier between rounds": Defect(
@@ -76,7 +76,7 @@ DEFECTS = {
     "store past a row's end": Defect(
         DLOGITS,
         "if (whole() || column < tile.columns) {",
-        "{",
+        "if (whole() || column < tile.columns + kVector) {",
         "logprob_shapes",
         asan=True,
         only="logprob_kernels.cu",
@@ -96,7 +96,10 @@ DEFECTS = {
         only="logprob_kernels.cu",
     ),
     "the other model's logits of the row before": Defect(
-        "kl/kl_kernels.cu", "from = other.logits + blockIdx.x * other.stride;", "from = other.logits;", "kl_shapes"
+        "kl/kl_kernels.cu",
+        "    from = other.logits + blockIdx.x * other.stride;",
+        "    from = other.logits;",
+        "kl_shapes",
     ),
     "the last row left out of a sum": Defect(
         "common/cuda/copies.cu", "for (int64_t row = y; row < rows;", "for (int64_t row = y; row < rows - 1;", "shapes"
