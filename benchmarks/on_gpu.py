@@ -32,17 +32,7 @@ LOG_LENGTH = 1 << 20  # of a stage's output, its end
 PYTHON = (sys.executable, "-m")
 PYTEST = ("pytest", "-v", "-rfE", "--tb=short")
 CHOSEN = ("cuda_device", "batch_invariance", "linear_logprobs", "linear_logprobs_rows", "linear_kl", "linear_dpo")
-OF_NATIVE = (
-    *CHOSEN,
-    "kept_logits",
-    "frozen_head",
-    "dpo",
-    "bradley_terry",
-    "kl_penalty",
-    "sequence_logprobs",
-    "memory",
-    "dispatch",
-)
+OF_NATIVE = ("kept_logits", "frozen_head", "dpo", "bradley_terry", "kl_penalty", "sequence_logprobs", "memory")
 OF_TRITON = ("triton/test_triton_device", *CHOSEN)
 # The third launch of every kernel of a name (nothing is cold then, or compiled), in the state that the step left.
 NCU = ("ncu", "--clock-control", "none", "--cache-control", "none", "--set", "detailed", "--csv", "--page", "details")
@@ -82,7 +72,7 @@ STAGES = {
         work("rates", 20),
         Stage("smoke_native", 12, [*PYTHON, "tests.support.every_op", "native"]),
         Stage("smoke_triton", 26, [*PYTHON, "tests.support.every_op", "triton"]),
-        pytest("native_tests", 72, OF_NATIVE, "-k", "not triton and not reference"),
+        pytest("native_tests", 72, (*CHOSEN, *OF_NATIVE, "dispatch"), "-k", "not triton and not reference"),
         work("native", 40),
         work("triton", 48),
         work("peers", 45),
