@@ -90,6 +90,8 @@ inline BackwardPlan plan_backward(int64_t rows, int64_t vocab, int64_t hidden_si
   return plan;
 }
 
+constexpr int64_t kFrozenBlocks = 2;  // of rows, that one task of a split goes over
+
 // Forward with a frozen head: log-probs and their gradients of the hidden states in one pass over the vocabulary.
 struct FrozenPlan {
   int64_t tile, split, splits;  // as in ForwardPlan, so that log-probs have the bits of a plain forward
@@ -101,13 +103,13 @@ struct FrozenPlan {
 
 inline FrozenPlan plan_frozen(int64_t rows, int64_t vocab, int64_t hidden_size, int64_t element_size, int64_t stats,
                               int64_t budget) {
-  constexpr int64_t kEnoughTasks = 32;  // of one split and four blocks of rows, so that few threads wait for others
+  constexpr int64_t kEnoughTasks = 8;  // of a group; more of them would push weights and packed rows out of the cache
   FrozenPlan plan{};
   plan.tile = vocab_tile(hidden_size, element_size);
   plan.split = kTilesPerSplit * plan.tile;
   plan.splits = ceil_div(vocab, plan.split);
   plan.row_chunk = round_up(std::max<int64_t>(rows, 1), kRowBlock);
-  plan.group = std::clamp<int64_t>(kEnoughTasks * 4 * kRowBlock / plan.row_chunk, 1, plan.splits);
+  plan.group = std::clamp<int64_t>(kEnoughTasks * kFrozenBlocks * kRowBlock / plan.row_chunk, 1, plan.splits);
   plan.packed = plan.group * plan.split;
   const int64_t padded = round_up(hidden_size, kRowBlock);
   const auto bytes = [&] {

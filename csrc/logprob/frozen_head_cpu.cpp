@@ -53,7 +53,7 @@ class FrozenForward {
 
  private:
   static constexpr int64_t kPad = 32;  // strides that are powers of two would map rows to few sets of the cache
-  static constexpr int64_t kBlocksPerTask = 4, kRowTile = 128;
+  static constexpr int64_t kRowTile = 128;
 
   void run_chunk(int64_t first, int64_t blocks) {
     Partials partials(plan_.splits, blocks * kRowBlock, outputs_);
@@ -76,12 +76,12 @@ class FrozenForward {
 
   // The group's tiles: statistics as a plain forward folds them, and weights.
   void fold(int64_t split, int64_t end, int64_t first, int64_t blocks, Partials& partials) {
-    const int64_t groups = ceil_div(blocks, kBlocksPerTask), begin = split * plan_.split;
+    const int64_t groups = ceil_div(blocks, kFrozenBlocks), begin = split * plan_.split;
     parallel_tasks((end - split) * groups, [&] {
       return [&, scratch = Buffer<T>(), logits = Buffer<float>(plan_.tile * kRowBlock),
               releaser = GemmReleaser{gemm_release<T>}](int64_t task) mutable {
-        const int64_t s = split + task / groups, block_begin = task % groups * kBlocksPerTask;
-        const int64_t block_end = std::min(block_begin + kBlocksPerTask, blocks);
+        const int64_t s = split + task / groups, block_begin = task % groups * kFrozenBlocks;
+        const int64_t block_end = std::min(block_begin + kFrozenBlocks, blocks);
         const int64_t v_end = std::min((s + 1) * plan_.split, head_.vocab());
         for (int64_t v = s * plan_.split; v < v_end; v += plan_.tile) {
           const int64_t count = std::min(plan_.tile, v_end - v);
