@@ -166,19 +166,19 @@ class FrozenForward {
   void finish(int64_t first, int64_t blocks) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = (first + block) * kRowBlock, live = rows_.live(row);
-      const Tensor of_target = at::empty({live, 1}), of_sums = at::empty({live, 1});
+      const Tensor of_target = at::empty({live, 1}, at::kDouble), of_sums = at::empty({live, 1}, at::kDouble);
       for (int64_t i = 0; i < live; ++i) {
-        const float z = results_.target_logit[row + i], others = others_[block * kRowBlock + i];
-        const float scale = finite_max<ScalarMath>(scale_[block * kRowBlock + i]);
-        const float total = others + std::exp(scaled_exponent<ScalarMath>(z, scale));
-        of_target.data_ptr<float>()[i] = others * slope(z) / total;
-        of_sums.data_ptr<float>()[i] = -1 / total;
+        const float z = results_.target_logit[row + i], scale = finite_max<ScalarMath>(scale_[block * kRowBlock + i]);
+        const double others = others_[block * kRowBlock + i], total = others + std::exp(z - scale * std::log(2.0));
+        of_target.data_ptr<double>()[i] = others * slope(z) / total;
+        of_sums.data_ptr<double>()[i] = -1 / total;
       }
       const Tensor sums =
           at::from_blob(&sums_[block * kRowBlock * sums_stride_], {live, head_.width()}, {sums_stride_, 1}, at::kFloat);
       const Tensor targets = at::from_blob(const_cast<int64_t*>(&rows_.targets[row]), {live}, at::kLong);
-      const Tensor head_rows = side_.weight.detach().index_select(0, targets).to(side_.gemm_dtype).to(at::kFloat);
-      directions_.index_copy_(0, rows_.index.narrow(0, row, live), (sums * of_sums).addcmul_(head_rows, of_target));
+      const Tensor head_rows = side_.weight.detach().index_select(0, targets).to(side_.gemm_dtype).to(at::kDouble);
+      const Tensor directions = (sums * of_sums).addcmul_(head_rows, of_target);  // rounded once
+      directions_.index_copy_(0, rows_.index.narrow(0, row, live), directions.to(at::kFloat));
     }
   }
 

@@ -72,8 +72,6 @@ def linear_logprobs(
     Returns:
         LinearLogprobs of [...] tensors: fp32 whatever the inputs (fp64 for fp64), in nats. Differentiable in `hidden`,
         `weight` and `bias` through logprobs, logsumexp and entropy; gradients come in each input's own dtype.
-        Where only `hidden` needs one, native computes that of the log-probs in forward: two products instead of three,
-        and 4 N D bytes kept for backward.
         The bits of a row's results do not depend on the other rows, its position, or the number of threads.
 
     Raises:

@@ -25,9 +25,8 @@ ZERO_RANKS = [pytest.param(n, marks=pytest.mark.xdist_group(f"zero-{n}")) for n 
 
 Results = dict[str, dict[str, dict[str, Any]]]  # group -> case -> its numbers
 
-# Beside twice what the unpatched model in fp32, on halves of the batches, comes to. Relative to how far three steps
-# moved a parameter, about a hundredth of its size, and to the loss. Twice, as two ways of the same exactness part by so
-# much: three steps of AdamW multiply the rounding of a gradient (within 1.3e-6 of fp64's) by up to twenty.
+# Beside what the unpatched model in fp32, on halves of the batches, comes to. Relative to how far three steps moved a
+# parameter, about a hundredth of its size, and to the loss.
 PARAMETERS, LOSS = 5e-6, 2e-7
 TIMEOUT = 500  # seconds of a launch, which takes about 60 where the cores are free
 
@@ -84,7 +83,7 @@ def assert_equal(cases: dict[str, dict[str, Any]]) -> None:
         name: results
         for name, results in cases.items()
         if not (
-            results["difference"] <= 2 * results["unfused"] + PARAMETERS
+            results["difference"] <= 1.25 * results["unfused"] + PARAMETERS
             and results["loss_difference"] <= 2 * results["unfused_loss"] + LOSS
         )
     }
