@@ -328,7 +328,7 @@ struct Matrix {
   std::vector<float> values;
 
   Matrix(int64_t rows, int64_t columns, int64_t seed)
-      : rows(rows), columns(columns), stride(columns + 3), values((rows - 1) * stride + columns) {
+      : rows(rows), columns(columns), stride((columns + 7) / 4 * 4), values((rows - 1) * stride + columns) {
     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>((i * 7 + seed) % 11) - 5;
   }
   float at(int64_t i, int64_t j, bool transposed) const { return values[transposed ? j * stride + i : i * stride + j]; }
@@ -343,7 +343,7 @@ void check_gemm_of(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tr
   std::vector<char> workspace(100);
   rk::cuda::gemm({workspace.data(), 100, false, nullptr},
                  {m, n, k, a.values.data(), a.stride, a_transposed, b.values.data(), b.stride, b_transposed,
-                  c.values.data(), c.stride, accumulate, rk::Format::f32, rk::Format::f32, m});
+                  c.values.data(), c.stride, accumulate, rk::Format::f32, rk::Format::f32, m, (n + 7) / 8 * 8});
   for (size_t i = 0; i < c.values.size(); ++i) {
     const int64_t row = static_cast<int64_t>(i) / c.stride, column = static_cast<int64_t>(i) % c.stride;
     float wanted = accumulate || column >= n ? before.values[i] : 0;
@@ -354,14 +354,14 @@ void check_gemm_of(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tr
 
 template <class T, class To, class From>
 void check_gemm_in(rk::Format format, To to_16, From from_16) {
-  std::vector<T> a(70), b(70), c(1);
+  std::vector<T> a(72), b(70 * 8), c(8);
   float wanted = 0;
   for (int d = 0; d < 70; ++d) {
-    a[d] = to_16(static_cast<float>(d)), b[d] = to_16(1);
+    a[d] = to_16(static_cast<float>(d)), b[d * 8] = to_16(1);
     wanted += from_16(a[d]);
   }
   rk::cuda::gemm({nullptr, 0, false, nullptr},
-                 {1, 1, 70, a.data(), 70, false, b.data(), 1, false, c.data(), 1, false, format, format, 1});
+                 {1, 1, 70, a.data(), 72, false, b.data(), 8, false, c.data(), 8, false, format, format, 0, 0});
   expect(c[0].bits == to_16(wanted).bits, "a product rounded once");
 }
 
