@@ -9,9 +9,6 @@ from .. import _extension, _ops, _workspace
 from .._logits import Side
 from .autograd import Arguments, frozen_arguments, register, register_frozen, results_of
 
-# Whether a head that needs no gradient takes two products instead of three: docs/backends.md, "Frozen heads".
-FROZEN_IN_TWO = False
-
 
 def linear_logprobs(
     side: Side, targets: Tensor, ignore_index: int, outputs: tuple[str, ...]
@@ -19,7 +16,7 @@ def linear_logprobs(
     """Same contract as `reference.linear_logprobs`."""
     hidden, weight, bias = side.tensors()
     _ops.refuse_forward_mode("linear_logprobs", hidden, weight, bias)
-    if FROZEN_IN_TWO and _ops.needs_gradient(hidden) and not _ops.needs_gradient(weight, bias):
+    if _ops.needs_gradient(hidden) and not _ops.needs_gradient(weight, bias):
         arguments = Arguments.of(side, targets, ignore_index, outputs)
         return results_of(frozen_op(*frozen_arguments(arguments)), outputs)
     kept, (vocab, width) = 0, weight.shape

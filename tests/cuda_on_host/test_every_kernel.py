@@ -140,15 +140,13 @@ def check_frozen(head, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_head_instances(kind, dtype, monkeypatch):
-    monkeypatch.setattr(logprob_ops, "FROZEN_IN_TWO", True)
+def test_frozen_head_instances(kind, dtype):
     bias, options = KINDS[kind]
     check_frozen(T.make_head(5, 33, 301, dtype=dtype, bias=bias), **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_frozen_head_shapes(shape, monkeypatch):
-    monkeypatch.setattr(logprob_ops, "FROZEN_IN_TWO", True)
+def test_frozen_head_shapes(shape):
     check_frozen(T.make_head(*shape, bias=True, masked=0.3))
 
 

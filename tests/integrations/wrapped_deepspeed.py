@@ -19,22 +19,22 @@ from transformers.integrations import HfDeepSpeedConfig
 from rlhf_kernels.integrations.transformers import lm_head_of, logit_options_of, patch_causal_lm
 from tests.integrations.three_steps import (
     OPTIMIZERS,
+    Make,
     Run,
     Trained,
     batches,
-    compared,
+    compare_runs,
+    head_lora,
     llama,
-    lora,
     loss_of,
     message_of,
     micro_batches,
     plain_name,
     report,
-    runs,
     snapshot,
     tied,
     trainable,
-    worst_of,
+    trunk_lora,
 )
 
 Results = dict[str, Any]
@@ -44,7 +44,7 @@ class Wrapping(NamedTuple):
     """`model` makes it, `patch` patches it, ZeRO's `stage` shards it."""
 
     stage: int
-    model: Callable[[], Any] = llama
+    model: Make = llama
     patch: Callable[[Any], Any] = patch_causal_lm
     micros: int = 1
 
@@ -79,16 +79,13 @@ def whole_parameters(model: Any) -> dict[str, Any]:
 
 
 def compare(wrapping: Wrapping) -> Results:
-    """The largest relative differences, over losses and optimizers."""
-    results = []
-    for run in runs(wrapping.micros):
-        model = wrapping.model()
-        start = snapshot(model)
+    def trained(model: Any, run: Run) -> Trained:
         engine = initialized(wrapping.patch(model), wrapping, run)
-        trained = train(engine, run)
+        results = train(engine, run)
         engine.destroy()
-        results.append(compared(trained, wrapping.model, run, start))
-    return worst_of(results)
+        return results
+
+    return compare_runs(wrapping.model, wrapping.micros, trained)
 
 
 def initialized(model: Any, wrapping: Wrapping, run: Run) -> Any:
@@ -127,16 +124,14 @@ def head_outside() -> Results:
     return {"message": message}
 
 
-trunk = functools.partial(lora, "q_proj", "v_proj")
-with_head = functools.partial(lora, "q_proj", "lm_head")
 EQUAL = {
     "ZeRO-1": Wrapping(1),
     "ZeRO-2": Wrapping(2),
     "ZeRO-3": Wrapping(3),
     "ZeRO-3, two micro-batches": Wrapping(3, micros=2),
     "ZeRO-3, tied": Wrapping(3, tied),
-    "ZeRO-3, LoRA": Wrapping(3, trunk),
-    "ZeRO-3, LoRA on the head": Wrapping(3, with_head),
+    "ZeRO-3, LoRA": Wrapping(3, trunk_lora),
+    "ZeRO-3, LoRA on the head": Wrapping(3, head_lora),
     "ZeRO-3, zero.Init": Wrapping(3, patch=born_sharded_and_patched),
     "ZeRO-3, zero.Init, tied": Wrapping(3, tied, born_sharded_and_patched),
 }

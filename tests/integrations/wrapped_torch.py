@@ -29,14 +29,15 @@ from rlhf_kernels.integrations.transformers import (
 from tests.integrations.three_steps import (
     OPTIMIZERS,
     Batch,
+    Make,
     Run,
     Trained,
     batches,
-    compared,
+    compare_runs,
     difference,
     dpo,
+    head_lora,
     llama,
-    lora,
     loss_of,
     loss_of_logits,
     message_of,
@@ -48,8 +49,8 @@ from tests.integrations.three_steps import (
     tied,
     token_count,
     trainable,
+    trunk_lora,
     truth,
-    worst_of,
 )
 
 Results = dict[str, Any]
@@ -62,7 +63,7 @@ def itself(wrapper: Any) -> Any:
 class Wrapping(NamedTuple):
     """`model` makes it, `wrap` patches and wraps it; `call` is what is called in place of the wrapper."""
 
-    model: Callable[[], Any]
+    model: Make
     wrap: Callable[[Any], Any]
     call: Callable[[Any], Any] = itself
     micros: int = 1
@@ -104,14 +105,10 @@ def whole_parameters(wrapper: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def compare(wrapping: Wrapping) -> Results:
-    """The largest relative differences, over losses and optimizers."""
-    results = []
-    for run in runs(wrapping.micros):
-        model = wrapping.model()
-        start = snapshot(model)
-        trained = train(wrapping.wrap(model), run, wrapping.call, wrapping.loss)
-        results.append(compared(trained, wrapping.model, run, start))
-    return worst_of(results)
+    def trained(model: Any, run: Run) -> Trained:
+        return train(wrapping.wrap(model), run, wrapping.call, wrapping.loss)
+
+    return compare_runs(wrapping.model, wrapping.micros, trained)
 
 
 def ddp(model: Any, **options: Any) -> DDP:
@@ -189,7 +186,7 @@ def in_bf16(wrap: Callable[[Any, Callable[..., Any]], Any]) -> Results:
     results = {"difference": 0.0, "unfused": 0.0}
     for run in runs():
         model = llama()
-        start, expected = snapshot(model), truth(llama, run).parameters
+        start, expected = snapshot(model), truth(llama, 0, run).parameters
         for name, loss in (("difference", loss_of), ("unfused", loss_of_logits)):
             wrapped = wrap(copy.deepcopy(model), loss)
             trained = train(wrapped, run, itself, loss)
@@ -233,8 +230,6 @@ def sharded_then_patched(model: Any) -> Any:
     return patch_causal_lm(sharded(model, patch=itself), logit_options=LogitOptions())
 
 
-trunk = functools.partial(lora, "q_proj", "v_proj")
-with_head = functools.partial(lora, "q_proj", "lm_head")
 partial = functools.partial
 EQUAL = {
     "DDP": Wrapping(llama, ddp),
@@ -243,8 +238,8 @@ EQUAL = {
     "DDP, static_graph": Wrapping(llama, partial(ddp, static_graph=True)),
     "DDP, tied": Wrapping(tied, ddp),
     "DDP, tied, two micro-batches": Wrapping(tied, ddp, micros=2),
-    "DDP, LoRA": Wrapping(trunk, ddp),
-    "DDP, LoRA on the head": Wrapping(with_head, ddp),
+    "DDP, LoRA": Wrapping(trunk_lora, ddp),
+    "DDP, LoRA on the head": Wrapping(head_lora, ddp),
     "DDP, transformers' checkpoints": Wrapping(llama, lambda model: ddp(with_own_checkpoints(model))),
     "accelerate": Wrapping(llama, accelerated),
     "accelerate, two micro-batches": Wrapping(llama, accelerated, micros=2),
@@ -259,9 +254,9 @@ EQUAL = {
     "FSDP2, head as a unit, root resharded": Wrapping(llama, partial(sharded, head=True, root=True)),
     "FSDP2, tied": Wrapping(tied, sharded),
     "FSDP2, tied, root resharded": Wrapping(tied, partial(sharded, root=True)),
-    "FSDP2, LoRA": Wrapping(trunk, sharded),
-    "FSDP2, LoRA on the head": Wrapping(with_head, sharded),
-    "FSDP2, LoRA on the head as a unit": Wrapping(with_head, partial(sharded, head=True)),
+    "FSDP2, LoRA": Wrapping(trunk_lora, sharded),
+    "FSDP2, LoRA on the head": Wrapping(head_lora, sharded),
+    "FSDP2, LoRA on the head as a unit": Wrapping(head_lora, partial(sharded, head=True)),
     "FSDP2, torch's checkpoints": Wrapping(llama, lambda model: sharded(with_checkpoints(model), head=True)),
     "FSDP2, transformers' checkpoints": Wrapping(llama, lambda model: sharded(with_own_checkpoints(model))),
     "FSDP2, log-probs changed in place": Wrapping(llama, partial(sharded, root=True), loss=changed_in_place),

@@ -8,10 +8,8 @@ import torch
 import rlhf_kernels as rk
 from rlhf_kernels import _extension, _workspace
 from rlhf_kernels import testing as T
-from rlhf_kernels.logprob import ops
 from tests.kernels.covering import every_pair
 
-pytestmark = pytest.mark.usefixtures("in_two")
 OPTIONS = {"plain": {}, "affine": {"logit_scale": 0.5, "temperature": 0.7}, "soft cap": {"logit_softcap": 3.0}}
 SHAPES = [  # N, D, V
     (1, 1, 1),
@@ -20,11 +18,6 @@ SHAPES = [  # N, D, V
     (3, 640, 5001),  # few rows: many splits at a time
 ]
 BOUNDS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-@pytest.fixture
-def in_two(native, monkeypatch):
-    monkeypatch.setattr(ops, "FROZEN_IN_TWO", True)
 
 
 def gradient_of(head, weights, frozen, backend, outputs=(), **options):

@@ -1,33 +1,33 @@
 #include "common/cpu/kept_logits.h"
 
+#include <sys/mman.h>
+
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 
-#include "common/cpu/buffer.h"
 #include "common/workspace.h"
 
 namespace rk {
 namespace {
 
-// Pages that were never written are not committed, and hold zeros.
+// Pages of its own: those that were never written are not committed and hold zeros, and all go back when it is freed,
+// which malloc may not do with what it found in its heap.
 struct Block {
-  explicit Block(int64_t size) : count(size), start(static_cast<char*>(std::calloc(bytes() + kCacheLine, 1))) {
-    TORCH_CHECK(start, "out of memory: ", bytes(), " bytes to keep logits for backward; ",
+  explicit Block(int64_t size)
+      : count(size), start(mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    TORCH_CHECK(start != MAP_FAILED, "out of memory: ", bytes(), " bytes to keep logits for backward; ",
                 "a smaller rk.set_workspace_budget recomputes them instead");
   }
   Block(const Block&) = delete;
-  ~Block() { std::free(start); }
+  ~Block() { munmap(start, bytes()); }
 
   int64_t bytes() const { return count * static_cast<int64_t>(sizeof(float)); }
   bool fits_budget() const { return bytes() <= workspace_budget_bytes(kCpuBudgetMib) / 2; }
-  float* data() const {
-    return reinterpret_cast<float*>(start + kCacheLine - reinterpret_cast<uintptr_t>(start) % kCacheLine);
-  }
+  float* data() const { return static_cast<float*>(start); }
 
   const int64_t count;
-  char* const start;
+  void* const start;
   int64_t written = 0;
 };
 
