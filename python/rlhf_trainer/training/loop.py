@@ -6,12 +6,10 @@ A command defines its examples and their loss (`Task`); the rest is the same for
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,16 +26,13 @@ from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
-from .memory import lack_of_memory
+from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .output_folder import commit_output, keep_checkpoints, open_output, partial_folder
 from .task import Metrics, Task, Totals, with_aux_loss
 
 BAD_BATCH = "bad_batch.json"
 LOWER_RATE = "Lower learning_rate or max_grad_norm, or lengthen warmup_steps."
-M_MMAP_THRESHOLD = -3  # of malloc.h
-MAPPED_BYTES = 1 << 20  # smaller tensors are not worth a call of the system each
-LARGE_BYTES = 64 << 20
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -46,16 +41,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     rk.set_workspace_budget(config.workspace_mib)
     torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
     return accelerator
-
-
-def give_back_freed_memory(model: nn.Module) -> None:
-    """Makes glibc return freed tensors to the system at once. By itself it keeps freed blocks of up to 32 MiB: a step's
-    activations would still take memory when the largest gradients arrive. A small model has no such gradients, and
-    fetching memory anew for each of its tensors would take longer than to compute it."""
-    largest = max(weight.nbytes for weight in model.parameters())
-    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if largest >= LARGE_BYTES and hasattr(allocator, "mallopt"):
-        allocator.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def plan_training(

@@ -1,12 +1,15 @@
-"""Running out of memory: one message of what ran and which options help."""
+"""Memory that is given back in time, and one message where it runs out, of what ran and which options help."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..errors import TrainingError
 
@@ -15,7 +18,27 @@ LOWER = (
     "max_completion_length", "max_new_tokens", "workspace_mib",
 )  # fmt: skip
 TURN_ON = ("gradient_checkpointing", "bf16")
+LARGE_BYTES = 64 << 20
 CPU_MESSAGE = "DefaultCPUAllocator"  # torch raises a plain RuntimeError there
+
+
+def give_back_freed_memory(model: nn.Module) -> None:
+    """Makes glibc, which keeps freed blocks of up to 32 MiB, return them to the system where a backward pass reaches
+    large embeddings: their gradient comes last, and a step's activations would still take memory beside it."""
+    allocator = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(allocator, "malloc_trim"):
+        return
+
+    def trim(_gradient: Tensor) -> None:
+        allocator.malloc_trim(0)
+
+    def before_its_gradient(_embedding: nn.Module, _ids: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(trim)
+
+    for part in model.modules():
+        if isinstance(part, nn.Embedding) and part.weight.device.type == "cpu" and part.weight.nbytes >= LARGE_BYTES:
+            part.register_forward_hook(before_its_gradient)
 
 
 @contextmanager
