@@ -7,8 +7,6 @@ has computed the reference's log-probs before. bf16 is autocast over fp32 weight
 `rlhf, share_prefix` computes the prompt once for both responses, by an option.
 """
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.harness.heads import bf16_is_fast

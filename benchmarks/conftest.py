@@ -4,8 +4,6 @@ A case's time is its marker, `budget(turns=SECONDS, peaks=SECONDS)`: of trying p
 of processes that measure peak memory, none by default. Their sum is printed when the cases are collected.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -3,8 +3,6 @@
 That is written after every row. `--tiny` takes the CPU, one case and tiny shapes: a test of this file.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

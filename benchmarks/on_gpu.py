@@ -8,8 +8,6 @@ CONTRIBUTING.md says how to prepare a borrowed machine, results/README.md what t
 `--dry_run` walks through all stages on the CPU, at tiny shapes and Triton in its interpreter, and prints the budget.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

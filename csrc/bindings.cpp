@@ -183,11 +183,12 @@ PYBIND11_MODULE(_C, m) {
       "Chooses the instruction set of the CPU kernels, for tests and measurements.");
   m.def(
       "set_workspace_budget_mib",
-      [](int64_t mib) {
-        rk::workspace_budget_mib() = mib;
+      [](int64_t cpu, int64_t cuda) {
+        rk::workspace_budget_mib(rk::Scratch::cpu) = cpu;
+        rk::workspace_budget_mib(rk::Scratch::cuda) = cuda;
         rk::trim_kept_logits_memory();
       },
-      "0: the device's default.");
+      pybind11::arg("cpu"), pybind11::arg("cuda"));
   m.def("multiply_adds", [] { return rk::multiply_adds().load(); }, "Of all matrix products so far.");
   m.def(
       "plan_forward",

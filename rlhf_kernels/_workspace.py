@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from pathlib import Path
+
 import torch
 
 from . import _extension
@@ -9,7 +13,9 @@ from . import _extension
 PAD_ROWS, PAD_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h, kRowBlock and cached_vocab
 _NO_LIMIT = 1 << 50
 LEAST_MIB = 8
-_DEFAULT_MIB = {"cpu": 64, "cuda": 256}
+SHARE, LEAST_DEFAULT_MIB, MOST_DEFAULT_MIB = 32, 64, 1024  # of this machine's memory, on a CPU
+CUDA_DEFAULT_MIB = 256
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _budget_mib: int | None = None
 
 
@@ -17,7 +23,8 @@ def set_workspace_budget(mib: int | None) -> None:
     """Bounds the scratch memory of one call, kept logits included.
 
     Args:
-        mib: whole number >= 8, or None for each kind of device's default: 64 on CPU, 256 on CUDA. The native
+        mib: whole number >= 8, or None for each kind of device's default: on CPU a 32nd of the memory that this
+            process may use, at least 64 and at most 1024; 256 on CUDA. `build_info` shows both. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four, or of `linear_kl`'s two of six: on CPU as many as fit half of the budget beside what backward
             needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it; under
@@ -33,12 +40,34 @@ def set_workspace_budget(mib: int | None) -> None:
     if mib is not None and mib < LEAST_MIB:
         raise ValueError(f"mib must be >= {LEAST_MIB}, got {mib}")
     _budget_mib = mib
+    _hand_over()
+
+
+def _hand_over() -> None:
     if _extension.native_available():
-        _extension.module().set_workspace_budget_mib(mib or 0)
+        _extension.module().set_workspace_budget_mib(workspace_budget_mib("cpu"), workspace_budget_mib("cuda"))
 
 
 def workspace_budget_mib(device_type: str) -> int:
-    return _budget_mib or _DEFAULT_MIB.get(device_type, _DEFAULT_MIB["cuda"])
+    return _budget_mib or (_cpu_default_mib() if device_type == "cpu" else CUDA_DEFAULT_MIB)
+
+
+@functools.cache
+def _cpu_default_mib() -> int:
+    return default_mib(memory_bytes())
+
+
+def default_mib(memory: int) -> int:
+    """Of a machine with so many bytes of memory. Logits are kept from it, which takes one GEMM of four away."""
+    return min(max((memory >> 20) // SHARE, LEAST_DEFAULT_MIB), MOST_DEFAULT_MIB)
+
+
+def memory_bytes() -> int:
+    """Of this machine, or what a container leaves of it."""
+    limits = [
+        text for path in CGROUP_LIMITS if Path(path).is_file() and (text := Path(path).read_text().strip()).isdigit()
+    ]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(int, limits)])
 
 
 def workspace_budget_bytes(device: torch.device) -> int:
@@ -61,3 +90,6 @@ def logits_to_keep(rows: int, vocab: int, width: int, device: torch.device, ref_
     room = min(budget // 2, budget - scratch * 4 // 3) // 4
     logits = -(-rows // PAD_ROWS) * PAD_ROWS * vocab * models
     return min(logits, room) if logits <= 8 * room else 0
+
+
+_hand_over()

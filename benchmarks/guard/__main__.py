@@ -7,8 +7,6 @@ instructions of one run are counted, where valgrind is installed.
 Exit status: 1 if a case is slower, or no longer runs; 2 if the comparison could not be made; else 0.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

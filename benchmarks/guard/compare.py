@@ -1,7 +1,5 @@
 """Builds two commits, lets their processes take turns, and prints a table of ratios and verdicts (verdict.py)."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

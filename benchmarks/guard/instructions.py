@@ -1,8 +1,6 @@
 """Instructions of one run of a case, for each of two folders, counted by valgrind: no virtual machine has a counter of
 its own. Valgrind's processor has other features than most, so that torch's GEMMs may take other code."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """One side of a comparison: a process that imports one folder's rlhf_kernels (worker.py), seen from outside."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

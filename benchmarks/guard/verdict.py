@@ -12,8 +12,6 @@
   where the times cannot tell.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 

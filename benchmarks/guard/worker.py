@@ -8,8 +8,6 @@ machine counts less, and by the clock with more, as then waiting for each other 
 answer too. Cases use public names only, as one side may be an older commit.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

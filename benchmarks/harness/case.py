@@ -1,8 +1,6 @@
 """A case is one op at one shape: its inputs, the truth of a few rows in fp64, the products that nobody can do without,
 and the peers that are to do it. Each op is a class in a file of its own."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,6 +96,11 @@ class Case(abc.ABC):
         return self.inputs()[:1]
 
     @property
+    def products(self) -> tuple[int, int]:
+        """Of forward and in total."""
+        return self.forward_products, self.total_products
+
+    @property
     def head(self) -> dict:
         """Options of the head, for every peer."""
         return {}
@@ -139,6 +142,7 @@ class HeadCase(Case):
     d: int
     v: int
     masked: float = 0.0
+    frozen: bool = False  # the head needs no gradient
     softcap: float | None = None
     model: str = ""  # whose head it is
     sweep: str = ""  # what varies, where this is one of several that differ in one thing
@@ -151,7 +155,7 @@ class HeadCase(Case):
 
     def label(self) -> dict:
         size = {"n": self.n, "d": self.d, "v": self.v, "masked": self.masked, "softcap": self.softcap}
-        return super().label() | size | {"model": self.model, "sweep": self.sweep}
+        return super().label() | size | {"frozen": self.frozen, "model": self.model, "sweep": self.sweep}
 
     def needs(self) -> set[str]:
         needs = super().needs() | {"32-bit" if self.dtype == torch.float32 else "16-bit"}
@@ -160,7 +164,7 @@ class HeadCase(Case):
     def make_inputs(self) -> None:
         new = partial(normal, dtype=self.dtype, device=self.device)
         self.hidden = new(*self.shape, self.d, seed=1).requires_grad_()
-        self.weight = new(self.v, self.d, seed=2, scale=self.d**-0.5).requires_grad_()
+        self.weight = new(self.v, self.d, seed=2, scale=self.d**-0.5).requires_grad_(not self.frozen)
         generator = torch.Generator(self.device).manual_seed(3)
         self.targets = torch.randint(self.v, self.shape, generator=generator, device=self.device)
         if self.masked:
@@ -175,7 +179,12 @@ class HeadCase(Case):
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        return self.hidden, self.weight
+        return (self.hidden,) if self.frozen else (self.hidden, self.weight)
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """A frozen head's logits are not computed again, and there is no dW."""
+        return self.forward_products, self.total_products - 2 * self.frozen
 
     @property
     def head(self) -> dict:
@@ -206,11 +215,12 @@ class HeadCase(Case):
 
         @torch.no_grad()
         def total() -> None:
-            forward(self.total_products - 2)
-            grad_weight = torch.empty_like(self.weight)
-            for part, grad_part in zip(self.weight.split(self.tile), grad_weight.split(self.tile), strict=True):
+            forward(self.products[1] - len(self.leaves))
+            grad_weight = torch.empty_like(self.weight[: 0 if self.frozen else self.v])
+            for k, part in enumerate(self.weight.split(self.tile)):
                 dz = dlogits[:, : len(part)]
-                torch.mm(dz.T, hidden, out=grad_part)
+                if not self.frozen:
+                    torch.mm(dz.T, hidden, out=grad_weight[k * self.tile :][: len(part)])
                 torch.mm(dz, part, out=grad_hidden)
 
         return forward, total

@@ -1,8 +1,6 @@
 """GRPO: (hidden [B, T, D], weight, targets [B, T], old_logprobs [B, T], advantages [B]) -> the mean loss, clipped as
 PPO does, a mean over sequences of means over tokens (DeepSeekMath eq. 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The heads that are measured on a CPU: D and V of real models, and the tokens it multiplies in about a second."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """linear_dpo_loss: (hidden [S, T, D], weight, labels [S, T], ref_hidden, ref_weight) -> the mean loss of pairs, the
 first half of the sequences chosen, the second rejected."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """linear_kl: (hidden [N, D], weight [V, D], ref_hidden [N, D], ref_weight [V, D]) -> KL(policy || reference) [N]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

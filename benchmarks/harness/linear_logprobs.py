@@ -1,7 +1,5 @@
 """linear_logprobs: (hidden [N, D], weight [V, D], targets [N]) -> log-probs [N]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

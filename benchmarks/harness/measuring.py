@@ -4,8 +4,6 @@ Every row has at least LEAST_TURNS turns. A case has so many seconds: who would 
 its row says how long its one run took.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import random
@@ -297,7 +295,7 @@ def measure_peaks(case: Case, contenders: list[Contender], seconds: float) -> No
 def rows_of(case: Case, able: list[Contender], turns: int, targets: dict) -> Iterator[dict]:
     """Rows with their times, and what these are to the bare GEMMs' and to the native backend's."""
     bare, native = (next((one for one in able if one.name == name), None) for name in (BARE, "native"))
-    products = (case.forward_products, case.total_products)
+    products = case.products
     for one in able:
         row = one.row | {"rounds": turns}
         part = 1.0 if one is bare else case.counted_share  # masked rows need no product

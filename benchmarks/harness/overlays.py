@@ -1,8 +1,6 @@
 """Packages that cannot be installed beside the others, as they ask for other versions of what is here. Each lies in a
 folder of its own, build/peers/<name>-<version> (`make peers`), and is imported from there."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,8 +1,6 @@
 """dpo_loss, bradley_terry_loss and kl_penalty on [S]-sized tensors: what a training step pays for the loss once
 log-probs or rewards are there. The native backend by "auto", which these functions choose by themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 A process of its own, because a process keeps memory that it once had. Linux only: it reads, and resets, VmHWM.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import pickle

@@ -5,8 +5,6 @@ what it cannot is a row of the table with the reason. This project's backends ar
 the op's own file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -14,7 +14,22 @@ from rlhf_trainer.training.files import write_whole
 
 PARTS = ROOT / "build/on_gpu"  # what each stage of on_gpu.py measured
 # Two rows that agree in these are the same row, measured twice.
-SAME = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
+SAME = (
+    "op",
+    "dtype",
+    "n",
+    "d",
+    "v",
+    "s",
+    "t",
+    "pairs_per_response",
+    "masked",
+    "frozen",
+    "softcap",
+    "model",
+    "sweep",
+    "threads",
+)
 SAME += ("contender", "trainer", "host", "case")
 
 

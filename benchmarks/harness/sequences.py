@@ -1,7 +1,5 @@
 """Ops whose value is one loss of log-probs of sequences: anybody's log-probs will do."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`python -m benchmarks.report`: docs/performance.md and its pictures from benchmarks/results."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

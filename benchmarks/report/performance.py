@@ -4,8 +4,6 @@ A file of results is what one run measured on one machine: `rows` of contenders 
 shape; where there are any, `pair_losses` (ops on one number per sequence) and `steps` of training.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -5,8 +5,6 @@ as paths it made files of 290 KB where these have 60. Panels are laid out for De
 that other fonts fit too. The same results give the same bytes.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable
 from pathlib import Path

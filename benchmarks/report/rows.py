@@ -1,14 +1,27 @@
 """Rows of results: whose they are, how they compare with native's, and which of them make a table."""
 
-from __future__ import annotations
-
 from benchmarks.harness.measuring import BARE
 from benchmarks.harness.peers import is_ours as is_backend
 
 NATIVE = "native"
 LARGER = f"{NATIVE}, larger budget"
 # What the rows of a table share.
-KEY = ("op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "softcap", "model", "sweep", "threads")
+KEY = (
+    "op",
+    "dtype",
+    "n",
+    "d",
+    "v",
+    "s",
+    "t",
+    "pairs_per_response",
+    "masked",
+    "frozen",
+    "softcap",
+    "model",
+    "sweep",
+    "threads",
+)
 Table = list[dict]  # rows of one op at one shape, which took turns
 
 
@@ -82,7 +95,8 @@ def shape(row: dict) -> str:
     masked = f", {row['masked']:.0%} masked" if row.get("masked") else ""
     capped = f", soft cap {row['softcap']:g}" if row.get("softcap") else ""
     pairs = f", {each} pairs a response" if (each := row.get("pairs_per_response") or 1) > 1 else ""
-    return f"{tokens}x{row['d']}x{row['v']}{masked}{capped}{pairs}"
+    frozen = ", frozen head" if row.get("frozen") else ""
+    return f"{tokens}x{row['d']}x{row['v']}{masked}{frozen}{capped}{pairs}"
 
 
 def name_of(row: dict) -> str:

@@ -1,7 +1,5 @@
 """The targets that rows of ops and of training steps carry, held against what was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from benchmarks.report.formatting import cell, error_of, grid, nats, short
@@ -46,17 +44,16 @@ def op_targets(tables: list[Table]) -> Iterator[Line]:
         for row in table:
             for what, most in row.get("targets", {}).items():
                 able = row["status"] == "measured" and native is not None
-                value = measured_for(what, row, native, table) if able else None
-                against = f" against {row['contender']}" if row is not native else ""
+                own = row is native or (what.endswith("mib") and row["contender"].startswith(NATIVE))
+                value = (row.get(what) if own else measured_for(what, row, native, table)) if able else None
+                against = row["contender"].removeprefix(NATIVE) if own else f" against {row['contender']}"
                 case = [f"`{row['op']}` {row['dtype']}, {name_of(row)}", what.replace("_", " ") + against]
                 otherwise = "not measured" if able else cell(row["status"]) if native else f"no {NATIVE}"
                 yield line_of(case, value, most, error_of(native) if native else "", otherwise)
 
 
 def measured_for(what: str, row: dict, native: dict, table: Table) -> float | None:
-    """The subject of a target: native's part of a contender's time or memory, or its own memory."""
-    if row is native:
-        return native.get(what)
+    """The subject of a target: native's part of a contender's time or memory."""
     if what in ("forward", "total"):
         return 1 / over if (over := over_native(row, native, what)) else None
     if what == "total_larger_budget":

@@ -1,7 +1,5 @@
 """`python -m benchmarks.scaling`: the tables of docs/scaling.md, between their markers, and docs/images/growth.svg."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ Products are counted at an assumed part of the data sheet's rate; the fused ops'
 all that is counted of them.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from benchmarks.harness.linear_dpo import LinearDPO

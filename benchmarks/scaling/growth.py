@@ -1,7 +1,5 @@
 """How time and memory grow with N, V and D, and fall with masked rows: tables and a picture of the sweeps."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

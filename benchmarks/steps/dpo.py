@@ -4,8 +4,6 @@ It reads a line of JSON, the request, then one line for every step that it may t
 it answers one line: {} or the result.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The model and the pairs of preferences that training steps are measured with, both made up."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import dataclass

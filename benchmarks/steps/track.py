@@ -1,7 +1,5 @@
 """A model and pairs on disk, trainers in a process each, who take turns step by step, and the rows that come of it."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics

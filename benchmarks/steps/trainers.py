@@ -6,8 +6,6 @@ off, and the reference's log-probs are computed once, before training. What diff
 to a loss, and all that they do besides.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

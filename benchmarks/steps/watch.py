@@ -9,8 +9,6 @@
   logits and other scratch: the most of any timed step. Linux only: it reads, and resets, VmHWM.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

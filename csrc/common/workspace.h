@@ -6,17 +6,14 @@
 
 namespace rk {
 
-// 0: not set, so that each kind of device has its own default.
-inline std::atomic<int64_t>& workspace_budget_mib() {
-  static std::atomic<int64_t> mib{0};
-  return mib;
+enum class Scratch { cpu, cuda };
+
+// rlhf_kernels/_workspace.py sets them, and knows what is usual on this machine.
+inline std::atomic<int64_t>& workspace_budget_mib(Scratch kind) {
+  static std::atomic<int64_t> cpu{64}, cuda{256};
+  return kind == Scratch::cpu ? cpu : cuda;
 }
 
-constexpr int64_t kCpuBudgetMib = 64, kCudaBudgetMib = 256;
-
-inline int64_t workspace_budget_bytes(int64_t default_mib) {
-  const int64_t mib = workspace_budget_mib();
-  return (mib ? mib : default_mib) << 20;
-}
+inline int64_t workspace_budget_bytes(Scratch kind) { return workspace_budget_mib(kind) << 20; }
 
 }  // namespace rk

@@ -185,10 +185,18 @@ def test_pair_losses(op):
 
 def test_peak_memory_on_a_cpu():
     """A process that holds the logits and their gradients holds more than one that does not."""
-    case = LinearLogprobs(512, 64, 40000, rivals=("eager",), **TINY)
-    rows = rows_of(case, peaks_s=1e6)
+    case = LinearLogprobs(512, 64, 40000, rivals=("eager",), budgets_mib={"least": 8}, **TINY)
+    mib = {name: row.get("peak_total_mib") for name, row in rows_of(case, peaks_s=1e6).items()}
     logits_mib = 4 * case.n * case.v / 2**20
-    assert rows["eager"]["peak_total_mib"] > 1.8 * logits_mib > logits_mib / 2 > rows["native"]["peak_total_mib"]
+    assert mib["eager"] > 1.8 * logits_mib > logits_mib / 2 > mib["native, least budget"]
+
+
+def test_a_frozen_head_has_no_gradient_and_two_products():
+    case = LinearLogprobs(64, 32, 300, frozen=True, rivals=("eager",), **TINY)
+    rows = rows_of(case)
+    assert case.products == (1, 2) and len(case.leaves) == 1 and case.weight.grad is None
+    assert rows["bare GEMMs"]["status"] == rows["native"]["status"] == "measured"
+    assert rows["native"]["frozen"] and rows["native"]["hidden_gradient_error"] < 1e-5
 
 
 def test_a_file_is_added_to_where_machine_and_versions_are_the_same(tmp_path):

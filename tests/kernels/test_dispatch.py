@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_kernels as rk
-from rlhf_kernels import _dispatch, _extension, _triton
+from rlhf_kernels import _dispatch, _extension, _triton, _workspace
 from rlhf_kernels import testing as T
 
 
@@ -210,9 +210,24 @@ def test_the_workspace_budget_is_reported():
         rk.set_workspace_budget(37)
         assert rk.build_info()["workspace_budget_mib"] == {"cpu": 37, "cuda": 37}
         rk.set_workspace_budget(None)
-        assert rk.build_info()["workspace_budget_mib"] == {"cpu": 64, "cuda": 256}
+        cpu = _workspace.default_mib(_workspace.memory_bytes())
+        assert rk.build_info()["workspace_budget_mib"] == {"cpu": cpu, "cuda": 256}
     finally:
         rk.set_workspace_budget(None)
+
+
+def test_the_default_budget_is_a_share_of_memory(monkeypatch, tmp_path):
+    gib = 2**30
+    memories = (gib // 2, 4 * gib, 24 * gib, 512 * gib)
+    assert [_workspace.default_mib(memory) for memory in memories] == [64, 128, 768, 1024]
+    machine = _workspace.memory_bytes()
+    limit, none = tmp_path / "limit", tmp_path / "none"
+    limit.write_text(f"{gib}\n")
+    none.write_text("max\n")
+    monkeypatch.setattr(_workspace, "CGROUP_LIMITS", (str(none), str(limit), str(tmp_path / "missing")))
+    assert _workspace.memory_bytes() == gib
+    monkeypatch.setattr(_workspace, "CGROUP_LIMITS", (str(none),))
+    assert _workspace.memory_bytes() >= machine
 
 
 def test_importing_is_light():

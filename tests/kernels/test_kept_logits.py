@@ -129,6 +129,7 @@ def test_only_a_call_that_has_a_backward_keeps(native, monkeypatch):
 def test_how_much_is_kept(native, kept_logits):
     half = (32 << 20) // 4
     try:
+        rk.set_workspace_budget(64)
         assert _workspace.logits_to_keep(64, 1000, 64, CPU) == 64_000, "all that fits half of 64 MiB"
         assert _workspace.logits_to_keep(1, 1000, 64, CPU) == 64_000, "rows come in blocks"
         assert _workspace.logits_to_keep(128, 151936, 1024, CPU) == half, "two fifths"
