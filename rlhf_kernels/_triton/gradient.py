@@ -44,11 +44,18 @@ def reads_in_place(side: Side, visited: VisitedRows) -> bool:
     return visited.rows is None and not visited.masked and side.hidden.dtype == side.gemm
 
 
-def forward_chunks(count: int, scratch: int, visited: VisitedRows, *sides: Side) -> list[tuple[int, int]]:
-    """(first, rows): all `count` rows at once where they fit the budget, with `scratch` bytes a row and the copies of
-    their hidden states."""
-    copied = sum(0 if reads_in_place(s, visited) else s.hidden.shape[1] * s.gemm.itemsize for s in sides)
-    at_once = plan_forward(count, scratch + copied, workspace_budget_bytes(sides[0].hidden.device))
+def bytes_copied(*sides: Side, visited: VisitedRows) -> int:
+    """Of a row, for the GEMMs."""
+    return sum(0 if reads_in_place(s, visited) else s.hidden.shape[1] * s.gemm.itemsize for s in sides)
+
+
+def forward_chunks(
+    count: int, scratch: int, visited: VisitedRows, *sides: Side, beside: int = 0
+) -> list[tuple[int, int]]:
+    """(first, rows): all `count` rows at once where they fit the budget, with `scratch` bytes a row, the copies of
+    their hidden states, and `beside` bytes."""
+    budget = workspace_budget_bytes(sides[0].hidden.device) - beside
+    at_once = plan_forward(count, scratch + bytes_copied(*sides, visited=visited), budget)
     return [(0, count)] if at_once is None else _chunks(count, at_once)
 
 

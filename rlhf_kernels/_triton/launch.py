@@ -152,10 +152,11 @@ def readable_side(side: Side) -> Side:
 
 
 def transform_arguments(side: Side) -> dict[str, Any]:
-    """The kernels' gain, cap and slope, as csrc/common/online_softmax.h's LogitMap has them."""
+    """The kernels' gain, cap, its inverse and slope, as csrc/common/online_softmax.h's LogitMap has them."""
     scale, softcap, temperature = side.transform
     slope = scale / temperature
     if softcap:
-        return {"gain": scale / softcap, "cap": softcap / temperature, "slope": slope, "KIND": SOFTCAP}
+        cap = softcap / temperature
+        return {"gain": scale / softcap, "cap": cap, "inverse_cap": 1.0 / cap, "slope": slope, "KIND": SOFTCAP}
     plain = side.head.bias is None and slope == 1.0
-    return {"gain": slope, "cap": 0.0, "slope": slope, "KIND": IDENTITY if plain else AFFINE}
+    return {"gain": slope, "cap": 0.0, "inverse_cap": 0.0, "slope": slope, "KIND": IDENTITY if plain else AFFINE}

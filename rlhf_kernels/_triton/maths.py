@@ -102,6 +102,18 @@ def logit_slope(z, inverse_cap, slope, KIND: tl.constexpr):
         return slope
 
 
+@triton.jit
+def scaled_exponent(z, scale):
+    """The exponent z - scale log 2 of 2^-scale e^z for a whole number, with log 2 in two parts."""
+    return (z - scale * 0.693359375) - scale * -2.12194440e-4
+
+
+@triton.jit
+def power_of_2(exponent, base):
+    """2^(exponent - base) <= 1; -inf stands for no term at all."""
+    return tl.where(exponent == base, 1.0, tl.exp2(exponent - base))
+
+
 # ---- softmax statistics: (max, sum, shifted, squares) ----------------------------------------------------------------
 
 

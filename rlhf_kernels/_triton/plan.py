@@ -35,6 +35,13 @@ def plan_forward(rows: int, bytes_a_row: int, budget: int) -> int | None:
     return None if rows * bytes_a_row <= budget else max(ROW_STEP, budget // bytes_a_row // ROW_STEP * ROW_STEP)
 
 
+def parts_at_once(rows: int, parts: int, bytes_a_row: int, a_row_of_a_part: int, of_a_part: int, budget: int) -> int:
+    """How many of the vocabulary's `parts` fit `budget` bytes at a time with all rows, or 1: all, half of them, ..."""
+    while parts > 1 and rows * (bytes_a_row + parts * a_row_of_a_part) + parts * of_a_part > budget:
+        parts = cdiv(parts, 2)
+    return parts
+
+
 class BackwardPlan(NamedTuple):
     group: int
     rows_at_once: int | None  # None: all; otherwise dW is summed over chunks of rows in fp32

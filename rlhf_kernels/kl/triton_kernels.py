@@ -288,7 +288,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the policy's hidden, weight and bias, empty where not needed."""
     tile, own, other = _tile(policy, ref), transform_arguments(policy), transform_arguments(ref)
-    inverse_cap = 1.0 / own["cap"] if own["cap"] else 0.0
     leaves, policy, ref, mask = policy, readable_side(policy), readable_side(ref), mask.contiguous()
     head, ref_head = policy.head, ref.head
     (vocab, width), ref_width = head.weight.shape, ref_head.weight.shape[1]
@@ -308,7 +307,7 @@ def backward(
             differentiate_kl, (plan.cdiv(rows, tile.rows) * plan.cdiv(end - begin, tile.columns),),
             described(operands, tile.rows, tile, tma), *operands.stride(),
             described(head.weight, tile.columns, tile, tma), *head.weight.stride(), head.bias, own["gain"], own["cap"],
-            inverse_cap, own["slope"], width,
+            own["inverse_cap"], own["slope"], width,
             described(ref_operands, tile.rows, tile, tma), *ref_operands.stride(),
             described(ref_head.weight, tile.columns, tile, tma), *ref_head.weight.stride(), ref_head.bias,
             other["gain"], other["cap"], ref_width,

@@ -138,12 +138,14 @@ register = functools.partial(
 
 
 def frozen_arguments(arguments: Arguments) -> tuple:
-    """The forward op's arguments for a frozen head: all but the number of logits to keep."""
-    return arguments[: Arguments._fields.index("kept_logits")]
+    """The forward op's arguments for a frozen head: the native one's keeps no logits, and has no such argument."""
+    if arguments.masked is None:
+        return arguments[: Arguments._fields.index("kept_logits")]
+    return _ops.flat(arguments)
 
 
 def _of_frozen(inputs) -> Arguments:  # type: ignore[no-untyped-def]
-    return Arguments._make((*inputs, 0, None, None))
+    return Arguments._make(inputs if len(inputs) == len(Arguments._fields) else (*inputs, 0, None, None))
 
 
 def _fake_frozen(*inputs):  # type: ignore[no-untyped-def]
@@ -159,21 +161,20 @@ def _setup_frozen(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _setup_context(ctx, _of_frozen(inputs), output)  # the directions are in the place of kept logits
 
 
-def _frozen_gradient(op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
+def _frozen_gradient(any_head: str, op, ctx, grad_logprobs, grad_max_logit, grad_log_sum, grad_entropy, *_):  # type: ignore[no-untyped-def]
     """The directions serve the log-probs alone; with a gradient of another output all take the way of any head."""
     upstream = _upstream(ctx, grad_logprobs, grad_log_sum, grad_entropy)
     arguments, (max_logit, log_sum, entropy, directions) = _ops.saved(ctx)
     if upstream.logprobs is None or upstream.log_sum is not None or upstream.entropy is not None:
         statistics = Statistics(max_logit, log_sum, entropy, directions.new_empty(0))
-        return _head_gradients(torch.ops.rlhf_kernels.linear_logprobs_backward, ctx, upstream, arguments, statistics)
+        return _head_gradients(getattr(torch.ops.rlhf_kernels, any_head), ctx, upstream, arguments, statistics)
     hidden = op(upstream.logprobs, directions, arguments.targets, arguments.ignore_index, arguments.hidden.dtype)
     return _ops.gradients_of(ctx, Arguments._fields, hidden=hidden)
 
 
-register_frozen = functools.partial(
-    _ops.register,
-    fake=_fake_frozen,
-    fake_backward=_fake_frozen_backward,
-    setup_context=_setup_frozen,
-    gradient=_frozen_gradient,
-)
+def register_frozen(forward: str, backward: str, any_head: str = "linear_logprobs_backward") -> None:
+    """`any_head`: the backward op of a head that may be trained."""
+    _ops.register(
+        forward, backward, fake=_fake_frozen, fake_backward=_fake_frozen_backward, setup_context=_setup_frozen,
+        gradient=functools.partial(_frozen_gradient, any_head),
+    )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +32,9 @@ from .._triton.launch import (
 )
 from .._triton.maths import (
     IDENTITY,
+    LOG2_E,
     LOWEST_LOG_P,
+    SOFTCAP,
     empty_softmax,
     exp,
     expm1,
@@ -39,10 +44,12 @@ from .._triton.maths import (
     logit_slope,
     merge_softmax,
     rescale_softmax,
+    scaled_exponent,
 )
 from .._triton.tiles import add_product, in_groups, multiply, visited_rows
 from .autograd import Statistics, Upstream
 
+MOST_ABOVE = tl.constexpr(80.0)  # of a target over all others, in nats: beyond, their weights are 0 in fp32 anyway
 FIELDS = 5  # of a split's statistics: max, sum, shifted, squares, logit sum
 
 
@@ -52,16 +59,21 @@ def _store(partials, field, split, splits, rows, row, inside, value):
 
 
 @tuned
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "first_split", "parts"])
 def fold(
     hidden, hidden_stride, hidden_step, head, head_stride, head_step, bias, targets, partials, best, target_logit,
-    rows, vocab, width, splits, gain, cap,
+    weights, weight_tiles, scales, carried, first_split, parts, rows, vocab, width, splits, gain, cap,
+    inverse_cap,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, KIND: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, INTERPRETED: tl.constexpr,
     TMA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One row block over one split of the vocabulary, TILES tiles: its softmax statistics, and the target's logit."""
-    row_block, split = in_groups(tl.program_id(0), tl.cdiv(rows, ROWS), splits, GROUP)
+    """One row block over one split of the vocabulary, TILES tiles: its softmax statistics, and the target's logit. Of a
+    frozen head (triton_frozen.py) also each tile's weights, and of their rows scale and mass: scales [tiles, 2, rows],
+    carried [2, rows], with rows of whole blocks."""
+    row_blocks = tl.cdiv(rows, ROWS)
+    row_block, part = in_groups(tl.program_id(0), row_blocks, parts, GROUP)
+    split = first_split + part
     row = row_block * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target = tl.load(targets + row, mask=inside, other=-1)
@@ -104,6 +116,24 @@ def fold(
                 shifted += tl.sum(e * tl.maximum(delta, LOWEST_LOG_P), 1)
             if EXTRAS:
                 squares += tl.sum(e * e, 1)
+            if weights is not None:
+                others, mass = tile_max, tl.sum(e, 1)
+                if tl.max(here.to(tl.int32), 0) != 0:  # triton_frozen.restate takes the target's weight out
+                    mass = tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == (own - first)[:, None], 0.0, e), 1)
+                    others = tl.where(here, finite_max(m) + tl.log(mass), others)
+                scale = tl.maximum(tl.load(carried + row), tl.ceil(others * LOG2_E))
+                factor = exp(tl.minimum(scaled_exponent(finite_max(m), finite_max(scale)), MOST_ABOVE))
+                column = first - first_split * TILES * COLUMNS
+                of_tile = scales + tl.cast(column // COLUMNS, tl.int64) * 2 * row_blocks * ROWS + row
+                tl.store(of_tile, scale)
+                tl.store(of_tile + row_blocks * ROWS, factor * mass)
+                w = e * factor[:, None]
+                if KIND == SOFTCAP:  # at -inf, past the vocabulary, the slope would be infinite
+                    w = w * logit_slope(tl.maximum(z, -cap), inverse_cap, 1.0, KIND)
+                stride = tl.load(weight_tiles) * COLUMNS  # here, or addresses would be in registers during the product
+                to = weights + tl.cast(row_block, tl.int64) * ROWS * stride + column
+                to += tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+                tl.store(to, w.to(weights.dtype.element_ty))  # whole blocks of rows: masks take registers too
             z = tl.zeros([ROWS, COLUMNS], tl.float32)
         first = tl.where(k >= width, first + COLUMNS, first)  # outside the branch, of which the loads are independent
         k = tl.where(k >= width, 0, k)
@@ -220,22 +250,39 @@ def differentiate(
         tl.store(sums, tl.sum(d, 0), mask=columns < end)
 
 
-def _tile(side: Side, light: bool) -> Tile:
+def tile_of(side: Side, light: bool) -> Tile:
     """A head that is cast as it is read, and rows that start off 16 bytes, pass through registers."""
     weight = side.head.weight
     heavy = side.transform.softcap or weight.dtype != side.gemm or weight.shape[1] * weight.element_size() % 16
     return tile_for(side.hidden.device, side.gemm, HEAVY if heavy else LIGHT if light else MEDIUM)
 
 
+class Weighing(NamedTuple):
+    """What forward does beside statistics where the head is frozen: triton_frozen.py."""
+
+    directions: Tensor
+    bytes_a_row: int
+    beside: int  # bytes, whatever the rows
+    # weigh(fold_parts(first_split, parts, *the arguments of fold from `weights` on), first row, rows, their targets,
+    # places, target_logit [rows])
+    weigh: Callable[[Callable[..., None], int, int, Tensor, Tensor, Tensor], None]
+
+
 def forward(
-    side: Side, targets: Tensor, index: Tensor | None, with_entropy: bool, with_extras: bool
+    side: Side,
+    targets: Tensor,
+    index: Tensor | None,
+    with_entropy: bool,
+    with_extras: bool,
+    weighing: Weighing | None = None,
 ) -> tuple[Tensor, ...]:
     """targets [N]: -1 where a row does not count. index [n]: the rows that do, or None to go over all.
 
-    -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, each [N], or [0] if not wanted.
+    -> logprobs, max_logit, log_sum, entropy, is_top1, mean_logit, log_sum_sq_probs, each [N], or [0] if not wanted; and
+    the directions d logprob / d hidden [N, D] of a frozen head, or [0].
     """
     light = not with_extras and side.head.bias is None
-    tile, count = _tile(side, light), targets.shape[0] if index is None else index.shape[0]
+    tile, count = tile_of(side, light), targets.shape[0] if index is None else index.shape[0]
     side = readable_side(side)
     weight, bias = side.head.weight, side.head.bias
     vocab, width = weight.shape
@@ -244,30 +291,45 @@ def forward(
     make, arguments = side.hidden.new_empty, transform_arguments(side)
     results = [side.hidden.new_zeros(targets.shape[0] if wanted else 0, dtype=torch.float32)
                for wanted in (True, True, True, with_entropy, *[with_extras] * 3)]  # fmt: skip
+    results.append(make(0, dtype=torch.float32) if weighing is None else weighing.directions)
     if count == 0:
         return tuple(results)
     visited, places = VisitedRows(index, False), places_of(index, targets)
     own = targets if index is None else targets[index]
-    for first, rows in forward_chunks(count, splits.parts * 4 * (fields + with_extras), visited, side):
+    scratch, beside = splits.parts * 4 * (fields + with_extras), 0
+    if weighing is not None:
+        scratch, beside = scratch + weighing.bytes_a_row, weighing.beside
+
+    def visit(first: int, rows: int) -> None:
         partials = make((fields, splits.parts, rows), dtype=torch.float32)
         best = make((splits.parts, rows) if with_extras else (0,), dtype=torch.int32)
         target_logit = torch.full_like(partials[0, 0], float("nan"))  # stays so where a target is no token
         hidden, chosen = operands_of(side, visited, own, first, rows), own[first : first + rows]
         tma = uses_tma(hidden, weight)
-        launch(
-            fold, (plan.cdiv(rows, tile.rows) * splits.parts,),
-            described(hidden, tile.rows, tile, tma), *hidden.stride(), described(weight, tile.columns, tile, tma),
-            *weight.stride(), bias, chosen, partials, best, target_logit, rows, vocab, width, splits.parts,
-            arguments["gain"], arguments["cap"],
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0, TILES=splits.tiles,
-            DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], ENTROPY=with_entropy, EXTRAS=with_extras,
-            INTERPRETED=INTERPRETED, TMA=tma,
-        )  # fmt: skip
+
+        def fold_parts(first_split: int, parts: int, *weighed: Tensor | None) -> None:
+            launch(
+                fold, (plan.cdiv(rows, tile.rows) * parts,),
+                described(hidden, tile.rows, tile, tma), *hidden.stride(), described(weight, tile.columns, tile, tma),
+                *weight.stride(), bias, chosen, partials, best, target_logit, *weighed, first_split, parts, rows, vocab,
+                width, splits.parts, arguments["gain"], arguments["cap"], arguments["inverse_cap"],
+                ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
+                TILES=splits.tiles, DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], ENTROPY=with_entropy,
+                EXTRAS=with_extras, INTERPRETED=INTERPRETED, TMA=tma,
+            )  # fmt: skip
+
+        if weighing is None:
+            fold_parts(0, splits.parts, *[None] * 4)
+        else:
+            weighing.weigh(fold_parts, first, rows, chosen, places, target_logit)
         launch(
             merge, (plan.cdiv(rows, plan.ROW_STEP),),
-            partials, best, target_logit, chosen, places, first, rows, vocab, splits.parts, *results,
+            partials, best, target_logit, chosen, places, first, rows, vocab, splits.parts, *results[:-1],
             ROWS=plan.ROW_STEP, ENTROPY=with_entropy, EXTRAS=with_extras,
         )  # fmt: skip
+
+    for first, rows in forward_chunks(count, scratch, visited, side, beside=beside):
+        visit(first, rows)
     return tuple(results)
 
 
@@ -276,8 +338,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed."""
     light = side.head.bias is None and upstream.entropy is None
-    tile, arguments = _tile(side, light), transform_arguments(side)
-    inverse_cap = 1.0 / arguments["cap"] if arguments["cap"] else 0.0
+    tile, arguments = tile_of(side, light), transform_arguments(side)
     width = side.head.weight.shape[1]
     head, bias = readable(side.head.weight, side.gemm), contiguous(side.head.bias)
     into, places = [None if g is None else g.float().contiguous() for g in upstream], places_of(visited.rows, targets)
@@ -293,7 +354,7 @@ def backward(
             described(operands, tile.rows, tile, tma), *operands.stride(), described(head, tile.columns, tile, tma),
             *head.stride(), bias, targets, places, dlogits, dlogits.stride(0), bias_sums, statistics.max_logit,
             statistics.log_sum, *into, statistics.entropy, first, rows, begin, end, head.shape[0], width,
-            arguments["gain"], arguments["cap"], inverse_cap, arguments["slope"],
+            arguments["gain"], arguments["cap"], arguments["inverse_cap"], arguments["slope"],
             ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, WHOLE=width % tile.depth == 0,
             DTYPE=TL_DTYPE[side.gemm], KIND=arguments["KIND"], INTERPRETED=INTERPRETED, TMA=tma,
         )  # fmt: skip

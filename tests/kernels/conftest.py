@@ -1,7 +1,8 @@
 """Backends, device and memory for the kernel tests.
 
-A test that takes `backend` runs once for each backend. Without the compiled extension the native ones are skipped and
-say why; with CI=true or RLHF_KERNELS_REQUIRE_NATIVE=1 they fail instead. RLHF_KERNELS_TEST_DEVICE chooses the device.
+A test that takes `backend` runs once for each backend, but those that its module names WITHOUT. Without the compiled
+extension the native ones are skipped and say why; with CI=true or RLHF_KERNELS_REQUIRE_NATIVE=1 they fail instead.
+RLHF_KERNELS_TEST_DEVICE chooses the device.
 Triton is among the backends on a GPU; under its interpreter (TRITON_INTERPRET=1) it is the only one.
 """
 
@@ -30,7 +31,8 @@ NATIVE_REQUIRED = (
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS, indirect=True)
+        without = getattr(metafunc.module, "WITHOUT", ())
+        metafunc.parametrize("backend", [name for name in BACKENDS if name not in without], indirect=True)
 
 
 LONG = {  # of some tests' parameters: what a smaller one shows as well, where tiles have 64 to 128 columns

@@ -10,6 +10,7 @@ from rlhf_kernels import _extension, _workspace
 from rlhf_kernels import testing as T
 from tests.kernels.covering import every_pair
 
+WITHOUT = ("reference",)  # tests/kernels/conftest.py
 OPTIONS = {"plain": {}, "affine": {"logit_scale": 0.5, "temperature": 0.7}, "soft cap": {"logit_softcap": 3.0}}
 SHAPES = [  # N, D, V
     (1, 1, 1),
@@ -38,25 +39,25 @@ def truth_of(head, weights, gemm, **options):
 
 
 @pytest.mark.parametrize(("dtype", "shape", "options"), every_pair(list(BOUNDS), SHAPES, OPTIONS))
-def test_log_probs_are_those_of_any_head_and_the_gradient_is_exact(native, device, dtype, shape, options):
+def test_values_are_those_of_any_head_and_the_gradient_is_exact(backend, device, dtype, shape, options):
     options = OPTIONS[options]
     head = T.make_head(*shape, dtype=dtype, masked=0.3, bias="temperature" in options, device=device)
     weights = T.randn(shape[0], device=device)
-    frozen, gradient = gradient_of(head, weights, True, native, outputs=T.OUTPUTS, **options)
-    trained, _ = gradient_of(head, weights, False, native, outputs=T.OUTPUTS, **options)
+    frozen, gradient = gradient_of(head, weights, True, backend, outputs=T.OUTPUTS, **options)
+    trained, _ = gradient_of(head, weights, False, backend, outputs=T.OUTPUTS, **options)
     assert all(torch.equal(a, b) for a, b in zip(frozen, trained, strict=True))
     assert gradient.dtype == dtype
     assert T.relative_error(gradient, truth_of(head, weights, dtype, **options)) < BOUNDS[dtype]
     assert gradient[head.targets == -100].count_nonzero() == 0
 
 
-def test_near_certainty_the_gradient_keeps_its_digits(native, device):
+def test_near_certainty_the_gradient_keeps_its_digits(backend, device):
     """1 - p_y is the sum of the others' probabilities, and not what rounding leaves of 1 - 1."""
     hidden = torch.eye(2, 8, device=device).requires_grad_()
     weight = T.randn(300, 8, device=device) * 0.1
     weight[7, 0], weight[7, 1] = 20.0, 27.0
     targets = torch.full((2,), 7, device=device)
-    logprobs = rk.linear_logprobs(hidden, weight, targets, backend=native).logprobs
+    logprobs = rk.linear_logprobs(hidden, weight, targets, backend=backend).logprobs
     (gradient,) = torch.autograd.grad(logprobs.sum(), [hidden])
     exact = hidden.detach().double().requires_grad_()
     z = exact @ weight.double().T
@@ -69,25 +70,25 @@ def test_near_certainty_the_gradient_keeps_its_digits(native, device):
 
 
 @pytest.mark.parametrize("output", ["logsumexp", "entropy"])
-def test_gradients_of_other_outputs_take_the_way_of_any_head(native, device, output):
+def test_gradients_of_other_outputs_take_the_way_of_any_head(backend, device, output):
     head = T.make_head(40, 24, 700, masked=0.3, device=device)
     gradients = []
     for frozen in (True, False):
         hidden = head.hidden.clone().requires_grad_()
         weight = head.weight.clone().requires_grad_(not frozen)
-        out = rk.linear_logprobs(hidden, weight, head.targets, outputs=("entropy",), backend=native)
+        out = rk.linear_logprobs(hidden, weight, head.targets, outputs=("entropy",), backend=backend)
         gradients += torch.autograd.grad((getattr(out, output) + out.logprobs).sum(), [hidden])
     assert T.relative_error(*gradients) < 3e-6
 
 
-def test_rows_that_do_not_count_pass_nothing_on(native, device):
+def test_rows_that_do_not_count_pass_nothing_on(backend, device):
     head = T.make_head(6, 8, 50, device=device)
     hidden = head.hidden.clone()
     hidden[0], hidden[1] = math.nan, math.inf
     hidden.requires_grad_()
     targets = head.targets.clone()
     targets[:3] = -100
-    out = rk.linear_logprobs(hidden, head.weight, targets, backend=native)
+    out = rk.linear_logprobs(hidden, head.weight, targets, backend=backend)
     upstream = torch.ones(6, device=device)
     upstream[:3] = torch.tensor([math.nan, math.inf, 1.0])
     (gradient,) = torch.autograd.grad(out.logprobs, [hidden], upstream)
@@ -96,10 +97,10 @@ def test_rows_that_do_not_count_pass_nothing_on(native, device):
 
 
 @pytest.mark.parametrize("n", [0, 5])
-def test_no_row_counts(native, device, n):
+def test_no_row_counts(backend, device, n):
     head = T.make_head(n, 8, 50, device=device)
     hidden = head.hidden.clone().requires_grad_()
-    out = rk.linear_logprobs(hidden, head.weight, torch.full_like(head.targets, -100), backend=native)
+    out = rk.linear_logprobs(hidden, head.weight, torch.full_like(head.targets, -100), backend=backend)
     (gradient,) = torch.autograd.grad(out.logprobs.sum(), [hidden])
     assert gradient.shape == (n, 8)
     assert gradient.count_nonzero() == 0
@@ -107,24 +108,24 @@ def test_no_row_counts(native, device, n):
 
 @pytest.mark.parametrize("mib", [8, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whatever_the_budget_log_probs_are_those_of_any_head(native, device, dtype, mib):
+def test_whatever_the_budget_log_probs_are_those_of_any_head(backend, device, dtype, mib):
     """In 8 MiB several chunks of rows, and parts of a group of the head."""
     head = T.make_head(200, 2048, 5000, dtype=dtype, device=device)
     weights = T.randn(200, device=device)
     rk.set_workspace_budget(mib)
     try:
-        frozen, gradient = gradient_of(head, weights, True, native)
-        trained, _ = gradient_of(head, weights, False, native)
+        frozen, gradient = gradient_of(head, weights, True, backend)
+        trained, _ = gradient_of(head, weights, False, backend)
     finally:
         rk.set_workspace_budget(None)
     assert torch.equal(frozen.logprobs, trained.logprobs)
     assert T.relative_error(gradient, truth_of(head, weights, dtype)) < BOUNDS[dtype]
 
 
-def test_it_is_differentiable_once(native, device):
+def test_it_is_differentiable_once(backend, device):
     head = T.make_head(5, 8, 50, device=device)
     hidden = head.hidden.clone().requires_grad_()
-    logprobs = rk.linear_logprobs(hidden, head.weight, head.targets, backend=native).logprobs
+    logprobs = rk.linear_logprobs(hidden, head.weight, head.targets, backend=backend).logprobs
     (gradient,) = torch.autograd.grad(logprobs.square().sum(), [hidden], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         torch.autograd.grad(gradient.sum(), [hidden])

@@ -78,7 +78,11 @@ def test_csrc_knows_no_python(path):
 def imported_on_demand(path):
     """Modules that may import triton or somebody's trainer, because nothing imports them before they are asked for."""
     shared = path.parent.name == "_triton" and path.name != "__init__.py"
-    return shared or path.name in ("triton_kernels.py", "triton_ops.py") or "integrations" in path.parts
+    return (
+        shared
+        or path.name in ("triton_kernels.py", "triton_frozen.py", "triton_ops.py")
+        or "integrations" in path.parts
+    )
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=name_of)
@@ -94,9 +98,9 @@ def test_kernels_import_only_torch(path):
         named = [alias.name for alias in node.names]
         modules = named if isinstance(node, ast.Import) else [node.module or "", *named]
         assert not {"triton", "transformers", "trl", "numpy"} & set(map(top, modules)), f"line {node.lineno}"
-        assert not [m for m in modules if re.search(r"triton_kernels|triton_ops|_triton\.|integrations", m)], (
-            f"line {node.lineno}"
-        )
+        assert not [
+            m for m in modules if re.search(r"triton_kernels|triton_frozen|triton_ops|_triton\.|integrations", m)
+        ], f"line {node.lineno}"
 
 
 def all_of(module):

@@ -42,6 +42,32 @@ def test_masked_logprobs(transform):
     assert not results[1][0][~counts].any() and not results[1][7][~counts].any()
 
 
+@pytest.mark.parametrize("transform", [PLAIN, GEMMA])
+def test_masked_logprobs_of_a_frozen_head(transform):
+    from rlhf_kernels.logprob import triton_ops as ops
+
+    hidden, weight, targets, bias = T.make_head(N, D, V, masked=0.4, bias=True)
+    hidden[targets == -100] = float("nan")
+    results = [
+        ops.frozen_op(hidden, weight, targets, bias, *transform, -100, F32, True, True, True, True, 0, *way)
+        for way in ways(targets != -100)
+    ]
+    agree(*results)
+    assert not results[1][7][targets == -100].any() and results[1][7].any()
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_opcheck_of_a_frozen_head(dtype):
+    from rlhf_kernels.logprob import triton_ops as ops
+
+    hidden, weight, targets, bias = T.make_head(N, D, V, masked=0.4, bias=True)
+    inputs = (hidden.requires_grad_(), weight, targets, bias, *GEMMA, -100, dtype, True, True, False, False, 0)
+    for way in ways(targets != -100):
+        torch.library.opcheck(ops.frozen_op, (*inputs, *way))
+    directions = T.randn(N, D, seed=4)
+    torch.library.opcheck(ops.frozen_backward_op, (up_of(N), directions, targets, -100, dtype))
+
+
 @pytest.mark.parametrize("policy_ref", [True, False])
 def test_masked_kl(policy_ref):
     from rlhf_kernels.kl import triton_ops as ops
@@ -62,13 +88,14 @@ def test_masked_kl(policy_ref):
     assert not results[1][0][~mask].any() and not results[1][2][~mask].any()
 
 
-@pytest.mark.parametrize("what", ["logprob", "kl"])
+@pytest.mark.parametrize("what", ["logprob", "frozen", "kl"])
 def test_any_step_loads_what_a_captured_one_launches(monkeypatch, what):
     """Nothing can be loaded while a graph is captured. Triton makes a variant for what is None, for an integer's being
     1 or a multiple of 16, and for each constant: the same with masked rows, which are gathered, and without."""
     hidden, weight, targets, _ = T.make_head(N, D, V)
-    module = importlib.import_module(f"rlhf_kernels.{what}.triton_kernels")
-    ops, launch = importlib.import_module(f"rlhf_kernels.{what}.triton_ops"), module.launch
+    room = "logprob" if what == "frozen" else what
+    module = importlib.import_module(f"rlhf_kernels.{room}.triton_kernels")
+    ops, launch = importlib.import_module(f"rlhf_kernels.{room}.triton_ops"), module.launch
     launched = []
 
     def variant(value):
@@ -79,9 +106,13 @@ def test_any_step_loads_what_a_captured_one_launches(monkeypatch, what):
         launch(kernel, grid, *args, **options)
 
     monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(importlib.import_module("rlhf_kernels.logprob.triton_frozen"), "launch", record)
 
     def launches(*way):
         launched.clear()
+        if what == "frozen":
+            ops.frozen_op(hidden, weight, targets, None, *PLAIN, -100, F32, *[False] * 4, 0, *way)
+            return list(launched)
         if what == "logprob":
             results = ops.forward_op(hidden, weight, targets, None, *PLAIN, -100, F32, *[False] * 4, 0, *way)
             up, statistics, inputs = (up_of(N), None, None), (*results[1:4], results[7]), (targets, None)

@@ -93,6 +93,11 @@ def capped_logprobs(hidden, weight, targets):
     return out.logsumexp.sum()
 
 
+def frozen_logprobs(hidden, weight, targets):
+    out = rk.linear_logprobs(hidden, weight.detach(), targets, outputs=("entropy",), backend="triton")
+    return (out.logprobs + out.entropy.detach()).sum()
+
+
 def exact_kl(hidden, weight, targets):
     ref = hidden[:, : D // 2].detach(), weight[:, : D // 2].detach()
     return rk.linear_kl(hidden, weight, *ref, targets > 3, backend="triton").sum()
@@ -119,6 +124,7 @@ def preference(hidden, weight, targets):
 CASES = {  # the function, what it launches forward and backward
     logprobs: (FORWARD, BACKWARD),
     capped_logprobs: (FORWARD, BACKWARD),
+    frozen_logprobs: (FORWARD | {"restate", "combine"}, set()),
     exact_kl: ({"fold_kl", "merge_kl_splits"}, {"differentiate_kl"}),
     penalty: ({"estimate"}, {"differentiate_estimate"}),
     pair_losses: ({"pair_forward"}, {"pair_backward"}),
