@@ -49,12 +49,13 @@ def statistics_dtype(backend: str) -> torch.dtype:
 
 
 def logprob_statistics(
-    side: Side, targets: Tensor, wanted: tuple[str, ...], kept_logits: int, backend: str
+    side: Side, targets: Tensor, wanted: tuple[str, ...], kept_logits: int, frozen: bool, backend: str
 ) -> tuple[list[Tensor], Tensor]:
     """targets [n], ids in this shard (any where the target is elsewhere), -1 for rows that do not count.
 
     Returns ([max z, log sum e^(z - max z), z_y - max z, *wanted optional outputs], each [n], of this shard alone as if
-    it were the whole vocabulary), and the logits kept for backward, flat.
+    it were the whole vocabulary), and the logits kept for backward, flat; of a `frozen` head instead of those
+    d logprob / d hidden [n, D], of this shard alone too.
     """
     if side.head.weight.shape[0] == 0:
         nothing = side.hidden.new_full((side.hidden.shape[0],), -torch.inf, dtype=statistics_dtype(backend))
@@ -62,12 +63,40 @@ def logprob_statistics(
     if backend == "reference":
         return reference.logprob_statistics(side, targets, wanted), side.hidden.new_empty(0)
     arguments = logprob_autograd.Arguments.of(side, targets, -1, wanted, kept_logits, _all_rows(side, backend))
-    results = logprob_room.ops_of(backend).forward_op(*_ops.flat(arguments))
+    ops = logprob_room.ops_of(backend)
+    if frozen:
+        results = ops.frozen_op(*logprob_autograd.frozen_arguments(arguments))
+    else:
+        results = ops.forward_op(*_ops.flat(arguments))
     logprobs, max_logit, log_sum, *optional, kept = results
     # Where all logits of the shard are -inf, its log-probs are not numbers.
     target = torch.where(max_logit.isneginf(), max_logit, logprobs + log_sum)
     named = dict(zip(OPTIONAL_OUTPUTS, optional, strict=True))
     return [max_logit, log_sum, target, *(named[name] for name in wanted)], kept
+
+
+def logprob_directions(
+    side: Side, targets: Tensor, mine: Tensor, shares: Tensor, rank: int, target_logit: Tensor, directions: Tensor
+) -> Tensor:
+    """This shard's part of d logprob / d hidden [n, D] under the whole vocabulary, fp32; takes `directions`' memory.
+
+    Those are z'_t W_t - E, with E the mean of dz/dx W under this shard's own softmax and t the target that it was
+    given, whose logit is `target_logit`. With the share a = shares[rank] of the probability the part is
+
+        z'_t W_t - a E = a directions + (1 - a) z'_t W_t     where t is the target: 1 - a is what the other shards have
+                 - a E = a directions - a z'_t W_t           where that is elsewhere
+    """
+    if side.head.weight.shape[0] == 0:
+        return torch.zeros_like(side.hidden, dtype=torch.float32)
+    own, others = shares[rank], torch.cat((shares[:rank], shares[rank + 1 :])).sum(0)
+    scale, softcap, temperature = side.transform
+    slope = scale / temperature * torch.ones_like(own)
+    if softcap:
+        slope = slope * (1 - (target_logit * (temperature / softcap)) ** 2)
+    of_target = slope * torch.where(mine, others, -own)
+    rows = side.head.weight.detach()[targets.clamp(min=0)].to(side.gemm)
+    directions = directions.mul_(own.float()[:, None]).masked_fill_((own == 0)[:, None], 0)  # all logits may be -inf
+    return directions.addcmul_(of_target.float()[:, None], rows)
 
 
 def logprob_gradients(

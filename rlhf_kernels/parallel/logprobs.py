@@ -18,7 +18,7 @@ from .._rows import is_traced_or_captured
 from ..logprob import LinearLogprobs
 from ..logprob.autograd import Statistics, Upstream
 from ..logprob.reference import OPTIONAL_OUTPUTS
-from .backends import differentiable_once, logprob_gradients, logprob_statistics, statistics_dtype
+from .backends import differentiable_once, logprob_directions, logprob_gradients, logprob_statistics, statistics_dtype
 from .merge import merge_logprobs
 from .rows import CountedRows
 from .shards import LocalHead, Shards, agreed, fingerprint, gather, local_head
@@ -104,9 +104,10 @@ def sharded_logprobs(
     wanted = tuple(name for name in OPTIONAL_OUTPUTS if name in outputs)
     side = side._replace(hidden=rows.take(side.hidden))
     kept, (vocab, width) = 0, weight.shape
-    if chosen == "native" and needs_gradient(*side.tensors()) and vocab:
+    frozen = chosen != "reference" and needs_gradient(side.hidden) and not needs_gradient(*side.tensors()[1:])
+    if chosen == "native" and not frozen and needs_gradient(*side.tensors()) and vocab:
         kept = _workspace.logits_to_keep(side.hidden.shape[0], vocab, width, hidden.device)
-    attributes = _Attributes(side.transform, side.gemm, shards, wanted, kept, chosen)
+    attributes = _Attributes(side.transform, side.gemm, shards, wanted, kept, frozen, chosen)
     results = _ShardedLogprobs.apply(*side.tensors(), rows.take(flat), rows.take_mask(), attributes)  # type: ignore[no-untyped-call]
     logprobs, logsumexp, *optional = (rows.put(r).view(targets.shape) for r in results)
     named = dict(zip(wanted, optional, strict=True))
@@ -121,6 +122,7 @@ class _Attributes(NamedTuple):
     shards: Shards
     wanted: tuple[str, ...]
     kept_logits: int
+    frozen: bool  # directions d logprob / d hidden are made forward
     backend: str
 
 
@@ -129,15 +131,19 @@ class _ShardedLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, hidden, weight, bias, targets, counted, attributes: _Attributes
     ) -> tuple[Tensor, ...]:
-        transform, gemm, shards, wanted, kept_logits, backend = attributes
+        transform, gemm, shards, wanted, kept_logits, frozen, backend = attributes
         side = Side.made_of(hidden, weight, bias, transform, gemm)
         # In a traced graph alone; outside it they have raised.
         wrong = counted & ((targets < 0) | (targets >= shards.vocab_size))
         owners = shards.owners(torch.where(counted & ~wrong, targets, 0))
         mine = (owners == shards.rank) & ~wrong
         local = torch.where(counted, torch.where(mine, targets - shards.start, 0), -1)
-        statistics, kept = logprob_statistics(side, local, wanted, kept_logits, backend)
+        statistics, kept = logprob_statistics(side, local, wanted, kept_logits, frozen, backend)
         merged = merge_logprobs(gather(torch.stack(statistics), shards.group), owners, shards, wanted)
+        if frozen:
+            kept = logprob_directions(
+                side, local, mine, merged["shares"], shards.rank, statistics[0] + statistics[2], kept
+            )
         merged.setdefault("entropy", hidden.new_empty(0))
         whole = (merged[name].to(statistics_dtype(backend)) for name in ("max_logit", "log_sum", "entropy"))
         ctx.save_for_backward(hidden, weight, bias, local, mine, *whole, kept)
@@ -156,13 +162,19 @@ class _ShardedLogprobs(torch.autograd.Function):
         hidden, weight, bias, local, mine, *statistics = ctx.saved_tensors
         attributes: _Attributes = ctx.attributes
         whole = Statistics(*statistics)
+        grad_entropy = rest[0] if "entropy" in attributes.wanted else None
+        if attributes.frozen:
+            if grad_logprobs is not None and grad_logsumexp is None and grad_entropy is None:
+                part = Gradients(whole.logit_cache * grad_logprobs[:, None], None, None)
+                return *summed(part, hidden.dtype, attributes.shards.group), None, None, None
+            whole = whole._replace(logit_cache=whole.log_sum.new_empty(0))
         zero = torch.zeros_like(whole.log_sum)
         grad_logprobs = zero if grad_logprobs is None else grad_logprobs
         grad_logsumexp = zero if grad_logsumexp is None else grad_logsumexp
         upstream = Upstream(  # d logprob / dz is [v = y] - p: elsewhere only the second part
             torch.where(mine, grad_logprobs, 0),
             torch.where(mine, grad_logsumexp, grad_logsumexp - grad_logprobs),
-            rest[0] if "entropy" in attributes.wanted else None,
+            grad_entropy,
         )
         side = Side.made_of(hidden, weight, bias, attributes.transform, attributes.gemm)
         needs = Needs(*ctx.needs_input_grad[:3])

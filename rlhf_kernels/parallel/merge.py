@@ -33,7 +33,8 @@ def merge_masses(max_logits: Tensor, log_sums: Tensor) -> Masses:
 def merge_logprobs(gathered: Tensor, owners: Tensor, shards: Shards, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     """gathered [ranks, 3 + len(wanted), n] of `backends.logprob_statistics`, owners [n]: the ranks that hold targets.
 
-    Returns logprobs, max_logit, log_sum and those wanted, each [n] fp64. With the share a_r of shard r:
+    Returns logprobs, max_logit, log_sum and those wanted, each [n], and the shares [ranks, n], fp64. With the share a_r
+    of shard r:
 
         logprobs         = (z_y - m_r) + (m_r - m) - log_sum             r holds y
         entropy          = sum_r a_r (H_r - log a_r)                     no term is negative
@@ -51,6 +52,7 @@ def merge_logprobs(gathered: Tensor, owners: Tensor, shards: Shards, wanted: tup
         "logprobs": own_target + (of_max - masses.max_logit.clamp(min=_LOWEST)) - masses.log_sum,
         "max_logit": masses.max_logit,
         "log_sum": masses.log_sum,
+        "shares": share,
     }
     if "entropy" in named:
         terms = share * (named["entropy"] - masses.log_share)

@@ -107,6 +107,77 @@ def kept_and_recomputed_logits():
         torch.testing.assert_close(kept, recomputed, rtol=1e-5, atol=1e-6)
 
 
+def frozen_heads():
+    """Two products in all: of a head that is not trained each shard finds its part of d logprob / d hidden forward."""
+    limits = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float64: 1e-12}
+    for split, dtype, v, options in itertools.product(R.SPLITS, DTYPES, (2, 1031), ({}, R.OPTIONS)):
+        for backend in backends_of(dtype):
+            h = R.head(33, 16, v, dtype=dtype)
+            gradient = gradient_of_frozen(h, split, backend, options)
+            exact = h._replace(**{name: getattr(h, name).double() for name in ("hidden", "weight", "bias")})
+            leaf = exact.hidden.requires_grad_()
+            truth = rk.linear_logprobs(leaf, exact.weight, h.targets, exact.bias, backend="reference", **options)
+            (expected,) = torch.autograd.grad((truth.logprobs * T.randn(33)).sum(), leaf)
+            error = T.relative_error(gradient, expected)
+            assert error < limits[dtype], (split, dtype, v, options, backend, error)
+
+
+def gradient_of_frozen(h, split, backend, options, output="logprobs"):
+    leaf, group = h.hidden.clone().requires_grad_(), dist.group.WORLD
+    weight, bias = (R.own_rows(x, split).detach() for x in (h.weight, h.bias))
+    results = parallel.linear_logprobs(
+        leaf, weight, h.targets, bias, group=group, backend=backend, outputs=("entropy",), **options
+    )
+    loss = (results.logprobs * T.randn(len(leaf))).sum()
+    return torch.autograd.grad(loss if output == "logprobs" else loss + getattr(results, output).sum(), leaf)[0]
+
+
+def frozen_heads_near_certainty():
+    """Of targets whose probability is all but 1, wherever they are: 1 - p_y is the others' mass, over all shards."""
+    weight = T.randn(300, 8) * 0.1
+    weight[7, 0], weight[290, 1] = 20.0, 27.0
+    h = T.Head(torch.eye(2, 8), weight, torch.tensor([7, 290]), torch.zeros(300))
+    leaf = h.hidden.double().requires_grad_()
+    z = leaf @ weight.double().T
+    rest = torch.ones_like(z, dtype=torch.bool).scatter(1, h.targets[:, None], False)
+    others = z[rest].view(2, -1) - z.gather(1, h.targets[:, None])
+    (expected,) = torch.autograd.grad((-torch.log1p(others.exp().sum(1)) * T.randn(2)).sum(), leaf)
+    for split, backend in itertools.product(R.SPLITS, (name for name in R.BACKENDS if name != "reference")):
+        gradient = gradient_of_frozen(h, split, backend, {})
+        for row in range(2):
+            error = T.relative_error(gradient[row], expected[row])
+            assert error < 2e-6, (split, backend, row, error)
+
+
+def frozen_heads_with_other_gradients():
+    for split, backend, output in itertools.product(R.SPLITS, R.BACKENDS, ("logsumexp", "entropy")):
+        h = R.head(20, 8, 40)
+        gradient = gradient_of_frozen(h, split, backend, R.OPTIONS, output)
+        leaf = h.hidden.clone().requires_grad_()
+        whole = rk.linear_logprobs(leaf, h.weight, h.targets, h.bias, outputs=("entropy",), **R.OPTIONS)
+        loss = (whole.logprobs * T.randn(20)).sum() + getattr(whole, output).sum()
+        assert T.relative_error(gradient, torch.autograd.grad(loss, leaf)[0]) < 3e-6
+
+
+def frozen_shards_that_allow_no_token():
+    for split, backend in itertools.product(R.SPLITS, R.BACKENDS):
+        h = R.head(33, 8, 41, masked=0.0)
+        h = h._replace(targets=h.targets % 20, bias=torch.where(torch.arange(41) < 20, h.bias, -torch.inf))
+        leaf = h.hidden.clone().requires_grad_()
+        whole = rk.linear_logprobs(leaf, h.weight, h.targets, h.bias, backend=backend)
+        (expected,) = torch.autograd.grad((whole.logprobs * T.randn(33)).sum(), leaf)
+        assert T.relative_error(gradient_of_frozen(h, split, backend, {}), expected) < 3e-6
+
+
+def products_of_a_frozen_head_are_two():
+    from rlhf_kernels import _extension
+
+    count, h = _extension.module().multiply_adds, T.make_head(128, 64, 4096, bias=True)
+    before = count()
+    gradient_of_frozen(h, "even", "native", {})
+    assert count() - before == 2 * 128 * 64 * 4096 // dist.get_world_size()
+
+
 def ignored_rows_of_nan():
     """Neither hidden states, nor upstream gradients, nor a mask's complement are read."""
     for backend in R.BACKENDS:
@@ -296,6 +367,11 @@ CASES = {
         autocast,
         the_gradient_of_hidden_is_rounded_once,
         kept_and_recomputed_logits,
+        frozen_heads,
+        frozen_heads_near_certainty,
+        frozen_heads_with_other_gradients,
+        frozen_shards_that_allow_no_token,
+        products_of_a_frozen_head_are_two,
         ignored_rows_of_nan,
         no_rows,
         top1_ties_across_shards,

@@ -25,7 +25,8 @@ ALL = tuple(name for name in parallel_cases.CASES if name != TRACED)
 BASIC = ("every_output_and_gradient", "kl_near_and_far", "dtensor_heads", "collectives_are_counted")
 UNEQUAL = ("top1_ties_across_shards", "a_shard_that_allows_no_token", "same_bits_on_every_rank", "split_sequences")
 RUNS = ((1, BASIC), (2, (*ALL, TRACED)), (3, (*BASIC, *UNEQUAL)), (4, ALL))
-FOR_TRITON = ("each_output_alone", "mixed_dtypes", "kl_with_every_option", "kl_over_shards_without_mass")
+FOR_TRITON = ("each_output_alone", "mixed_dtypes", "kl_with_every_option", "kl_over_shards_without_mass",
+              "frozen_heads_near_certainty", "frozen_heads_with_other_gradients")  # fmt: skip
 
 
 @functools.cache
