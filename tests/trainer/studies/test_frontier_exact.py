@@ -37,10 +37,10 @@ from rlhf_trainer.studies.frontier.language import (
     hidden_reward,
     leaf_rewards,
     make_tokenizer,
-    prefers_first,
     write_completion,
 )
 from rlhf_trainer.studies.frontier.methods import make_model
+from rlhf_trainer.studies.tiny import prefers_first
 
 PROMPTS = ["sun stone rain", "fire fire sea"]
 

@@ -23,11 +23,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from ..tiny import word_tokenizer
 
 WORDS = ("sun", "moon", "sea", "wind", "rain", "stone", "tree", "bird", "fire", "snow")
 END = "<end>"  # token 0; WORDS are tokens 1 to 10
@@ -85,11 +84,6 @@ def gold(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> 
     return [hidden_reward(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
-def prefers_first(first: float, second: float, rng: random.Random) -> bool:
-    """A Bradley-Terry annotator's choice between two rewards: the first wins with probability sigma(first - second)."""
-    return rng.random() < 1.0 / (1.0 + math.exp(second - first))
-
-
 def leaf_rewards(prompt: str) -> Tensor:
     """The hidden reward of every completion, [leaves] fp64, in the order of `exact`."""
     _, second, last = numbers_of(prompt)
@@ -106,6 +100,4 @@ def leaf_rewards(prompt: str) -> Tensor:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, and the end, which pads, too."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate((END, *WORDS))}, unk_token=END))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, padding_side="left")
+    return word_tokenizer((END, *WORDS))

@@ -1,54 +1,30 @@
 """The methods that `rlhf frontier` compares: each a function (world, strength, seed, folder) -> folder of the model.
 
 Every method starts from the reference model and sees the training prompts only. They are the stages that a user runs,
-on files such as a user would have; the hidden reward speaks through a Bradley-Terry annotator of pairs (DPO, reward
-models), or as a reward function (rejection sampling, PPO, GRPO). Learning rates and sizes were chosen on training
-prompts, with another seed than those of the comparison.
+with the options in stages.yaml, on files such as a user would have; the hidden reward speaks through a Bradley-Terry
+annotator of pairs (DPO, reward models), or as a reward function (rejection sampling, PPO, GRPO).
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from ...data.completions import COMPLETIONS_FILE
+from ...data.rows import read_rows
 from ...models.loading import save_model
-from ...offline.config import DPOConfig, RewardConfig, SFTConfig
-from ...offline.dpo import train_dpo
-from ...offline.reward_model import train_reward
-from ...offline.sft import train_sft
-from ...online.config import GRPOConfig, PPOConfig
-from ...online.grpo import train_grpo
-from ...online.ppo import train_ppo
-from ...rewards.config import RejectionConfig
-from ...rewards.rejection import rejection as keep_best
-from ...rollouts.config import SampleConfig
-from ...rollouts.sample import sample
 from ...training.journal import write_jsonl
-from .language import (
-    MAX_WORDS,
-    PROMPT_WORDS,
-    WORDS,
-    all_prompts,
-    hidden_reward,
-    make_tokenizer,
-    prefers_first,
-    write_completion,
-)
+from ..tiny import prefers_first, run_stage, tiny_gpt2
+from .language import MAX_WORDS, PROMPT_WORDS, WORDS, all_prompts, hidden_reward, make_tokenizer, write_completion
 from .report import COVERING
 
-GOLD = "rlhf_trainer.studies.frontier.language:gold"
-# The end behind a completion of MAX_WORDS words is cut: it is not the model's to say or leave.
-MAX_LENGTH = PROMPT_WORDS + MAX_WORDS
-AND_END = {"max_length": MAX_LENGTH + 1}
-WIDTH, LAYERS, HEADS = 64, 2, 4
+STAGES = Path(__file__).with_name("stages.yaml")
 
 
 class Sizes(NamedTuple):
@@ -103,31 +79,22 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     write_jsonl(questions, [{"prompt": prompt} for prompt in train])
     torch.manual_seed(seed)
     save_model(make_model(), make_tokenizer(), start)
-    reference = train_sft(
-        SFTConfig(
-            **common(folder / "reference", start, seed) | AND_END, dataset_name=str(texts),
-            num_train_epochs=sizes.sft_epochs, learning_rate=3e-3, warmup_ratio=0.042, resume_from_checkpoint=True,
-        )
+    reference = run_stage(
+        STAGES, "reference", output_dir=folder / "reference", model_name_or_path=start, seed=seed, dataset_name=texts,
+        num_train_epochs=sizes.sft_epochs, resume_from_checkpoint=True,
     )  # fmt: skip
     return World(str(reference), str(questions), train, held_out, sizes)
 
 
 def make_model() -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=len(WORDS) + 1, n_positions=MAX_LENGTH + 1, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    positions = PROMPT_WORDS + MAX_WORDS + 1
+    return tiny_gpt2(len(WORDS) + 1, positions, width=64, layers=2, activation_function="gelu_pytorch_tanh")
 
 
-def common(output: Path, model: str | Path, seed: int) -> dict[str, Any]:
-    """The options of all stages that train."""
-    return {
-        "output_dir": str(output), "model_name_or_path": str(model), "seed": seed, "max_length": MAX_LENGTH,
-        "batch_size": 256, "micro_batch_size": 256, "save_only_model": True, "save_steps": 100_000,
-        "project": output.name,
-    }  # fmt: skip
+def train(world: World, stage: str, seed: int, folder: Path, **options: Any) -> Path:
+    """Trains the reference model in a stage of stages.yaml."""
+    places = {"output_dir": folder / "model", "model_name_or_path": world.reference}
+    return run_stage(STAGES, stage, **places, seed=seed, **options)
 
 
 def completions_of(
@@ -135,16 +102,12 @@ def completions_of(
 ) -> list[list[dict[str, Any]]]:
     """`count` completions for each training prompt, by prompt; of the reference, or shared out to `writers`."""
     writers = writers or (world.reference,)
-    sample(
-        SampleConfig(
-            models=list(writers), dataset_name=world.prompts_file, output_dir=str(folder), seed=seed,
-            per_device_generation_batch_size=1024, num_completions=count // len(writers),
-            max_prompt_length=PROMPT_WORDS, max_new_tokens=steps,
-        )
+    run_stage(
+        STAGES, "sample", models=list(writers), dataset_name=world.prompts_file, output_dir=folder, seed=seed,
+        num_completions=count // len(writers), max_new_tokens=steps,
     )  # fmt: skip
-    lines = (folder / COMPLETIONS_FILE).read_text(encoding="utf-8").splitlines()
     groups: dict[int, list[dict[str, Any]]] = {}
-    for row in map(json.loads, lines):
+    for _, row in read_rows(str(folder / COMPLETIONS_FILE), split="train"):
         groups.setdefault(row["prompt_row"], []).append(row)
     return list(groups.values())
 
@@ -176,16 +139,12 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
 
 
 def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
-    """DPO on as many pairs of each prompt's completions, each compared once; about five prompts a step."""
-    pairs = write_pairs(world, world.sizes.pairs, seed, folder, writers)
-    options = common(folder / "model", world.reference, seed) | {"batch_size": 1024, "micro_batch_size": 1024}
-    return train_dpo(
-        DPOConfig(
-            **options, dataset_name=str(pairs), max_prompt_length=PROMPT_WORDS,
-            ref_cache_dir=str(folder / "reference_logps"), beta=beta, num_train_epochs=world.sizes.dpo_epochs,
-            optim="adamw_torch_fused", learning_rate=1e-3, lr_scheduler_type="cosine", warmup_ratio=0.05,
-        )
-    )  # fmt: skip
+    """DPO on as many pairs of each prompt's completions, each compared once."""
+    pairs, cache = write_pairs(world, world.sizes.pairs, seed, folder, writers), folder / "reference_logps"
+    epochs = world.sizes.dpo_epochs
+    return train(
+        world, "dpo", seed, folder, dataset_name=pairs, ref_cache_dir=cache, beta=beta, num_train_epochs=epochs
+    )
 
 
 def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
@@ -197,67 +156,32 @@ def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
 
 def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
     """The best of `count` completions of each prompt, learned by SFT."""
+    completions, selected = folder / "completions", folder / "selected"
     # A step more than completions need: `rlhf rejection` leaves out a completion without an end.
-    completions_of(world, int(count), seed, folder / "completions", MAX_WORDS + 1)
-    selected = keep_best(
-        RejectionConfig(
-            completions=[str(folder / "completions")], reward_funcs=[GOLD], k=1, output_dir=str(folder / "selected"),
-            max_length=MAX_LENGTH + 1, per_device_eval_batch_size=1024, seed=seed,
-        )
-    )  # fmt: skip
-    options = common(folder / "model", world.reference, seed) | AND_END | {"batch_size": 64, "micro_batch_size": 64}
-    return train_sft(
-        SFTConfig(
-            **options, dataset_name=str(selected / "selected.jsonl"), num_train_epochs=world.sizes.sft_epochs,
-            learning_rate=1e-3,
-        )
-    )  # fmt: skip
-
-
-def online(world: World, beta: float, seed: int, output: Path) -> dict[str, Any]:
-    """The options of PPO and GRPO."""
-    options = common(output, world.reference, seed) | {"batch_size": 512, "micro_batch_size": 512}
-    del options["max_length"]
-    return options | {
-        "dataset_name": world.prompts_file, "reward_funcs": [GOLD], "beta": beta, "max_prompt_length": PROMPT_WORDS,
-        "max_completion_length": MAX_WORDS, "per_device_generation_batch_size": 512, "lr_scheduler_type": "linear",
-    }  # fmt: skip
+    completions_of(world, int(count), seed, completions, MAX_WORDS + 1)
+    run_stage(STAGES, "rejection", completions=[str(completions)], output_dir=selected, seed=seed)
+    rows, epochs = selected / "selected.jsonl", world.sizes.sft_epochs
+    return train(world, "sft", seed, folder, dataset_name=rows, num_train_epochs=epochs)
 
 
 def ppo(world: World, beta: float, seed: int, folder: Path) -> Path:
     """KL in the reward, as drawn: its expected gradient is that of the KL. (The exact KL at a token is the same
     whichever token is drawn: as a reward it would hold back only the tokens before.)"""
-    options = online(world, beta, seed, folder / "model")
-    return train_ppo(
-        PPOConfig(
-            **options, max_steps=world.sizes.ppo_iterations, kl_estimator="k1", kl_in="reward", learning_rate=1e-3,
-            num_ppo_epochs=2, num_mini_batches=2,
-        )
-    )  # fmt: skip
+    steps = world.sizes.ppo_iterations
+    return train(world, "ppo", seed, folder, dataset_name=world.prompts_file, beta=beta, max_steps=steps)
 
 
 def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
     """KL in the reward, as drawn: what groups compare is then the objective."""
-    options = online(world, beta, seed, folder / "model")
-    return train_grpo(
-        GRPOConfig(
-            **options, max_steps=world.sizes.grpo_iterations, loss_type="dr_grpo", kl_estimator="k1", kl_in="reward",
-            num_generations=8, learning_rate=2e-3,
-        )
-    )  # fmt: skip
+    steps = world.sizes.grpo_iterations
+    return train(world, "grpo", seed, folder, dataset_name=world.prompts_file, beta=beta, max_steps=steps)
 
 
 def reward_model(world: World, pairs: float, seed: int, folder: Path) -> Path:
-    """A reward model from so many pairs: four passes, or more where those would be fewer than reward_steps."""
-    path = write_pairs(world, int(pairs), seed, folder)
-    options = common(folder / "model", world.reference, seed) | {"batch_size": 64, "micro_batch_size": 64}
-    steps = -(-int(pairs) // 64)
-    return train_reward(
-        RewardConfig(
-            **options, dataset_name=str(path), max_prompt_length=PROMPT_WORDS, learning_rate=3e-3,
-            lr_scheduler_type="cosine", warmup_steps=5, num_train_epochs=max(4, -(-world.sizes.reward_steps // steps)),
-        )
-    )  # fmt: skip
+    """A reward model from so many pairs: four passes, or more where those would be fewer than reward_steps of 64."""
+    path, steps = write_pairs(world, int(pairs), seed, folder), -(-int(pairs) // 64)
+    epochs = max(4, -(-world.sizes.reward_steps // steps))
+    return train(world, "reward", seed, folder, dataset_name=path, num_train_epochs=epochs)
 
 
 class Method(NamedTuple):
