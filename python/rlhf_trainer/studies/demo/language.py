@@ -11,15 +11,13 @@ probability sigma(reward(a) - reward(b)), so the annotator is sometimes wrong.
 from __future__ import annotations
 
 import itertools
-import math
 import random
 import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+from .. import tiny
 
 DISHES = ["soup", "bread", "fish", "salad", "cake", "tea", "rice", "curry", "pie", "stew", "pasta", "coffee"]
 PLACES = ["harbour", "market", "station", "garden", "museum", "castle", "bridge", "library", "mill", "square"]
@@ -72,15 +70,11 @@ def hidden_reward(review: str) -> int:
 
 def prefers_first(first: str, second: str, rng: random.Random) -> bool:
     """A Bradley-Terry annotator's choice: the first with probability sigma(reward(first) - reward(second))."""
-    return rng.random() < 1.0 / (1.0 + math.exp(hidden_reward(second) - hidden_reward(first)))
+    return tiny.prefers_first(hidden_reward(first), hidden_reward(second), rng)
 
 
 def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token a word, of this language and of `more`."""
     texts = [*all_prompts(), *RETURN, "was", *STAFF, *ROOM, *KIND, *UNKIND, *more]
-    vocabulary = [END, UNKNOWN, *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, unk_token=UNKNOWN, padding_side="left"
-    )
+    words = {word for text in texts for word in text.split()}
+    return tiny.word_tokenizer([END, UNKNOWN, *sorted(words)], unk_token=UNKNOWN)

@@ -36,12 +36,12 @@ class Score(NamedTuple):
 
 
 def sample_reviews(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int, batch_size: int = BATCH
 ) -> list[str]:
-    """One review for each prompt, at temperature 1."""
+    """One answer for each prompt, at temperature 1."""
     codec = Codec(tokenizer)
     ids = [encode_prompt(codec, prompt) for prompt in prompts]
-    completions = generate(model, tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=BATCH, seed=seed)
+    completions = generate(model, tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=batch_size, seed=seed)
     return [completion_text(tokenizer, *pair) for pair in zip(completions, ids, strict=True)]
 
 

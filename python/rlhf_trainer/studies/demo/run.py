@@ -7,17 +7,17 @@ the measuring belong to the demo.
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
@@ -28,16 +28,10 @@ from ...data.examples import load_groups
 from ...models.fused_lm import FusedLM, LMHead
 from ...models.loading import save_model
 from ...models.scoring import load_reward_model
-from ...offline.config import DPOConfig, RewardConfig, SFTConfig
-from ...offline.dpo import train_dpo
-from ...offline.reward_model import train_reward
-from ...offline.sft import train_sft
-from ...rewards.config import RejectionConfig
-from ...rewards.rejection import rejection
-from ...rollouts.config import SampleConfig
-from ...rollouts.sample import sample
+from ...training.journal import write_jsonl
 from ...training.output_folder import CONFIG_FILE, check_replaceable, is_taken
 from ..config import DemoConfig
+from ..tiny import run_stage, tiny_gpt2
 from .curves import draw_curves
 from .language import all_prompts, hidden_reward, make_tokenizer, prefers_first, write_review
 from .measure import MAX_NEW_TOKENS, examples, is_grammatical, sample_reviews, score, table
@@ -48,11 +42,9 @@ REVIEWS_PER_PROMPT = 16
 POSITIONS = 64
 LM_BATCH, LM_TOKENS = 64, 40
 LM_PEAK_LEARNING_RATE = 7e-3
-# A model this small needs larger learning rates than the defaults.
-SFT_LEARNING_RATE, REWARD_LEARNING_RATE, DPO_LEARNING_RATE = 3e-3, 1e-3, 1e-4
 # The default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there.
-LOGGING_STEPS = 20  # where there is no terminal
 DPO_BETA = 1.0
+STAGES = Path(__file__).with_name("stages.yaml")
 
 INTRODUCTION = """\
 A small language: reviews of dishes at places, such as
@@ -73,9 +65,16 @@ def run(config: DemoConfig) -> Path:
     held_out, train = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
     print(INTRODUCTION)
 
+    def learn(stage: str, output: str, *, model: str, dataset: str, **options: Any) -> None:
+        held_out = {} if stage == "sft" else {"eval_dataset": folder / "held_out.jsonl"}
+        run_stage(
+            STAGES, stage, output_dir=folder / output, model_name_or_path=folder / model, seed=config.seed,
+            dataset_name=folder / dataset, **held_out, **options,
+        )  # fmt: skip
+
     print(f"1/5  Pretraining: a tiny GPT-2 reads text of the language from scratch, in {config.lm_steps} steps.")
     tokenizer = make_tokenizer()
-    base = make_model(tokenizer)
+    base = tiny_gpt2(len(tokenizer), POSITIONS, width=96, layers=2)
     nats = train_lm(base, lambda: running_text(tokenizer, prompts, rng), config.lm_steps, LM_PEAK_LEARNING_RATE)
     save_model(base, tokenizer, folder / "base_model")
     stops = ends_in_time(base, tokenizer, held_out, config.seed)
@@ -86,8 +85,8 @@ def run(config: DemoConfig) -> Path:
     demonstrations = [
         {"prompt": p, "completion": f" {write_review(p, rng)}"} for p in rng.choices(train, k=config.demonstrations)
     ]
-    write_rows(folder / "demonstrations.jsonl", demonstrations)
-    train_sft(sft_config(folder, "base_model", "demonstrations.jsonl", "sft_model", config))
+    write_jsonl(folder / "demonstrations.jsonl", demonstrations)
+    learn("sft", "sft_model", model="base_model", dataset="demonstrations.jsonl")
     sft = load(folder / "sft_model")
     print(f"     Of its answers, {ends_in_time(sft, tokenizer, held_out, config.seed):.0%} are one review and stop.\n")
 
@@ -98,38 +97,25 @@ def run(config: DemoConfig) -> Path:
     print(
         f"     {config.pairs} pairs; where rewards differ, the annotator chose the higher one in {right:.0%} of them."
     )
-    train_reward(
-        RewardConfig(
-            **pair_options(folder, config), output_dir=str(folder / "reward_model"), project="reward",
-            learning_rate=REWARD_LEARNING_RATE,
-        )
-    )  # fmt: skip
+    learn("reward", "reward_model", model="sft_model", dataset="preferences.jsonl")
 
     print(f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, of which the best 4 are learned.")
-    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
-    sample(
-        SampleConfig(
-            models=[str(folder / "sft_model")], dataset_name=str(folder / "prompts.jsonl"),
-            output_dir=str(folder / "completions"), num_completions=config.completions, seed=config.seed,
-            per_device_generation_batch_size=512, max_prompt_length=16, max_new_tokens=MAX_NEW_TOKENS,
-        )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
+    completions, selected = folder / "completions", folder / "selected"
+    run_stage(
+        STAGES, "sample", models=[str(folder / "sft_model")], dataset_name=folder / "prompts.jsonl",
+        output_dir=completions, num_completions=config.completions, seed=config.seed, max_new_tokens=MAX_NEW_TOKENS,
     )  # fmt: skip
-    rejection(
-        RejectionConfig(
-            completions=[str(folder / "completions")], reward_model_name_or_path=str(folder / "reward_model"), k=4,
-            output_dir=str(folder / "selected"), max_length=POSITIONS, per_device_eval_batch_size=512,
-            seed=config.seed,
-        )
+    run_stage(
+        STAGES, "rejection", completions=[str(completions)], reward_model_name_or_path=folder / "reward_model",
+        output_dir=selected, seed=config.seed,
     )  # fmt: skip
-    train_sft(sft_config(folder, "sft_model", "selected/selected.jsonl", "rejection_model", config))
+    learn("sft", "rejection_model", model="sft_model", dataset="selected/selected.jsonl")
 
     print(f"\n5/5  DPO on the same pairs, without the reward model, with beta {DPO_BETA}.")
-    train_dpo(
-        DPOConfig(
-            **pair_options(folder, config), output_dir=str(folder / "dpo_model"), project="dpo",
-            ref_cache_dir=str(folder / "reference_logps"), num_train_epochs=config.dpo_epochs, beta=DPO_BETA,
-            learning_rate=DPO_LEARNING_RATE, warmup_ratio=0.208,
-        )
+    learn(
+        "dpo", "dpo_model", model="sft_model", dataset="preferences.jsonl", beta=DPO_BETA,
+        num_train_epochs=config.dpo_epochs, ref_cache_dir=folder / "reference_logps",
     )  # fmt: skip
 
     print("\nOn prompts that no stage after pretraining has seen:\n")
@@ -164,34 +150,8 @@ def make_folder(config: DemoConfig) -> Path:
     return folder
 
 
-def sft_config(folder: Path, model: str, dataset: str, output: str, config: DemoConfig) -> SFTConfig:
-    return SFTConfig(
-        model_name_or_path=str(folder / model), dataset_name=str(folder / dataset), output_dir=str(folder / output),
-        packing=True, max_length=POSITIONS, batch_size=64, micro_batch_size=64, num_train_epochs=3,
-        learning_rate=SFT_LEARNING_RATE, seed=config.seed, project="sft", logging_steps=LOGGING_STEPS,
-    )  # fmt: skip
-
-
-def pair_options(folder: Path, config: DemoConfig) -> dict:
-    """The options that both trainings on the annotator's pairs share."""
-    return {
-        "model_name_or_path": str(folder / "sft_model"), "dataset_name": str(folder / "preferences.jsonl"),
-        "eval_dataset": str(folder / "held_out.jsonl"), "eval_steps": 8, "micro_batch_size": 64,
-        "max_prompt_length": 16, "max_length": POSITIONS, "seed": config.seed, "logging_steps": LOGGING_STEPS,
-    }  # fmt: skip
-
-
 def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def make_model(tokenizer: PreTrainedTokenizerBase, width: int = 96, layers: int = 2) -> PreTrainedModel:
-    end = tokenizer.eos_token_id
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=width, n_layer=layers, n_head=4, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
 
 
 def train_lm(model: PreTrainedModel, draw: Callable[[], Batch], steps: int, peak: float) -> float:
@@ -250,10 +210,5 @@ def write_preferences(
         if hidden_reward(a) != hidden_reward(b):
             right.append(hidden_reward(chosen) > hidden_reward(rejected))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    write_rows(path, rows)
+    write_jsonl(path, rows)
     return sum(right) / max(1, len(right))
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -23,20 +23,19 @@ from typing import Any
 import torch
 
 from ...data.batches import Batch, pad_sequences
-from ...data.encoding import Codec, encode_prompt
 from ...data.rows import read_rows
 from ...models.loading import load_tokenizer, save_model
 from ...rewards.verifiable import exact_answer, think_answer
-from ...rollouts.generation import Sampling, completion_text, generate
 from ...training.journal import write_jsonl
+from ..tiny import tiny_gpt2
 from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, prefers_first, write_review
-from .run import load, make_model, train_lm
+from .measure import mean, sample_reviews
+from .run import POSITIONS, load, train_lm
 
 ALL_SUMS = [f"{a} + {b} =" for a, b in itertools.product(range(7), range(7))]
 WORDS_OF_SUMS = ["<think> count + is = easy </think> <answer> </answer>", *map(str, range(-2, 15))]
 TALK = {"careful": 3, "hasty": 1, "bare": 1}  # parts of the text that the base model reads
 DEMONSTRATIONS = {"careful": 1, "hasty": 2}  # by people who write down how they came to it
-MAX_NEW_TOKENS = 32
 LM_BATCH, PEAK_LEARNING_RATE = 64, 1e-2
 ANSWERS_PER_PROMPT = 16
 
@@ -64,7 +63,7 @@ def make(
     for prompts in of_task.values():
         rng.shuffle(prompts)
     tokenizer = make_tokenizer(WORDS_OF_SUMS)
-    model = make_model(tokenizer, width=64, layers=1)
+    model = tiny_gpt2(len(tokenizer), POSITIONS, width=64, layers=1)
 
     def talk() -> Batch:
         """Texts of people, each from the first position on; nothing marks its end."""
@@ -174,9 +173,7 @@ def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], see
     report = {}
     for name, path in models.items():
         tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
-        ids = [encode_prompt(Codec(tokenizer), prompt) for prompt in repeated]
-        completions = generate(load(Path(path)), tokenizer, ids, Sampling(MAX_NEW_TOKENS), batch_size=256, seed=seed)
-        texts = [completion_text(tokenizer, *pair) for pair in zip(completions, ids, strict=True)]
+        texts = sample_reviews(load(Path(path)), tokenizer, repeated, seed, batch_size=256)
         report[name] = measures(list(zip(repeated, texts, strict=True)))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -192,7 +189,3 @@ def measures(answers: list[tuple[str, str]]) -> dict[str, float]:
         results["reviews, hidden reward"] = mean([reward_of(*pair) for pair in reviews])
         results["reviews in the language"] = mean([float(is_grammatical(*pair)) for pair in reviews])
     return results
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
