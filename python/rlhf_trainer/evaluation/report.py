@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from .config import EvaluateConfig
 from .intervals import bootstrap_interval, wilson_interval
@@ -54,28 +57,10 @@ def outcome(reward: float | None, answer_reward: float) -> float:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text, for a person."""
-    measures = [
-        ("win rate against the answers of the data", "win_rate", 100, "%"),
-        ("reward, mean", "reward", 1, ""),
-        ("reward of the answers of the data, mean", "answer_reward", 1, ""),
-        ("reward above theirs, mean", "reward_gain", 1, ""),
-        ("tokens of an answer, mean", "length_tokens", 1, ""),
-        ("tokens of an answer of the data, mean", "answer_length_tokens", 1, ""),
-        ("KL(model || reference) of an answer, nats, mean", "kl_nats", 1, ""),
-    ]
-    scorers = [*([report["reward_model"]] if report["reward_model"] else []), *report["reward_funcs"]]
-    lines = [
-        f"{report['model']} on {report['prompts']} prompts of {report['dataset']}, scored by {' + '.join(scorers)}",
-        f"  {'':<48}{'value':>10}   {'95% interval':^22}{'prompts':>9}",
-    ]
-    for name, key, factor, unit in measures:
-        if report[key] is not None:
-            value, low, high = (f"{report[key][part] * factor:.2f}{unit}" for part in ("value", "low", "high"))
-            lines.append(f"  {name:<48}{value:>10}   {f'[{low}, {high}]':^22}{report[key]['count']:>9}")
-    lines.append(
-        f"  {report['wins']} wins, {report['ties']} ties (half a win each), {report['losses']} losses. "
-        f"{report['unfinished']} answers were cut at max_new_tokens and scored so; {report['empty']} are empty: no "
-        "reward, and lost."
-    )
-    lines.append("  The interval is for other prompts of the same kind; how far the reward is right, it cannot tell.")
-    return "\n".join(lines)
+    return filled(Path(__file__).with_name("report.txt.jinja"), **report)
+
+
+def filled(template: Path, **values: Any) -> str:
+    """The text that a Jinja template makes of the values. Lines that are nothing but a statement leave none behind."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
