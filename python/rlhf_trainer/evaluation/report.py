@@ -61,6 +61,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def filled(template: Path, **values: Any) -> str:
-    """The text that a Jinja template makes of the values. Lines that are nothing but a statement leave none behind."""
+    """The text that a Jinja template makes of the values; a line that is nothing but a statement leaves none."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(values).rstrip("\n")

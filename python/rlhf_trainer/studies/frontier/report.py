@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from ...evaluation.report import filled
 
 NEAR = 0.9  # share of the gain over the reference that is possible at the same KL
 ROUNDING = 1e-6  # error of sums over leaves and of bisection
@@ -19,17 +23,17 @@ Point = dict[str, Any]
 def report_of(results: Results) -> tuple[list[Point], str]:
     """The expectations, each with whether it held and the numbers that say so; and all of it as text."""
     points, runs = results["points"], results["overoptimisation"]
+    methods, pairs = list(dict.fromkeys(point["method"] for point in points)), sorted({run["pairs"] for run in runs})
     expectations = [
-        none_above(points), *(grows(points, method) for method in methods_of(points)),
-        *(is_near(points, method) for method in methods_of(points) if method in ("PPO", "DPO")),
-        covers(points), *(is_below(points, method) for method in methods_of(points) if method.startswith("rejection")),
-        within_bound(results["best_of_n"]), proxy_rises(runs), *(falls(runs, pairs) for pairs in pairs_of(runs)),
-        *(peaks_later(runs, a, b) for a, b in itertools.pairwise(pairs_of(runs))),
+        none_above(points), *(grows(points, method) for method in methods),
+        *(is_near(points, method) for method in methods if method in ("PPO", "DPO")), covers(points),
+        *(is_below(points, method) for method in methods if method.startswith("rejection")),
+        within_bound(results["best_of_n"]), proxy_rises(runs), *(falls(runs, count) for count in pairs),
+        *(peaks_later(runs, fewer, more) for fewer, more in itertools.pairwise(pairs)),
     ]  # fmt: skip
-    lines = [head_of(results), "", *tables(results), "", "Expected, and what came:"]
-    for one in expectations:
-        lines.append(f"  {'holds ' if one['holds'] else 'FAILED'}  {one['expected']}: {one['found']}")
-    return expectations, "\n".join(lines)
+    rows = [row for method in methods for row in rows_of(points, method)]
+    template = Path(__file__).with_name("report.txt.jinja")
+    return expectations, filled(template, **results | {"expectations": expectations, "rows": rows})
 
 
 # --- the expectations
@@ -42,57 +46,52 @@ def stated(expected: str, holds: bool, result: str) -> Point:
 def none_above(points: Sequence[Point]) -> Point:
     nearest = max(points, key=lambda point: point["reward"] - point["best_reward"])
     over = nearest["reward"] - nearest["best_reward"]
-    return stated(
-        "no method is above the optimum", over <= ROUNDING,
-        f"of {len(points)} models the one nearest to it is {-over:.4f} below ({name_of(nearest)})",
-    )  # fmt: skip
+    name = f"{nearest['method']}, {strength_of(nearest)}, seed {nearest['seed']}"
+    result = f"of {len(points)} models the one nearest to it is {-over:.4f} below ({name})"
+    return stated("no method is above the optimum", over <= ROUNDING, result)
 
 
 def grows(points: Sequence[Point], method: str) -> Point:
     """Reward and KL grow with the strength; a step down counts where it is more than twice its error."""
-    knob, rows = rows_of(points, method)
+    rows = rows_of(points, method)
     wrong = []
     for weak, strong in itertools.pairwise(rows):
         for key in ("reward", "kl"):
             (before, error), (after, error_after) = weak[key], strong[key]
             if after - before < -2 * math.hypot(error, error_after):
-                wrong.append(f"{key} {before:.2f} to {after:.2f} from {knob} {weak[knob]:g} to {strong[knob]:g}")
-    way = "beta falls" if knob == "beta" else "N grows"
+                to = strong["strength"].split()[1]
+                wrong.append(f"{key} {before:.2f} to {after:.2f} from {weak['strength']} to {to}")
+    way = "beta falls" if rows[0]["strength"].startswith("beta") else "N grows"
     return stated(f"{method}: reward and KL grow as {way}", not wrong, "; ".join(wrong) or "at every step")
 
 
 def is_near(points: Sequence[Point], method: str) -> Point:
-    knob, rows = rows_of(points, method)
+    rows = rows_of(points, method)
     holds = all(row["share"][0] + 2 * row["share"][1] >= NEAR for row in rows)
-    return stated(f"{method} is near the frontier (at least {NEAR:.0%} of the gain)", holds, shares(rows, knob))
+    return stated(f"{method} is near the frontier (at least {NEAR:.0%} of the gain)", holds, shares(rows))
 
 
 def covers(points: Sequence[Point]) -> Point:
     """DPO does better where its pairs hold completions of the best policy: that these lacked is why it fell short."""
-    knob, better = rows_of(points, COVERING)
-    plain = {row[knob]: row["share"] for row in rows_of(points, "DPO")[1]}
-    gains = [
-        (row["share"][0] - plain[row[knob]][0], math.hypot(row["share"][1], plain[row[knob]][1])) for row in better
-    ]
-    holds = all(gain > 2 * error for gain, error in gains)
-    return stated(f"{COVERING} comes nearer than DPO", holds, shares(better, knob))
+    better, plain = rows_of(points, COVERING), {row["strength"]: row["share"] for row in rows_of(points, "DPO")}
+    gains = [difference_of(plain[row["strength"]], row["share"]) for row in better]
+    return stated(f"{COVERING} comes nearer than DPO", all(gain > 2 * error for gain, error in gains), shares(better))
 
 
 def is_below(points: Sequence[Point], method: str) -> Point:
-    """Below by more than twice the error at every N, and with less of the gain than PPO and DPO on average."""
-    knob, rows = rows_of(points, method)
+    """Below by more than twice the error at every N."""
+    rows = rows_of(points, method)
     holds = all(row["share"][0] + 2 * row["share"][1] < 1 for row in rows)
-    return stated(f"{method} is below the frontier", holds, shares(rows, knob))
+    return stated(f"{method} is below the frontier", holds, shares(rows))
 
 
-def shares(rows: Sequence[Point], knob: str) -> str:
-    return ", ".join(f"{row['share'][0]:.0%}+-{row['share'][1]:.0%} at {knob} {row[knob]:g}" for row in rows)
+def shares(rows: Sequence[Point]) -> str:
+    return ", ".join("{:.0%}+-{:.0%} at {}".format(*row["share"], row["strength"]) for row in rows)
 
 
 def within_bound(best: Sequence[Point]) -> Point:
     excess = max(point["kl"] - point["kl_bound"] for point in best)
-    last = best[-1]
-    result = f"at N {last['n']} {last['kl']:.4f} of {last['kl_bound']:.4f} nats"
+    result = "at N {n} {kl:.4f} of {kl_bound:.4f} nats".format(**best[-1])
     return stated("best of N has a KL of at most log N - (N-1)/N", excess <= ROUNDING, result)
 
 
@@ -104,21 +103,22 @@ def proxy_rises(runs: Sequence[Point]) -> Point:
 def falls(runs: Sequence[Point], pairs: float) -> Point:
     here = [run["peak"] for run in runs if run["pairs"] == pairs]
     fall, error = mean_and_error([peak["gold"] - peak["gold_at_end"] for peak in here])
-    (place, place_error), (top, top_error) = (mean_and_error([p[key] for p in here]) for key in ("sqrt_kl", "gold"))
-    return stated(
-        f"{pairs:,.0f} pairs: gold peaks and falls", fall > 2 * error and any(peak["inside"] for peak in here),
-        f"peak at sqrt(KL) {place:.2f}+-{place_error:.2f} with {top:+.2f}+-{top_error:.2f}, then falls by "
-        f"{fall:.2f}+-{error:.2f}; a peak inside the curve in {sum(p['inside'] for p in here)} of {len(here)}",
-    )  # fmt: skip
+    place, top = (mean_and_error([peak[key] for peak in here]) for key in ("sqrt_kl", "gold"))
+    inside = sum(peak["inside"] for peak in here)
+    result = (
+        "peak at sqrt(KL) {:.2f}+-{:.2f} with {:+.2f}+-{:.2f}, then falls by ".format(*place, *top)
+        + f"{fall:.2f}+-{error:.2f}; a peak inside the curve in {inside} of {len(here)}"
+    )
+    return stated(f"{pairs:,.0f} pairs: gold peaks and falls", fall > 2 * error and inside > 0, result)
 
 
 def peaks_later(runs: Sequence[Point], fewer: float, more: float) -> Point:
-    (a, a_error), (b, b_error) = (
+    a, b = (
         mean_and_error([run["peak"]["sqrt_kl"] for run in runs if run["pairs"] == pairs]) for pairs in (fewer, more)
     )
-    error = math.hypot(a_error, b_error)
-    result = f"sqrt(KL) {a:.2f} and {b:.2f}, a difference of {b - a:+.2f}+-{error:.2f}"
-    return stated(f"gold peaks later with {more:,.0f} pairs than with {fewer:,.0f}", b - a > 2 * error, result)
+    later, error = difference_of(a, b)
+    result = f"sqrt(KL) {a[0]:.2f} and {b[0]:.2f}, a difference of {later:+.2f}+-{error:.2f}"
+    return stated(f"gold peaks later with {more:,.0f} pairs than with {fewer:,.0f}", later > 2 * error, result)
 
 
 # --- numbers
@@ -126,78 +126,25 @@ def peaks_later(runs: Sequence[Point], fewer: float, more: float) -> Point:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error, which is 0 for a single value."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, 0.0
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def methods_of(points: Iterable[Point]) -> list[str]:
-    return list(dict.fromkeys(point["method"] for point in points))
+def difference_of(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """b - a of two (mean, error), with its error."""
+    return b[0] - a[0], math.hypot(a[1], b[1])
 
 
-def pairs_of(runs: Iterable[Point]) -> list[float]:
-    return sorted({run["pairs"] for run in runs})
+def strength_of(point: Point) -> str:
+    return f"N {point['N']:g}" if "N" in point else f"beta {point['beta']:g}"
 
 
-def strengths_of(points: Iterable[Point], knob: str) -> list[float]:
-    """The strengths, from weak to strong: beta falls, N grows."""
-    return sorted({point[knob] for point in points if knob in point}, reverse=knob == "beta")
-
-
-def rows_of(points: Sequence[Point], method: str) -> tuple[str, list[Point]]:
-    """The option that sets a method's strength ("beta" or "N"), and for each of its values, from weak to strong, the
-    (mean, error) of all numbers."""
-    own = [point for point in points if point["method"] == method]
-    knob = "beta" if "beta" in own[0] else "N"
+def rows_of(points: Iterable[Point], method: str) -> list[Point]:
+    """For each strength of a method, from weak to strong (beta falls, N grows), the (mean, error) of all numbers."""
     rows = []
-    for strength in strengths_of(own, knob):
-        here = [point for point in own if point[knob] == strength]
+    own = [point for point in points if point["method"] == method]
+    for value in sorted({point.get("N") or -point["beta"] for point in own}):
+        here = [point for point in own if (point.get("N") or -point["beta"]) == value]
         keys = ("reward", "kl", "best_reward", "share", "train_seconds", "train_cpu_seconds")
-        rows.append({knob: strength} | {key: mean_and_error([point[key] for point in here]) for key in keys})
-    return knob, rows
-
-
-def name_of(point: Point) -> str:
-    knob = "beta" if "beta" in point else "N"
-    return f"{point['method']}, {knob} {point[knob]:g}, seed {point['seed']}"
-
-
-# --- text
-
-
-def head_of(results: Results) -> str:
-    reference, importance = results["reference"], results["importance_weighting"]
-    seeds, reward_seeds = (len({point["seed"] for point in results[key]}) for key in ("points", "overoptimisation"))
-    weights = ", ".join(f"{row['median']:,.1f} at beta {row['beta']:g}" for row in importance)
-    first = importance[0]
-    return (
-        f"{results['sizes']['held_out']} held-out prompts with {reference['leaves']:,} completions each; the "
-        f"reference's hidden reward is {reference['reward']:+.3f} (standard deviation {reference['reward_std']:.2f}, "
-        f"the best completion {reference['largest_reward']:+.2f}), its entropy {reference['entropy']:.2f} nats. "
-        f"{seeds} seeds, {reward_seeds} of reward models; +- is one standard error over them.\n"
-        f"Effective sample size of {first['draws']:,} draws from the reference, weighted by exp(r / beta), median over "
-        f"prompts: {weights} (there {first['least']:,.1f} to {first['most']:,.1f} at the first)."
-    )
-
-
-def tables(results: Results) -> list[str]:
-    names = (("reward", 16), ("KL, nats", 16), ("best there", 12), ("of gain", 12), ("s CPU", 8))
-    lines = [f"{'method':<26}{'strength':>12}" + "".join(f"{name:>{width}}" for name, width in names)]
-    for method in methods_of(results["points"]):
-        knob, rows = rows_of(results["points"], method)
-        for row in rows:
-            reward, kl = (f"{row[key][0]:.3f}+-{row[key][1]:.3f}" for key in ("reward", "kl"))
-            share = f"{row['share'][0]:.0%}+-{row['share'][1]:.0%}"
-            lines.append(
-                f"{method:<26}{f'{knob} {row[knob]:g}':>12}{reward:>16}{kl:>16}{row['best_reward'][0]:>12.3f}"
-                f"{share:>12}{row['train_cpu_seconds'][0]:>8.1f}"
-            )
-    lines += ["", f"{'reward model of':<26}{'agreement':>12}{'gold at peak':>16}{'sqrt(KL) there':>16}{'s CPU':>8}"]
-    for run in sorted(results["overoptimisation"], key=lambda run: (run["pairs"], run["seed"])):
-        lines.append(
-            f"{run['pairs']:>10,.0f} pairs, seed {run['seed']:<3}{run['agreement']:>12.3f}{run['peak']['gold']:>16.3f}"
-            f"{run['peak']['sqrt_kl']:>16.3f}{run['train_cpu_seconds']:>8.1f}"
-        )
-    return lines
+        numbers = {key: mean_and_error([point[key] for point in here]) for key in keys}
+        rows.append({"method": method, "strength": strength_of(here[0]), "value": abs(value)} | numbers)
+    return rows
