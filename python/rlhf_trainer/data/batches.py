@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .examples import TokenSequence
 
@@ -43,12 +44,6 @@ def pad_sequences(sequences: list[tuple[list[int], list[int]]], pad_id: int) -> 
 
 def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     """S (ids, labels) -> Batch of [S, T], padded on the right, where no real token of a causal model sees it."""
-    width = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORED)
-    for i, (ids, targets) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        attention_mask[i, : len(ids)] = 1
-        labels[i, : len(ids)] = torch.tensor(targets)
-    return Batch(input_ids, attention_mask, labels)
+    ids, labels = ([torch.tensor(part, dtype=torch.int64) for part in parts] for parts in zip(*rows, strict=True))
+    attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    return Batch(pad_sequence(ids, True, pad_id), attention_mask, pad_sequence(labels, True, IGNORED))

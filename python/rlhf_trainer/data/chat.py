@@ -26,28 +26,9 @@ CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 # which generation starts behind, nor the line break behind the turn, which generation never reaches. White space at
 # the rim of its content is dropped: at the front, it might fuse with the header's line break into another token than
 # the one that generation starts from.
-CHATML = (
-    "{% set first = 1 if messages[0].role == 'system' else 0 %}"
-    "{% for message in messages %}"
-    "{% if loop.index0 >= first and message.role != ['user', 'assistant'][(loop.index0 - first) % 2] %}"
-    "{{ raise_exception('after an optional system message, roles must alternate user, assistant, user, ...; message '"
-    " ~ loop.index0 ~ ' has role ' ~ message.role) }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' ~ message.role ~ '\n' }}"
-    "{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content | trim ~ '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}"
-    "{{ message.content ~ '<|im_end|>' }}"
-    "{% endif %}"
-    "{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{% if messages[-1].role != 'user' %}"
-    "{{ raise_exception('a prompt must end with a message of the user, not of role ' ~ messages[-1].role) }}"
-    "{% endif %}"
-    "{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}"
-)
+# Its lines are joined without their indentation, so that they make no white space of their own.
+CHATML_LINES = Path(__file__).with_name("chatml.jinja").read_text(encoding="utf-8").splitlines()
+CHATML = "".join(map(str.strip, CHATML_LINES)).replace(r"\n", "\n")
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> int:

@@ -16,25 +16,27 @@ from .examples import Prompt, json_columns
 from .rows import read_checked
 
 COMPLETIONS_FILE, SCORED_FILE, PAIRS_FILE = "completions.jsonl", "scored.jsonl", "pairs.jsonl"
+OPTIONAL = {  # keys of a completion, in the order of `Row`: type, and type in words
+    "model": (str, "text"),
+    "finished": (bool, "true or false"),
+    "columns": (dict, "a mapping"),
+    "opening": (str, "text"),
+}
 UNFINISHED, EMPTY, TOO_LONG = "unfinished", "empty", "too long"  # reasons to leave a completion out
 
 
 def row_of(prompt: Prompt, model: str, text: str, finished: bool | None) -> dict[str, Any]:
     """A line of completions.jsonl, or of failures.jsonl."""
+    source = {"model": model, "prompt_row": prompt.row}
     answer = {} if prompt.answer is None else {"answer": prompt.answer}
     columns = json_columns(prompt)
     if finished is None:
-        row = {"prompt": prompt.prompt, "model": model, "prompt_row": prompt.row, "reason": text}
-        return answer | columns | row
-    row = {
-        "prompt": prompt.prompt,
-        "completion": like_prompt(prompt.prompt, text),
-        "model": model,
-        "prompt_row": prompt.row,
-        "finished": finished,
-    }
-    opening = {"opening": prompt.opening} if prompt.opening else {}
-    return row | answer | opening | ({"columns": columns} if columns else {})
+        return answer | columns | {"prompt": prompt.prompt, **source, "reason": text}
+    completion = like_prompt(prompt.prompt, text)
+    row = {"prompt": prompt.prompt, "completion": completion, **source, "finished": finished, **answer}
+    if prompt.opening:
+        row["opening"] = prompt.opening
+    return row | ({"columns": columns} if columns else {})
 
 
 class Row(NamedTuple):
@@ -81,27 +83,24 @@ def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Co
     for field in ("prompt", "completion"):
         if row.get(field) is None:
             raise RowError(field, f"missing; the row has: {', '.join(row)}")
-    model, finished, opening = row.get("model", file), row.get("finished", True), row.get("opening", "")
-    columns = {} if row.get("columns") is None else row["columns"]
-    if not isinstance(model, str):
-        raise RowError("model", f"expected text, got {kind(model)}")
-    if not isinstance(opening, str):
-        raise RowError("opening", f"expected text, got {kind(opening)}")
-    if not isinstance(finished, bool):
-        raise RowError("finished", f"expected true or false, got {kind(finished)}")
-    if not isinstance(columns, dict):
-        raise RowError("columns", f"expected a mapping, got {kind(columns)}")
+    values = {"model": file, "opening": "", "finished": True} | row
+    values["columns"] = {} if row.get("columns") is None else row["columns"]
+    for field, (type_, expected) in OPTIONAL.items():
+        if not isinstance(values[field], type_):
+            raise RowError(field, f"expected {expected}, got {kind(values[field])}")
     prompt, completion = row["prompt"], row["completion"]
     check_prompt(prompt)
-    options = template_options(columns)
+    options, problem = template_options(values["columns"]), None
     if is_empty(completion):
-        ids = [encode_prompt(codec, prompt, "prompt", options) for codec in codecs]
-        return Row(file, number, prompt, completion, model, finished, columns, opening, ids, EMPTY)
-    check_response(prompt, completion, "completion")
-    ids = [encode_rendering(codec, prompt, completion, "completion", options) for codec in codecs]
-    is_long = any(len(sequence) > max_length for sequence in ids)
-    problem = UNFINISHED if not finished else TOO_LONG if is_long else None
-    return Row(file, number, prompt, completion, model, finished, columns, opening, ids, problem)
+        ids, problem = [encode_prompt(codec, prompt, "prompt", options) for codec in codecs], EMPTY
+    else:
+        check_response(prompt, completion, "completion")
+        ids = [encode_rendering(codec, prompt, completion, "completion", options) for codec in codecs]
+        if not values["finished"]:
+            problem = UNFINISHED
+        elif any(len(sequence) > max_length for sequence in ids):
+            problem = TOO_LONG
+    return Row(file, number, prompt, completion, *(values[field] for field in OPTIONAL), ids, problem)
 
 
 def text_of(completion: Any) -> str:

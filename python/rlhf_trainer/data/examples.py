@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, Required, TypedDict, TypeVar, Unpack
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..config.base import DataConfig, RowFormat
 from ..errors import RowError, UsageError
@@ -124,18 +124,8 @@ class Loaded(NamedTuple, Generic[Example]):
         return "\n".join([", ".join(lines), *(f"  note: {note}" for note in self.notes)])
 
 
-class Reading(TypedDict, total=False):
-    """Options of every loader."""
-
-    split: Required[str]  # of a hub data set
-    config: str | None  # of a hub data set: its configuration, or subset
-    format: RowFormat
-    streaming: bool  # a hub data set row by row, not downloaded whole first
-    skip_invalid_rows: bool
-    max_examples: int | None  # only so many, from the start
-
-
-def reading_of(config: DataConfig, split: str) -> Reading:
+def reading_of(config: DataConfig, split: str) -> dict[str, Any]:
+    """What every loader takes as `reading`, see `_load`."""
     return {
         "split": split, "config": config.dataset_config, "format": config.dataset_format,
         "streaming": config.dataset_streaming, "skip_invalid_rows": config.skip_invalid_rows,
@@ -146,13 +136,7 @@ def reading_of(config: DataConfig, split: str) -> Reading:
 
 
 def load_groups(
-    source: str,
-    codec: Codec,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-    keep_rendering: bool = False,
-    **reading: Unpack[Reading],
+    source: str, codec: Codec, *, max_prompt_length: int, max_length: int, keep_rendering: bool = False, **reading: Any
 ) -> Loaded[Group]:
     """Prompts with their responses, and which response is better than which. keep_rendering: as reward models read
     them, see `encode_pairs`."""
@@ -185,14 +169,9 @@ def load_groups(
 
 
 def load_conversations(
-    source: str,
-    codec: Codec,
-    *,
-    max_length: int,
-    assistant_only_loss: bool = True,
-    last_turn_only: bool = False,
-    **reading: Unpack[Reading],
-) -> Loaded[TokenSequence]:
+    source: str, codec: Codec, *, max_length: int, assistant_only_loss: bool = True, last_turn_only: bool = False,
+    **reading: Any,
+) -> Loaded[TokenSequence]:  # fmt: skip
     """Conversations for supervised fine-tuning; one that is longer than max_length loses its end.
 
     `messages` are learned where the assistant wrote them (in all its turns, or in the last), or whole; a completion, or
@@ -231,13 +210,7 @@ def _conversation(
 # --- prompts
 
 
-def load_prompts(
-    source: str,
-    codec: Codec,
-    *,
-    max_prompt_length: int,
-    **reading: Unpack[Reading],
-) -> Loaded[Prompt]:
+def load_prompts(source: str, codec: Codec, *, max_prompt_length: int, **reading: Any) -> Loaded[Prompt]:
     """Prompts to answer; the first few tokens of a bare text are one."""
 
     def prompt_of(number: int, row: dict[str, Any]) -> tuple[list[Prompt], int]:
@@ -278,26 +251,19 @@ def _prompt_and_answer(codec: Codec, row: dict[str, Any]) -> tuple[str, Any, Any
 
 
 def load_labelled(
-    source: str,
-    codec: Codec,
-    *,
-    max_prompt_length: int,
-    max_length: int,
-    **reading: Unpack[Reading],
+    source: str, codec: Codec, *, max_prompt_length: int, max_length: int, **reading: Any
 ) -> Loaded[Labelled]:
     """Completions labelled good or bad; a pair gives one of each."""
 
     def labelled_of(number: int, row: dict[str, Any]) -> tuple[list[Labelled], int]:
-        if "completion" in row or "chosen" not in row:
-            responses = [("completion", need(row, "completion"), label(row))]
-        else:
-            responses = [("chosen", row["chosen"], True), ("rejected", need(row, "rejected"), False)]
+        is_pair = "completion" not in row and "chosen" in row
+        fields = ("chosen", "rejected") if is_pair else ("completion",)
+        responses = [(field, need(row, field)) for field in fields]
+        labels = (True, False) if is_pair else (label(row),)
         prompt, encoded = encode_pairs(
-            codec, need(row, "prompt"), [(field, response) for field, response, _ in responses], template_options(row),
-            limit=max_prompt_length,
-        )  # fmt: skip
+            codec, need(row, "prompt"), responses, template_options(row), limit=max_prompt_length
+        )
         room = max_length - len(prompt)
-        labels = [is_good for *_, is_good in responses]
         examples = [Labelled(number, prompt, ids[:room], good) for ids, good in zip(encoded, labels, strict=True)]
         return examples, sum(len(ids) > room for ids in encoded)
 
@@ -308,19 +274,15 @@ def load_labelled(
 
 
 def _load(
-    source: str,
-    codec: Codec,
-    examples_of: Callable[[int, dict[str, Any]], tuple[list[Example], int]],
-    noun: str,
-    *,
-    split: str,
-    config: str | None = None,
-    format: RowFormat = "auto",
-    streaming: bool = False,
-    skip_invalid_rows: bool = False,
-    max_examples: int | None = None,
-) -> Loaded[Example]:
-    """`examples_of` (row number, plain row) -> (its examples, how many sequences were cut), or RowError."""
+    source: str, codec: Codec, examples_of: Callable[[int, dict[str, Any]], tuple[list[Example], int]], noun: str, *,
+    split: str, config: str | None = None, format: RowFormat = "auto", streaming: bool = False,
+    skip_invalid_rows: bool = False, max_examples: int | None = None,
+) -> Loaded[Example]:  # fmt: skip
+    """`examples_of` (row number, plain row) -> (its examples, how many sequences were cut), or RowError.
+
+    Of a hub data set: its split, config (subset), and whether it is streamed row by row, not downloaded whole first.
+    max_examples: only so many, from the start.
+    """
     examples: list[Example] = []
     problems: list[str] = []
     cut = rows = 0

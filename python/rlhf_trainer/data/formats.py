@@ -27,13 +27,7 @@ def plain_row(row: Any, format: RowFormat = "auto", *, chat: bool = True) -> Row
     if not isinstance(row, dict):
         raise RowError("row", f"expected a mapping, got {row!r}")
     row = {column: value for column, value in row.items() if value is not None}
-    if format == "auto":
-        format = format_of(row)
-    if format == "hh":
-        return _from_transcripts(row, chat)
-    if format == "gsm8k":
-        return _from_word_problems(row, chat)
-    return _READERS[format](row)
+    return _READERS[format_of(row) if format == "auto" else format](row, chat)
 
 
 def format_of(row: Row) -> RowFormat:
@@ -50,10 +44,6 @@ def format_of(row: Row) -> RowFormat:
     if {"question", "answer"} <= row.keys() and not row.keys() & {"prompt", "messages", "text"}:
         return "gsm8k" if isinstance(row["answer"], str) and FINAL_ANSWER in row["answer"] else "plain"
     return "plain"
-
-
-def _from_plain(row: Row) -> Row:
-    return row
 
 
 def _from_transcripts(row: Row, chat: bool) -> Row:
@@ -98,7 +88,7 @@ def _answer(content: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": content.strip()}]
 
 
-def _from_summaries(row: Row) -> Row:
+def _from_summaries(row: Row, _chat: bool) -> Row:
     """OpenAI's comparisons of two summaries of a post on Reddit, for a prompt that asks for one."""
     info = _mapping("info", need(row, "info"))
     subreddit, title, post = (text(f"info.{key}", info.get(key)) for key in ("subreddit", "title", "post"))
@@ -120,12 +110,7 @@ def _mapping(field: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _from_reviews(row: Row) -> Row:
-    """IMDb: a text and a sentiment, which is not for the model to see."""
-    return {"text": need_text(row, "text")}
-
-
-def _from_conversations(row: Row) -> Row:
+def _from_conversations(row: Row, _chat: bool) -> Row:
     """UltraFeedback: two whole conversations, equal up to the responses."""
     chosen, rejected = (plain_messages(need_list(row, column), column) for column in ("chosen", "rejected"))
     shared = 0
@@ -136,9 +121,11 @@ def _from_conversations(row: Row) -> Row:
     return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-_READERS: dict[str, Callable[[Row], Row]] = {
-    "plain": _from_plain,
+_READERS: dict[str, Callable[[Row, bool], Row]] = {
+    "plain": lambda row, _chat: row,
+    "hh": _from_transcripts,
     "tldr": _from_summaries,
-    "imdb": _from_reviews,
+    "imdb": lambda row, _chat: {"text": need_text(row, "text")},  # the sentiment is not for the model to see
     "ultrafeedback": _from_conversations,
+    "gsm8k": _from_word_problems,
 }

@@ -112,11 +112,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     from pyarrow import parquet
 
     try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(PARQUET_ROWS):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        batches = parquet.ParquetFile(path).iter_batches(PARQUET_ROWS)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{path}: not a readable Parquet file: {error}") from error
 
