@@ -32,6 +32,7 @@ SHIPPED = Path(__file__).parent
 OUTPUT = "output"
 KEYS = ("title", "source", "threads", "variables", "stages")
 KEYS_OF_RECIPE = tuple(field.name for field in dataclasses.fields(FolderConfig))  # no stage may have them
+NOTHING: dict[str, str] = {}
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -150,7 +151,7 @@ def filled_variables(variables: dict[str, Any], where: str) -> dict[str, Any]:
     for name, value in variables.items():
         if value is None:
             raise UsageError(f"{where}: variable {name!r} has no value: pass --set {name}=...")
-        values[name] = filled(value, lookup(values, {}, values), f"{where}, variable {name}")
+        values[name] = filled(value, finder(values, f"{where}, variable {name}"))
     return values
 
 
@@ -178,54 +179,43 @@ def read_stage(name: str, stages: Mapping[str, Any], variables: dict[str, Any], 
     forbidden = [key for key in KEYS_OF_RECIPE if key in content]
     if forbidden:
         raise UsageError(f"{where}: key {forbidden[0]!r} is the recipe's: pass --{forbidden[0]} to rlhf recipe")
-    order = list(stages)
-    earlier, later = order[: order.index(name)], order[order.index(name) :]
+    place = list(stages).index(name)
+    known = variables | {stage: f"${{{stage}}}" for stage in (*list(stages)[:place], OUTPUT)}
+    refused = {stage: "comes later" for stage in list(stages)[place:]} | {name: "is this very stage"}
     options = {
-        str(key): filled(
-            value,
-            lookup(
-                variables | {stage: f"${{{stage}}}" for stage in (*earlier, OUTPUT)},
-                {stage: "comes later" if stage != name else "is this very stage" for stage in later},
-                [*variables, *earlier, OUTPUT],
-            ),
-            f"{where}: key {key!r}",
-        )
-        for key, value in content.items()
+        str(key): filled(value, finder(known, f"{where}: key {key!r}", refused)) for key, value in content.items()
     }
     return Stage(name, kind, what, options, where)
 
 
-Lookup = Callable[[str, str], Any]
+def finder(known: Mapping[str, Any], where: str, refused: Mapping[str, str] = NOTHING) -> Callable[[str], Any]:
+    """The function name -> value; UsageError for a name without one, which says why it is refused, or what is known."""
 
-
-def lookup(known: Mapping[str, Any], refused: Mapping[str, str], names: Sequence[str]) -> Lookup:
-    """The function (name, where) -> value; UsageError for a name without one, which says why, or lists `names`."""
-
-    def find(name: str, where: str) -> Any:
+    def find(name: str) -> Any:
         if name in known:
             return known[name]
         if name in refused:
             raise UsageError(f"{where}: ${{{name}}} {refused[name]}, so there is nothing to take from it yet")
-        raise UsageError(f"{where}: ${{{name}}} is no variable or earlier stage; those are: {', '.join(names)}")
+        raise UsageError(f"{where}: ${{{name}}} is no variable or earlier stage; those are: {', '.join(known)}")
 
     return find
 
 
-def filled(value: Any, find: Lookup, where: str) -> Any:
+def filled(value: Any, find: Callable[[str], Any]) -> Any:
     """`value` with every ${name} in it replaced; one that is nothing but ${name} takes its value, whatever type."""
     if isinstance(value, dict):
-        return {key: filled(item, find, where) for key, item in value.items()}
+        return {key: filled(item, find) for key, item in value.items()}
     if isinstance(value, list):
-        return [filled(item, find, where) for item in value]
+        return [filled(item, find) for item in value]
     if not isinstance(value, str):
         return value
     whole = REFERENCE.fullmatch(value)
-    return find(whole[1], where) if whole else REFERENCE.sub(lambda match: str(find(match[1], where)), value)
+    return find(whole[1]) if whole else REFERENCE.sub(lambda match: str(find(match[1])), value)
 
 
 def placed(stage: Stage, folder: Path) -> dict[str, Any]:
     """The stage's options, where all stages' folders lie in `folder`."""
-    return filled(stage.options, lambda name, _: str(folder if name == OUTPUT else folder / name), stage.where)
+    return filled(stage.options, lambda name: str(folder if name == OUTPUT else folder / name))
 
 
 def config_of(stage: Stage, folder: Path) -> OutputConfig:

@@ -24,7 +24,6 @@ import inspect
 import math
 import os
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -68,12 +67,10 @@ class Rewards:
     """Functions and their weights. `names`: one a function, a repeated one with -2, -3, ... behind it."""
 
     def __init__(self, functions: Sequence[Reward], weights: Sequence[float]) -> None:
-        counts: Counter[str] = Counter()
-        names = []
-        for function in functions:
-            counts[function.name] += 1
-            names.append(function.name if counts[function.name] == 1 else f"{function.name}-{counts[function.name]}")
-        self.functions, self.names, self.weights = list(functions), tuple(names), list(weights)
+        names = [function.name for function in functions]
+        earlier = [names[:i].count(name) for i, name in enumerate(names)]
+        self.names = tuple(f"{name}-{n + 1}" if n else name for name, n in zip(names, earlier, strict=True))
+        self.functions, self.weights = list(functions), list(weights)
 
     @property
     def models(self) -> list[ModelReward]:
@@ -104,12 +101,6 @@ class Rewards:
                 f"({', '.join(self.names)}); of every completion at least one must give a number"
             )
         return Scores(parts.nan_to_num() @ torch.tensor(self.weights, dtype=torch.float32), parts)
-
-
-def line_of(error: BaseException) -> str:
-    """The place where an error was raised."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}, in {frame.name}"
 
 
 class RowReward:
@@ -197,9 +188,10 @@ class UserReward:
         except Exception as error:
             prompt, cause = self.culprit(prompts, texts) or (None, error)
             place = "all prompts together" if prompt is None else where(prompt)
+            frame = traceback.extract_tb(cause.__traceback__)[-1]
             raise UsageError(
                 f"the reward function {self.spec!r} raised {type(cause).__name__}: {cause} (for {place}; "
-                f"{line_of(cause)})"
+                f"{frame.filename}:{frame.lineno}, in {frame.name})"
             ) from cause
 
     def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, Exception] | None:
@@ -211,14 +203,12 @@ class UserReward:
         return None
 
     def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
-        present = dict.fromkeys(column for prompt in prompts for column in prompt.columns)
-        columns = present if self.takes_all else [column for column in present if column in self.parameters]
-        arguments = {column: [prompt.columns.get(column) for prompt in prompts] for column in [*columns, *self.needed]}
+        names = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns), *self.needed]
+        arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         arguments["prompts"] = [prompt.prompt for prompt in prompts]
         arguments["completions"] = list(map(like_prompt, arguments["prompts"], map(Prompt.opened, prompts, texts)))
-        if not self.takes_all:
-            arguments = {name: arguments[name] for name in arguments if name in self.parameters}
-        return self.function(**arguments)
+        takes = [name for name in arguments if self.takes_all or name in self.parameters]
+        return self.function(**{name: arguments[name] for name in takes})
 
 
 def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float | None]:

@@ -326,12 +326,6 @@ def checked_tests(value: Any) -> list[str]:
 # --- by name
 
 
-def no_argument(argument: str, verifiable: Verifiable) -> Verifiable:
-    if argument:
-        raise ValueError(f"takes nothing behind a colon, got {argument!r}")
-    return verifiable
-
-
 def regex_of(argument: str) -> Verifiable:
     try:
         pattern = regex.compile(argument)
@@ -342,33 +336,32 @@ def regex_of(argument: str) -> Verifiable:
     return Verifiable(matcher_of(pattern))
 
 
-def format_of(argument: str) -> Verifiable:
-    if argument != "think_answer":
-        raise ValueError(f"expected format:think_answer, got {argument!r}")
-    return Verifiable(think_answer)
+def one_of(expected: str, choices: dict[str, Verifiable]) -> Callable[[str], Verifiable]:
+    """The function argument -> reward; ValueError, with what was expected, for one that is not among the choices."""
+
+    def choose(argument: str) -> Verifiable:
+        if argument not in choices:
+            raise ValueError(f"{expected}, got {argument!r}")
+        if choices[argument].is_slow:
+            print(f"unit_tests: completions run {sandbox.protections()}")
+        return choices[argument]
+
+    return choose
 
 
-TESTS: dict[str, Callable[[str, list[str]], float]] = {"": unit_tests, "all": all_unit_tests}
-
-
-def tests_of(argument: str) -> Verifiable:
-    if argument not in TESTS:
-        raise ValueError(f"expected unit_tests, the share that passes, or unit_tests:all, got {argument!r}")
-    print(f"unit_tests: completions run {sandbox.protections()}")
-    return Verifiable(
-        TESTS[argument], ("tests", "test_list"), "assert statements, a list or one text", checked_tests, True
-    )
-
-
+NO_ARGUMENT, TESTS = "takes nothing behind a colon", "expected unit_tests, the share that passes, or unit_tests:all"
 EXACT = Verifiable(exact_answer, ("ground_truth", "answer", "solution"), "the right answer", expected_answers)
 SCHEMA = Verifiable(json_schema, ("schema",), "a JSON schema", checked_schema)
 ARITHMETIC = Verifiable(arithmetic, ("expression",), "such as '12 * (3 + 4)'", value_of)
+SHARE = Verifiable(
+    unit_tests, ("tests", "test_list"), "assert statements, a list or one text", checked_tests, is_slow=True
+)
 
 VERIFIABLE: dict[str, Callable[[str], Verifiable]] = {
-    "exact_answer": lambda argument: no_argument(argument, EXACT),
+    "exact_answer": one_of(NO_ARGUMENT, {"": EXACT}),
     "regex": regex_of,
-    "json_schema": lambda argument: no_argument(argument, SCHEMA),
-    "arithmetic": lambda argument: no_argument(argument, ARITHMETIC),
-    "format": format_of,
-    "unit_tests": tests_of,
+    "json_schema": one_of(NO_ARGUMENT, {"": SCHEMA}),
+    "arithmetic": one_of(NO_ARGUMENT, {"": ARITHMETIC}),
+    "format": one_of("expected format:think_answer", {"think_answer": Verifiable(think_answer)}),
+    "unit_tests": one_of(TESTS, {"": SHARE, "all": SHARE._replace(score=all_unit_tests)}),
 }
