@@ -14,6 +14,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RowError, UsageError, kind
+from .columns import expect
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ANY_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
@@ -87,19 +88,15 @@ def plain_messages(messages: Any, field: str) -> list[dict[str, Any]]:
 
     A content of text parts becomes one text; None, which Parquet writes for keys that a row does not have, is dropped.
     """
-    if not isinstance(messages, list):
-        raise RowError(field, f"expected a list of messages, got {kind(messages)}")
-    if not messages:
+    if not expect(field, messages, list, "a list of messages"):
         raise RowError(field, "the list of messages is empty")
     return [_plain_message(message, f"{field}[{i}]") for i, message in enumerate(messages)]
 
 
 def _plain_message(message: Any, field: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RowError(field, f"expected {{'role': ..., 'content': ...}}, got {kind(message)}")
+    expect(field, message, dict, "{'role': ..., 'content': ...}")
     message = {key: value for key, value in message.items() if value is not None}
-    if not isinstance(message.get("role"), str):
-        raise RowError(f"{field}.role", f"expected text, got {kind(message.get('role'))}")
+    expect(f"{field}.role", message.get("role"), str, "text")
     if message.get("tool_calls"):
         message["tool_calls"] = [
             _plain_call(call, f"{field}.tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
@@ -110,8 +107,8 @@ def _plain_message(message: Any, field: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = "".join(_text_part(part, f"{field}.content[{i}]") for i, part in enumerate(content))
-    elif not isinstance(content, str):
-        raise RowError(f"{field}.content", f"expected text, got {kind(content)}")
+    else:
+        expect(f"{field}.content", content, str, "text")
     return message
 
 
@@ -131,8 +128,7 @@ def _plain_call(call: Any, field: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         with suppress(ValueError):
             arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        raise RowError(f"{field}.function.arguments", f"expected a mapping, or JSON text of one, got {kind(arguments)}")
+    expect(f"{field}.function.arguments", arguments, dict, "a mapping, or JSON text of one")
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function
 
@@ -149,13 +145,10 @@ def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
                 raise RowError(column, f"not JSON: {error}") from error
         if value is None:
             continue
-        if not isinstance(value, type_):
-            raise RowError(column, f"expected a {type_.__name__}, or JSON text of one, got {kind(value)}")
-        value = without_none(value)
+        value = without_none(expect(column, value, type_, f"a {type_.__name__}, or JSON text of one"))
         if column == "tools":
-            options |= {"tools": value} if value else {}
-        else:
-            options |= value
+            value = {"tools": value} if value else {}
+        options |= value
     return options
 
 

@@ -8,6 +8,13 @@ from typing import Any
 from ..errors import RowError, kind
 
 
+def expect(field: str, value: Any, types: Any, expected: str) -> Any:
+    """The value, if it is of these types; else RowError with what was expected, in words."""
+    if not isinstance(value, types):
+        raise RowError(field, f"expected {expected}, got {kind(value)}")
+    return value
+
+
 def need(row: dict[str, Any], column: str) -> Any:
     if column not in row:
         raise RowError(column, f"missing; the row has: {', '.join(row) or 'nothing'}")
@@ -24,13 +31,7 @@ def need_any(row: dict[str, Any], columns: tuple[str, ...]) -> str:
 
 
 def need_text(row: dict[str, Any], column: str) -> str:
-    return text(column, need(row, column))
-
-
-def text(field: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowError(field, f"expected text, got {kind(value)}")
-    return value
+    return expect(column, need(row, column), str, "text")
 
 
 def need_list(row: dict[str, Any], column: str) -> list[Any]:

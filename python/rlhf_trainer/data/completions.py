@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RowError, UsageError, kind
+from ..errors import RowError, UsageError
 from .chat import check_prompt, check_response, template_options
-from .columns import need, number
+from .columns import expect, need, number
 from .encoding import Codec, encode_prompt, encode_rendering, is_empty, like_prompt
 from .examples import Prompt, json_columns
 from .rows import read_checked
@@ -85,9 +85,8 @@ def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Co
             raise RowError(field, f"missing; the row has: {', '.join(row)}")
     values = {"model": file, "opening": "", "finished": True} | row
     values["columns"] = {} if row.get("columns") is None else row["columns"]
-    for field, (type_, expected) in OPTIONAL.items():
-        if not isinstance(values[field], type_):
-            raise RowError(field, f"expected {expected}, got {kind(values[field])}")
+    for field, expected in OPTIONAL.items():
+        expect(field, values[field], *expected)
     prompt, completion = row["prompt"], row["completion"]
     check_prompt(prompt)
     options, problem = template_options(values["columns"]), None
@@ -136,8 +135,7 @@ def read_scored(file: str) -> list[dict[str, Any]]:
 
 def checked_line(_number: int, line: dict[str, Any]) -> dict[str, Any]:
     for field in ("prompt", "completion"):
-        if not isinstance(need(line, field), str | list):
-            raise RowError(field, f"expected text or a list of messages, got {kind(line[field])}")
+        expect(field, need(line, field), str | list, "text or a list of messages")
     if need(line, "reward") is not None:  # None: left out
         number("reward", line["reward"])
     return line

@@ -213,23 +213,18 @@ def with_end(codec: Codec, ids: list[int]) -> list[int]:
     return ids if eos is None or (ids and ids[-1] in codec.ends) else [*ids, eos]
 
 
-def offsets_of(codec: Codec, text: str, count: int) -> list[tuple[int, int]]:
-    """The characters between which each of `count` tokens of a text stands; what is put in front is at (0, 0)."""
-    need_fast(codec.tokenizer)
-    offsets = codec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+def offsets_of(codec: Codec, text: str, count: int = 0) -> list[tuple[int, int]]:
+    """The characters between which each token of a text stands; of `count` tokens, those put in front are at (0, 0)."""
+    tokenizer = codec.tokenizer
+    if not tokenizer.is_fast:
+        raise UsageError(f"{type(tokenizer).__name__} cannot tell where in a text its tokens lie: use a fast tokenizer")
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     return [(0, 0)] * (count - len(offsets)) + list(offsets)
 
 
-def need_fast(tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.is_fast:
-        raise UsageError(f"{type(tokenizer).__name__} cannot tell where in a text its tokens lie: use a fast tokenizer")
-
-
-def prefix_of(codec: Codec, text: str, tokens: tuple[int, int] = PREFIX_TOKENS) -> str:
+def prefix_of(codec: Codec, text: str) -> str:
     """The first few tokens of a text, as text. How many is drawn by a hash of the text: the same in every run."""
-    need_fast(codec.tokenizer)
-    offsets = codec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    low, high = tokens
+    offsets, (low, high) = offsets_of(codec, text), PREFIX_TOKENS
     if len(offsets) < low:
         raise RowError("text", f"has {len(offsets)} tokens, expected at least {low} to make a prompt of")
     draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")

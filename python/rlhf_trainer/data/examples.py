@@ -24,6 +24,8 @@ from .rows import RowProblem, listing, read_rows
 PROMPT_COLUMNS = ("prompt", "messages", "text")  # where a prompt is looked for, in this order
 OPENING = re.compile(r"<think>\s*$")  # at the end of a prompt's text: the completion has only the end of the thoughts
 Example = TypeVar("Example")
+# (row number, plain row) -> its examples, and how many sequences were cut; RowError for a row that makes none
+Reader = Callable[[int, dict[str, Any]], tuple[list[Example], int]]
 
 
 class Group(NamedTuple):
@@ -124,8 +126,19 @@ class Loaded(NamedTuple, Generic[Example]):
         return "\n".join([", ".join(lines), *(f"  note: {note}" for note in self.notes)])
 
 
+class Reading(NamedTuple):
+    """Options of every loader."""
+
+    split: str  # of a hub data set
+    config: str | None = None  # of a hub data set: its configuration, or subset
+    format: RowFormat = "auto"
+    streaming: bool = False  # a hub data set row by row, not downloaded whole first
+    skip_invalid_rows: bool = False
+    max_examples: int | None = None  # only so many, from the start
+
+
 def reading_of(config: DataConfig, split: str) -> dict[str, Any]:
-    """What every loader takes as `reading`, see `_load`."""
+    """The fields of `Reading` that a configuration has, which every loader takes."""
     return {
         "split": split, "config": config.dataset_config, "format": config.dataset_format,
         "streaming": config.dataset_streaming, "skip_invalid_rows": config.skip_invalid_rows,
@@ -161,7 +174,7 @@ def load_groups(
             group.margins.append(margin)
         return [group], sum(len(ids) > room for ids in encoded)
 
-    loaded = _load(source, codec, group_of, "prompts with pairs", **reading)
+    loaded = _load(source, codec, group_of, "prompts with pairs", Reading(**reading))
     return loaded._replace(noun=f"prompts with {sum(len(group.pairs) for group in loaded.examples)} pairs")
 
 
@@ -169,9 +182,14 @@ def load_groups(
 
 
 def load_conversations(
-    source: str, codec: Codec, *, max_length: int, assistant_only_loss: bool = True, last_turn_only: bool = False,
+    source: str,
+    codec: Codec,
+    *,
+    max_length: int,
+    assistant_only_loss: bool = True,
+    last_turn_only: bool = False,
     **reading: Any,
-) -> Loaded[TokenSequence]:  # fmt: skip
+) -> Loaded[TokenSequence]:
     """Conversations for supervised fine-tuning; one that is longer than max_length loses its end.
 
     `messages` are learned where the assistant wrote them (in all its turns, or in the last), or whole; a completion, or
@@ -186,7 +204,7 @@ def load_conversations(
         counted[0] = False
         return [TokenSequence(number, ids[:max_length], counted[:max_length])], int(len(ids) > max_length)
 
-    return _load(source, codec, sequence_of, "conversations", **reading)
+    return _load(source, codec, sequence_of, "conversations", Reading(**reading))
 
 
 def _conversation(
@@ -220,7 +238,7 @@ def load_prompts(source: str, codec: Codec, *, max_prompt_length: int, **reading
         columns = {column: value for column, value in row.items() if column not in PROMPT_COLUMNS}
         return [Prompt(number, prompt, ids, answer, columns, text)], 0
 
-    return _load(source, codec, prompt_of, "prompts", **reading)
+    return _load(source, codec, prompt_of, "prompts", Reading(**reading))
 
 
 def json_columns(prompt: Prompt) -> dict[str, Any]:
@@ -267,33 +285,24 @@ def load_labelled(
         examples = [Labelled(number, prompt, ids[:room], good) for ids, good in zip(encoded, labels, strict=True)]
         return examples, sum(len(ids) > room for ids in encoded)
 
-    return _load(source, codec, labelled_of, "labelled completions", **reading)
+    return _load(source, codec, labelled_of, "labelled completions", Reading(**reading))
 
 
 # --- what all loaders share
 
 
-def _load(
-    source: str, codec: Codec, examples_of: Callable[[int, dict[str, Any]], tuple[list[Example], int]], noun: str, *,
-    split: str, config: str | None = None, format: RowFormat = "auto", streaming: bool = False,
-    skip_invalid_rows: bool = False, max_examples: int | None = None,
-) -> Loaded[Example]:  # fmt: skip
-    """`examples_of` (row number, plain row) -> (its examples, how many sequences were cut), or RowError.
-
-    Of a hub data set: its split, config (subset), and whether it is streamed row by row, not downloaded whole first.
-    max_examples: only so many, from the start.
-    """
+def _load(source: str, codec: Codec, examples_of: Reader[Example], noun: str, reading: Reading) -> Loaded[Example]:
     examples: list[Example] = []
     problems: list[str] = []
     cut = rows = 0
     is_chat = bool(codec.tokenizer.chat_template)
     codec.notes.clear()
-    for number, row in read_rows(source, split, config=config, streaming=streaming):
+    for number, row in read_rows(source, reading.split, config=reading.config, streaming=reading.streaming):
         rows += 1
         try:
             if isinstance(row, RowProblem):
                 raise RowError("row", row)
-            of_row, cut_of_row = examples_of(number, plain_row(row, format, chat=is_chat))
+            of_row, cut_of_row = examples_of(number, plain_row(row, reading.format, chat=is_chat))
         except RowError as error:
             problems.append(f"row {number}, {error}")
             continue
@@ -304,12 +313,12 @@ def _load(
             continue
         examples += of_row
         cut += cut_of_row
-        if max_examples is not None and len(examples) >= max_examples:
-            del examples[max_examples:]
+        if reading.max_examples is not None and len(examples) >= reading.max_examples:
+            del examples[reading.max_examples :]
             break
     if rows == 0:
         raise UsageError(f"{source} is empty: expected rows that make {noun}")
-    if problems and not (skip_invalid_rows and examples):
+    if problems and not (reading.skip_invalid_rows and examples):
         hint = "Every row is unusable." if not examples else "Fix them, or pass --skip_invalid_rows to leave them out."
         raise UsageError(f"{source}: {len(problems)} of {rows} rows cannot be used:\n{listing(problems)}\n{hint}")
     notes = tuple(f"{note} ({count} responses)" for note, count in codec.notes.items())

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config.base import RowFormat
-from ..errors import RowError, kind
+from ..errors import RowError
 from .chat import plain_messages
-from .columns import need, need_list, need_text, text
+from .columns import expect, need, need_list, need_text
 
 Row = dict[str, Any]
 
@@ -90,24 +90,18 @@ def _answer(content: str) -> list[dict[str, str]]:
 
 def _from_summaries(row: Row, _chat: bool) -> Row:
     """OpenAI's comparisons of two summaries of a post on Reddit, for a prompt that asks for one."""
-    info = _mapping("info", need(row, "info"))
-    subreddit, title, post = (text(f"info.{key}", info.get(key)) for key in ("subreddit", "title", "post"))
-    texts = [
-        text(f"summaries[{i}].text", _mapping(f"summaries[{i}]", summary).get("text"))
-        for i, summary in enumerate(need_list(row, "summaries"))
-    ]
+    info = expect("info", need(row, "info"), dict, "a mapping")
+    subreddit, title, post = (expect(f"info.{k}", info.get(k), str, "text") for k in ("subreddit", "title", "post"))
+    texts = []
+    for i, summary in enumerate(need_list(row, "summaries")):
+        summary = expect(f"summaries[{i}]", summary, dict, "a mapping")
+        texts.append(expect(f"summaries[{i}].text", summary.get("text"), str, "text"))
     choice = need(row, "choice")
     if len(texts) != 2 or choice not in (0, 1):
         raise RowError("choice", f"expected 0 or 1, one of 2 summaries, got {choice!r} of {len(texts)}")
     prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     chosen, rejected = (" " + texts[place].strip() for place in (choice, 1 - choice))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _mapping(field: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(field, f"expected a mapping, got {kind(value)}")
-    return value
 
 
 def _from_conversations(row: Row, _chat: bool) -> Row:
