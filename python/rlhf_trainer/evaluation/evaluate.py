@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..data.completions import text_of
 from ..data.encoding import Codec, encode_pairs, is_empty, like_prompt
@@ -41,6 +40,8 @@ from ..training.processes import single_process
 from .config import EvaluateConfig
 from .report import report_of, table
 
+Models = tuple[FusedLM, FusedLM | None]  # the policy and its reference
+
 
 class Answer(NamedTuple):
     """One answer to a prompt, by the model or of the data."""
@@ -55,33 +56,30 @@ def evaluate(config: EvaluateConfig) -> Path:
     if not begin(config):
         return Path(config.output_dir)
     codec = load_codec(config.model_name_or_path, config, key="model_name_or_path")
-    tokenizer = codec.tokenizer
     prompts = prompts_of(config, codec, config.dataset_test_split).examples
     rewards = load_rewards(config, device, batch_size=config.per_device_generation_batch_size)
     rewards.check(prompts, config.dataset_name)
     theirs = answers_of_data(config, prompts, codec, rewards)
-    policy, reference = load_models(config, prompts, codec)
+    models = load_models(config, prompts, codec)
 
     work = open_output(config)
     data = [(prompt.ids, dict(prompt.columns), answer) for prompt, answer in zip(prompts, theirs, strict=True)]
-    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (1 if reference is None else 2)
+    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (1 if models[1] is None else 2)
     with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
-        completions, kl = answer_prompts(config, prompts, policy, reference, tokenizer, device, progress.run)
+        completions, kl = answer_prompts(config, prompts, models, codec, device, progress.run)
         ours = [
-            Answer(like_prompt(prompt.prompt, completion_text(tokenizer, done, prompt.ids)), len(done.ids))
+            Answer(like_prompt(prompt.prompt, completion_text(codec.tokenizer, done, prompt.ids)), len(done.ids))
             for prompt, done in zip(prompts, completions, strict=True)
         ]
         our_rewards, their_rewards = score_answers(prompts, [ours, theirs], rewards, progress)
-    samples = [
-        {
-            "prompt": prompt.prompt, "prompt_row": prompt.row, "completion": own.content, "finished": done.finished,
-            "tokens": own.tokens, "reward": reward, "answer": other and other.content,
-            "answer_tokens": other and other.tokens, "answer_reward": their_reward, "kl_nats": nats,
-        }
-        for prompt, own, done, reward, other, their_reward, nats in zip(
-            prompts, ours, completions, our_rewards, theirs, their_rewards, kl, strict=True
-        )
-    ]  # fmt: skip
+    columns = {
+        "prompt": [prompt.prompt for prompt in prompts], "prompt_row": [prompt.row for prompt in prompts],
+        "completion": [own.content for own in ours], "finished": [done.finished for done in completions],
+        "tokens": [own.tokens for own in ours], "reward": our_rewards,
+        "answer": [other and other.content for other in theirs],
+        "answer_tokens": [other and other.tokens for other in theirs], "answer_reward": their_rewards, "kl_nats": kl,
+    }  # fmt: skip
+    samples = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     report = report_of(config, samples)
     write_jsonl(work / "samples.jsonl", samples)
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -96,22 +94,19 @@ def answers_of_data(
 ) -> list[Answer | None]:
     """The data's answers, None where there is none. An unusable one is a UsageError; if rows may be skipped, it is
     printed and left out."""
-    answers: list[Answer | None] = []
+    answers: list[Answer | None] = [None] * len(prompts)
     problems: list[str] = []
-    for prompt in prompts:
-        answer = None
-        if prompt.answer is not None:
-            try:
-                _, (ids,) = encode_pairs(codec, prompt.prompt, [("answer", prompt.answer)], prompt.options)
-                answer = Answer(prompt.answer, len(ids))
-                for model in rewards.models:
-                    check_positions(
-                        model.model, model.source, [prompt], [len(model.ids(prompt, text_of(prompt.answer)))]
-                    )
-            except (RowError, UsageError) as error:
-                answer = None
-                problems.append(f"row {prompt.row}, {error}" if isinstance(error, RowError) else str(error))
-        answers.append(answer)
+    for i, prompt in enumerate(prompts):
+        if prompt.answer is None:
+            continue
+        try:
+            _, (ids,) = encode_pairs(codec, prompt.prompt, [("answer", prompt.answer)], prompt.options)
+            for model in rewards.models:
+                length = len(model.ids(prompt, text_of(prompt.answer)))
+                check_positions(model.model, model.source, [prompt], [length])
+            answers[i] = Answer(prompt.answer, len(ids))
+        except (RowError, UsageError) as error:
+            problems.append(f"row {prompt.row}, {error}" if isinstance(error, RowError) else str(error))
     if problems:
         message = f"{config.dataset_name}: {len(problems)} answers of the data cannot be used:\n{listing(problems)}"
         if not config.skip_invalid_rows:
@@ -120,7 +115,7 @@ def answers_of_data(
     return answers
 
 
-def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec) -> tuple[FusedLM, FusedLM | None]:
+def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec) -> Models:
     """The policy and its reference, on the CPU until it is their turn; UsageError where they do not fit each other or
     the prompts."""
     rows, lengths = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
@@ -140,29 +135,19 @@ def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec)
 
 
 def answer_prompts(
-    config: EvaluateConfig,
-    prompts: Sequence[Prompt],
-    policy: FusedLM,
-    reference: FusedLM | None,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    run: RunBatch,
+    config: EvaluateConfig, prompts: Sequence[Prompt], models: Models, codec: Codec, device: torch.device, run: RunBatch
 ) -> tuple[list[Completion], list[float | None]]:
     """One completion a prompt, and its KL if there is a reference."""
-    policy = policy.to(device)
+    policy, reference, tokenizer = models[0].to(device), models[1], codec.tokenizer
+    batch_size = config.per_device_generation_batch_size
     completions = generate(
-        policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config),
-        batch_size=config.per_device_generation_batch_size, seed=config.seed, bf16=config.bf16, run=run,
+        policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config), batch_size=batch_size,
+        seed=config.seed, bf16=config.bf16, run=run,
     )  # fmt: skip
     kl: list[float | None] = [None] * len(prompts)
     if reference is not None:
         sequences = [(prompt.ids, done.ids) for prompt, done in zip(prompts, completions, strict=True)]
-        reference = reference.to(device)
-        kl = [
-            *kl_of_sequences(
-                policy, reference, sequences, config.per_device_generation_batch_size, pad_id_of(tokenizer), run
-            )
-        ]
+        kl = [*kl_of_sequences(policy, reference.to(device), sequences, batch_size, pad_id_of(tokenizer), run)]
         reference.to("cpu")
     policy.to("cpu")  # room for the reward models
     return completions, kl
