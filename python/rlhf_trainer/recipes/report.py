@@ -9,10 +9,11 @@ from typing import Any
 
 from ..commands import COMMANDS
 from ..config.base import names_with
-from ..evaluation.report import table
+from ..evaluation.report import filled, table
 from .file import REFERENCE, Recipe, Stage, placed
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "report.json"
+TEMPLATE = Path(__file__).with_name("report.md.jinja")
 NOT_SHOWN = ("step", "epoch", "tokens_per_second", "learning_rate")
 
 
@@ -88,48 +89,24 @@ def course(path: Path) -> dict[str, Any]:
 
 
 def in_markdown(report: dict[str, Any]) -> str:
-    lines = [f"# {report['title']}", ""]
-    lines += [f"After {report['source']}.", ""] if report["source"] else []
-    lines += ["| stage | does | consumed | left | seconds |", "| --- | --- | --- | --- | ---: |"]
-    for stage in report["stages"]:
-        taken = "; ".join(f"{key}: {describe(source)}" for key, source in stage["consumed"].items())
-        left = [f"{name}: {count:,} rows" for name, count in stage["rows"].items()]
-        left += [f"a model, {stage['steps']} steps"] if "steps" in stage else []
-        seconds = f"{stage['seconds']:.0f}" + (", resumed" if stage["resumed"] else "")
-        lines.append(f"| {stage['stage']} | {stage['what']} | {taken} | {'; '.join(left)} | {seconds} |")
-    since = "; of a stage that was resumed, since then" if any(stage["resumed"] for stage in report["stages"]) else ""
-    lines += ["", f"{report['seconds']:.0f} seconds in all{since}."]
-    for stage in report["stages"]:
-        details = [*metrics_lines(stage.get("metrics", {})), *report_lines(stage.get("report", {}))]
-        if details:
-            lines += ["", f"## {stage['stage']}", "", *details]
-    return "\n".join(lines) + "\n"
+    """Of a stage its metrics and its own report: rlhf evaluate's table; a table of like mappings; or the numbers."""
+    functions = (taken, left, numbers_of, are_alike, number, table)
+    return filled(TEMPLATE, **report, **{function.__name__: function for function in functions}) + "\n"
 
 
-def describe(source: dict[str, Any]) -> str:
-    return f"{source['from']}" + (f" ({source['rows']:,} rows)" if "rows" in source else "")
+def taken(stage: dict[str, Any]) -> str:
+    rows = {key: f" ({source['rows']:,} rows)" for key, source in stage["consumed"].items() if "rows" in source}
+    return "; ".join(f"{key}: {source['from']}{rows.get(key, '')}" for key, source in stage["consumed"].items())
 
 
-def metrics_lines(metrics: dict[str, dict[str, float]]) -> Iterator[str]:
-    if metrics:
-        yield from ("| metric | first | last |", "| --- | ---: | ---: |")
-        yield from (f"| {name} | {number(m['first'])} | {number(m['last'])} |" for name, m in metrics.items())
-        yield ""
+def left(stage: dict[str, Any]) -> str:
+    files = [f"{name}: {count:,} rows" for name, count in stage["rows"].items()]
+    return "; ".join([*files, *([f"a model, {stage['steps']} steps"] if "steps" in stage else [])])
 
 
-def report_lines(report: dict[str, Any]) -> Iterator[str]:
-    """rlhf evaluate's own table; a table, too, of a mapping of like mappings; else numbers by their names."""
-    if "win_rate" in report:
-        yield from ("```", table(report), "```")
-        return
-    parts = list(report.values())
-    if parts and all(isinstance(part, dict) and part and part.keys() == parts[0].keys() for part in parts):
-        yield from ("| | " + " | ".join(parts[0]) + " |", "| --- |" + " ---: |" * len(parts[0]))
-        for name, part in report.items():
-            yield f"| {name} | " + " | ".join(map(number, part.values())) + " |"
-        return
-    for name, value in numbers_of(report):
-        yield f"- {name}: {number(value)}"
+def are_alike(parts: list[Any]) -> bool:
+    """Whether these are mappings with the same keys."""
+    return bool(parts) and all(isinstance(part, dict) and part and part.keys() == parts[0].keys() for part in parts)
 
 
 def numbers_of(report: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

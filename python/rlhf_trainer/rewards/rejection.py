@@ -19,7 +19,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,15 +92,16 @@ def best_first(candidates: Sequence[Candidate], positions: Sequence[int]) -> lis
 
 def select(config: RejectionConfig, candidates: Sequence[Candidate]) -> list[int]:
     """Positions of the candidates that are selected, of those with min_reward."""
-    if config.min_reward is not None:
-        good = [i for i, candidate in enumerate(candidates) if candidate.reward >= config.min_reward]
-        chosen = select(replace(config, min_reward=None), [candidates[i] for i in good])
-        return [good[i] for i in chosen]
+    least = -math.inf if config.min_reward is None else config.min_reward
+    places = [i for i, candidate in enumerate(candidates) if candidate.reward >= least]
+    good = [candidates[i] for i in places]
     if config.selection == "top_k_overall":
-        return top_k_overall(candidates, config.k, config.max_per_prompt)
-    if config.selection == "random":
-        return random_per_prompt(candidates, config.k, config.seed)
-    return top_per_prompt(candidates, config.k)
+        selected = top_k_overall(good, config.k, config.max_per_prompt)
+    elif config.selection == "random":
+        selected = random_per_prompt(good, config.k, config.seed)
+    else:
+        selected = top_per_prompt(good, config.k)
+    return [places[i] for i in selected]
 
 
 def rejection(config: RejectionConfig) -> Path:
