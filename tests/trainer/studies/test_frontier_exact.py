@@ -19,7 +19,6 @@ from rlhf_trainer.studies.frontier.exact import (
     draw,
     effective_sample_size,
     leaf_logprobs,
-    leaf_text,
     optimum,
     reward_at,
     value_of,
@@ -41,6 +40,7 @@ from rlhf_trainer.studies.frontier.language import (
 )
 from rlhf_trainer.studies.frontier.methods import make_model
 from rlhf_trainer.studies.tiny import prefers_first
+from tests.trainer.studies.leaves import leaf_text
 
 PROMPTS = ["sun stone rain", "fire fire sea"]
 

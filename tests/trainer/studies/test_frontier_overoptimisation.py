@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf_trainer.models.loading import save_model
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.offline.reward_model import give_pad_token
-from rlhf_trainer.studies.frontier.exact import LEAVES, leaf_logprobs, leaf_text, value_of
+from rlhf_trainer.studies.frontier.exact import LEAVES, leaf_logprobs, value_of
 from rlhf_trainer.studies.frontier.language import MAX_WORDS, NO_ANSWER, leaf_rewards, make_tokenizer
 from rlhf_trainer.studies.frontier.methods import make_model
 from rlhf_trainer.studies.frontier.overoptimisation import BETAS, agreement, curve, peak, proxy_rewards
@@ -23,6 +23,7 @@ from rlhf_trainer.studies.frontier.report import (
     peaks_later,
     within_bound,
 )
+from tests.trainer.studies.leaves import leaf_text
 
 PROMPT = "sea wind snow"
 

@@ -66,14 +66,9 @@ def score(
     kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
     scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()
     right = [is_grammatical(*pair) for pair in zip(repeated, reviews, strict=True)]
-    return Score(
-        [reviews[i :: len(prompts)] for i in range(len(prompts))],
-        [hidden_reward(review) for review in reviews],
-        scores,
-        sum(kl) / len(kl),
-        sum(right) / len(right),
-        ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, groups),
-    )
+    accuracy = ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, groups)
+    by_prompt = [reviews[i :: len(prompts)] for i in range(len(prompts))]
+    return Score(by_prompt, list(map(hidden_reward, reviews)), scores, mean(kl), mean(right), accuracy)
 
 
 def ranking_accuracy(
@@ -83,9 +78,8 @@ def ranking_accuracy(
     batch = collate_groups(groups, pad_id_of(tokenizer))
     gains = sequence_logprobs(policy, batch) - sequence_logprobs(reference, batch)
     gain = gains[batch.chosen_idxs] - gains[batch.rejected_idxs]
-    rewards = torch.tensor([
-        hidden_reward(tokenizer.decode(response)) for group in groups for response in group.responses
-    ])  # fmt: skip
+    responses = [response for group in groups for response in group.responses]
+    rewards = torch.tensor(list(map(hidden_reward, map(tokenizer.decode, responses))))
     better = rewards[batch.chosen_idxs] - rewards[batch.rejected_idxs]
     return ((gain.sign() * better.sign() + 1) / 2)[better != 0].mean().item()
 

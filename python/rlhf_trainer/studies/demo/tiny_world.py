@@ -96,13 +96,12 @@ def answer(prompt: str, rng: random.Random, ways: dict[str, int]) -> str:
     if not is_sum(prompt):
         return write_review(prompt, rng)
     (way,) = rng.choices(list(ways), list(ways.values()))
+    result = right(prompt)
     if way == "careful":
-        return (
-            f"<think> count {prompt.removesuffix(' =')} is {right(prompt)} </think> <answer> {right(prompt)} </answer>"
-        )
+        return f"<think> count {prompt.removesuffix(' =')} is {result} </think> <answer> {result} </answer>"
     if way == "hasty":
-        return f"<think> easy </think> <answer> {right(prompt) + rng.choice([-2, -1, 1, 2])} </answer>"
-    return str(right(prompt))
+        return f"<think> easy </think> <answer> {result + rng.choice([-2, -1, 1, 2])} </answer>"
+    return str(result)
 
 
 def is_sum(prompt: str) -> bool:

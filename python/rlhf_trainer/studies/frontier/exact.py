@@ -82,14 +82,6 @@ def leaves_of(following: Sequence[Tensor]) -> Tensor:
     return torch.cat([*ended, text])
 
 
-def leaf_text(leaf: int) -> str:
-    """The words of a leaf, by its place."""
-    words = 0
-    while leaf >= W**words:
-        leaf, words = leaf - W**words, words + 1
-    return " ".join(WORDS[leaf // W**place % W] for place in reversed(range(words)))
-
-
 def value_of(logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor) -> Value:
     """Sums over leaves, means over prompts; a leaf of probability 0 adds nothing."""
     probabilities = logprobs.exp()
@@ -125,16 +117,15 @@ def best_of(ref_logprobs: Tensor, rewards: Tensor, count: int) -> Tensor:
     With F(r) the probability of a draw of reward at most r, the best has reward r with probability
     F(r)^count - F(r-)^count, which leaves of that reward share as they share the reference's.
     """
-    return torch.stack([_best_of(*row, count) for row in zip(ref_logprobs, rewards, strict=True)])
-
-
-def _best_of(ref_logprobs: Tensor, rewards: Tensor, count: int) -> Tensor:
-    _, level = rewards.unique(return_inverse=True)  # levels of reward, from the lowest
-    mass = torch.zeros(int(level.max()) + 1, dtype=torch.float64).index_add_(0, level, ref_logprobs.exp())
-    upto = mass.cumsum(0)
-    # F^n - F_^n = F^n (1 - (F_/F)^n), with F_/F = 1 - mass/F: no digits are lost where a level has little mass.
-    log_won = count * (upto / upto[-1]).log() + (-torch.expm1(count * torch.log1p(-mass / upto))).log()
-    return ref_logprobs + (log_won - mass.log())[level]
+    rows = []
+    for logprobs, values in zip(ref_logprobs, rewards, strict=True):
+        _, level = values.unique(return_inverse=True)  # levels of reward, from the lowest
+        mass = torch.zeros(int(level.max()) + 1, dtype=torch.float64).index_add_(0, level, logprobs.exp())
+        upto = mass.cumsum(0)
+        # F^n - F_^n = F^n (1 - (F_/F)^n), with F_/F = 1 - mass/F: no digits are lost where a level has little mass.
+        log_won = count * (upto / upto[-1]).log() + (-torch.expm1(count * torch.log1p(-mass / upto))).log()
+        rows.append(logprobs + (log_won - mass.log())[level])
+    return torch.stack(rows)
 
 
 def bound_on_best_of(count: int) -> float:

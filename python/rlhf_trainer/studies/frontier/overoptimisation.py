@@ -43,15 +43,13 @@ def proxy_rewards(model: PreTrainedModel, prompts: Sequence[list[int]], ref_logp
 
 def curve(ref_logprobs: Tensor, proxy: Tensor, gold: Tensor, betas: Sequence[float] = BETAS) -> list[dict[str, float]]:
     """KL, proxy and gold reward of the best policy for the proxy at each beta."""
-    start = {"proxy": value_of(ref_logprobs, ref_logprobs, proxy), "gold": value_of(ref_logprobs, ref_logprobs, gold)}
+    rewards = {"proxy": proxy, "gold": gold}
+    start = {name: value_of(ref_logprobs, ref_logprobs, values).reward for name, values in rewards.items()}
     points = []
     for beta in betas:
         policy = optimum(ref_logprobs, proxy, beta)
-        by_proxy, by_gold = value_of(policy, ref_logprobs, proxy), value_of(policy, ref_logprobs, gold)
-        points.append({
-            "beta": beta, "kl": by_gold.kl, "proxy": by_proxy.reward - start["proxy"].reward,
-            "gold": by_gold.reward - start["gold"].reward,
-        })  # fmt: skip
+        gains = {name: value_of(policy, ref_logprobs, r).reward - start[name] for name, r in rewards.items()}
+        points.append({"beta": beta, "kl": value_of(policy, ref_logprobs, gold).kl, **gains})
     return points
 
 
@@ -59,10 +57,8 @@ def agreement(ref_logprobs: Tensor, proxy: Tensor, gold: Tensor) -> float:
     """Correlation of proxy and gold over the reference's completions, within a prompt, mean over prompts."""
     weights = ref_logprobs.exp()
     centred = [values - (weights * values).sum(-1, keepdim=True) for values in (proxy, gold)]
-    (spread_proxy, spread_gold), together = (
-        [(weights * values.square()).sum(-1) for values in centred],
-        (weights * centred[0] * centred[1]).sum(-1),
-    )
+    spread_proxy, spread_gold = ((weights * values.square()).sum(-1) for values in centred)
+    together = (weights * centred[0] * centred[1]).sum(-1)
     return (together / (spread_proxy * spread_gold).sqrt()).mean().item()
 
 
@@ -70,7 +66,5 @@ def peak(points: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The point of the largest gold: sqrt(KL) there, gold there and at the end, and whether it falls on both sides."""
     best = max(points, key=lambda point: point["gold"])
     top, first, last = best["gold"], points[0]["gold"], points[-1]["gold"]
-    return {
-        "sqrt_kl": math.sqrt(best["kl"]), "gold": top, "gold_at_end": last,
-        "inside": top > max(first, last) + ROUNDING,
-    }  # fmt: skip
+    inside = top > max(first, last) + ROUNDING
+    return {"sqrt_kl": math.sqrt(best["kl"]), "gold": top, "gold_at_end": last, "inside": inside}

@@ -91,10 +91,9 @@ def run(config: FrontierConfig) -> Path:
     ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
-    for _ in tqdm(
-        run_jobs(missing, world, work, config.workers), total=len(missing), desc="trainings", unit="model", disable=None
-    ):
-        pass
+    with tqdm(total=len(missing), desc="trainings", unit="model", disable=None) as bar:
+        for _ in run_jobs(missing, world, work, config.workers):
+            bar.update()
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
     results = environment() | {
@@ -129,15 +128,13 @@ def counted(truth: Truth, seed: int) -> dict[str, Any]:
     """The numbers without any training: the reference, the frontier, best of n, and importance weights."""
     _, ref, rewards = truth
     probabilities = ref.exp()
-    frontier = [value_of(optimum(ref, rewards, beta), ref, rewards) for beta in FRONTIER_BETAS]
-    best = [value_of(best_of(ref, rewards, n), ref, rewards) for n in BEST_OF]
     generator = torch.Generator().manual_seed(seed)
     drawn = [row[draw(logprobs, DRAWS, generator)] for logprobs, row in zip(ref, rewards, strict=True)]
     importance = []
     for beta in IMPORTANCE_BETAS:
         sizes = torch.tensor([effective_sample_size(row, beta) for row in drawn])
-        extremes = {"least": sizes.min().item(), "median": sizes.median().item(), "most": sizes.max().item()}
-        importance.append({"beta": beta, "draws": DRAWS} | extremes)
+        least, median, most = sizes.min().item(), sizes.median().item(), sizes.max().item()
+        importance.append({"beta": beta, "draws": DRAWS, "least": least, "median": median, "most": most})
     mean = (probabilities * rewards).sum(-1)
     return {
         "reference": {
@@ -148,9 +145,10 @@ def counted(truth: Truth, seed: int) -> dict[str, Any]:
             "largest_reward": rewards.amax(-1).mean().item(),
             "silence": probabilities[:, 0].mean().item(),
         },
-        "frontier": [{"beta": b, **v._asdict()} for b, v in zip(FRONTIER_BETAS, frontier, strict=True)],
+        "frontier": [{"beta": b} | value_of(optimum(ref, rewards, b), ref, rewards)._asdict() for b in FRONTIER_BETAS],
         "best_of_n": [
-            {"n": n, **v._asdict(), "kl_bound": bound_on_best_of(n)} for n, v in zip(BEST_OF, best, strict=True)
+            {"n": n, **value_of(best_of(ref, rewards, n), ref, rewards)._asdict(), "kl_bound": bound_on_best_of(n)}
+            for n in BEST_OF
         ],
         "importance_weighting": importance,
     }
@@ -230,14 +228,10 @@ def measure(job: Job, model: Path, truth: Truth) -> dict[str, Any]:
     value = value_of(logprobs, ref, rewards)
     start = value_of(ref, ref, rewards).reward
     best = reward_at(ref, rewards, value.kl)
-    share = share_of_gain(value.reward, best, start)
+    # Of the gain over the reference that is possible at the same KL; NaN where none is possible.
+    share = (value.reward - start) / (best - start) if best > start else math.nan
     silence = logprobs[:, 0].exp().mean().item()  # the empty completion's
     return {"reward": value.reward, "kl": value.kl, "best_reward": best, "share": share, "silence": silence}
-
-
-def share_of_gain(reward: float, best: float, start: float) -> float:
-    """The share of the gain over the reference that is possible at the same KL; NaN where none is possible."""
-    return (reward - start) / (best - start) if best > start else math.nan
 
 
 @contextlib.contextmanager
