@@ -1,8 +1,6 @@
 """Examples to tensors: labels, padding, batches."""
 
-from __future__ import annotations
-
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +20,7 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None  # [S, T] int64; None: 0, 1, 2, ... in every row
     real: Tensor | None = None  # [S, T] int64, 0 on padding, where attention_mask does not say it
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         return Batch(*(tensor if tensor is None else tensor.to(device) for tensor in self))
 
 

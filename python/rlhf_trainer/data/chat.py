@@ -1,7 +1,5 @@
 """Messages as data sets write them, and the chat templates that turn them into text."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

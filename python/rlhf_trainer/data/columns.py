@@ -1,7 +1,5 @@
 """The columns of a plain row, checked: each wrong value is a RowError that names the field."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

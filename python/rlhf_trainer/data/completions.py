@@ -1,7 +1,5 @@
 """The JSONL layouts that commands hand on: completions, scored completions, pairs."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

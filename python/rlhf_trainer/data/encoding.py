@@ -6,8 +6,6 @@ token of the whole, it begins where the tokens of the whole leave those of the p
 learned, and what is left of the prompt ends before it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Sequence

@@ -4,8 +4,6 @@
 and return `Loaded`, or raise a UsageError that names file, row and field.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ Plain columns: prompt (text or messages), with chosen and rejected, a completion
 with their pairs or scores; else messages, a whole conversation; else text, a document. Other columns are let through.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ before it, with the header that generation starts behind, and the conversation u
 render both as beginnings of the whole.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Rows of a file or of a hub data set, one after the other, as they are."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys

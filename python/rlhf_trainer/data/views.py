@@ -1,7 +1,5 @@
 """Examples as a person, or a program, looks at them: exactly the tokens that will be trained, and which are learned."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The configuration of `rlhf evaluate`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config.base import DATA, MODEL, REWARDS, at_least

@@ -10,8 +10,6 @@ Its mean estimates the KL of whole answers where they are drawn from the model a
 top_p. An answer that was cut at max_new_tokens is scored as it is. An empty one has no reward.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

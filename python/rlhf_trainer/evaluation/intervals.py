@@ -1,7 +1,5 @@
 """95% intervals of shares and means over the prompts (or trials) that they were measured on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The report of `rlhf evaluate`, from its samples: numbers with intervals, and a table for a person."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Configurations of `rlhf online-dpo` and `rlhf recipe`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal
 

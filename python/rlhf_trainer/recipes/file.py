@@ -11,8 +11,6 @@
 `${name}` is a variable, the folder of an earlier stage, or, as `${output}`, the folder that holds all of them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

@@ -6,8 +6,6 @@ trains on these with DPO; the next round goes on with the trained model. Each st
 a run of rounds does, too. The prompts are the same in all rounds, the draws are not.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """The report of a recipe: the inputs, outputs and numbers of its stages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ recipe is checked before its first stage runs. The stages run in one process, ea
 where it was interrupted; so a run of a recipe does, too: stages that are done are left alone.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import time

@@ -1,7 +1,5 @@
 """Steps and rewards of the recipes that are no commands: a recipe calls them as it calls functions of its user's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

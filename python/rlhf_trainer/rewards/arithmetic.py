@@ -1,7 +1,5 @@
 """The value of an arithmetic expression, exactly, and of nothing else: Python's parser, and fractions."""
 
-from __future__ import annotations
-
 import ast
 import operator
 import unicodedata

@@ -1,7 +1,5 @@
 """Configurations of commands that reward completions, and of `rlhf rejection`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Reward functions by name, from a configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

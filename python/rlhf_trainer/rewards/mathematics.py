@@ -5,8 +5,6 @@ say, may take for ever, and no signal ends Python while it computes a power. Wha
 chemistry, numbers to a base) is not compared: to math-verify "listen" is the product of its letters, as "silent" is.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import importlib.util

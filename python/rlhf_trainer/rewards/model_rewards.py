@@ -1,7 +1,5 @@
 """Rewards that models give: a reward model's value, and a classifier's log-odds."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 

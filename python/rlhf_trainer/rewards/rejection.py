@@ -11,8 +11,6 @@ an end behind it and teach to stop in mid-sentence), an empty one, and one that 
 model.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

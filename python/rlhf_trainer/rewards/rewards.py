@@ -18,8 +18,6 @@ None where a row lacks it. Of these it gets what its parameters ask for; `**kwar
 of a number abstains: that completion's reward is the sum of the other functions', of which one must have a value.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

@@ -16,8 +16,6 @@ nothing. But tests run in one process with the code: what was written against th
 process for the secret, speak in its place, or return objects that say they are equal to everything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import marshal

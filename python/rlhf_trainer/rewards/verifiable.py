@@ -3,8 +3,6 @@
 Only what follows the last </think> counts; of a text that thinks and does not come to an end, nothing does.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Configurations of `rlhf demo` and `rlhf frontier`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config.base import DATA, OPTIMIZATION, OUTPUT, FolderConfig, at_least

@@ -1,7 +1,5 @@
 """The machine and the code behind a result: processor, versions, commit and time, as text."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """What studies share: tiny models of a language of whole words, an annotator, and stages with options from a file."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The demo's picture: the curves of metrics.jsonl, and the hidden rewards of what each model writes."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

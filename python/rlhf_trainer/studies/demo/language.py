@@ -8,8 +8,6 @@ of its own reviews, of which an annotator preferred one, as Bradley and Terry ha
 probability sigma(reward(a) - reward(b)), so the annotator is sometimes wrong.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """The demo's measurements of a model on prompts that no stage learned from, and their table."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from typing import NamedTuple

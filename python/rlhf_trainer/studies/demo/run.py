@@ -5,8 +5,6 @@ The language and its reward are described in language.py. Every stage is the one
 the measuring belong to the demo.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import time

@@ -11,8 +11,6 @@ Those who write demonstrations are hasty in two cases of three, so a model that 
 wrong in substance, though it could always be right; what a stage makes of that, `measure` tells.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -6,8 +6,6 @@ step. Tensors over leaves are [prompts, leaves] fp64; log-probs in nats. Their p
 anything else.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

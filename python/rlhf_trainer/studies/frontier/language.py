@@ -14,8 +14,6 @@ An empty completion has the reward NO_ANSWER. All tables are drawn, once for all
 repeats a word, so few pairs hardly tell that this is bad: it is what a reward model can be over-optimised by.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

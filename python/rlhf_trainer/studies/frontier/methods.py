@@ -5,8 +5,6 @@ with the options in stages.yaml, on files such as a user would have; the hidden 
 annotator of pairs (DPO, reward models), or as a reward function (rejection sampling, PPO, GRPO).
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable, Sequence

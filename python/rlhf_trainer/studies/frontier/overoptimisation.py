@@ -5,8 +5,6 @@ for it at each beta, pi_ref exp(proxy / beta) / Z, is known by counting; so are 
 hidden reward (gold). Both are counted from the reference policy's, as a reward model knows differences only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The two pictures of `rlhf frontier`: transparent, in colours that are readable on white and on black."""
 
-from __future__ import annotations
-
 import math
 from itertools import groupby
 from pathlib import Path

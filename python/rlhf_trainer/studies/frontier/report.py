@@ -1,7 +1,5 @@
 """The expectations of `rlhf frontier`, and whether they held: every statement is computed from the points."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

@@ -6,8 +6,6 @@ are those of methods.py; every training is one job, whose result is kept in a fi
 known. The results, and whether they are as expected, are in frontier.json and report.txt.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
