@@ -15,11 +15,9 @@ from .verifiable import VERIFIABLE
 def load_rewards(config: RewardsConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
     """The functions that a configuration names, the reward model first. Models, which cost most, are loaded last, and
     score `batch_size` completions at once."""
-    makers = (
-        []
-        if config.reward_model_name_or_path is None
-        else [model_maker(config.reward_model_name_or_path, "reward_model_name_or_path")]
-    )
+    key = "reward_model_name_or_path"
+    model = getattr(config, key)
+    makers = [] if model is None else [model_maker(model, key)]
     makers += [maker_of(spec) for spec in config.reward_funcs]
     functions = [make(config, device, batch_size) for make in makers]
     return Rewards(functions, config.reward_weights or [1.0] * len(functions))

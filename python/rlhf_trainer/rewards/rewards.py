@@ -1,16 +1,6 @@
 """Rewards of completions: reward models, verifiable rewards and functions of the user's own, as a weighted sum.
 
-A reward is named by text:
-
-    exact_answer            the final answer is the row's (`ground_truth`, `answer` or `solution`)
-    regex:PATTERN           the completion has a match of PATTERN
-    json_schema             JSON that the row's `schema` allows
-    arithmetic              the value of the row's `expression`
-    format:think_answer     <think>...</think><answer>...</answer>, as DeepSeek-R1 writes
-    unit_tests              the share of the row's `tests` that the code in the completion passes
-    model:NAME              a reward model, a folder or a hub id
-    classifier:NAME:LABEL   the log-odds of LABEL by a classifier, a folder or a hub id
-    module:function         a function of the user's, from where `import module` takes it, or the working directory
+A reward is named by text, "regex:PATTERN" say: docs/trainer.md has a table of the names, and loading.py reads them.
 
 A user's function has TRL's signature, `f(prompts, completions, **columns) -> list of numbers`: it is called once with
 all prompts and completions, text or messages as in the data, and the other columns of their rows, each a list with

@@ -176,13 +176,13 @@ def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], see
 
 
 def measures(answers: list[tuple[str, str]]) -> dict[str, float]:
+    """Means over sums and over reviews; of (prompt, text)."""
     sums = [pair for pair in answers if is_sum(pair[0])]
     reviews = [pair for pair in answers if not is_sum(pair[0])]
-    results = {}
-    if sums:
-        results["sums right and in form"] = mean([reward_of(*pair) for pair in sums])
-        results["sums in form"] = mean([think_answer(text) for _, text in sums])
-    if reviews:
-        results["reviews, hidden reward"] = mean([reward_of(*pair) for pair in reviews])
-        results["reviews in the language"] = mean([float(is_grammatical(*pair)) for pair in reviews])
-    return results
+    values = {
+        "sums right and in form": [reward_of(*pair) for pair in sums],
+        "sums in form": [think_answer(text) for _, text in sums],
+        "reviews, hidden reward": [reward_of(*pair) for pair in reviews],
+        "reviews in the language": [float(is_grammatical(*pair)) for pair in reviews],
+    }
+    return {name: mean(each) for name, each in values.items() if each}
