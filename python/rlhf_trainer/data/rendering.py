@@ -154,9 +154,9 @@ class Template:
             raise RowError("tools", "the chat template does not write them: the text that it makes is the same without")
         if not any("tool_calls" in message for message in messages):
             return
-        without = None
+        without, silent = None, [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
         with suppress(RowError):  # a template that makes no text without them reads them
-            without = self.render(field, [without_calls(message) for message in messages], options, **how)
+            without = self.render(field, silent, options, **how)
         if text == without:
             raise RowError(
                 f"{field}.tool_calls", "the chat template does not write tool calls: its text is the same without"
@@ -168,23 +168,14 @@ class Template:
         part = self.render(field, messages, options)
         if not text.startswith(part):
             part = part.removesuffix(self.tokenizer.eos_token or "")
-        check_beginning(part, text, field, problem)
+        if not text.startswith(part):
+            at = common_prefix_length(part, text)
+            apart, whole = (repr(each[max(0, at - EXCERPT) : at + EXCERPT]) for each in (part, text))
+            raise RowError(
+                field, f"the chat template renders {problem}; by itself the beginning is ...{apart}..., in the "
+                f"whole it is ...{whole}...",
+            )  # fmt: skip
         return part
-
-
-def check_beginning(part: str, whole: str, field: str, problem: str) -> None:
-    """RowError, with the place where they part, unless `part` is how `whole` begins."""
-    if not whole.startswith(part):
-        at = common_prefix_length(part, whole)
-        around = [repr(text[max(0, at - EXCERPT) : at + EXCERPT]) for text in (part, whole)]
-        raise RowError(
-            field, f"the chat template renders {problem}; by itself the beginning is ...{around[0]}..., in the "
-            f"whole it is ...{around[1]}...",
-        )  # fmt: skip
-
-
-def without_calls(message: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
 def check_written(text: str, field: str, message: dict[str, Any]) -> None:
