@@ -138,11 +138,12 @@ def strength_of(point: Point) -> str:
 
 def rows_of(points: Iterable[Point], method: str) -> list[Point]:
     """For each strength of a method, from weak to strong (beta falls, N grows), the (mean, error) of all numbers."""
-    rows = []
-    own = [point for point in points if point["method"] == method]
-    for value in sorted({point.get("N") or -point["beta"] for point in own}):
-        here = [point for point in own if (point.get("N") or -point["beta"]) == value]
-        keys = ("reward", "kl", "best_reward", "share", "train_seconds", "train_cpu_seconds")
-        numbers = {key: mean_and_error([point[key] for point in here]) for key in keys}
-        rows.append({"method": method, "strength": strength_of(here[0]), "value": abs(value)} | numbers)
-    return rows
+    keys = ("reward", "kl", "best_reward", "share", "train_seconds", "train_cpu_seconds")
+    by_strength: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda point: point.get("N") or -point["beta"]):
+        if point["method"] == method:
+            by_strength.setdefault(strength_of(point), []).append(point)
+    return [
+        {"method": method, "strength": strength} | {key: mean_and_error([point[key] for point in here]) for key in keys}
+        for strength, here in by_strength.items()
+    ]
