@@ -68,6 +68,7 @@ COMMANDS = {
     "evaluate": Command(
         "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "win rate, reward, KL, length on prompts"
     ),
+    "merge": Command("models.config:MergeConfig", "models.merge:merge", "write an adapter's whole weights"),
     "recipe": Command(
         "recipes.config:RecipeConfig", "recipes.run:run_recipe", "the stages of a YAML file in order, to one report"
     ),

@@ -14,6 +14,7 @@ from ..errors import UsageError
 
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "rmsprop"]
 Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback", "gsm8k"]
 
 
@@ -41,6 +42,7 @@ class Subject(NamedTuple):
 
 
 MODEL = Subject("models")
+ADAPTER = Subject("adapters (LoRA)")
 DATA = Subject("data")
 GENERATION = Subject("generation")
 SERVER = Subject("generation by a server")
@@ -50,7 +52,7 @@ LOSS = Subject("loss")
 OPTIMIZATION = Subject("optimization")
 RECIPE = Subject("recipe")
 OUTPUT = Subject("output")
-SUBJECTS = (MODEL, DATA, GENERATION, SERVER, REWARDS, SELECTION, LOSS, OPTIMIZATION, RECIPE, OUTPUT)
+SUBJECTS = (MODEL, ADAPTER, DATA, GENERATION, SERVER, REWARDS, SELECTION, LOSS, OPTIMIZATION, RECIPE, OUTPUT)
 
 
 def names_with(config: type, flag: str) -> list[str]:
@@ -82,6 +84,9 @@ class OutputConfig(FolderConfig):
     trust_remote_code: bool = MODEL.option(False, "Run model code that comes with a hub repository.")
     attn_implementation: str | None = MODEL.option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
     bf16: bool = MODEL.option(False, "Compute in bfloat16 (autocast), with fp32 master weights.")
+    dtype: Dtype | None = MODEL.option(
+        None, "Of the weights; default: float32 to train, bfloat16 below an adapter, else (auto) as they were saved."
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
@@ -105,7 +110,40 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(OutputConfig, DataConfig):
+class AdapterConfig(OutputConfig):
+    """Options of every command that can train an adapter in the place of the weights; their names are TRL's."""
+
+    use_peft: bool = ADAPTER.option(
+        False, "Train a LoRA adapter (Hu et al., 2021); of a model that is an adapter, that one."
+    )
+    lora_r: int = ADAPTER.option(16, "The rank of the adapter's matrices.")
+    lora_alpha: int = ADAPTER.option(32, "The adapter counts lora_alpha / lora_r times.")
+    lora_dropout: float = ADAPTER.option(0.05, "Dropout before the adapter, in updates only.")
+    lora_target_modules: list[str] = ADAPTER.several(
+        "The layers that get one: names, a regular expression, or all-linear; default: peft's, by model type."
+    )
+    lora_modules_to_save: list[str] = ADAPTER.several("Layers that are trained whole, and saved with the adapter.")
+    use_rslora: bool = ADAPTER.option(False, "Count it lora_alpha / sqrt(lora_r) times (rank-stabilised LoRA).")
+    use_dora: bool = ADAPTER.option(False, "Train the magnitudes of the weights, too (DoRA).")
+    merge_adapter: bool = ADAPTER.option(False, "Save whole weights, the adapter merged into them.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "lora_r", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        names = ("lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora", "merge_adapter")
+        if not self.use_peft and any(getattr(self, name) for name in names):
+            raise UsageError(f"{next(name for name in names if getattr(self, name))} is for an adapter: pass use_peft")
+        if self.lora_modules_to_save and self.use_peft and not self.bf16 and self.dtype != "float32":
+            raise UsageError(
+                "lora_modules_to_save: whole layers are trained in fp32 and cannot read a bfloat16 base; compute in "
+                "bfloat16 (bf16), or keep the base in fp32 (dtype float32)"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainConfig(AdapterConfig, DataConfig):
     """Options of every command that trains."""
 
     model_name_or_path: str = MODEL.required("The model to train: a local folder or a hub id.", names_input=True)

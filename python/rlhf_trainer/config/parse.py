@@ -26,7 +26,7 @@ COUNTERPARTS = {
     "reward_model_path": "reward_model_name_or_path", "sft_model_path": "ref_model_name_or_path",
     "clip_range": "cliprange", "vllm_importance_sampling_cap": "importance_sampling_cap",
     "use_vllm": "server_url", "vllm_server_base_url": "server_url", "eval_split": "dataset_test_split",
-    "chat_template": "chat_template_path",
+    "chat_template": "chat_template_path", "torch_dtype": "dtype",
 }  # fmt: skip
 
 

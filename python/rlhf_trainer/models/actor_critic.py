@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from ..data.batches import Batch
 from .fused_lm import FusedLM, LMHead, inputs_of
-from .scoring import value_head_of
+from .lora import in_use
+from .scoring import value_head_of, values_of
 
 
 class ActorCritic(nn.Module):
@@ -37,15 +38,9 @@ class ActorCritic(nn.Module):
         """The separate model's values, [S, T] fp32."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.policy.bf16):
             hidden = self.critic.base_model(**inputs_of(batch), use_cache=False).last_hidden_state
-        return values_of(getattr(self.critic, self.head_name), hidden)
-
-
-def values_of(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """The head's values of hidden states, [..., D] -> [...] fp32, computed in fp32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
+        return values_of(in_use(getattr(self.critic, self.head_name)), hidden)
 
 
 def name_of_head(critic: PreTrainedModel) -> str:
     head = value_head_of(critic)
-    return next(name for name, child in critic.named_children() if child is head)
+    return next(name for name, child in critic.named_children() if in_use(child) is head)

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from rlhf_kernels.integrations.lm_head import LMHead, LogitOptions, logit_options_of, run_in_head
 from rlhf_kernels.integrations.lm_head import lm_head_of as read_head
 
-from ..config.base import OutputConfig
+from ..config.base import OutputConfig, TrainConfig
 from ..data.batches import Batch
+from ..data.encoding import Codec
 from ..errors import UsageError
-from .loading import load_causal_lm
+from .loading import adapt_to, load_causal_lm, loading_of
+from .lora import Reference, adapter_of, train_adapter
 
 Result = TypeVar("Result")
 
@@ -80,11 +82,23 @@ def _for_users() -> Iterator[None]:
 
 
 def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
-    """The model `name`, as the configuration wants models run."""
-    model = load_causal_lm(
-        name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
-    )
+    """The model `name`, which does not train, as the configuration wants models run."""
+    return FusedLM(load_causal_lm(name, key=key, **loading_of(config)), bf16=config.bf16)
+
+
+def load_policy(config: TrainConfig, codec: Codec, largest: int) -> FusedLM:
+    """The model to train, fit to the codec as `adapt_to` says; with use_peft its adapter, and the rest frozen."""
+    key = "model_name_or_path"
+    model = load_causal_lm(config.model_name_or_path, key=key, **loading_of(config, trains=True))
+    adapt_to(model, codec, largest, grows=not config.use_peft)
+    if config.use_peft:
+        train_adapter(model, config, "CAUSAL_LM")
     return FusedLM(model, bf16=config.bf16)
+
+
+def reference_of(policy: FusedLM) -> FusedLM | Reference:
+    """The policy as it is before it trains: itself, or of one with an adapter its `Reference`, which stays."""
+    return Reference(policy) if adapter_of(policy.model) else policy
 
 
 def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:

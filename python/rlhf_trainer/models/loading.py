@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -20,13 +21,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
-from ..config.base import OutputConfig, TrainConfig
+from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
 from ..data.encoding import Codec
 from ..errors import UsageError
 from .checks import check_vocabulary, largest_id
+from .lora import TRAINED, adapter_of, base_of, load_adapter, merged
+
+HEADS = ("score.", "classifier.")  # of sequence classifiers, on top of a language model
 
 
 def load_pretrained(
@@ -35,21 +39,37 @@ def load_pretrained(
     noun: str,
     *,
     key: str,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | str = "auto",
+    merges: bool = False,
     new: tuple[str, ...] = (),
     hint: str = "",
     **options: Any,
 ) -> PreTrainedModel:
-    """The model `name`, with fp32 weights, as updates at a learning rate of 1e-6 vanish in bf16, and dropout off.
+    """The model `name`, with weights of `dtype`, "auto": as they were saved, and dropout off. The folder of an adapter
+    is its base with the adapter's layers, frozen; with `merges` these are merged into the weights.
 
     UsageError where it cannot be loaded as `noun`, or lacks weights other than those that begin with `new`.
     """
-    check_no_adapter(name, key)
+    check_local(name, key)
+    base = base_of(name, key)
+    if base is not None:
+        options |= {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code, "dtype": dtype}
+        place = f"{key}: the base of the adapter {name!r}"
+        model = load_pretrained(auto, base, noun, key=place, new=(*new, *HEADS), hint=hint, **options)
+        make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
+        load_adapter(model, name, key, "CAUSAL_LM" if auto is AutoModelForCausalLM else "SEQ_CLS", merges)
+        if merges:
+            PartialState().print(f"{name} is an adapter: it is merged into the weights of {base}")
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(name)
+        return turn_dropout_off(merged(model)) if merges else model
     try:
         with without_report():
+            facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             model, report = auto.from_pretrained(
-                name, dtype=torch.float32, attn_implementation=attn_implementation,
+                name, dtype=dtype, attn_implementation=attn_implementation,
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options,
             )  # fmt: skip
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -58,16 +78,24 @@ def load_pretrained(
     if missing:
         some = ", ".join(missing[:5])
         raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {some}{hint}")
+    model._saved_dtype = facts.dtype or facts.get_text_config().dtype or torch.float32
     return turn_dropout_off(model)
 
 
-def load_causal_lm(
-    name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    model = load_pretrained(
-        AutoModelForCausalLM, name, "a causal language model", key=key, attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+def loading_of(config: OutputConfig, *, trains: bool = False) -> dict[str, Any]:
+    """How the configuration wants a model loaded. One that trains has fp32 weights, as updates at a learning rate of
+    1e-6 vanish in bf16; below an adapter, which is what trains then, it is in bf16."""
+    adapts = trains and isinstance(config, AdapterConfig) and config.use_peft
+    default = "auto" if not trains else "bfloat16" if adapts else "float32"
+    name = config.dtype or default
+    return {
+        "attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code,
+        "dtype": name if name == "auto" else getattr(torch, name), "merges": trains and not adapts,
+    }  # fmt: skip
+
+
+def load_causal_lm(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
+    model = load_pretrained(AutoModelForCausalLM, name, "a causal language model", key=key, **loading)
     if any("ForSequenceClassification" in saved for saved in model.config.architectures or []):
         raise UsageError(f"{key}: {name!r} is a reward model (a sequence classifier), not a language model")
     return model
@@ -75,19 +103,25 @@ def load_causal_lm(
 
 def meta_model(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model without its weights, which costs nothing, to see what fits into it."""
-    check_no_adapter(name, key)
+    check_local(name, key)
+    base = base_of(name, key)
     try:
-        facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        facts = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
+            if base is not None:
+                make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
+            return model
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(f"{key}: cannot load {describe(name)} as a causal language model: {error}") from error
 
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     check_local(name, key)
+    base = base_of(name, key)
+    source = base if base is not None and not (Path(name) / "tokenizer_config.json").is_file() else name
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
@@ -124,7 +158,8 @@ def end_ids_of(name: str, trust_remote_code: bool) -> set[int]:
         ids = end_ids_in(facts if kind is GenerationConfig else facts.get_text_config())
         if ids:
             return ids
-    return set()
+    base = base_of(name, "the model's generation_config")
+    return set() if base is None else end_ids_of(base, trust_remote_code)
 
 
 def end_ids_in(config: GenerationConfig | PreTrainedConfig) -> set[int]:
@@ -137,19 +172,28 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
     new one is as likely as an average one."""
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         with without_report():
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=model.device.type != "meta")
 
 
-def adapt_to(model: PreTrainedModel, codec: Codec, largest: int) -> None:
-    """Makes a model to train fit the codec: its embeddings, beyond `largest`, and where generation stops."""
+def adapt_to(model: PreTrainedModel, codec: Codec, largest: int, *, grows: bool = True) -> None:
+    """Makes a model to train fit the codec: its embeddings, beyond `largest`, and where generation stops.
+
+    UsageError where it would have to grow, below an adapter: its new embeddings would stay as they are drawn."""
     check_vocabulary(model, largest)  # before room is made for a template's tokens
+    room = model.get_input_embeddings().weight.shape[0]
+    if not grows and len(codec.tokenizer) > room:
+        raise UsageError(
+            f"use_peft: the chat template brings tokens that the model does not embed ({len(codec.tokenizer)} tokens, "
+            f"it has {room}), and an adapter trains no embeddings. Choose a chat_template_path of tokens that it has, "
+            "or make a model with them first: `rlhf sft` without use_peft"
+        )
     make_room(model, codec.tokenizer)
     stop_at(model, codec)
 
 
 def stop_at(model: PreTrainedModel, codec: Codec) -> None:
     """Makes generation stop at all the codec's ends, beside those that the model stops at already."""
-    for config in (model.config.get_text_config(), model.generation_config):
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None:
             ids = sorted(codec.ends | end_ids_in(config))
             config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
@@ -159,18 +203,6 @@ def check_local(name: str, key: str) -> None:
     """UsageError for a path that does not exist; a hub id, `name` or `owner/name`, passes."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UsageError(f"{key}: no such folder: {name}")
-
-
-def check_no_adapter(name: str, key: str) -> None:
-    """`check_local`, and UsageError for the folder of an adapter, which transformers would load, frozen."""
-    check_local(name, key)
-    path = Path(name) / "adapter_config.json"
-    if path.is_file():
-        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise UsageError(
-            f"{key}: {name!r} is an adapter (LoRA) of {base!r}, not a model: merge it first, by merge_and_unload() and "
-            "save_pretrained() of peft, and name the merged model's folder"
-        )
 
 
 def describe(name: str) -> str:
@@ -213,6 +245,22 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a folder that Auto... classes load. In fp32: small updates do not survive bf16."""
-    model.save_pretrained(folder)
+    """Writes a folder that Auto... classes load: whole weights, an adapter merged into a copy of them."""
+    merged(copy.deepcopy(model) if adapter_of(model) else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_result(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: AdapterConfig
+) -> None:
+    """Writes what a run has trained, and leaves the model so: an adapter, or whole weights, in the dtype in which they
+    were saved before, or that the configuration names."""
+    adapter = adapter_of(model)
+    if adapter is not None and not config.merge_adapter:
+        adapter.model.save_pretrained(folder, selected_adapters=[TRAINED])
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    dtype = model._saved_dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+    save_model(merged(model).to(dtype), tokenizer, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,16 @@ from ..data.batches import pad_sequences
 from ..errors import UsageError
 from ..training.journal import RunBatch, batches_of_like_length, compute_only
 from .loading import load_pretrained
+from .lora import base_of, in_use
 
 
-def load_reward_model(
-    name: str, *, key: str, attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """A model with one value a sequence, fp32 weights, dropout off; UsageError if it was not trained to be one."""
+def load_reward_model(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
+    """A model with one value a sequence, dropout off; UsageError if it was not trained to be one."""
+    if base_of(name, key) is not None:
+        loading["num_labels"] = 1  # the base knows nothing of it
     model = load_pretrained(
-        AutoModelForSequenceClassification, name, "a reward model", key=key, attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        hint=". Is it a language model? `rlhf reward` makes a reward model of one",
+        AutoModelForSequenceClassification, name, "a reward model", key=key,
+        hint=". Is it a language model? `rlhf reward` makes a reward model of one", **loading,
     )  # fmt: skip
     if model.config.num_labels != 1:
         raise UsageError(
@@ -43,7 +44,7 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     Raises UsageError where the reward is not that of the last token's hidden state: an encoder with a pooler, say.
     """
     name = type(model).__name__
-    children = [child for child in model.children() if child is not model.base_model]
+    children = [in_use(child) for child in model.children() if child is not model.base_model]
     heads = [child for child in children if isinstance(child, nn.Linear) and child.out_features == 1]
     if len(heads) != 1:
         raise UsageError(f"{name}: expected one linear layer with one output on top, got {len(heads)}")
@@ -53,9 +54,12 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     pad_id = model.config.get_text_config().pad_token_id
     ids = torch.tensor([[i for i in range(4) if i != pad_id][:3]], device=model.device)
     mask = torch.ones_like(ids)
-    expected = model(input_ids=ids, attention_mask=mask).logits.view(-1)
+    precision = torch.finfo(model.dtype)  # of the model's own forward, also where its head is in fp32
+    is_low = precision.bits < 32
+    with torch.autocast(ids.device.type, model.dtype if is_low else None, enabled=is_low):
+        expected = model(input_ids=ids, attention_mask=mask).logits.view(-1).float()
     reward = last_values(model, heads[0], ids, mask)
-    if not torch.allclose(reward, expected, rtol=1e-4, atol=1e-5):
+    if not torch.allclose(reward, expected, rtol=max(1e-4, 4 * precision.eps), atol=max(1e-5, precision.eps)):
         raise UsageError(
             f"{name}: its forward gives {expected.item():.6g} where its head makes {reward.item():.6g} of the last "
             "token's hidden state; only models whose reward is that can be used"
@@ -108,6 +112,14 @@ def last_values(model: PreTrainedModel, head: nn.Linear, input_ids: Tensor, atte
     token of a causal model attends."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     last = attention_mask.sum(1) - 1
-    hidden = hidden[torch.arange(len(last), device=last.device), last]
-    with torch.autocast(input_ids.device.type, enabled=False):  # a reward rounded to bf16 has three digits
+    return values_of(head, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def values_of(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The head's values of hidden states, [..., D] -> [...] fp32, computed in fp32: rounded to bf16, a value has three
+    digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if head.weight.dtype in (torch.bfloat16, torch.float16):
+            bias = None if head.bias is None else head.bias.float()
+            return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
         return head(hidden.to(head.weight.dtype)).squeeze(-1).float()

@@ -19,8 +19,8 @@ from ..data.encoding import Codec
 from ..data.examples import Group
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused
-from ..models.loading import adapt_to, checkpoint_gradients, load_codec_for, make_room, save_model
+from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy, reference_of
+from ..models.loading import checkpoint_gradients, load_codec_for, make_room, save_result
 from ..training.batch_plan import MicroBatch
 from ..training.loop import start_accelerator, train
 from ..training.output_folder import begin
@@ -46,8 +46,7 @@ def train_dpo(config: DPOConfig) -> Path:
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
-    policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    adapt_to(policy.model, codec, largest)
+    policy = load_policy(config, codec, largest)
     check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
 
     tasks = [data for data in (task, held_out) if data is not None]
@@ -61,7 +60,7 @@ def train_dpo(config: DPOConfig) -> Path:
         checkpoint_gradients(policy.model)
     return train(
         config, policy, task, held_out, accelerator,
-        save=lambda trained, folder: save_model(trained.model, codec.tokenizer, folder),
+        save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),
     )  # fmt: skip
 
 
@@ -154,10 +153,11 @@ def add_reference_logprobs(
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
     reference = reference.to(accelerator.device)
+    frozen = reference_of(policy) if reference is policy else reference
     cache_dir = Path(config.ref_cache_dir) if config.ref_cache_dir else default_cache_dir()
     for task in tasks:
         key = content_key(reference, task.groups, task.plan, task.pad_id, accelerator.device.type, config.share_prefix)
-        task.ref_logps = reference_logprobs(reference, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
+        task.ref_logps = reference_logprobs(frozen, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
 
 
 def check_sharing(fused: FusedLM, key: str) -> None:

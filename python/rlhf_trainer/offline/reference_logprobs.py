@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,6 +22,7 @@ import rlhf_kernels as rk
 
 from ..data.examples import Group
 from ..models.fused_lm import FusedLM, LMHead
+from ..models.lora import adapter_of
 from ..training.batch_plan import MicroBatch, share_of_process
 from ..training.files import checksum, write_whole
 from .pair_batches import PairBatch
@@ -29,7 +31,7 @@ LAYOUT = 2  # of this file's cache; raise it when what is stored changes its mea
 
 
 def reference_logprobs(
-    reference: nn.Module,
+    reference: Callable[..., Any],
     groups: list[Group],
     plan: list[list[MicroBatch]],
     batch_of: Callable[[MicroBatch], PairBatch],
@@ -39,7 +41,7 @@ def reference_logprobs(
 ) -> list[Tensor]:
     """log pi_ref of each group's responses, [K] fp32 in nats each, from the cache or by one pass over the plan.
 
-    `reference` is a FusedLM, wrapped or not.
+    `reference` is a FusedLM, wrapped or not, or a `Reference`.
     """
     path = cache_dir / f"{key}.safetensors"
     sizes = [len(group.responses) for group in groups]
@@ -71,7 +73,7 @@ def reference_logprobs(
 
 
 @torch.no_grad()
-def sequence_logprobs(model: nn.Module, pairs: PairBatch) -> Tensor:
+def sequence_logprobs(model: Callable[..., Any], pairs: PairBatch) -> Tensor:
     """log pi(response | prompt) of each response, [S] in nats; `model` is a FusedLM, wrapped or not."""
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
@@ -101,8 +103,11 @@ def content_key(
 
 
 def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """Those of the reference: an adapter that is new is not part of it."""
+    adapter = adapter_of(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if adapter is None or not (adapter.is_new and tensor.requires_grad):
+            yield name.replace(".base_layer", ""), tensor
 
 
 def _load(path: Path, responses: int) -> Tensor | None:

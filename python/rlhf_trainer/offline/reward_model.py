@@ -26,13 +26,16 @@ from ..data.examples import Group, Loaded
 from ..errors import UsageError
 from ..models.checks import check_vocabulary, have_same_tokens
 from ..models.loading import (
+    HEADS,
     checkpoint_gradients,
     load_codec_for,
     load_pretrained,
     load_tokenizer,
+    loading_of,
     make_room,
-    save_model,
+    save_result,
 )
+from ..models.lora import train_adapter
 from ..models.scoring import last_values, load_reward_model, value_head_of
 from ..training.batch_plan import MicroBatch
 from ..training.loop import start_accelerator, train
@@ -59,16 +62,18 @@ def train_reward(config: RewardConfig) -> Path:
     tokenizer = codec.tokenizer
     model = load_classifier(config)
     check_vocabulary(model, largest)  # before room is made for a template's tokens and a padding token
-    give_pad_token(model, tokenizer)
+    give_pad_token(model, tokenizer, grows=not config.use_peft)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
     check_examples_fit(config, (task, held_out), model, tokenizer)
     for name in config.compare_with if held_out is not None else []:
         load_ensemble_member(name, config, tokenizer, held_out)  # a mistake shows now, not after the training
+    if config.use_peft:
+        train_adapter(model, config, "SEQ_CLS")
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
 
     def save(trained: nn.Module, folder: Path) -> None:
-        save_model(trained.model, tokenizer, folder)
+        save_result(trained.model, tokenizer, folder, config)
         if held_out is not None:
             report = report_of(held_out, config, tokenizer)
             (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -81,16 +86,20 @@ def load_classifier(config: RewardConfig) -> PreTrainedModel:
     """The model with a head of one output: its own, or a new one, drawn by `seed`."""
     return load_pretrained(
         AutoModelForSequenceClassification, config.model_name_or_path, "a language model with a reward head",
-        key="model_name_or_path", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code, new=("score.", "classifier."), num_labels=1,
+        key="model_name_or_path", new=HEADS, num_labels=1, **loading_of(config, trains=True),
     )  # fmt: skip
 
 
-def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, grows: bool = True) -> None:
     """A padding token that is not the end-of-sequence token: transformers reads the reward at the last token that is
-    not padding, which would else be the one before the end."""
+    not padding, which would else be the one before the end. A new one, or where the model is full and may not grow, as
+    below an adapter, one that no response ends with."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": PAD})
+        others = {tokenizer.unk_token, tokenizer.bos_token} - {None, tokenizer.eos_token}
+        is_full = len(tokenizer) >= model.get_input_embeddings().weight.shape[0]
+        if is_full and not grows and not others:
+            raise UsageError("use_peft: the model has no room for a padding token; give its tokenizer one and save it")
+        tokenizer.add_special_tokens({"pad_token": min(others) if is_full and not grows else PAD})
     make_room(model, tokenizer)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
@@ -231,10 +240,7 @@ def load_ensemble_member(
     own = load_tokenizer(name, key="compare_with", trust_remote_code=config.trust_remote_code)
     if not have_same_tokens(tokenizer, own):
         raise UsageError(f"compare_with: {name!r} has another tokenizer, so it cannot judge the same tokens")
-    member = load_reward_model(
-        name, key="compare_with", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    member = load_reward_model(name, key="compare_with", **loading_of(config))
     largest = max(i for group in held_out.groups for ids in (group.prompt, *group.responses) for i in ids)
     check_vocabulary(member, largest)
     return member.to(held_out.device)

@@ -20,8 +20,8 @@ from ..data.encoding import Codec
 from ..data.examples import Loaded, TokenSequence, load_conversations, reading_of
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.fused_lm import FusedLM, LMHead
-from ..models.loading import adapt_to, checkpoint_gradients, load_causal_lm, load_codec_for, save_model
+from ..models.fused_lm import LMHead, load_policy
+from ..models.loading import checkpoint_gradients, load_codec_for, save_result
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training, start_accelerator, train
 from ..training.output_folder import begin
@@ -40,11 +40,8 @@ def train_sft(config: SFTConfig) -> Path:
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
-    model = load_causal_lm(
-        config.model_name_or_path, key="model_name_or_path", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
-    adapt_to(model, codec, largest)
+    fused = load_policy(config, codec, largest)
+    model = fused.model
     check_examples_fit(config, (task, held_out), model, codec.tokenizer)
     if config.packing and leaks(model):
         raise UsageError(
@@ -53,10 +50,9 @@ def train_sft(config: SFTConfig) -> Path:
         )
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
-    fused = FusedLM(model, bf16=config.bf16)
     return train(
         config, fused, task, held_out, accelerator,
-        save=lambda trained, folder: save_model(trained.model, codec.tokenizer, folder),
+        save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForSequenceClassification
 from ..errors import UsageError
 from ..models.actor_critic import ActorCritic, name_of_head
 from ..models.checks import check_fit, have_same_tokens
-from ..models.loading import checkpoint_gradients, load_pretrained, load_tokenizer, make_room
+from ..models.loading import HEADS, checkpoint_gradients, load_pretrained, load_tokenizer, loading_of, make_room
+from ..models.lora import train_adapter
 from .config import PPOConfig
 from .setup import SHORTER, Setup
 
@@ -27,9 +28,8 @@ def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
         key = "model_name_or_path" if config.reward_model_name_or_path is None else "reward_model_name_or_path"
     name = getattr(config, key)
     critic = load_pretrained(
-        AutoModelForSequenceClassification, name, "a model with one value a token", key=key,
-        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
-        new=("score.", "classifier."), num_labels=1,
+        AutoModelForSequenceClassification, name, "a model with one value a token", key=key, new=HEADS, num_labels=1,
+        **loading_of(config, trains=True) | {"merges": True},
     )  # fmt: skip
     for source, prompts in setup.sources():
         lengths = [prompt.length + config.max_completion_length for prompt in prompts]
@@ -42,6 +42,8 @@ def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
         )
     if not any("ForSequenceClassification" in saved for saved in critic.config.architectures or []):
         nn.init.zeros_(getattr(critic, name_of_head(critic)).weight)
+    if config.use_peft:
+        train_adapter(critic, config, "SEQ_CLS")
     if config.gradient_checkpointing:
         checkpoint_gradients(critic)
     return ActorCritic(policy, critic)

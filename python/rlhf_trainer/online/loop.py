@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import nn
 
 from ..data.examples import Prompt
-from ..models.loading import save_model
+from ..models.loading import save_result
 from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, completion_text
 from ..rollouts.loading import make_sampler
@@ -88,7 +88,7 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
 
     def save(_module: nn.Module, folder: Path) -> None:
         shutil.rmtree(folder / POLICY_FOLDER, ignore_errors=True)
-        save_model(policy.model, setup.tokenizer, folder)
+        save_result(policy.model, setup.tokenizer, folder, config)
 
     return run.finish(save)
 

@@ -12,8 +12,9 @@ from ..data.examples import Loaded, Prompt, load_prompts, reading_of
 from ..data.views import first_rows, has_colours
 from ..errors import UsageError
 from ..models.checks import check_fit, pad_id_of
-from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused
-from ..models.loading import adapt_to, checkpoint_gradients, load_codec_for, make_room
+from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused, load_policy, reference_of
+from ..models.loading import checkpoint_gradients, load_codec_for, make_room
+from ..models.lora import Reference
 from ..rewards.loading import load_rewards
 from ..rewards.rewards import Rewards
 from ..training.files import checksum
@@ -33,7 +34,7 @@ class Setup(NamedTuple):
     prompts: list[Prompt]
     held_out: list[Prompt]
     policy: FusedLM
-    reference: FusedLM | None
+    reference: FusedLM | Reference | None
     rewards: Rewards
 
     def sources(self) -> list[tuple[str, list[Prompt]]]:
@@ -60,14 +61,15 @@ def prepare(config: OnlineConfig) -> Setup | None:
         held_out = prompts_of(config, config.eval_dataset, config.dataset_test_split, codec, rewards, accelerator)
     if config.inspect_rows:
         accelerator.print(first_rows(prompts, tokenizer, config.inspect_rows, has_colours()))
-    policy = load_fused(config, config.model_name_or_path, "model_name_or_path")
-    adapt_to(policy.model, codec, largest)
+    policy = load_policy(config, codec, largest)
     for source, part in ((config.dataset_name, prompts), (config.eval_dataset, held_out)):
         if part:
             lengths = [prompt.length + config.max_completion_length for prompt in part]
             check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
     reference = None
-    if config.beta:
+    if config.beta and config.use_peft and config.ref_model_name_or_path is None:
+        reference = reference_of(policy)
+    elif config.beta:
         key = "model_name_or_path" if config.ref_model_name_or_path is None else "ref_model_name_or_path"
         reference = load_fused(config, getattr(config, key), key).to(accelerator.device)
         make_room(reference.model, tokenizer)

@@ -11,7 +11,7 @@ from ..data.encoding import encode_rendering, is_empty, like_prompt
 from ..data.examples import Prompt
 from ..errors import RowError, UsageError
 from ..models.checks import check_fit, check_vocabulary, largest_id, pad_id_of
-from ..models.loading import load_codec, load_pretrained, load_tokenizer
+from ..models.loading import load_codec, load_pretrained, load_tokenizer, loading_of
 from ..models.scoring import batch_count, load_reward_model, score_sequences
 from ..training.journal import RunBatch, batches_of_like_length
 from .config import RewardsConfig
@@ -34,9 +34,7 @@ class ModelReward:
         self.bf16 = config.bf16
         self.codec = load_codec(name, config, key=key)
         self.tokenizer = self.codec.tokenizer
-        self.model = load_reward_model(
-            name, key=key, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code
-        )
+        self.model = load_reward_model(name, key=key, **loading_of(config))
         check_vocabulary(self.model, largest_id(self.tokenizer))
 
     def check(self, prompts: Sequence[Prompt], source: str, max_completion_length: int) -> None:
@@ -102,7 +100,7 @@ class ClassifierReward:
             raise UsageError(f"reward_funcs: the tokenizer of the classifier {name!r} has no padding token")
         self.model = load_pretrained(
             AutoModelForSequenceClassification, name, "a classifier", key="reward_funcs",
-            attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code,
+            **loading_of(config) | {"dtype": torch.float32},
         ).to(device)  # fmt: skip
         check_vocabulary(self.model, largest_id(self.tokenizer))
         labels = {name: i for i, name in self.model.config.id2label.items()}

@@ -21,7 +21,7 @@ from ..data.encoding import Codec, is_empty
 from ..data.examples import Prompt
 from ..errors import UsageError
 from ..models.checks import check_fit
-from ..models.loading import load_causal_lm, load_codec, meta_model, stop_at
+from ..models.loading import load_causal_lm, load_codec, loading_of, meta_model, stop_at
 from ..training.journal import Journal, batches_of_like_length, write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
@@ -119,10 +119,7 @@ def drawer_of(
         return lambda prompts, number: part.server.generate(
             [request_of(prompt, config.dataset_name) for prompt in prompts], sampling, seed=config.seed, number=number
         )
-    model = load_causal_lm(
-        part.model, key="models", attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    ).to(device)  # fmt: skip
+    model = load_causal_lm(part.model, key="models", **loading_of(config)).to(device)
     stop_at(model, part.codec)
     return lambda prompts, number: generate_batch(
         model, part.codec.tokenizer, [prompt.ids for prompt in prompts], sampling, seed=config.seed, number=number,

@@ -101,8 +101,9 @@ def saved_checkpoints(work: Path) -> list[Path]:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    """What a run changes: parameters that train, and buffers, by name; tied ones once."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    return {name: tensor.detach() for name, tensor in [*trained, *model.named_buffers()]}
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,6 +81,8 @@ class Run:
         give_back_freed_memory(module)
         self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
         self.balanced = [part for part in module.modules() if getattr(part, "aux_coefficient", 0)]
+        self.dropouts = [part for part in module.modules() if getattr(part, "drops_in_updates", False)]
+        self.drawn_for = 0  # the step for which draws of dropout were seeded
         self.shape = "before the model's first call"
         self.model.register_forward_pre_hook(self.keep_shape)
         if accelerator.is_main_process:
@@ -130,6 +133,7 @@ class Run:
             group["lr"] = learning_rate
 
         totals, shares = Totals(), task.shares(batch, accelerator)
+        self.turn_dropout(True, step)
         for i, share in enumerate(shares):
             # Gradients travel between processes once a step, with the last micro-batch.
             syncs = contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model)
@@ -138,6 +142,7 @@ class Run:
                 # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
                 accelerator.backward(output.loss * (share.weight * accelerator.num_processes))
             totals.add(output, share.weight)
+        self.turn_dropout(False, step)
 
         grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         metrics, tokens = totals.reduce(accelerator)
@@ -148,6 +153,15 @@ class Run:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"learning_rate": learning_rate}, tokens
+
+    def turn_dropout(self, on: bool, step: int) -> None:
+        """That of adapters, which is off in all other passes; its draws depend on seed, step and process alone."""
+        for dropout in self.dropouts:
+            dropout.training = on
+        if self.dropouts and on and step != self.drawn_for:
+            seed = f"{self.config.seed}, step {step}, process {self.accelerator.process_index}"
+            torch.manual_seed(random.Random(seed).getrandbits(63))
+            self.drawn_for = step
 
     def save_checkpoint(self, step: int, **state: float) -> None:
         """Saves a checkpoint, with `state` in it, every save_steps steps, and unless save_only_model after the last."""
@@ -219,10 +233,11 @@ def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
 
 def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if config.optim == "rmsprop":
-        return torch.optim.RMSprop(model.parameters(), **settings)
+        return torch.optim.RMSprop(weights, **settings)
     fused = config.optim == "adamw_torch_fused"  # no temporaries as large as the head
-    return torch.optim.AdamW(model.parameters(), fused=fused, **settings)
+    return torch.optim.AdamW(weights, fused=fused, **settings)
 
 
 def fingerprint(task: Task) -> str:

@@ -214,7 +214,7 @@ def test_help_groups_the_flags_by_subject(capsys):
             heading = line[:-1]
         elif line.startswith("  --"):
             flags.setdefault(heading, []).append(line.split()[0])
-    assert list(flags) == ["options", "models", "data", "loss", "optimization", "output"]
+    assert list(flags) == ["options", "models", "adapters (LoRA)", "data", "loss", "optimization", "output"]
     assert flags["loss"] == ["--beta", "--loss_type", "--label_smoothing", "--gamma_beta_ratio"]
     assert flags["models"][0] == "--model_name_or_path" and "--dataset_name" in flags["data"]
     assert "--learning_rate" in flags["optimization"] and flags["output"][0] == "--output_dir"

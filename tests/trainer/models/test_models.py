@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import rlhf_kernels as rk
@@ -13,8 +12,7 @@ from rlhf_trainer.data.batches import IGNORED, pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.checks import check_fit
 from rlhf_trainer.models.fused_lm import FusedLM, lm_head_of
-from rlhf_trainer.models.loading import checkpoint_gradients, load_causal_lm, load_tokenizer, meta_model
-from rlhf_trainer.models.scoring import load_reward_model
+from rlhf_trainer.models.loading import checkpoint_gradients, load_causal_lm, load_tokenizer
 from tests.support.vocabulary_tensors import LargestVocabularyTensor
 
 
@@ -312,15 +310,3 @@ def test_a_row_longer_than_the_models_positions(make_model, tokenizer):
     ):
         check_fit(make_model("gpt2"), tokenizer, [1, 4], [2, 97], "data.jsonl")
     check_fit(make_model("gpt2"), tokenizer, [1, 4], [2, 96], "data.jsonl")
-
-
-@pytest.mark.parametrize("load", [load_causal_lm, load_reward_model, meta_model])
-def test_an_adapter_is_no_model(load, model_folder, tmp_path):
-    """transformers would load it, frozen."""
-    base = load_causal_lm(model_folder("llama"), key="k")
-    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UsageError) as error:
-        load(str(tmp_path / "adapter"), key="ref_model_name_or_path")
-    message = str(error.value)
-    assert message.startswith(f"ref_model_name_or_path: '{tmp_path / 'adapter'}' is an adapter (LoRA) of '")
-    assert "merge it first" in message and "\n" not in message

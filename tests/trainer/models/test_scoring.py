@@ -107,12 +107,24 @@ def test_a_reward_that_is_not_a_number_stops(make_reward_model, sequences):
 # --- loading
 
 
-def test_a_reward_model_is_loaded_in_fp32_without_dropout(make_reward_model, sequences, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reward_model_is_loaded_as_it_was_saved_without_dropout(dtype, make_reward_model, sequences, tmp_path):
     model = make_reward_model("gpt2")  # its dropout is 0.1
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.to(dtype).save_pretrained(tmp_path)
     loaded = load_reward_model(str(tmp_path), key="reward_model")
-    assert loaded.dtype == torch.float32 and not loaded.training
+    assert loaded.dtype == dtype and not loaded.training
     assert torch.equal(score_sequences(loaded, sequences, 4, EOS, CPU), score_sequences(loaded, sequences, 4, EOS, CPU))
+
+
+def test_rewards_of_a_bf16_model_are_not_rounded_to_bf16(make_reward_model, sequences):
+    """Its hidden states are, but not what the head makes of them."""
+    model = make_reward_model("llama").to(torch.bfloat16)
+    rewards = score_sequences(model, sequences, 4, EOS, CPU)
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+    with torch.no_grad():
+        for ids, reward in zip(sequences, rewards, strict=True):
+            hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+            assert reward.item() == pytest.approx((hidden.double() @ model.score.weight[0].double()).item(), rel=2e-2)
 
 
 def test_a_language_model_is_not_a_reward_model(model_folder):

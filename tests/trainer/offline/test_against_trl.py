@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DPOConfig as TrlDPOConfig
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
@@ -125,6 +126,58 @@ def test_dpo(model_folder, rows, write_jsonl, train, tmp_path):
             model=AutoModelForCausalLM.from_pretrained(model), ref_model=AutoModelForCausalLM.from_pretrained(model),
             processing_class=tokenizer, **options,
         )  # fmt: skip
+
+    expected = theirs(TrlDPOConfig, trainer, tmp_path / "theirs", data, beta=0.2, max_length=96)
+    assert_same(records, expected)
+
+
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_target_modules": ["q_proj", "v_proj", "up_proj"], "lora_dropout": 0.0}
+
+
+def with_adapter(folder, seed=42):
+    """The model with the adapter that a run of that seed begins with: A is drawn, B is 0."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    names = {name.removeprefix("lora_"): value for name, value in LORA.items() if "dropout" not in name}
+    return get_peft_model(
+        model, LoraConfig(r=names.pop("r"), lora_alpha=names.pop("alpha"), task_type="CAUSAL_LM", **names)
+    )
+
+
+def test_sft_by_lora(model_folder, rows, write_jsonl, records_of, tmp_path):
+    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows(ROWS)]
+    model = model_folder("llama")
+    options = common(tmp_path, write_jsonl(data), model) | {"learning_rate": 1e-2}
+    records = records_of(train_sft(SFTConfig(**options, use_peft=True, dtype="float32", **LORA)))
+
+    def trainer(args, **options):
+        args.learning_rate = 1e-2
+        return SFTTrainer(model=with_adapter(model), processing_class=tokenizer, args=args, **options)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    expected = theirs(TrlSFTConfig, trainer, tmp_path / "theirs", data, completion_only_loss=True, max_length=96)
+    assert_same(records, expected)
+
+
+@pytest.mark.parametrize("start", ["a new adapter", "an adapter that was trained"])
+def test_dpo_by_lora(start, model_folder, rows, write_jsonl, train, tmp_path):
+    """The reference is the model as it begins: with the adapter that it came with, if it came with one."""
+    data, model = rows(ROWS), model_folder("llama")
+    adapted = with_adapter(model)
+    if start != "a new adapter":
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(std=0.1)
+        adapted.save_pretrained(tmp_path / "start")
+    options = common(tmp_path, write_jsonl(data), model if start == "a new adapter" else str(tmp_path / "start"))
+    options |= {"learning_rate": 1e-2, "warmup_steps": 0, "max_grad_norm": 1.0, "beta": 0.2, "dtype": "float32"}
+    records = train(**options, use_peft=True, **LORA)[1]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def trainer(args, **options):
+        args.learning_rate = 1e-2
+        return DPOTrainer(model=adapted, processing_class=tokenizer, args=args, **options)
 
     expected = theirs(TrlDPOConfig, trainer, tmp_path / "theirs", data, beta=0.2, max_length=96)
     assert_same(records, expected)

@@ -24,6 +24,7 @@ PPO = {
     "kl_estimator": "exact",
 }  # fmt: skip
 GRPO = {"num_generations": 4, "beta": 0.05}
+LORA = {"use_peft": True, "lora_dropout": 0.2, "lora_r": 4, "lora_target_modules": ["all-linear"], "dtype": "float32"}
 ALGORITHMS = {"ppo": (PPOConfig, train_ppo, PPO), "grpo": (GRPOConfig, train_grpo, GRPO)}
 
 
@@ -58,7 +59,7 @@ KILLS = {
     "after a checkpoint": (training, "save_checkpoint", at_call(1, after=True)),
     "between an iteration's updates": (training, "learning_rate_at", at_call(10)),
     "before the second checkpoint": (training, "save_checkpoint", at_call(2)),
-    "the result written": (loop, "save_model", at_call(1, after=True)),
+    "the result written": (loop, "save_result", at_call(1, after=True)),
 }
 
 
@@ -70,6 +71,20 @@ def test_a_killed_run_goes_on(algorithm, point, run):
     whole = run(algorithm, "whole")
     killed(lambda: run(algorithm, "broken"), KILLS[point])
     assert_same(run(algorithm, "broken", resume_from_checkpoint=True), whole)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_adapter_goes_on(algorithm, run):
+    """The policy's, and that of a value model; the reference is the policy without it."""
+    whole = run(algorithm, "whole", **LORA)
+    killed(
+        lambda: run(algorithm, "broken", **LORA),
+        (training, "learning_rate_at", at_call(11 if algorithm == "ppo" else 4)),
+    )
+    assert_same(run(algorithm, "broken", resume_from_checkpoint=True, **LORA), whole)
+    _, records = result_of(whole)
+    kl = "objective/kl" if algorithm == "ppo" else "kl"
+    assert records[1][kl] == 0 < records[-1][kl]
 
 
 def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
@@ -104,6 +119,7 @@ def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
 def test_two_processes_train_as_one(options, tmp_path, python):
     """Each samples and rewards a share of the completions, and all learn from the whole."""
     stages = {algorithm: options | own for algorithm, (_, _, own) in ALGORITHMS.items()}
+    stages["grpo, LoRA"] = options | GRPO | LORA | {"lora_dropout": 0.0}
     (tmp_path / "options.json").write_text(json.dumps(stages))
     script = str(Path(__file__).with_name("online_stages.py"))
     for name, launch in (("one", ()), ("two", LAUNCH)):

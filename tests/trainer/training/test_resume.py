@@ -85,7 +85,8 @@ def result_of(folder):
     for record in records:
         for of_the_clock in ("tokens_per_second", "seconds"):
             record.pop(of_the_clock, None)
-    return load_file(folder / "model.safetensors"), records
+    (weights,) = folder.glob("*model.safetensors")  # of the model, or of an adapter
+    return load_file(weights), records
 
 
 def assert_same(a, b):
@@ -104,7 +105,7 @@ KILLS = {
     "after a checkpoint": (loop, "save_checkpoint", at_call(1, after=True)),
     "two steps on": (loop, "learning_rate_at", at_call(4)),
     "half the second checkpoint": (checkpoint, "save_file", at_call(4)),
-    "the result written": (sft, "save_model", at_call(1, after=True)),
+    "the result written": (sft, "save_result", at_call(1, after=True)),
     "the result not moved": (loop, "commit_output", at_call(1)),
 }
 
@@ -127,6 +128,21 @@ def test_every_stage_goes_on(name, optimizer, stage):
     whole = run("whole", optim=optimizer)
     killed(lambda: run("broken", optim=optimizer), (loop, "learning_rate_at", at_call(6)))
     assert_same(run("broken", optim=optimizer, resume_from_checkpoint=True), whole)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_adapter_goes_on(name, stage, tmp_path):
+    """With its dropout; a checkpoint holds the adapter and its optimizer state, and nothing of the base."""
+    run = stage(name)
+    options = {"use_peft": True, "lora_dropout": 0.3, "lora_r": 2}
+    whole = run("whole", **options)
+    killed(lambda: run("broken", **options), (loop, "learning_rate_at", at_call(6)))
+    newest = checkpoint.newest_checkpoint(partial_folder(tmp_path / "broken"))
+    saved = load_file(newest.folder / checkpoint.MODEL)
+    assert all("lora_" in name or "modules_to_save" in name or "inv_freq" in name for name in saved)
+    assert len(checkpoint.saved_checkpoints(partial_folder(tmp_path / "broken"))) == 2
+    assert_same(run("broken", resume_from_checkpoint=True, **options), whole)
+    assert (whole / "adapter_config.json").is_file()
 
 
 def test_a_run_may_be_killed_again_and_again(stage, tmp_path):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from rlhf_trainer.cli import main
 from rlhf_trainer.config.base import TrainConfig
 from rlhf_trainer.errors import TrainingError, UsageError
+from rlhf_trainer.models import fused_lm
 from rlhf_trainer.offline import sft
 from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.recipes.config import OnlineDPOConfig
@@ -173,7 +174,7 @@ def test_running_out_of_memory_is_one_message(fails, model_folder, rows, write_j
 
 
 def test_lack_of_memory_anywhere_else_is_told_by_the_command(monkeypatch, model_folder, write_jsonl, capsys, tmp_path):
-    monkeypatch.setattr(sft, "load_causal_lm", lacks_memory_with_options)
+    monkeypatch.setattr(fused_lm, "load_causal_lm", lacks_memory_with_options)
     data = write_jsonl([{"prompt": "a", "completion": "b"}])
     words = ["--model_name_or_path", model_folder("llama"), "--dataset_name", data, "--output_dir", str(tmp_path / "o")]
     assert main(["sft", *words]) == 1
