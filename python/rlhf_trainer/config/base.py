@@ -12,8 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import UsageError
 
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "rmsprop"]
-Scheduler = Literal["constant", "constant_with_warmup", "linear", "cosine"]
+Optimizer = Literal[
+    "adamw_torch_fused", "adamw_torch", "adamw_torch_8bit", "adamw_bnb_8bit", "rmsprop", "adafactor", "muon"
+]  # fmt: skip
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback", "gsm8k"]
 
@@ -85,7 +90,7 @@ class OutputConfig(FolderConfig):
     attn_implementation: str | None = MODEL.option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
     bf16: bool = MODEL.option(False, "Compute in bfloat16 (autocast), with fp32 master weights.")
     dtype: Dtype | None = MODEL.option(
-        None, "Of the weights; default: float32 to train, bfloat16 below an adapter, else (auto) as they were saved."
+        None, "Of weights; default: float32 to train, bfloat16 below an adapter, else as they were saved (auto)."
     )
 
     def __post_init__(self) -> None:
@@ -113,15 +118,11 @@ class DataConfig:
 class AdapterConfig(OutputConfig):
     """Options of every command that can train an adapter in the place of the weights; their names are TRL's."""
 
-    use_peft: bool = ADAPTER.option(
-        False, "Train a LoRA adapter (Hu et al., 2021); of a model that is an adapter, that one."
-    )
+    use_peft: bool = ADAPTER.option(False, "Train a LoRA adapter; of a model that is an adapter, that one.")
     lora_r: int = ADAPTER.option(16, "The rank of the adapter's matrices.")
     lora_alpha: int = ADAPTER.option(32, "The adapter counts lora_alpha / lora_r times.")
     lora_dropout: float = ADAPTER.option(0.05, "Dropout before the adapter, in updates only.")
-    lora_target_modules: list[str] = ADAPTER.several(
-        "The layers that get one: names, a regular expression, or all-linear; default: peft's, by model type."
-    )
+    lora_target_modules: list[str] = ADAPTER.several("Layers: names, a pattern, all-linear; default: peft's own.")
     lora_modules_to_save: list[str] = ADAPTER.several("Layers that are trained whole, and saved with the adapter.")
     use_rslora: bool = ADAPTER.option(False, "Count it lora_alpha / sqrt(lora_r) times (rank-stabilised LoRA).")
     use_dora: bool = ADAPTER.option(False, "Train the magnitudes of the weights, too (DoRA).")
@@ -136,10 +137,7 @@ class AdapterConfig(OutputConfig):
         if not self.use_peft and any(getattr(self, name) for name in names):
             raise UsageError(f"{next(name for name in names if getattr(self, name))} is for an adapter: pass use_peft")
         if self.lora_modules_to_save and self.use_peft and not self.bf16 and self.dtype != "float32":
-            raise UsageError(
-                "lora_modules_to_save: whole layers are trained in fp32 and cannot read a bfloat16 base; compute in "
-                "bfloat16 (bf16), or keep the base in fp32 (dtype float32)"
-            )
+            raise UsageError("lora_modules_to_save: layers trained in fp32 want bf16, or a base of dtype float32")
 
 
 @dataclass(kw_only=True)
@@ -170,11 +168,15 @@ class TrainConfig(AdapterConfig, DataConfig):
     optim: Optimizer = OPTIMIZATION.option("adamw_torch_fused", "The optimizer.")
     learning_rate: float = OPTIMIZATION.option(1e-5, "The learning rate after the warm-up.")
     lr_scheduler_type: Scheduler = OPTIMIZATION.option("constant_with_warmup", "After the warm-up: stay, or fall to 0.")
+    lr_scheduler_kwargs: str | None = OPTIMIZATION.option(None, "What the schedule takes beside, a JSON object.")
     warmup_steps: float = OPTIMIZATION.option(
         0, "Steps over which the learning rate rises linearly from 0; below 1: their share of all steps."
     )
     warmup_ratio: float | None = OPTIMIZATION.option(None, "Their share of all steps, in the place of warmup_steps.")
     weight_decay: float = OPTIMIZATION.option(0.0, "Decoupled for adamw, added to the gradient for rmsprop.")
+    adam_beta1: float = OPTIMIZATION.option(0.9, "Of adamw: how much of the mean gradient is kept a step.")
+    adam_beta2: float = OPTIMIZATION.option(0.999, "Of adamw: how much of the mean squared gradient is kept a step.")
+    adam_epsilon: float = OPTIMIZATION.option(1e-8, "Of adamw: added to the root of the mean squared gradient.")
     max_grad_norm: float = OPTIMIZATION.option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
     workspace_mib: int | None = OPTIMIZATION.option(
         None, "Scratch memory of the losses; enough for the logits twice saves time."

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from ..data.batches import Batch
 from .fused_lm import FusedLM, LMHead, inputs_of
-from .lora import in_use
 from .scoring import value_head_of, values_of
 
 
@@ -26,7 +25,7 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         self.shared = isinstance(critic, nn.Linear)
-        self.head_name = None if self.shared else name_of_head(critic)
+        self.head = [] if self.shared else [value_head_of(critic)]  # in a list: it is the critic's
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead, Tensor], Any]) -> Any:
         if self.shared:
@@ -38,9 +37,4 @@ class ActorCritic(nn.Module):
         """The separate model's values, [S, T] fp32."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.policy.bf16):
             hidden = self.critic.base_model(**inputs_of(batch), use_cache=False).last_hidden_state
-        return values_of(in_use(getattr(self.critic, self.head_name)), hidden)
-
-
-def name_of_head(critic: PreTrainedModel) -> str:
-    head = value_head_of(critic)
-    return next(name for name, child in critic.named_children() if in_use(child) is head)
+        return values_of(self.head[0], hidden)

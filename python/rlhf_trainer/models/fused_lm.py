@@ -18,8 +18,8 @@ from ..config.base import OutputConfig, TrainConfig
 from ..data.batches import Batch
 from ..data.encoding import Codec
 from ..errors import UsageError
-from .loading import adapt_to, load_causal_lm, loading_of
-from .lora import Reference, adapter_of, train_adapter
+from .loading import adapt_to, checkpoint_gradients, load_causal_lm, loading_of
+from .lora import train_adapter
 
 Result = TypeVar("Result")
 
@@ -93,12 +93,9 @@ def load_policy(config: TrainConfig, codec: Codec, largest: int) -> FusedLM:
     adapt_to(model, codec, largest, grows=not config.use_peft)
     if config.use_peft:
         train_adapter(model, config, "CAUSAL_LM")
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
     return FusedLM(model, bf16=config.bf16)
-
-
-def reference_of(policy: FusedLM) -> FusedLM | Reference:
-    """The policy as it is before it trains: itself, or of one with an adapter its `Reference`, which stays."""
-    return Reference(policy) if adapter_of(policy.model) else policy
 
 
 def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, logging
+from transformers.utils import logging
 
 from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
@@ -39,39 +39,31 @@ def load_pretrained(
     noun: str,
     *,
     key: str,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-    dtype: torch.dtype | str = "auto",
     merges: bool = False,
     new: tuple[str, ...] = (),
     hint: str = "",
     **options: Any,
 ) -> PreTrainedModel:
-    """The model `name`, with weights of `dtype`, "auto": as they were saved, and dropout off. The folder of an adapter
+    """The model `name`, dropout off; `options` are those of `loading_of` and from_pretrained. The folder of an adapter
     is its base with the adapter's layers, frozen; with `merges` these are merged into the weights.
 
     UsageError where it cannot be loaded as `noun`, or lacks weights other than those that begin with `new`.
     """
     check_local(name, key)
-    base = base_of(name, key)
-    if base is not None:
-        options |= {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code, "dtype": dtype}
+    trust_remote_code = options.get("trust_remote_code", False)
+    if (base := base_of(name, key)) is not None:
         place = f"{key}: the base of the adapter {name!r}"
         model = load_pretrained(auto, base, noun, key=place, new=(*new, *HEADS), hint=hint, **options)
         make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
         load_adapter(model, name, key, "CAUSAL_LM" if auto is AutoModelForCausalLM else "SEQ_CLS", merges)
         if merges:
             PartialState().print(f"{name} is an adapter: it is merged into the weights of {base}")
-        if (Path(name) / GENERATION_CONFIG_NAME).is_file():
-            model.generation_config = GenerationConfig.from_pretrained(name)
         return turn_dropout_off(merged(model)) if merges else model
     try:
         with without_report():
             facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            model, report = auto.from_pretrained(
-                name, dtype=dtype, attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code, output_loading_info=True, **options,
-            )  # fmt: skip
+            options = {"dtype": "auto", "output_loading_info": True} | options
+            model, report = auto.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{key}: cannot load {describe(name)} as {noun}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
@@ -82,16 +74,13 @@ def load_pretrained(
     return turn_dropout_off(model)
 
 
-def loading_of(config: OutputConfig, *, trains: bool = False) -> dict[str, Any]:
+def loading_of(config: Any, *, trains: bool = False) -> dict[str, Any]:
     """How the configuration wants a model loaded. One that trains has fp32 weights, as updates at a learning rate of
     1e-6 vanish in bf16; below an adapter, which is what trains then, it is in bf16."""
-    adapts = trains and isinstance(config, AdapterConfig) and config.use_peft
-    default = "auto" if not trains else "bfloat16" if adapts else "float32"
-    name = config.dtype or default
-    return {
-        "attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code,
-        "dtype": name if name == "auto" else getattr(torch, name), "merges": trains and not adapts,
-    }  # fmt: skip
+    adapts = trains and config.use_peft
+    dtype = config.dtype or ("auto" if not trains else "bfloat16" if adapts else "float32")
+    options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    return options | {"dtype": dtype, "merges": trains and not adapts}
 
 
 def load_causal_lm(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
@@ -176,16 +165,14 @@ def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def adapt_to(model: PreTrainedModel, codec: Codec, largest: int, *, grows: bool = True) -> None:
-    """Makes a model to train fit the codec: its embeddings, beyond `largest`, and where generation stops.
-
-    UsageError where it would have to grow, below an adapter: its new embeddings would stay as they are drawn."""
+    """Makes a model to train fit the codec: its embeddings, beyond `largest`, and where generation stops. Below an
+    adapter it may not grow: new embeddings would stay as they are drawn."""
     check_vocabulary(model, largest)  # before room is made for a template's tokens
-    room = model.get_input_embeddings().weight.shape[0]
-    if not grows and len(codec.tokenizer) > room:
+    if not grows and len(codec.tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UsageError(
-            f"use_peft: the chat template brings tokens that the model does not embed ({len(codec.tokenizer)} tokens, "
-            f"it has {room}), and an adapter trains no embeddings. Choose a chat_template_path of tokens that it has, "
-            "or make a model with them first: `rlhf sft` without use_peft"
+            "use_peft: the chat template brings tokens that the model does not embed, and an adapter trains no "
+            "embeddings. Choose a chat_template_path of tokens that it has, or make a model with them first: `rlhf "
+            "sft` without use_peft"
         )
     make_room(model, codec.tokenizer)
     stop_at(model, codec)
@@ -255,8 +242,7 @@ def save_result(
 ) -> None:
     """Writes what a run has trained, and leaves the model so: an adapter, or whole weights, in the dtype in which they
     were saved before, or that the configuration names."""
-    adapter = adapter_of(model)
-    if adapter is not None and not config.merge_adapter:
+    if (adapter := adapter_of(model)) is not None and not config.merge_adapter:
         adapter.model.save_pretrained(folder, selected_adapters=[TRAINED])
         if model.can_generate():
             model.generation_config.save_pretrained(folder)

@@ -15,7 +15,7 @@ from ..data.batches import pad_sequences
 from ..errors import UsageError
 from ..training.journal import RunBatch, batches_of_like_length, compute_only
 from .loading import load_pretrained
-from .lora import base_of, in_use
+from .lora import TRAINED, base_of
 
 
 def load_reward_model(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
@@ -44,7 +44,9 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     Raises UsageError where the reward is not that of the last token's hidden state: an encoder with a pooler, say.
     """
     name = type(model).__name__
-    children = [in_use(child) for child in model.children() if child is not model.base_model]
+    children = [child for child in model.children() if child is not model.base_model]
+    # A head that is trained with an adapter is a copy of the base's own.
+    children = [child.modules_to_save[TRAINED] if hasattr(child, "modules_to_save") else child for child in children]
     heads = [child for child in children if isinstance(child, nn.Linear) and child.out_features == 1]
     if len(heads) != 1:
         raise UsageError(f"{name}: expected one linear layer with one output on top, got {len(heads)}")

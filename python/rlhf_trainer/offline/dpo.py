@@ -19,8 +19,9 @@ from ..data.encoding import Codec
 from ..data.examples import Group
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy, reference_of
-from ..models.loading import checkpoint_gradients, load_codec_for, make_room, save_result
+from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy
+from ..models.loading import load_codec_for, make_room, save_result
+from ..models.lora import Reference
 from ..training.batch_plan import MicroBatch
 from ..training.loop import start_accelerator, train
 from ..training.output_folder import begin
@@ -56,8 +57,6 @@ def train_dpo(config: DPOConfig) -> Path:
             data.sharing_attention = attention_of(policy.model)
     if config.loss_type not in REFERENCE_FREE:
         add_reference_logprobs(config, policy, tasks, codec, accelerator)
-    if config.gradient_checkpointing:
-        checkpoint_gradients(policy.model)
     return train(
         config, policy, task, held_out, accelerator,
         save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),
@@ -153,7 +152,7 @@ def add_reference_logprobs(
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
     reference = reference.to(accelerator.device)
-    frozen = reference_of(policy) if reference is policy else reference
+    frozen = Reference(policy) if config.use_peft and reference is policy else reference
     cache_dir = Path(config.ref_cache_dir) if config.ref_cache_dir else default_cache_dir()
     for task in tasks:
         key = content_key(reference, task.groups, task.plan, task.pad_id, accelerator.device.type, config.share_prefix)

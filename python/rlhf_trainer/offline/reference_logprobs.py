@@ -22,7 +22,6 @@ import rlhf_kernels as rk
 
 from ..data.examples import Group
 from ..models.fused_lm import FusedLM, LMHead
-from ..models.lora import adapter_of
 from ..training.batch_plan import MicroBatch, share_of_process
 from ..training.files import checksum, write_whole
 from .pair_batches import PairBatch
@@ -103,11 +102,8 @@ def content_key(
 
 
 def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Those of the reference: an adapter that is new is not part of it."""
-    adapter = adapter_of(model)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if adapter is None or not (adapter.is_new and tensor.requires_grad):
-            yield name.replace(".base_layer", ""), tensor
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def _load(path: Path, responses: int) -> Tensor | None:

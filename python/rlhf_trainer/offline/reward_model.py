@@ -60,7 +60,10 @@ def train_reward(config: RewardConfig) -> Path:
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
     tokenizer = codec.tokenizer
-    model = load_classifier(config)
+    model = load_pretrained(  # with its own head of one output, or a new one, drawn by `seed`
+        AutoModelForSequenceClassification, config.model_name_or_path, "a language model with a reward head",
+        key="model_name_or_path", new=HEADS, num_labels=1, **loading_of(config, trains=True),
+    )  # fmt: skip
     check_vocabulary(model, largest)  # before room is made for a template's tokens and a padding token
     give_pad_token(model, tokenizer, grows=not config.use_peft)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
@@ -82,24 +85,14 @@ def train_reward(config: RewardConfig) -> Path:
     return train(config, RewardModel(model, bf16=config.bf16), task, held_out, accelerator, save)
 
 
-def load_classifier(config: RewardConfig) -> PreTrainedModel:
-    """The model with a head of one output: its own, or a new one, drawn by `seed`."""
-    return load_pretrained(
-        AutoModelForSequenceClassification, config.model_name_or_path, "a language model with a reward head",
-        key="model_name_or_path", new=HEADS, num_labels=1, **loading_of(config, trains=True),
-    )  # fmt: skip
-
-
 def give_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, grows: bool = True) -> None:
     """A padding token that is not the end-of-sequence token: transformers reads the reward at the last token that is
-    not padding, which would else be the one before the end. A new one, or where the model is full and may not grow, as
-    below an adapter, one that no response ends with."""
+    not padding, which would else be the one before the end. A new one, or, where the model is full and should not grow,
+    as below an adapter, another that no response ends with."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         others = {tokenizer.unk_token, tokenizer.bos_token} - {None, tokenizer.eos_token}
         is_full = len(tokenizer) >= model.get_input_embeddings().weight.shape[0]
-        if is_full and not grows and not others:
-            raise UsageError("use_peft: the model has no room for a padding token; give its tokenizer one and save it")
-        tokenizer.add_special_tokens({"pad_token": min(others) if is_full and not grows else PAD})
+        tokenizer.add_special_tokens({"pad_token": min(others) if is_full and others and not grows else PAD})
     make_room(model, tokenizer)
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 

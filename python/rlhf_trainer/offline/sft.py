@@ -21,7 +21,7 @@ from ..data.examples import Loaded, TokenSequence, load_conversations, reading_o
 from ..errors import UsageError
 from ..models.checks import pad_id_of
 from ..models.fused_lm import LMHead, load_policy
-from ..models.loading import checkpoint_gradients, load_codec_for, save_result
+from ..models.loading import load_codec_for, save_result
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training, start_accelerator, train
 from ..training.output_folder import begin
@@ -48,8 +48,6 @@ def train_sft(config: SFTConfig) -> Path:
             f"packing: in {type(model).__name__} with attention {model.config._attn_implementation!r} conversations "
             "that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
         )
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
     return train(
         config, fused, task, held_out, accelerator,
         save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),

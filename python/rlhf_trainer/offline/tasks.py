@@ -13,7 +13,7 @@ from ..data.encoding import Codec
 from ..data.views import first_rows, has_colours
 from ..models.checks import check_fit
 from ..training.batch_plan import step_plan
-from ..training.loop import check_warmup
+from ..training.optimizers import check_warmup
 from ..training.task import Task
 
 AnyTask = TypeVar("AnyTask", bound=Task)

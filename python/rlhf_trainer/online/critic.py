@@ -6,10 +6,11 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from ..errors import UsageError
-from ..models.actor_critic import ActorCritic, name_of_head
+from ..models.actor_critic import ActorCritic
 from ..models.checks import check_fit, have_same_tokens
 from ..models.loading import HEADS, checkpoint_gradients, load_pretrained, load_tokenizer, loading_of, make_room
 from ..models.lora import train_adapter
+from ..models.scoring import value_head_of
 from .config import PPOConfig
 from .setup import SHORTER, Setup
 
@@ -41,7 +42,7 @@ def make_actor_critic(setup: Setup, config: PPOConfig) -> ActorCritic:
             "tokens in value_model_name_or_path"
         )
     if not any("ForSequenceClassification" in saved for saved in critic.config.architectures or []):
-        nn.init.zeros_(getattr(critic, name_of_head(critic)).weight)
+        nn.init.zeros_(value_head_of(critic).weight)
     if config.use_peft:
         train_adapter(critic, config, "SEQ_CLS")
     if config.gradient_checkpointing:

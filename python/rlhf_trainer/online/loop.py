@@ -24,7 +24,8 @@ from ..rollouts.loading import make_sampler
 from ..rollouts.sampler import Failure, Sampler
 from ..training.batch_plan import epoch_order
 from ..training.journal import write_jsonl
-from ..training.loop import Run, check_warmup
+from ..training.loop import Run
+from ..training.optimizers import check_warmup
 from ..training.task import Metrics
 from .advantages import adapted_beta
 from .algorithm import Algorithm, EpisodeTask

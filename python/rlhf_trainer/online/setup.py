@@ -12,8 +12,8 @@ from ..data.examples import Loaded, Prompt, load_prompts, reading_of
 from ..data.views import first_rows, has_colours
 from ..errors import UsageError
 from ..models.checks import check_fit, pad_id_of
-from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused, load_policy, reference_of
-from ..models.loading import checkpoint_gradients, load_codec_for, make_room
+from ..models.fused_lm import FusedLM, check_same_vocabulary, load_fused, load_policy
+from ..models.loading import load_codec_for, make_room
 from ..models.lora import Reference
 from ..rewards.loading import load_rewards
 from ..rewards.rewards import Rewards
@@ -68,7 +68,7 @@ def prepare(config: OnlineConfig) -> Setup | None:
             check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
     reference = None
     if config.beta and config.use_peft and config.ref_model_name_or_path is None:
-        reference = reference_of(policy)
+        reference = Reference(policy)
     elif config.beta:
         key = "model_name_or_path" if config.ref_model_name_or_path is None else "ref_model_name_or_path"
         reference = load_fused(config, getattr(config, key), key).to(accelerator.device)
@@ -76,8 +76,6 @@ def prepare(config: OnlineConfig) -> Setup | None:
         check_same_vocabulary(policy, reference, key)
     elif config.ref_model_name_or_path is not None:
         raise UsageError("ref_model_name_or_path: with beta 0 nothing is compared with it; set beta, or drop it")
-    if config.gradient_checkpointing:
-        checkpoint_gradients(policy.model)
     return Setup(config, accelerator, tokenizer, prompts, held_out, policy, reference, rewards)
 
 

@@ -22,7 +22,7 @@ from .files import checksum, whole_folder
 
 FOLDER = "checkpoints"
 STATE = "trainer_state.json"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.pt"
 KEPT = 2
 
 
@@ -39,14 +39,14 @@ def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.op
     folder = work / FOLDER / f"step-{step:09d}"
     try:
         _save(folder, step, model, optimizer, state)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where the disk is full
         raise UsageError(f"the checkpoint of step {step} cannot be saved in {folder.parent}: {error}") from error
 
 
 def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     with whole_folder(folder, flush=True) as new:
-        for name, tensors in ((MODEL, tensors_of(model)), (OPTIMIZER, optimizer_tensors(optimizer))):
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, new / name)
+        save_file({name: tensor.contiguous() for name, tensor in tensors_of(model).items()}, new / MODEL)
+        torch.save(optimizer.state_dict()["state"], new / OPTIMIZER)  # of any types: eight bits, numbers
         sums = {name: checksum(new / name) for name in (MODEL, OPTIMIZER)}
         (new / STATE).write_text(json.dumps({"step": step, "checksums": sums, **state}), encoding="utf-8")
         if folder.exists():  # damaged, or the run would have been resumed from it
@@ -80,10 +80,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
         raise UsageError(f"{checkpoint.folder} is of another model, so --resume_from_checkpoint cannot go on with it")
     for name, tensor in saved.items():
         tensors[name].copy_(tensor)
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(checkpoint.folder / OPTIMIZER).items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+    state = torch.load(checkpoint.folder / OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -104,8 +101,3 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """What a run changes: parameters that train, and buffers, by name; tied ones once."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     return {name: tensor.detach() for name, tensor in [*trained, *model.named_buffers()]}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{key}": value for index, entries in state.items() for key, value in entries.items()}

@@ -29,6 +29,7 @@ from .batch_plan import MicroBatch, plan_batches, step_plan
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
+from .optimizers import learning_rate_at, make_optimizer
 from .output_folder import commit_output, keep_checkpoints, open_output, partial_folder
 from .task import Metrics, Task, Totals, with_aux_loss
 
@@ -55,16 +56,6 @@ def plan_training(
     """The run's batches; micro-batches are smaller where processes would otherwise have nothing to do."""
     micro = min(config.micro_batch_size, math.ceil(config.batch_size / accelerator.num_processes))
     return plan_batches(lengths, config.batch_size, micro, config.seed if shuffled else None, sizes)
-
-
-def check_warmup(config: TrainConfig, steps: int) -> None:
-    """UsageError where a run of `steps` would end inside its warm-up."""
-    if 1 <= config.warmup >= steps:
-        raise UsageError(
-            f"the run has {steps} steps, and the learning rate would still rise at its end: warmup_steps is "
-            f"{config.warmup:g}. Pass warmup_steps 0.1 for a tenth of the run, or lower batch_size, or raise "
-            "num_train_epochs"
-        )
 
 
 class Run:
@@ -218,26 +209,6 @@ def train(
 
 def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> Metrics:
     return {f"eval/{name}": value for name, value in task.evaluate(model, accelerator).items()}
-
-
-def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of step 1, 2, ..., steps: a linear warm-up to the peak, then constant, or down to 0 behind the
-    last step."""
-    warmup = config.warmup_in(steps)
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    progress = (step - 1 - warmup) / (steps - warmup)
-    shapes = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * shapes.get(config.lr_scheduler_type, 1.0)
-
-
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if config.optim == "rmsprop":
-        return torch.optim.RMSprop(weights, **settings)
-    fused = config.optim == "adamw_torch_fused"  # no temporaries as large as the head
-    return torch.optim.AdamW(weights, fused=fused, **settings)
 
 
 def fingerprint(task: Task) -> str:

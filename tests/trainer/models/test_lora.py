@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.cli import main
+from rlhf_trainer.data.batches import pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.config import MergeConfig
-from rlhf_trainer.models.fused_lm import load_fused, load_policy, reference_of
+from rlhf_trainer.models.fused_lm import load_fused, load_policy
 from rlhf_trainer.models.kl import states_of
 from rlhf_trainer.models.loading import load_causal_lm, load_codec_for, loading_of, meta_model
-from rlhf_trainer.models.lora import adapter_of
+from rlhf_trainer.models.lora import Reference, adapter_of
 from rlhf_trainer.models.merge import merge
 from rlhf_trainer.models.scoring import load_reward_model, score_sequences
 from rlhf_trainer.offline import sft
@@ -63,6 +64,13 @@ def logits_of(model):
         return model(IDS).logits.float()
 
 
+@torch.no_grad()
+def logits_below(reference):
+    """Those of the hidden states and the head that a reference gives."""
+    hidden, head = states_of(reference, pad_sequences([(IDS[0].tolist(), [])], 1))
+    return torch.nn.functional.linear(hidden, head.weight, head.bias).float()
+
+
 def move(model, scale=0.3):
     """Changes what trains, as training would."""
     torch.manual_seed(1)
@@ -89,14 +97,13 @@ def test_without_its_adapter_a_policy_is_its_reference(options, model_folder):
     """To the bit, whatever the adapter has become; and the adapter is back, and trains, afterwards."""
     config = flags(model_folder("llama"), **options)
     policy = policy_of(config)
-    reference = reference_of(policy)
+    reference = Reference(policy)
     own = load_causal_lm(model_folder("llama"), key="k", **loading_of(config, trains=True) | {"merges": False})
     expected = logits_of(own)
     trains = trained(policy.model)
     assert trains and all("lora_" in name or "modules_to_save" in name for name in trains)
     move(policy.model)
-    with reference.before_training():
-        assert torch.equal(logits_of(policy.model), expected)
+    assert torch.equal(logits_below(reference), expected)
     assert not torch.equal(logits_of(policy.model), expected)
     assert trained(policy.model) == trains
 
@@ -113,11 +120,10 @@ def test_the_reference_of_an_adapter_that_is_trained_on_is_what_it_was(fit, mode
     folder = fit(model_folder("llama"))
     policy = policy_of(flags(folder, dtype="float32"))
     before = logits_of(policy.model)
-    reference = reference_of(policy)
+    reference = Reference(policy)
     trains = trained(policy.model)
     move(policy.model)
-    with reference.before_training():
-        assert torch.equal(logits_of(policy.model), before)
+    assert torch.equal(logits_below(reference), before)
     assert not torch.equal(logits_of(policy.model), before) and trained(policy.model) == trains
     assert not any("reference" in name for name in trains)
 
@@ -218,7 +224,7 @@ def test_a_template_with_new_tokens_needs_a_model_that_embeds_them(make_model, t
     config = flags(tmp_path / "full")
     codec, largest = load_codec_for(config)
     codec.tokenizer.add_tokens(["<new>"])
-    with pytest.raises(UsageError, match=r"brings tokens that the model does not embed .* an adapter trains no embed"):
+    with pytest.raises(UsageError, match="brings tokens that the model does not embed, and an adapter trains no"):
         load_policy(config, codec, largest)
 
 
@@ -238,7 +244,7 @@ def test_wrong_layers_are_named(model_folder):
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"use_peft": False, "use_dora": True}, "use_dora is for an adapter: pass use_peft"),
         ({"use_peft": False, "merge_adapter": True}, "merge_adapter is for an adapter: pass use_peft"),
-        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: whole layers are trained in fp32"),
+        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: layers trained in fp32 want bf16, or a base"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
@@ -294,7 +300,7 @@ def test_an_adapter_by_peft_itself_takes_its_tokenizer_from_the_base(model_folde
 
 def test_without_peft_it_says_what_to_install(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UsageError, match=r"take the package peft, which cannot be imported .*: pip install peft"):
+    with pytest.raises(UsageError, match=r"take the package peft: pip install peft"):
         policy_of(flags(model_folder("llama")))
 
 
@@ -324,13 +330,11 @@ def test_dropout_draws_anew_each_step_and_the_same_in_each_run(fit, model_folder
 
 
 def test_hidden_states_of_the_reference_are_the_bases(model_folder, tokenizer):
-    from rlhf_trainer.data.batches import pad_sequences
-
     policy = policy_of(flags(model_folder("llama"), dtype="float32", **HEAD))
     base = load_fused(flags(model_folder("llama"), use_peft=False), model_folder("llama"), "k")
     move(policy.model)
     batch = pad_sequences([([5, 6], [7, 8, 1])], 1)
-    hidden, head = states_of(reference_of(policy), batch)
+    hidden, head = states_of(Reference(policy), batch)
     expected = states_of(base, batch)
     assert torch.equal(hidden, expected.hidden) and torch.equal(head.weight, expected.head.weight)
     assert states_of(policy, batch).head.weight.shape[1] == head.weight.shape[1] + 16  # its rank, as further columns

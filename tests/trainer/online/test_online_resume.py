@@ -12,7 +12,6 @@ from rlhf_trainer.online.config import GRPOConfig, PPOConfig
 from rlhf_trainer.online.grpo import train_grpo
 from rlhf_trainer.online.ppo import train_ppo
 from rlhf_trainer.rollouts.sampler import Failure, LocalSampler
-from rlhf_trainer.training import checkpoint
 from rlhf_trainer.training import loop as training
 from tests.trainer.online import known_tasks as tasks
 from tests.trainer.training.test_distributed import LAUNCH
@@ -55,7 +54,7 @@ def run(options, tmp_path):
 
 KILLS = {
     "before any checkpoint": (loop, "sample_completions", at_call(3)),  # the first call is the evaluation's
-    "half a checkpoint": (checkpoint, "save_file", at_call(2)),
+    "half a checkpoint": (torch, "save", at_call(1)),
     "after a checkpoint": (training, "save_checkpoint", at_call(1, after=True)),
     "between an iteration's updates": (training, "learning_rate_at", at_call(10)),
     "before the second checkpoint": (training, "save_checkpoint", at_call(2)),

@@ -100,11 +100,11 @@ def assert_same(a, b):
 # one is moved, while the second is written, behind the result, and before it is moved into place.
 KILLS = {
     "before any checkpoint": (loop, "learning_rate_at", at_call(2)),
-    "half a checkpoint": (checkpoint, "save_file", at_call(2)),
+    "half a checkpoint": (torch, "save", at_call(1)),
     "a checkpoint not moved": (files, "flush_to_disk", at_call(4)),
     "after a checkpoint": (loop, "save_checkpoint", at_call(1, after=True)),
     "two steps on": (loop, "learning_rate_at", at_call(4)),
-    "half the second checkpoint": (checkpoint, "save_file", at_call(4)),
+    "half the second checkpoint": (torch, "save", at_call(2)),
     "the result written": (sft, "save_result", at_call(1, after=True)),
     "the result not moved": (loop, "commit_output", at_call(1)),
 }

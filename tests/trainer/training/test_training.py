@@ -19,8 +19,8 @@ from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.recipes.config import OnlineDPOConfig
 from rlhf_trainer.training.batch_plan import plan_batches
 from rlhf_trainer.training.journal import Journal
-from rlhf_trainer.training.loop import check_warmup, learning_rate_at
 from rlhf_trainer.training.memory import lack_of_memory
+from rlhf_trainer.training.optimizers import check_warmup, learning_rate_at
 from rlhf_trainer.training.output_folder import partial_folder
 from rlhf_trainer.training.task import LossOutput, Totals
 
