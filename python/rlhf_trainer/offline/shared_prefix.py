@@ -15,7 +15,7 @@ from ..data.batches import IGNORED, Batch
 from ..data.examples import Group
 from .pair_batches import PairBatch, collate_groups, pairs_of
 
-LARGEST_DIFFERENCE = 1e-3  # of log-probs in the probe; a wrong mask makes it several nats
+LARGEST_DIFFERENCE, IN_BF16 = 1e-3, 0.5  # of log-probs in the probe; a wrong mask makes it several nats
 
 
 def collate_shared(groups: list[Group], pad_id: int, attention: str) -> PairBatch:
@@ -85,4 +85,4 @@ def can_share(model: PreTrainedModel) -> bool:
         targets = pairs.labels[:, 1:]
         picked = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
         logps.append(torch.where(targets == IGNORED, 0.0, picked).sum(-1))
-    return bool((logps[0] - logps[1]).abs().max() < LARGEST_DIFFERENCE)
+    return bool((logps[0] - logps[1]).abs().max() < (LARGEST_DIFFERENCE if model.dtype == torch.float32 else IN_BF16))

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.online import loop
@@ -204,3 +206,19 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(run, monkeypatch
     monkeypatch.setattr(LocalSampler, "generate", None)
     with pytest.raises(UsageError, match=message):
         run(algorithm, **options)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_an_adapter_on_a_bf16_base_learns(algorithm, run, task):
+    """Completions are drawn with the adapter; the exact KL in the loss is from the same model without it."""
+    more = {"value_model": "separate"} if algorithm == "ppo" else {}
+    folder, records = run(
+        algorithm, use_peft=True, lora_dropout=0.0, lora_target_modules=["all-linear"], learning_rate=1e-2, beta=0.05,
+        kl_estimator="exact", kl_in="loss", max_steps=3, **more,
+    )  # fmt: skip
+    kl = [record["objective/kl"] for record in records]
+    assert abs(kl[0]) < 1e-6 < kl[-1]
+    assert records[-1]["sampling/sampling_logp_difference/mean"] < 0.05
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert weights and {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert not list(folder.glob("model*.safetensors"))

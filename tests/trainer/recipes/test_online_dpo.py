@@ -155,6 +155,20 @@ def test_each_round_goes_on_with_the_model_of_the_last_and_draws_anew(run):
     assert same_weights(folder, folder / "round-1" / "model")
 
 
+def test_rounds_go_on_with_one_adapter(run, writer):
+    """On the first model; the folder that the last round leaves is an adapter, too."""
+    folder = run(use_peft=True, lora_target_modules=["lm_head"], lora_r=2, lora_dropout=0.0, dtype="float32")
+    adapters = [load_file(folder / f"round-{number}" / "model" / "adapter_model.safetensors") for number in (1, 2)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0] if "lora_B" in name)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == writer
+    first, last = (
+        json.loads((folder / f"round-{n}" / "model" / "metrics.jsonl").read_text().splitlines()[0]) for n in (1, 2)
+    )
+    assert first["loss"] == last["loss"] == pytest.approx(0.6931472)  # the reference is what the round starts from
+    assert chance_of(folder, " cat") > chance_of(writer, " cat")
+
+
 def test_a_round_is_what_its_stages_are(whole, tmp_path):
     """`rlhf dpo` with the configuration that lies in round-2/model makes that model."""
     text = (whole / "round-2" / "model" / "rlhf_config.yaml").read_text().replace("whole.partial", "whole")
