@@ -19,7 +19,6 @@ Scheduler = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 RowFormat = Literal["auto", "plain", "hh", "tldr", "imdb", "ultrafeedback", "gsm8k"]
 
 
@@ -89,7 +88,7 @@ class OutputConfig(FolderConfig):
     trust_remote_code: bool = MODEL.option(False, "Run model code that comes with a hub repository.")
     attn_implementation: str | None = MODEL.option(None, "Passed to transformers: eager, sdpa, flash_attention_2, ...")
     bf16: bool = MODEL.option(False, "Compute in bfloat16 (autocast), with fp32 master weights.")
-    dtype: Dtype | None = MODEL.option(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = MODEL.option(
         None, "Of weights; default: float32 to train, bfloat16 below an adapter, else as they were saved (auto)."
     )
 

@@ -88,8 +88,7 @@ def load_fused(config: OutputConfig, name: str, key: str) -> FusedLM:
 
 def load_policy(config: TrainConfig, codec: Codec, largest: int) -> FusedLM:
     """The model to train, fit to the codec as `adapt_to` says; with use_peft its adapter, and the rest frozen."""
-    key = "model_name_or_path"
-    model = load_causal_lm(config.model_name_or_path, key=key, **loading_of(config, trains=True))
+    model = load_causal_lm(config.model_name_or_path, key="model_name_or_path", **loading_of(config, trains=True))
     adapt_to(model, codec, largest, grows=not config.use_peft)
     if config.use_peft:
         train_adapter(model, config, "CAUSAL_LM")

@@ -34,15 +34,7 @@ HEADS = ("score.", "classifier.")  # of sequence classifiers, on top of a langua
 
 
 def load_pretrained(
-    auto: type,
-    name: str,
-    noun: str,
-    *,
-    key: str,
-    merges: bool = False,
-    new: tuple[str, ...] = (),
-    hint: str = "",
-    **options: Any,
+    auto: type, name: str, noun: str, *, key: str, merges: bool = False, new: tuple = (), hint: str = "", **options: Any
 ) -> PreTrainedModel:
     """The model `name`, dropout off; `options` are those of `loading_of` and from_pretrained. The folder of an adapter
     is its base with the adapter's layers, frozen; with `merges` these are merged into the weights.
@@ -52,8 +44,8 @@ def load_pretrained(
     check_local(name, key)
     trust_remote_code = options.get("trust_remote_code", False)
     if (base := base_of(name, key)) is not None:
-        place = f"{key}: the base of the adapter {name!r}"
-        model = load_pretrained(auto, base, noun, key=place, new=(*new, *HEADS), hint=hint, **options)
+        key_of_base = f"{key}: the base of the adapter {name!r}"
+        model = load_pretrained(auto, base, noun, key=key_of_base, new=(*new, *HEADS), hint=hint, **options)
         make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
         load_adapter(model, name, key, "CAUSAL_LM" if auto is AutoModelForCausalLM else "SEQ_CLS", merges)
         if merges:
@@ -107,10 +99,10 @@ def meta_model(name: str, *, key: str, trust_remote_code: bool = False) -> PreTr
 
 def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     check_local(name, key)
-    base = base_of(name, key)
-    source = base if base is not None and not (Path(name) / "tokenizer_config.json").is_file() else name
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        name = base_of(name, key) or name
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
@@ -171,8 +163,7 @@ def adapt_to(model: PreTrainedModel, codec: Codec, largest: int, *, grows: bool 
     if not grows and len(codec.tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UsageError(
             "use_peft: the chat template brings tokens that the model does not embed, and an adapter trains no "
-            "embeddings. Choose a chat_template_path of tokens that it has, or make a model with them first: `rlhf "
-            "sft` without use_peft"
+            "embeddings. Choose another chat_template_path, or train the model with it first, without use_peft"
         )
     make_room(model, codec.tokenizer)
     stop_at(model, codec)
@@ -237,9 +228,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def save_result(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: AdapterConfig
-) -> None:
+def save_result(model: PreTrainedModel, tokenizer: Any, folder: Path, config: AdapterConfig) -> None:
     """Writes what a run has trained, and leaves the model so: an adapter, or whole weights, in the dtype in which they
     were saved before, or that the configuration names."""
     if (adapter := adapter_of(model)) is not None and not config.merge_adapter:

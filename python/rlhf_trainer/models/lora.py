@@ -97,10 +97,7 @@ def train_adapter(model: PreTrainedModel, config: AdapterConfig, task_type: str)
     """Freezes the model but for an adapter: the one that it was loaded with, or a new one."""
     if (adapter := adapter_of(model)) is not None:
         own = adapter.model.peft_config[TRAINED]
-        PartialState().print(
-            f"use_peft goes on with the adapter that {config.model_name_or_path} holds: r {own.r}, alpha "
-            f"{own.lora_alpha}, dropout {own.lora_dropout}"
-        )
+        PartialState().print(f"goes on with the adapter {adapter.folder}: r {own.r}, alpha {own.lora_alpha}")
     else:
         targets: Any = config.lora_target_modules or None
         if targets and len(targets) == 1 and not targets[0].replace(".", "_").isidentifier():

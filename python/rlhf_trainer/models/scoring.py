@@ -45,7 +45,6 @@ def value_head_of(model: PreTrainedModel) -> nn.Linear:
     """
     name = type(model).__name__
     children = [child for child in model.children() if child is not model.base_model]
-    # A head that is trained with an adapter is a copy of the base's own.
     children = [child.modules_to_save[TRAINED] if hasattr(child, "modules_to_save") else child for child in children]
     heads = [child for child in children if isinstance(child, nn.Linear) and child.out_features == 1]
     if len(heads) != 1:

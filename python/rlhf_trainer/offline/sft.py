@@ -40,16 +40,15 @@ def train_sft(config: SFTConfig) -> Path:
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
-    fused = load_policy(config, codec, largest)
-    model = fused.model
-    check_examples_fit(config, (task, held_out), model, codec.tokenizer)
-    if config.packing and leaks(model):
+    policy = load_policy(config, codec, largest)
+    check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
+    if config.packing and leaks(policy.model):
         raise UsageError(
-            f"packing: in {type(model).__name__} with attention {model.config._attn_implementation!r} conversations "
-            "that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
+            f"packing: in {type(policy.model).__name__} with attention {policy.model.config._attn_implementation!r} "
+            "conversations that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
         )
     return train(
-        config, fused, task, held_out, accelerator,
+        config, policy, task, held_out, accelerator,
         save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),
     )  # fmt: skip
 

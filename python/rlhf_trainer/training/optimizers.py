@@ -45,8 +45,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimiz
 
 def warn_of_rounding(weight: torch.Tensor, learning_rate: float) -> None:
     """Warns where an update of the learning rate is below half the spacing of most numbers in a bf16 or fp16 weight."""
-    spacing = weight.detach().abs().float() * torch.finfo(weight.dtype).eps / 2
-    lost = (spacing / 2 > learning_rate).float().mean().item()
+    lost = (weight.detach().abs().float() * torch.finfo(weight.dtype).eps / 4 > learning_rate).float().mean().item()
     if weight.dtype in (torch.bfloat16, torch.float16) and lost > 0.5:
         warnings.warn(
             f"{weight.dtype}: updates of learning_rate {learning_rate:g} are lost in rounding for {lost:.0%} of the "

@@ -48,15 +48,15 @@ def test_models_that_do_not_train_are_loaded_as_they_were_saved(dtype, saved):
 
 
 @pytest.mark.parametrize(
-    ("before", "told", "after"),
+    ("before", "option", "after"),
     [("bfloat16", None, "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", None, "float32")],
 )
 @pytest.mark.parametrize("command", ["sft", "reward"])
-def test_a_result_is_saved_as_the_model_was(command, before, told, after, saved, rows, write_jsonl, tmp_path):
+def test_a_result_is_saved_as_the_model_was(command, before, option, after, saved, rows, write_jsonl, tmp_path):
     """Trained, and kept in checkpoints, in fp32."""
     options = {
         "model_name_or_path": saved(before), "dataset_name": write_jsonl(rows(4)), "output_dir": str(tmp_path / "out"),
-        "batch_size": 4, "micro_batch_size": 2, "max_length": 96, "dtype": told,
+        "batch_size": 4, "micro_batch_size": 2, "max_length": 96, "dtype": option,
     }  # fmt: skip
     if command == "sft":
         folder = train_sft(SFTConfig(**options))

@@ -172,9 +172,7 @@ def test_merged_weights_are_in_the_dtype_of_the_base(fit, bf16_folder, tmp_path)
 def test_training_goes_on_with_an_adapter_or_on_top_of_it(fit, model_folder, capsys):
     first = fit(model_folder("llama"), dtype="float32", lora_r=4)
     further = fit(first, dtype="float32")
-    assert (
-        f"use_peft goes on with the adapter that {first} holds: r 4, alpha 32, dropout 0.05" in capsys.readouterr().out
-    )
+    assert f"goes on with the adapter {first}: r 4, alpha 32" in capsys.readouterr().out
     config = json.loads((further / "adapter_config.json").read_text())
     assert (config["r"], config["base_model_name_or_path"]) == (4, model_folder("llama"))
     assert (
