@@ -214,7 +214,7 @@ def test_linear_logprobs(gpu, case):
 @pytest.mark.parametrize(("gpu", "case"), list(combinations()), indirect=["gpu"])
 def test_frozen_head(gpu, case):
     """Beside its tile of logits fold holds where their weights go: where a thread has all 255 registers for that, up to
-    8 numbers are stored once a tile, outside the loop of its product."""
+    9 numbers are stored once a tile, outside the loop of its product."""
     from rlhf_kernels.logprob import triton_frozen
 
     name, compiled, tma = gpu
@@ -223,7 +223,7 @@ def test_frozen_head(gpu, case):
     side = Side.made_of(hidden, weight, bias, CASES[case].transform, CASES[case].dtype)
     outputs = CASES[case].outputs
     triton_frozen.forward(side, targets, None, bool(outputs), outputs == "all")
-    check(name, compiled, multiplying=("fold",), exact=CASES[case].dtype == torch.float32, stored=32)
+    check(name, compiled, multiplying=("fold",), exact=CASES[case].dtype == torch.float32, stored=36)
     assert {kernel for kernel, _ in compiled} == {"fold", "restate", "merge", "combine"}
 
 

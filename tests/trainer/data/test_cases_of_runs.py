@@ -87,20 +87,45 @@ def test_a_model_stops_at_the_end_of_the_turn_that_it_was_trained_on(way, own_en
 # --- 14: the folder of an adapter
 
 
-@pytest.mark.parametrize("command", ["sft", "dpo", "reward"])
-def test_an_adapters_folder_is_refused_in_a_line_and_before_anything_is_written(command, tmp_path, write_jsonl, capsys):
+@pytest.fixture
+def adapter(tmp_path):
+    """The folder of an adapter beside its base."""
     tokenizer = byte_level(PLAIN, bos="<s>", eos="</s>")
     base = save_llama(tmp_path / "base", tokenizer)
     lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def train(tmp_path, write_jsonl):
     pairs = write_jsonl([{"prompt": "hi ", "chosen": "yes", "rejected": "no"}] * 8)
-    cache = ["--ref_cache_dir", tmp_path / "cache"] if command == "dpo" else []
+
+    def run(command, model):
+        cache = ["--ref_cache_dir", tmp_path / "cache"] if command == "dpo" else []
+        data = ["--dataset_name", pairs, "--output_dir", tmp_path / "out"]
+        return rlhf(command, "--model_name_or_path", model, *QUICK, *cache, *data)
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward"])
+def test_an_adapters_folder_is_a_model_to_train(command, adapter, train, tmp_path, capsys):
+    assert train(command, adapter) == 0
+    assert f"it is merged into the weights of {tmp_path / 'base'}" in capsys.readouterr().out
+    assert (tmp_path / "out/model.safetensors").is_file() and not (tmp_path / "out/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo", "reward"])
+@pytest.mark.parametrize("change", [{"peft_type": "IA3"}, {"base_model_name_or_path": None}])
+def test_another_adapters_folder_is_refused_in_a_line_and_before_anything_is_written(
+    command, change, adapter, train, tmp_path, capsys
+):
+    facts = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(facts | change))
     before = sorted(tmp_path.iterdir())
-    code = rlhf(
-        command, "--model_name_or_path", tmp_path / "adapter", "--dataset_name", pairs, *QUICK, *cache,
-        "--output_dir", tmp_path / "out",
-    )  # fmt: skip
+    code = train(command, adapter)
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and message.startswith(f"rlhf {command}: ") and "Traceback" not in message
     assert "adapter" in message and "LoRA" in message
