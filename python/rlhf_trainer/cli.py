@@ -22,6 +22,11 @@ def run(name: str, command: Command, argv: Sequence[str]) -> None:
     logging.disable_progress_bar()  # a run shows one bar, its own
     from .training.processes import leave_processes
 
+    if getattr(config, "dry_run", False):
+        from .planning import dry_run
+
+        dry_run(name, config)
+        return
     function = command.load_function()
     from .training.memory import lack_of_memory
 

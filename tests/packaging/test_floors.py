@@ -31,6 +31,7 @@ ROOMS = (
     {"evaluation"},
     {"recipes"},
     {"studies", "inspection"},
+    {"planning"},
     {"cli"},
     {"__main__"},
 )

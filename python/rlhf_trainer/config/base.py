@@ -146,6 +146,7 @@ class TrainConfig(AdapterConfig, DataConfig):
     model_name_or_path: str = MODEL.required("The model to train: a local folder or a hub id.", names_input=True)
     tokenizer_name_or_path: str | None = MODEL.option(None, "The tokenizer; default: the model's.", names_input=True)
     chat_template_path: str | None = DATA.option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
+    dry_run: bool = OUTPUT.option(False, "Print what the run will take, from shapes alone, and stop.", may_change=True)
     inspect_rows: int = DATA.option(2, "Print so many rows as they will be trained before training; 0: none.")
     gradient_checkpointing: bool = MODEL.option(False, "Recompute activations in the backward pass to save memory.")
 

@@ -82,14 +82,18 @@ def load_causal_lm(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
     return model
 
 
-def meta_model(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model without its weights, which costs nothing, to see what fits into it."""
+def meta_model(
+    name: str, *, key: str, trust_remote_code: bool = False, auto: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """The model without its weights, which costs nothing, to see what fits into it; `options` are its config's."""
     check_local(name, key)
     base = base_of(name, key)
     try:
         facts = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+        if auto is not AutoModelForCausalLM:
+            facts.num_labels = 1  # a reward
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(facts, trust_remote_code=trust_remote_code)
+            model = auto.from_config(facts, trust_remote_code=trust_remote_code, **options)
             if base is not None:
                 make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
             return model

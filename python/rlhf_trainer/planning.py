@@ -1,0 +1,194 @@
+"""`--dry_run`: what a training run will take, from shapes alone. Data and tokenizer are read, no weights are."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import rlhf_kernels as rk
+
+from .commands import COMMANDS, load
+from .config.base import TrainConfig
+from .data.examples import Group, TokenSequence
+from .errors import UsageError
+from .inspection import read
+from .models.loading import loading_of, meta_model, turn_dropout_off
+from .models.lora import train_adapter
+from .offline.config import RewardConfig
+from .training.batch_plan import plan_batches, step_plan
+
+STATE_BYTES = {  # of an optimizer, a trained weight
+    "adamw_torch_fused": 8, "adamw_torch": 8, "adamw_torch_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "muon": 4,
+    "adafactor": 0,  # a row and a column of each matrix
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """The largest micro-batch, and the run's extent."""
+
+    rows: int
+    width: int
+    tokens_a_step: int  # at most, over all processes
+    steps: int
+
+
+class Plan(NamedTuple):
+    """Bytes that one process holds, where all hold whole models."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    with_checkpoints: int  # activations, with gradient_checkpointing
+    scratch: int  # of the losses, at most
+    logits: int  # and their gradients, which are not made
+
+    def total(self, checkpoints: bool) -> int:
+        kept = self.with_checkpoints if checkpoints else self.activations
+        return self.weights + self.gradients + self.optimizer + kept + self.scratch
+
+
+def dry_run(name: str, config: TrainConfig) -> None:
+    """Prints the plan of a command."""
+    command = COMMANDS[name]
+    if command.reader is None:
+        raise UsageError(f"--dry_run: rlhf {name} runs other commands; pass it to those")
+    loaded, _ = read(config, load(command.reader))
+    print(loaded.report(config.dataset_name))
+    print(text_of(name, config, *plan_of(config, loaded.examples)))
+
+
+def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedModel, Shape, Plan]:
+    shape, model = shape_of(config, examples), model_of(config)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    activations, layers = activations_of(model, shape, config.bf16)
+    text = model.config.get_text_config()
+    tokens = shape.rows * shape.width
+    between_layers = text.num_hidden_layers * tokens * text.hidden_size * (2 if model.dtype != torch.float32 else 4)
+    logits = 0 if isinstance(config, RewardConfig) else 2 * 4 * tokens * text.vocab_size
+    budget = (config.workspace_mib or rk.build_info()["workspace_budget_mib"][device_type()]) << 20
+    plan = Plan(
+        weights=sum(weight.nbytes for weight in model.parameters()),
+        gradients=sum(weight.nbytes for weight in trained),
+        optimizer=STATE_BYTES[config.optim] * sum(weight.numel() for weight in trained),
+        activations=activations,
+        with_checkpoints=between_layers + activations - layers + layers // text.num_hidden_layers,
+        scratch=min(budget, logits),
+        logits=logits,
+    )
+    return model, shape, plan
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def shape_of(config: TrainConfig, examples: Sequence[Any]) -> Shape:
+    """Batches are planned as the run plans them; completions to come are as long as they may be."""
+    is_group = isinstance(examples[0], Group)
+    completion = getattr(config, "max_completion_length", 0)
+    lengths = [example.length + completion for example in examples]
+    sizes = [len(example.pairs) for example in examples] if is_group else None
+    plan = plan_batches(lengths, config.batch_size, config.micro_batch_size, config.seed, sizes)
+    steps = len(step_plan(len(plan), config.num_train_epochs, config.max_steps, config.seed))
+
+    def rows_of(micro: list[int]) -> int:
+        return sum(len(examples[i].responses) for i in micro) if is_group else len(micro)
+
+    shapes = [[(rows_of(micro), max(lengths[i] for i in micro)) for micro in batch] for batch in plan]
+    if isinstance(examples[0], TokenSequence) and getattr(config, "packing", False):
+        shapes = [[(config.micro_batch_size, config.max_length)]]
+        steps = math.ceil(sum(lengths) / (config.batch_size * config.max_length)) * config.num_train_epochs
+    rows, width = max((shape for batch in shapes for shape in batch), key=math.prod)
+    return Shape(rows, width, max(sum(map(math.prod, batch)) for batch in shapes), steps)
+
+
+def model_of(config: TrainConfig) -> PreTrainedModel:
+    """The model as it will train, of fake tensors on the device of the run."""
+    is_reward, dtype = isinstance(config, RewardConfig), loading_of(config, trains=True)["dtype"]
+    auto, task = (AutoModelForSequenceClassification, "SEQ_CLS") if is_reward else (AutoModelForCausalLM, "CAUSAL_LM")
+    model = meta_model(
+        config.model_name_or_path, key="model_name_or_path", auto=auto, trust_remote_code=config.trust_remote_code,
+        dtype=None if dtype == "auto" else getattr(torch, dtype), attn_implementation=config.attn_implementation,
+    )  # fmt: skip
+    if config.use_peft:
+        train_adapter(model, config, task)
+    return turn_dropout_off(model)
+
+
+def activations_of(model: PreTrainedModel, shape: Shape, bf16: bool) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for its backward pass, and how many of these its layers keep."""
+    with FakeTensorMode():
+        make_fake(model)
+        ids = torch.ones(shape.rows, shape.width, dtype=torch.long, device=device_type())
+        whole = bytes_kept(model, ids, ids, bf16)
+        blocks = next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+        count, others = len(blocks), list(blocks)[1:]
+        del blocks[1:]
+        one = bytes_kept(model, ids, ids, bf16)
+        blocks.extend(others)
+    return whole, (whole - one) * count // max(count - 1, 1)
+
+
+def make_fake(model: nn.Module) -> None:
+    """Tensors of the meta device become fake ones of the run's: autocast then treats them as it will the real ones."""
+    fakes: dict[int, torch.Tensor] = {}  # a tied weight stays one
+    for part in model.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device_type())
+                    is_weight = tensors is part._parameters
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                tensors[name] = None if tensor is None else fakes[id(tensor)]
+
+
+def bytes_kept(model: PreTrainedModel, ids: torch.Tensor, attention_mask: torch.Tensor, bf16: bool) -> int:
+    """Bytes that the model below its head keeps for a backward pass, of a batch with padding."""
+    own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # alive, so that no other one gets its address
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast(device_type(), torch.bfloat16, enabled=bf16):
+        model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def text_of(name: str, config: TrainConfig, model: PreTrainedModel, shape: Shape, plan: Plan) -> str:
+    """The plan for a person, in MiB."""
+    count = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    checkpoints = config.gradient_checkpointing
+    other = f"{'without' if checkpoints else 'with'} --gradient_checkpointing"
+    kept, instead = plan.activations, plan.with_checkpoints
+    kept, instead = (instead, kept) if checkpoints else (kept, instead)
+    lines = [
+        ("weights", plan.weights, f"{model.dtype}".removeprefix("torch.")),
+        ("gradients", plan.gradients, "of what trains"),
+        ("optimizer", plan.optimizer, config.optim),
+        ("activations", kept, f"{other}: {mib(instead)}"),
+        ("losses' scratch", plan.scratch, f"at most; logits and their gradients, {mib(plan.logits)}, are not made"),
+        ("in all", plan.total(checkpoints), f"a process; {other}: {mib(plan.total(not checkpoints))}"),
+    ]
+    return "\n".join([
+        f"rlhf {name}: {type(model).__name__}, {count:,} parameters, of which {trained:,} train",
+        f"{shape.steps:,} steps of at most {shape.tokens_a_step:,} tokens; the largest micro-batch has "
+        f"{shape.rows} x {shape.width} tokens",
+        *(f"  {label:<16}{mib(size):>14}  {note}" for label, size, note in lines),
+        "Other models (a reference of its own, rewards, values), the cache of generation and what a device takes "
+        "come on top.",
+    ])  # fmt: skip
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
