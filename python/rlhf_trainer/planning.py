@@ -28,11 +28,15 @@ STATE_BYTES = {  # of an optimizer, a trained weight
 }  # fmt: skip
 
 
+SCRATCH = 64 << 20  # of the losses, beside logits that are kept
+
+
 class Shape(NamedTuple):
     """The largest micro-batch, and the run's extent."""
 
     rows: int
     width: int
+    micro_batches: int  # of a step, at most, over all processes
     tokens_a_step: int  # at most, over all processes
     steps: int
 
@@ -42,15 +46,20 @@ class Plan(NamedTuple):
 
     weights: int
     gradients: int
+    head: int  # of the gradients, the head's, which comes first
+    tied: int  # another one of its size, which comes last and is added to it, where it is the embeddings
     optimizer: int
     activations: int
     with_checkpoints: int  # activations, with gradient_checkpointing
     scratch: int  # of the losses, at most
     logits: int  # and their gradients, which are not made
+    accumulates: bool  # gradients of one micro-batch wait for those of the next
 
     def total(self, checkpoints: bool) -> int:
+        """The most at a time: where backward begins, with all activations, or where it ends, with all gradients."""
         kept = self.with_checkpoints if checkpoints else self.activations
-        return self.weights + self.gradients + self.optimizer + kept + self.scratch
+        begin = kept + self.scratch + self.head + self.gradients * self.accumulates
+        return self.weights + self.optimizer + max(begin, self.gradients + self.tied)
 
 
 def dry_run(name: str, config: TrainConfig) -> None:
@@ -70,16 +79,22 @@ def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedMod
     text = model.config.get_text_config()
     tokens = shape.rows * shape.width
     between_layers = text.num_hidden_layers * tokens * text.hidden_size * (2 if model.dtype != torch.float32 else 4)
-    logits = 0 if isinstance(config, RewardConfig) else 2 * 4 * tokens * text.vocab_size
+    head = None if isinstance(config, RewardConfig) else model.get_output_embeddings().weight
+    logits = 0 if head is None else 2 * 4 * tokens * len(head)
+    of_head = 0 if head is None or not head.requires_grad else head.nbytes
     budget = (config.workspace_mib or rk.build_info()["workspace_budget_mib"][device_type()]) << 20
+    kept = min(logits, budget) // 2 if of_head else 0  # logits, for backward; a frozen head needs none
     plan = Plan(
         weights=sum(weight.nbytes for weight in model.parameters()),
         gradients=sum(weight.nbytes for weight in trained),
+        head=of_head,
+        tied=of_head if head is model.get_input_embeddings().weight else 0,
         optimizer=STATE_BYTES[config.optim] * sum(weight.numel() for weight in trained),
         activations=activations,
         with_checkpoints=between_layers + activations - layers + layers // text.num_hidden_layers,
-        scratch=min(budget, logits),
+        scratch=min(budget, logits, kept + SCRATCH),
         logits=logits,
+        accumulates=shape.micro_batches > 1,
     )
     return model, shape, plan
 
@@ -102,10 +117,10 @@ def shape_of(config: TrainConfig, examples: Sequence[Any]) -> Shape:
 
     shapes = [[(rows_of(micro), max(lengths[i] for i in micro)) for micro in batch] for batch in plan]
     if isinstance(examples[0], TokenSequence) and getattr(config, "packing", False):
-        shapes = [[(config.micro_batch_size, config.max_length)]]
+        shapes = [[(config.micro_batch_size, config.max_length)] * -(-config.batch_size // config.micro_batch_size)]
         steps = math.ceil(sum(lengths) / (config.batch_size * config.max_length)) * config.num_train_epochs
     rows, width = max((shape for batch in shapes for shape in batch), key=math.prod)
-    return Shape(rows, width, max(sum(map(math.prod, batch)) for batch in shapes), steps)
+    return Shape(rows, width, max(map(len, shapes)), max(sum(map(math.prod, batch)) for batch in shapes), steps)
 
 
 def model_of(config: TrainConfig) -> PreTrainedModel:
@@ -178,13 +193,17 @@ def text_of(name: str, config: TrainConfig, model: PreTrainedModel, shape: Shape
         ("optimizer", plan.optimizer, config.optim),
         ("activations", kept, f"{other}: {mib(instead)}"),
         ("losses' scratch", plan.scratch, f"at most; logits and their gradients, {mib(plan.logits)}, are not made"),
-        ("in all", plan.total(checkpoints), f"a process; {other}: {mib(plan.total(not checkpoints))}"),
+        (
+            "at most at once",
+            plan.total(checkpoints),
+            f"{other}: {mib(plan.total(not checkpoints))}",
+        ),
     ]
     return "\n".join([
         f"rlhf {name}: {type(model).__name__}, {count:,} parameters, of which {trained:,} train",
         f"{shape.steps:,} steps of at most {shape.tokens_a_step:,} tokens; the largest micro-batch has "
         f"{shape.rows} x {shape.width} tokens",
-        *(f"  {label:<16}{mib(size):>14}  {note}" for label, size, note in lines),
+        *(f"  {label:<18}{mib(size):>14}  {note}" for label, size, note in lines),
         "Other models (a reference of its own, rewards, values), the cache of generation and what a device takes "
         "come on top.",
     ])  # fmt: skip
