@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,33 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(f"{op} has no forward-mode derivative (jvp); differentiate in reverse mode")
+
+
+def differentiable_twice(reference: Callable[..., Tensor], op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op of a pair of tensors and more whose gradients are differentiable: where create_graph=True asks for that,
+    those of `reference`, which takes the same arguments, take the place of the op's own."""
+
+    def compute(*arguments: Any) -> Any:
+        result = op(*arguments)
+        losses: Tensor = result[0] if isinstance(result, tuple) else result
+        if not torch.compiler.is_compiling() and losses.grad_fn is not None:
+            losses.grad_fn.register_hook(functools.partial(_replace_gradients, reference, arguments))
+        return result
+
+    return compute
+
+
+def _replace_gradients(
+    reference: Callable[..., Tensor], arguments: Sequence[Any], gradients: Any, upstream: Any
+) -> Any:
+    if not torch.is_grad_enabled():
+        return None
+    # Aliases: one tensor may be both of the pair, and each has its own gradient.
+    pair = [None if tensor is None else tensor.view_as(tensor) for tensor in arguments[:2]]
+    values = reference(*(None if tensor is None else tensor.float() for tensor in pair), *arguments[2:])
+    inputs = {i: tensor for i, tensor in enumerate(pair) if tensor is not None and tensor.requires_grad}
+    results = torch.autograd.grad(values, list(inputs.values()), upstream[0], create_graph=True)
+    return tuple(dict(zip(inputs, results, strict=True)).get(i) for i in range(len(gradients)))
 
 
 def save(ctx: Any, arguments: Any, *outputs: Tensor) -> None:

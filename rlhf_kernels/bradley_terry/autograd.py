@@ -3,12 +3,14 @@ of the compiled one are in csrc/preference.)"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _ops
+from . import reference
 
 
 class Arguments(NamedTuple):
@@ -39,6 +41,9 @@ def _gradient(op, ctx, grad):  # type: ignore[no-untyped-def]
     return _ops.gradients_of(
         ctx, Arguments._fields, chosen=chosen.to(arguments.chosen.dtype), rejected=rejected.to(arguments.rejected.dtype)
     )
+
+
+differentiable_twice = functools.partial(_ops.differentiable_twice, reference.bradley_terry_loss)
 
 
 def register(forward: str, backward: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import _extension, _ops
-from .autograd import fake, fake_backward
+from .autograd import differentiable_twice, fake, fake_backward
 
 if _extension.native_available():
     _ops.register_shapes("bradley_terry_loss", "bradley_terry_loss_backward", fake, fake_backward)
-    bradley_terry_loss = torch.ops.rlhf_kernels.bradley_terry_loss.default
+    bradley_terry_loss = differentiable_twice(torch.ops.rlhf_kernels.bradley_terry_loss.default)

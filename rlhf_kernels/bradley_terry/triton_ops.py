@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _ops
 from .._triton.launch import define_op
 from . import triton_kernels
-from .autograd import register
+from .autograd import differentiable_twice, register
 
 
 def bradley_terry_loss(
@@ -17,6 +17,7 @@ def bradley_terry_loss(
     return forward_op(chosen, rejected, margin, label_smoothing, center_coefficient)
 
 
+@differentiable_twice
 @define_op("triton_bradley_terry_loss")
 def forward_op(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, label_smoothing: float, center_coefficient: float

@@ -3,12 +3,14 @@ of the compiled one are in csrc/preference.)"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _ops
+from . import reference
 
 
 class Arguments(NamedTuple):
@@ -45,6 +47,18 @@ def _gradient(op, ctx, grad_losses, _grad_rewards):  # type: ignore[no-untyped-d
     # The losses see policy - ref only.
     of_ref = None if ref is None else -grad.to(ref.dtype)
     return _ops.gradients_of(ctx, Arguments._fields, policy_logps=grad.to(policy.dtype), ref_logps=of_ref)
+
+
+KERNELS = {kind.kernel: name for name, kind in reference.LOSS_TYPES.items() if kind.kernel is not None}
+
+
+def _of_reference(policy: Tensor, ref: Tensor | None, chosen: Tensor, rejected: Tensor, *constants) -> Tensor:  # type: ignore[no-untyped-def]
+    beta, loss_type, label_smoothing = constants
+    options = reference.LossOptions(KERNELS[loss_type], beta, label_smoothing, gamma=0.0)
+    return reference.dpo_loss(policy, ref, chosen, rejected, None, options)[0]
+
+
+differentiable_twice = functools.partial(_ops.differentiable_twice, _of_reference)
 
 
 def register(forward: str, backward: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _ops
 from .._triton.launch import define_op
 from . import triton_kernels
-from .autograd import register
+from .autograd import differentiable_twice, register
 
 
 def dpo_loss(
@@ -20,6 +20,7 @@ def dpo_loss(
     return losses, rewards.detach()
 
 
+@differentiable_twice
 @define_op("triton_dpo_loss")
 def forward_op(
     policy_logps: Tensor, ref_logps: Tensor | None, chosen_idxs: Tensor, rejected_idxs: Tensor, beta: float,

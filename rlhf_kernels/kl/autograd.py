@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _ops
 from .._logits import Needs, Side
 from .._rows import VisitedRows
+from . import reference
 
 
 class Arguments(NamedTuple):
@@ -105,6 +106,13 @@ class PenaltyArguments(NamedTuple):
     logprobs: Tensor
     ref_logprobs: Tensor
     estimator: int
+
+
+def _penalty_of_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    return reference.kl_penalty(logprobs, ref_logprobs, reference.ESTIMATORS[estimator])
+
+
+differentiable_twice = functools.partial(_ops.differentiable_twice, _penalty_of_reference)
 
 
 def fake_penalty(x, *_):  # type: ignore[no-untyped-def]

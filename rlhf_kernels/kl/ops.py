@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _extension, _ops, _workspace
 from .._logits import Side
-from .autograd import Arguments, fake_penalty, register_linear_kl
+from .autograd import Arguments, differentiable_twice, fake_penalty, register_linear_kl
 
 
 def linear_kl(policy: Side, ref: Side, mask: Tensor, direction: str) -> Tensor:
@@ -26,4 +26,4 @@ if _extension.native_available():
     _ops.register_shapes("kl_penalty", "kl_penalty_backward", fake_penalty, fake_penalty)
     forward_op = torch.ops.rlhf_kernels.linear_kl
     backward_op = torch.ops.rlhf_kernels.linear_kl_backward
-    kl_penalty = torch.ops.rlhf_kernels.kl_penalty.default
+    kl_penalty = differentiable_twice(torch.ops.rlhf_kernels.kl_penalty.default)

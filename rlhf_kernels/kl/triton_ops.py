@@ -11,7 +11,7 @@ from .._logits import LogitTransform, Needs, Side
 from .._rows import VisitedRows, rows_to_visit
 from .._triton.launch import define_op
 from . import triton_kernels
-from .autograd import Arguments, Statistics, register_linear_kl, register_penalty
+from .autograd import Arguments, Statistics, differentiable_twice, register_linear_kl, register_penalty
 
 
 def linear_kl(policy: Side, ref: Side, mask: Tensor, direction: str) -> Tensor:
@@ -61,6 +61,7 @@ def backward_op(
     )  # fmt: skip
 
 
+@differentiable_twice
 @define_op("triton_kl_penalty")
 def penalty_op(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
     return triton_kernels.estimate_kl(logprobs, ref_logprobs, estimator)

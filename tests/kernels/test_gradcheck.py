@@ -239,13 +239,18 @@ def test_derivatives_of_the_reference(device, name):
         assert torch.autograd.gradgradcheck(op, leaves)
 
 
-PAIR = torch.tensor([0, 1]), torch.tensor([2, 3])
+TARGETS = torch.arange(4)
 COMPILED = {
-    "linear_logprobs": lambda h, w, b: rk.linear_logprobs(h, w, torch.arange(4, device=h.device), backend=b).logprobs,
+    "linear_logprobs": lambda h, w, b: rk.linear_logprobs(h, w, TARGETS.to(h.device), backend=b).logprobs,
     "linear_kl": lambda h, w, b: rk.linear_kl(h, w, h.detach() + 1, w.detach(), backend=b),
-    "kl_penalty": lambda x, y, b: rk.kl_penalty(x[:, 0], y[:4, 0], "k3", backend=b),
-    "dpo_loss": lambda x, y, b: rk.dpo_loss(x[:, 0], y[:4, 0], *(side.to(x.device) for side in PAIR), backend=b).losses,
-    "bradley_terry_loss": lambda x, y, b: rk.bradley_terry_loss(x[:, 0], y[:4, 0], backend=b),
+    "frozen linear_logprobs": lambda h, w, b: (
+        rk.linear_logprobs(h, w.detach(), TARGETS.to(h.device), backend=b).logprobs
+    ),
+    "linear_dpo_loss": lambda h, w, b: (
+        rk.linear_dpo_loss(
+            h.view(2, 2, 4), w, TARGETS.to(h.device).view(2, 2), torch.zeros(2, device=h.device), backend=b
+        ).loss
+    ),
 }
 
 
@@ -254,5 +259,8 @@ def test_double_backward_of_native_says_what_to_do(native, device, name):
     leaves = [T.randn(n, 4, seed=n, device=device).requires_grad_() for n in (4, 7)]
     values = COMPILED[name](*leaves, native)
     (grad,) = torch.autograd.grad(values.sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
-        grad.sum().backward()
+    for differentiate in (lambda value: torch.autograd.grad(value, leaves), torch.Tensor.backward):
+        with pytest.raises(RuntimeError, match=r"differentiable once.*backend='reference'"):
+            differentiate(values.sum() + grad.square().sum())
+        values = COMPILED[name](*leaves, native)
+        (grad,) = torch.autograd.grad(values.sum(), leaves[0], create_graph=True)
