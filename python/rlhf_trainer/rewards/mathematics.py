@@ -1,25 +1,17 @@
 """Whether two answers are mathematically equal, by math-verify, where it is installed (the extra `math`).
 
-It works in a process of its own, which is ended where a comparison takes long: what a completion holds, 9^{9^{9^9}}
-say, may take for ever, and no signal ends Python while it computes a power. What is no formula (words, formulas of
+It works in a `ChildProcess`: 9^{9^{9^9}} may take for ever. What is no formula (words, formulas of
 chemistry, numbers to a base) is not compared: to math-verify "listen" is the product of its letters, as "silent" is.
 """
 
-import atexit
 import functools
 import importlib.util
-import json
 import re
-import subprocess
-import sys
-from contextlib import suppress
-from pathlib import Path
-from threading import Lock, Timer
+
+from .child_process import ChildProcess
 
 SECONDS = 5.0  # of one comparison
-START_SECONDS = 120.0  # sympy is large
 MOST_CHARACTERS = 200
-CHILD = Path(__file__).with_name("mathematics_child.py")
 NO_FORMULA = re.compile(r"(?<![A-Za-z])(?!and(?![A-Za-z]))[A-Za-z]{3,}|[A-Za-z]\d|\d_|\$")
 FORMULA = re.compile(r"[\d\\+*/^=<>]")
 COMMAND = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
@@ -43,7 +35,7 @@ def are_equal(answer: str, expected: str) -> bool:
         return False  # to math-verify, (1, 2) is {1, 2} too
     if ("=" in forms[0]) != ("=" in forms[1]) and any(map(EQUATION.search, forms)):
         return False  # and x^2 = 1 is 1
-    return PROCESS.compare(answer, expected)
+    return PROCESS.reply([answer, expected], SECONDS) == "equal"
 
 
 def named(text: str) -> str:
@@ -61,40 +53,4 @@ def brackets(form: str) -> tuple[str, str]:
     return form[0] if form[0] in "([" else "", form[-1] if form[-1] in ")]" else ""
 
 
-class Process:
-    """The process that compares: started when it is needed, and ended where it takes too long."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.lock = Lock()
-        atexit.register(self.stop)
-
-    def compare(self, answer: str, expected: str) -> bool:
-        with self.lock:
-            if self.process is None:
-                command, pipe = [sys.executable, "-P", str(CHILD)], subprocess.PIPE
-                self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-                if not self.receive(START_SECONDS):
-                    return False
-            with suppress(BrokenPipeError):  # it has ended since
-                print(json.dumps([answer, expected]), file=self.process.stdin, flush=True)
-            return self.receive(SECONDS) == "equal"
-
-    def receive(self, seconds: float) -> str:
-        """The next line; nothing where the process ends first, which it has to after so many seconds."""
-        timer = Timer(seconds, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline().strip()
-        timer.cancel()
-        if not line:
-            self.stop()
-        return line
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
-
-
-PROCESS = Process()
+PROCESS = ChildProcess("mathematics_child.py")

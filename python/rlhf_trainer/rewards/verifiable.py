@@ -11,19 +11,20 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jsonschema
-import referencing
+import referencing.jsonschema
 import regex
 
 from ..errors import kind
 from . import mathematics, sandbox
 from .arithmetic import value_of
+from .child_process import ChildProcess
 
 THINK, END_OF_THINK = "<think>", "</think>"
 THINK_ANSWER = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 ANSWER_TAGS = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 BOXED = "\\boxed{"
 HASHES = "####"
-ANSWER_IS = re.compile(r"answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
+ANSWER_IS = regex.compile(r"answer(?:\s++is\b\s*+:?|\s*+:)\s*+(\S[^\n]*)", regex.IGNORECASE)  # each blank is read once
 END_OF_SENTENCE = re.compile(r"[.!?;](?:\s|$)")
 NUMBER = re.compile(
     r"""(?: (?<! [\w).] ) [-+] )?                            # a sign, not of a subtraction
@@ -35,7 +36,8 @@ NUMBER = re.compile(
 )
 AROUND = " ,;:!?\"'`*$“”‘’"
 MOST_DIGITS = 1000  # of a number; what is longer is text
-PATTERN_SECONDS = 1.0
+PATTERN_SECONDS, SCHEMA_SECONDS = 1.0, 5.0
+SCHEMAS = ChildProcess("schema_child.py")
 NAME_BEFORE = re.compile(r"^[a-z](?:\([a-z]\))?(?:=|\\in(?![a-z]))")  # x=, f(x)=, x\in
 PART = r"\s?(\{[^{}]*\}|[^\W_])"  # of a fraction
 FRACTION = re.compile(r"(?:(\d{1,20})\s?)?\\[dtc]?frac" + PART + PART)
@@ -79,7 +81,10 @@ def exact_answer(text: str, answers: list[str]) -> float:
     the same, the name in x = ..., the parentheses of (A), and the punctuation, quotes, * and $ around them; formulas,
     where math-verify is installed, also by what they mean (`mathematics`).
     """
-    return float(any(answers_with(text, expected) for expected in answers))
+    try:
+        return float(any(answers_with(text, expected) for expected in answers))
+    except TimeoutError:
+        return 0.0
 
 
 def answers_with(text: str, expected: str) -> bool:
@@ -128,7 +133,7 @@ def marked_answer(text: str) -> tuple[str, str] | None:
         return boxed, "boxed"
     if HASHES in text:
         return text.rpartition(HASHES)[2].strip().partition("\n")[0], "hashes"
-    stated = ANSWER_IS.findall(text)
+    stated = ANSWER_IS.findall(text, timeout=PATTERN_SECONDS)
     return (END_OF_SENTENCE.split(stated[-1])[0], "is") if stated else None
 
 
@@ -230,7 +235,7 @@ def json_schema(text: str, schema: dict[str, Any] | bool) -> float:
     """1.0 if a text holds JSON that the schema allows.
 
     The JSON is the content of the last <answer> tags, or of the last ``` block, or else the whole text. NaN and
-    Infinity are not JSON. References of the schema to other places are not followed.
+    Infinity are not JSON. What takes over five seconds to check is not allowed.
     """
     content = without_thoughts(text)
     if content is None:
@@ -238,32 +243,35 @@ def json_schema(text: str, schema: dict[str, Any] | bool) -> float:
     tagged = ANSWER_TAGS.findall(content)
     content = tagged[-1] if tagged else content
     blocks = code_blocks(content)
-    try:
-        value = json.loads(blocks[-1] if blocks else content, parse_constant=refuse_constant)
-        return float(validator_of(schema).is_valid(value))
-    except (ValueError, RecursionError):  # not JSON, or nested too deeply
-        return 0.0
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def validator_of(schema: Any) -> Any:
-    registry: Any = referencing.Registry()  # the default one would look for references in the network
-    return jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)(schema, registry=registry)
+    return float(SCHEMAS.reply([blocks[-1] if blocks else content, schema], SCHEMA_SECONDS) == "valid")
 
 
 def checked_schema(value: Any) -> Any:
-    """A schema, or the JSON text of one."""
-    schema = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(schema, dict | bool):
-        raise ValueError(f"expected a JSON schema, got {kind(value)}")
+    """A schema, or the JSON text of one. Its references have to lead to parts of itself."""
     try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(schema, dict | bool):
+            raise ValueError(f"expected a JSON schema, got {kind(value)}")
         jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator).check_schema(schema)
+        whole = referencing.Resource.from_contents(schema, referencing.jsonschema.DRAFT202012)
+        look_up_references(whole, referencing.Registry().resolver_with_root(whole))
     except jsonschema.SchemaError as error:
         raise ValueError(f"not a JSON schema: {error.message}") from error
+    except (RecursionError, OverflowError) as error:
+        raise ValueError("not a JSON schema that can be used: nested too deeply, or with too large a number") from error
     return schema
+
+
+def look_up_references(part: Any, resolver: Any) -> None:
+    for name in ("$ref", "$dynamicRef"):
+        reference = part.contents.get(name) if isinstance(part.contents, dict) else None
+        try:
+            if isinstance(reference, str):
+                resolver.lookup(reference)
+        except referencing.exceptions.Unresolvable as error:
+            raise ValueError(f"not a whole JSON schema: its {name} {reference!r} leads to no part of it") from error
+    for below in part.subresources():
+        look_up_references(below, resolver.in_subresource(below))
 
 
 def code_blocks(text: str) -> list[str]:

@@ -142,6 +142,16 @@ def test_the_folder_is_deleted(shared_folder, monkeypatch):
     assert list(shared_folder.iterdir()) == []
 
 
+MESSES = ["for _ in range(1500):\n    os.mkdir('a')\n    os.chdir('a')", "os.makedirs('a/b')\nos.chmod('a', 0)"]
+
+
+@pytest.mark.parametrize("mess", MESSES)
+def test_a_folder_that_python_may_not_delete_is_deleted(mess, shared_folder, monkeypatch):
+    monkeypatch.setattr(sandbox.tempfile, "tempdir", str(shared_folder))
+    assert run_tests(f"import os\n{mess}", ["assert True"]) == [True]
+    assert list(shared_folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("leaves_group", [False, True])
 def test_descendants_end_with_the_process(leaves_group, shared_folder):
     """A child that has left the process group outlives it where there is no namespace to end it, as the docs say."""

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import regex
 
-from rlhf_trainer.rewards import mathematics
+from rlhf_trainer.rewards import mathematics, verifiable
 from rlhf_trainer.rewards.arithmetic import MOST_BITS, value_of
 from rlhf_trainer.rewards.verifiable import (
     all_unit_tests,
@@ -192,10 +192,17 @@ def test_what_a_row_expects():
 
 def test_long_texts_are_searched_in_time_that_grows_with_their_length():
     start = time.monotonic()
-    for text in ("<answer>" * 50_000, "\\boxed{" * 50_000, "answer " + " " * 200_000, "1,234" * 50_000, "#" * 300_000,
+    for text in ("<answer>" * 50_000, "\\boxed{" * 50_000, "answer " + " " * 200_000, "answer is" + " " * 200_000,
+                 "1,234" * 50_000, "#" * 300_000,
                  "</think>" * 50_000, "```\n" * 50_001, "<think>" + " " * 200_000 + "</think>"):  # fmt: skip
         assert exact_answer(text, ["no"]) == json_schema(text, False) == think_answer(text) == 0.0
     assert time.monotonic() - start < 10
+
+
+def test_a_search_for_an_answer_has_a_time_limit(monkeypatch):
+    monkeypatch.setattr(verifiable, "ANSWER_IS", regex.compile(r"(a|aa)+$"))
+    monkeypatch.setattr(verifiable, "PATTERN_SECONDS", 0.01)
+    assert exact_answer("a" * 80 + "c", ["a" * 80 + "c"]) == 0.0
 
 
 # --- arithmetic
@@ -304,6 +311,54 @@ def test_schemas_of_other_drafts_and_of_all_and_nothing():
     for bad in ("{", 3, [], {"type": 3}, {"required": "n"}):
         with pytest.raises(ValueError):
             checked_schema(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("1e400", {"multipleOf": 0.1}), ("1" * 400, {"multipleOf": 0.1}), ("-1e400", {"multipleOf": 3}),
+        ("1" * 5000, {}), ("[" * 900 + "]" * 900, {"items": {"$ref": "#"}, "type": "array", "minItems": 1}),
+        ('"' + "\\ud800" * 9 + '"', {"pattern": "a"}), ("\ud800", {}), ("1", {"$ref": "#/nowhere"}),
+    ],
+)  # fmt: skip
+def test_json_that_cannot_be_checked_is_not_allowed(text, schema):
+    assert json_schema(text, schema) == 0.0 and json_schema("3", {"multipleOf": 3}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [("a" * 60 + "b", {"pattern": "^(a+)+$"}), ([{"a": [i]} for i in range(20_000)], {"uniqueItems": True})],
+)
+def test_a_check_that_takes_too_long_is_given_up(value, schema, monkeypatch):
+    assert json_schema("1", checked_schema(schema)) == 1.0
+    process = verifiable.SCHEMAS.process
+    monkeypatch.setattr(verifiable, "SCHEMA_SECONDS", 0.3)
+    assert json_schema(json.dumps(value), schema) == 0.0
+    assert process.poll() is not None and verifiable.SCHEMAS.process is None
+    monkeypatch.undo()
+    assert json_schema("1", schema) == 1.0
+
+
+DEEP = "[" * 50_000 + "]" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"$ref": "#/nowhere"}, "'#/nowhere'"), ({"items": {"$ref": "http://a.example/b"}}, "'http://a.example/b'"),
+        ({"$defs": {"a": {"not": {"$ref": "#b"}}}}, "'#b'"), ({"patternProperties": {"(": {}}}, "regex"),
+        ({"pattern": "("}, "regex"), ('{"const": ' + DEEP + "}", "deep"), ('{"multipleOf": 0}', "schema"),
+    ],
+)  # fmt: skip
+def test_schemas_that_cannot_be_used_are_refused_before_training(schema, problem):
+    with pytest.raises(ValueError, match=problem):
+        checked_schema(schema)
+
+
+def test_references_within_a_schema_are_followed():
+    tree = {"$defs": {"n": {"$anchor": "number", "type": "integer"}}, "items": {"$ref": "#/$defs/n"}}
+    tree |= {"properties": {"$ref": {"$ref": "#number"}}, "enum": [[1], {"$ref": 2}], "examples": [{"$ref": "#/x"}]}
+    assert json_schema("[1]", checked_schema(tree)) == json_schema('{"$ref": 2}', checked_schema(tree)) == 1.0
 
 
 # --- patterns
