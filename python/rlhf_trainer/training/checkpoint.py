@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Writes `work`/checkpoints/step-...; `state`: the rest that a resumed run needs, as JSON."""
-    folder = work / FOLDER / f"step-{step:09d}"
+    folder = work / FOLDER / name_of(step)
     try:
         _save(folder, step, model, optimizer, state)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where the disk is full
@@ -48,7 +48,9 @@ def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
         save_file({name: tensor.contiguous() for name, tensor in tensors_of(model).items()}, new / MODEL)
         torch.save(optimizer.state_dict()["state"], new / OPTIMIZER)  # of any types: eight bits, numbers
         sums = {name: checksum(new / name) for name in (MODEL, OPTIMIZER)}
-        (new / STATE).write_text(json.dumps({"step": step, "checksums": sums, **state}), encoding="utf-8")
+        facts = {"step": step, "checksums": sums, **state}
+        facts["checksum"] = checksum(json.dumps(facts).encode())
+        (new / STATE).write_text(json.dumps(facts), encoding="utf-8")
         if folder.exists():  # damaged, or the run would have been resumed from it
             shutil.rmtree(folder)
     checkpoints = saved_checkpoints(folder.parent.parent)
@@ -61,15 +63,24 @@ def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
 def newest_checkpoint(work: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `work`; for damaged ones, a warning."""
     for folder in reversed(saved_checkpoints(work)):
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            whole = all(checksum(folder / name) == state["checksums"][name] for name in (MODEL, OPTIMIZER))
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if whole:
+        state = whole_state(folder)
+        if state is not None:
             return Checkpoint(folder, state["step"], state)
         warnings.warn(f"{folder} is damaged; an earlier checkpoint is taken", stacklevel=2)
     return None
+
+
+def whole_state(folder: Path) -> dict[str, Any] | None:
+    """The facts of a checkpoint; None where they, the weights or the optimizer are not those that were saved in this
+    folder."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        own = state.pop("checksum")
+        whole = own == checksum(json.dumps(state).encode()) and folder.name == name_of(state["step"])
+        whole = whole and all(checksum(folder / name) == state["checksums"][name] for name in (MODEL, OPTIMIZER))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not even facts
+        return None
+    return state if whole else None
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -90,6 +101,10 @@ def remove_checkpoints(folder: Path, *, but_newest: bool) -> None:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
     for checkpoint in saved_checkpoints(folder)[:-1]:
         shutil.rmtree(checkpoint)
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:09d}"
 
 
 def saved_checkpoints(work: Path) -> list[Path]:

@@ -174,6 +174,47 @@ def cut_the_state(folder):
     (folder / checkpoint.STATE).write_text('{"step":')
 
 
+def other_step(folder):
+    """One bit of a digit."""
+    text = (folder / checkpoint.STATE).read_text()
+    (folder / checkpoint.STATE).write_text(text.replace('"step": 6', '"step": 7'))
+
+
+def other_fact(folder):
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    (folder / checkpoint.STATE).write_text(json.dumps(state | {"metrics_bytes": state["metrics_bytes"] - 1}))
+
+
+def signed_step_of_another_folder(folder):
+    state = json.loads((folder / checkpoint.STATE).read_text()) | {"step": 4}
+    del state["checksum"]
+    state["checksum"] = checkpoint.checksum(json.dumps(state).encode())
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+
+
+def no_facts(content):
+    def harm(folder):
+        (folder / checkpoint.STATE).write_text(content)
+
+    return harm
+
+
+NO_FACTS = ["null", "[]", '{"checksum": 1}', '{"step": "6", "checksum": ""}', "9" * 5000, "[" * 100_000]
+
+
+@pytest.mark.parametrize("harm", [other_step, other_fact, signed_step_of_another_folder, *map(no_facts, NO_FACTS)])
+def test_a_checkpoint_with_other_facts_is_damaged(harm, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    for step in (4, 6):
+        facts = {"metrics_bytes": 10 * step, "data": "x"}
+        checkpoint.save_checkpoint(tmp_path, step, model, torch.optim.SGD(model.parameters()), facts)
+    assert checkpoint.newest_checkpoint(tmp_path).step == 6
+    harm(tmp_path / checkpoint.FOLDER / "step-000000006")
+    with pytest.warns(UserWarning, match="step-000000006 is damaged"):
+        newest = checkpoint.newest_checkpoint(tmp_path)
+    assert newest.step == newest.state["step"] == 4 and newest.state["metrics_bytes"] == 40
+
+
 @pytest.mark.parametrize("harm", [damage, truncate, cut_the_state])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(harm, stage, tmp_path):
     run = stage("sft")
