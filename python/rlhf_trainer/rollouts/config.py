@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from ..config.base import DATA, GENERATION, MODEL, SERVER, DataConfig, OutputConfig, at_least
 from ..errors import UsageError
@@ -35,10 +36,24 @@ class ServerConfig(OutputConfig):
         at_least(self, 1, "server_concurrency")
         if not 0 < self.server_timeout < math.inf:
             raise UsageError(f"server_timeout must be a positive number of seconds, got {self.server_timeout}")
-        if self.server_url is not None and not self.server_url.startswith(("http://", "https://")):
-            raise UsageError(f"server_url must start with http:// or https://, got {self.server_url!r}")
+        if self.server_url is not None:
+            check_url(self.server_url)
         if self.server_url is None and (self.server_model is not None or self.server_sync != "none"):
             raise UsageError("server_model and server_sync are for a server: pass server_url")
+
+
+def check_url(url: str) -> None:
+    """UsageError, without what may be a secret, for what is not the address of a server, and nothing more."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half of an IPv6 address, a port that is no number
+        whole = False
+    if not whole or not (url.isascii() and url.isprintable()) or any(mark in url for mark in "@?# "):
+        raise UsageError(
+            "server_url must start with http:// or https:// and be the address of a server alone, as http://host:8000, "
+            "without user, password, ? or #; a key goes into the environment, as RLHF_SERVER_KEY"
+        )
 
 
 @dataclass(kw_only=True)

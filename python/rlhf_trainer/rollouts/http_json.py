@@ -16,14 +16,22 @@ KEY_VARIABLE = "RLHF_SERVER_KEY"  # its value goes along as a bearer token, for 
 LONGEST_DELAY_S = 60.0
 READ_BYTES = 65536
 EXCERPT = 300  # characters of a server's answer that a message repeats
+ANSWER_BYTES, TOKEN_BYTES = 2**20, 2**12  # at most, of an answer and more for each token that may be in it
 
 
 class RequestError(Exception):
     """A request without a usable answer; `retryable`: whether another try may have one."""
 
     def __init__(self, reason: str, retryable: bool = True) -> None:
-        super().__init__(reason)
+        super().__init__("".join(character if character.isprintable() else " " for character in reason))
         self.retryable = retryable
+
+
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A key is for the server that was named, and for no other that it names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 class Server:
@@ -48,41 +56,64 @@ class Server:
             retry += 1
 
     def _exchange(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        headers, key = {"Content-Type": "application/json"}, server_key()
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
+        most = ANSWER_BYTES + TOKEN_BYTES * (body or {}).get("max_tokens", 0)
         deadline = time.monotonic() + self.timeout_s
         try:
             request = urllib.request.Request(self.url + path, data=data, headers=headers)
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                answer = self._read(response, deadline)
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=self.timeout_s) as response:
+                answer = without(key, self._read(response, deadline, most))
         except urllib.error.HTTPError as error:
             retryable = error.code >= 500 or error.code in (408, 429)
-            raise RequestError(f"HTTP {error.code}: {excerpt_of(error)}", retryable) from error
-        except (OSError, http.client.HTTPException) as error:
+            advice = ". Redirects are not followed: name the server itself" if 300 <= error.code < 400 else ""
+            raise RequestError(f"HTTP {error.code}: {excerpt_of(error, key)}{advice}", retryable) from error
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host's name
             cause = getattr(error, "reason", error)  # URLError wraps what happened while connecting
             if isinstance(cause, TimeoutError):
                 raise RequestError(f"no answer within {self.timeout_s:g} seconds") from error
-            raise RequestError(f"{type(cause).__name__}: {cause}") from error
+            raise RequestError(
+                f"{type(cause).__name__}: {without(key, str(cause).encode(errors='replace')).decode()}"
+            ) from error
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the answer is not JSON: {answer[:EXCERPT].decode(errors='replace')!r}") from error
 
-    def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
+    def _read(self, response: http.client.HTTPResponse, deadline: float, most: int) -> bytes:
         """The whole answer, by the deadline: a socket's timeout starts anew with every byte that drips in."""
-        parts = []
+        parts, size = [], 0
         while part := response.read1(READ_BYTES):
             parts.append(part)
+            size += len(part)
+            if size > most:
+                raise RequestError(f"the answer has more than the {most} bytes that such a request may have")
             if time.monotonic() > deadline:
                 raise TimeoutError
         return b"".join(parts)
 
 
-def excerpt_of(error: urllib.error.HTTPError) -> str:
+def server_key() -> str:
+    """The value of KEY_VARIABLE, which files and shells like to end with a new line; RequestError, which does not show
+    it, where no header can hold it."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise RequestError(f"{KEY_VARIABLE} must be one line of ASCII characters, and is not", retryable=False)
+    return key
+
+
+def without(key: str, content: bytes) -> bytes:
+    """What a server says, but for the key, should it repeat that."""
+    return content.replace(key.encode(), b"(the key)") if key else content
+
+
+def excerpt_of(error: urllib.error.HTTPError, key: str) -> str:
     """The start of an HTTP error's text, or its reason where the text cannot be read."""
+    reason = without(key, str(error.reason).encode(errors="replace"))
     try:
-        return error.read1(EXCERPT).decode(errors="replace").strip() or str(error.reason)
+        content = without(key, error.read1(EXCERPT + len(key)))
     except (OSError, http.client.HTTPException):
-        return str(error.reason)
+        content = b""
+    return (content[:EXCERPT].strip() or reason).decode(errors="replace")

@@ -163,7 +163,9 @@ class ServerSampler:
             raise RequestError(f"expected an answer with one choice, got {count}")
         choice = choices[0]
         if choice.get("finish_reason") not in ("stop", "length"):  # an aborted one is no completion of the policy's
-            raise RequestError(f"expected finish_reason stop or length, got {choice.get('finish_reason')!r}")
+            raise RequestError(
+                f"expected finish_reason stop or length, got {repr(choice.get('finish_reason'))[:EXCERPT]}"
+            )
         stopped = choice["finish_reason"] == "stop"
         ids = choice.get("token_ids")
         if ids is None:
@@ -208,8 +210,11 @@ def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None
     values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(values, list) or len(values) != count:
         return None
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        return None
+    try:
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+            return None
+    except OverflowError as error:
+        raise RequestError("expected log-probs, got a number too large for a float") from error
     return [float(value) for value in values[:kept]]
 
 
