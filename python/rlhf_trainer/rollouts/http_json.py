@@ -9,22 +9,27 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 KEY_VARIABLE = "RLHF_SERVER_KEY"  # its value goes along as a bearer token, for servers started with a key
-LONGEST_DELAY_S = 60.0
+LONGEST_DELAY_S = 60.0  # of our own; a server may wish for more (Retry-After), up to:
+LONGEST_WISH_S = 600.0
 READ_BYTES = 65536
 EXCERPT = 300  # characters of a server's answer that a message repeats
 ANSWER_BYTES, TOKEN_BYTES = 2**20, 2**12  # at most, of an answer and more for each token that may be in it
 
 
 class RequestError(Exception):
-    """A request without a usable answer; `retryable`: whether another try may have one."""
+    """A request without a usable answer. `retryable`: whether another try may have one; `status`: of HTTP, None where
+    the server could not be reached; `delay_s`: how long the server wishes not to be tried again."""
 
-    def __init__(self, reason: str, retryable: bool = True) -> None:
+    def __init__(self, reason: str, retryable: bool = True, *, status: int | None = None, delay_s: float = 0.0) -> None:
         super().__init__("".join(character if character.isprintable() else " " for character in reason))
-        self.retryable = retryable
+        self.retryable, self.status, self.delay_s = retryable, status, delay_s
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -35,11 +40,21 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """JSON to and from a server, with another try after 1, 2, 4, ... times first_delay_s."""
+    """JSON to and from a server, with another try after 1, 2, 4, ... times first_delay_s, or when the server wishes.
+    `key_variable`: the environment's variable that holds the key."""
 
-    def __init__(self, url: str, timeout_s: float, retries: int, first_delay_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        retries: int,
+        first_delay_s: float = 1.0,
+        *,
+        key_variable: str = KEY_VARIABLE,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s, self.retries, self.first_delay_s = timeout_s, retries, first_delay_s
+        self.key_variable = key_variable
 
     def request(self, path: str, body: dict[str, Any] | None, read: Callable[[Any], Result]) -> Result:
         """`read(answer)` of POST body, or of GET without one; RequestError where no try has an answer that `read`
@@ -51,12 +66,13 @@ class Server:
             except RequestError as problem:
                 if not problem.retryable or retry == self.retries:
                     tries = "" if retry == 0 else f" (at the last of {retry + 1} tries)"
-                    raise RequestError(f"{problem}{tries}", problem.retryable) from problem
-            time.sleep(min(self.first_delay_s * 2**retry, LONGEST_DELAY_S))
+                    raise RequestError(f"{problem}{tries}", problem.retryable, status=problem.status) from None
+                delay_s = max(min(self.first_delay_s * 2**retry, LONGEST_DELAY_S), min(problem.delay_s, LONGEST_WISH_S))
+            time.sleep(delay_s)
             retry += 1
 
     def _exchange(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers, key = {"Content-Type": "application/json"}, server_key()
+        headers, key = {"Content-Type": "application/json"}, key_in(self.key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body).encode()
@@ -69,18 +85,20 @@ class Server:
         except urllib.error.HTTPError as error:
             retryable = error.code >= 500 or error.code in (408, 429)
             advice = ". Redirects are not followed: name the server itself" if 300 <= error.code < 400 else ""
-            raise RequestError(f"HTTP {error.code}: {excerpt_of(error, key)}{advice}", retryable) from error
+            reason, delay_s = f"HTTP {error.code}: {excerpt_of(error, key)}", wish_of(error.headers.get("Retry-After"))
+            raise RequestError(reason + advice, retryable, status=error.code, delay_s=delay_s) from error
         except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host's name
             cause = getattr(error, "reason", error)  # URLError wraps what happened while connecting
             if isinstance(cause, TimeoutError):
-                raise RequestError(f"no answer within {self.timeout_s:g} seconds") from error
+                raise RequestError(f"no answer within {self.timeout_s:g} seconds", status=408) from error
             raise RequestError(
                 f"{type(cause).__name__}: {without(key, str(cause).encode(errors='replace')).decode()}"
             ) from error
         try:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"the answer is not JSON: {answer[:EXCERPT].decode(errors='replace')!r}") from error
+            reason = f"the answer is not JSON: {answer[:EXCERPT].decode(errors='replace')!r}"
+            raise RequestError(reason, status=200) from error
 
     def _read(self, response: http.client.HTTPResponse, deadline: float, most: int) -> bytes:
         """The whole answer, by the deadline: a socket's timeout starts anew with every byte that drips in."""
@@ -89,18 +107,19 @@ class Server:
             parts.append(part)
             size += len(part)
             if size > most:
-                raise RequestError(f"the answer has more than the {most} bytes that such a request may have")
+                reason = f"the answer has more than the {most} bytes that such a request may have"
+                raise RequestError(reason, status=200)
             if time.monotonic() > deadline:
                 raise TimeoutError
         return b"".join(parts)
 
 
-def server_key() -> str:
-    """The value of KEY_VARIABLE, which files and shells like to end with a new line; RequestError, which does not show
+def key_in(variable: str) -> str:
+    """The value of the environment's variable, which files and shells like to end with a new line; RequestError, which does not show
     it, where no header can hold it."""
-    key = os.environ.get(KEY_VARIABLE, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise RequestError(f"{KEY_VARIABLE} must be one line of ASCII characters, and is not", retryable=False)
+        raise RequestError(f"{variable} must be one line of ASCII characters, and is not", retryable=False)
     return key
 
 
@@ -117,3 +136,12 @@ def excerpt_of(error: urllib.error.HTTPError, key: str) -> str:
     except (OSError, http.client.HTTPException):
         content = b""
     return (content[:EXCERPT].strip() or reason).decode(errors="replace")
+
+
+def wish_of(retry_after: str | None) -> float:
+    """The seconds of a Retry-After header, which has a number of them or a date; 0 where it has neither."""
+    with suppress(ValueError):
+        return max(0.0, float(retry_after or 0))  # 0 of NaN, too
+    with suppress(ValueError, TypeError):  # no date; one without a zone
+        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
+    return 0.0

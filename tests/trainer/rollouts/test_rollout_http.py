@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokeniz
 
 from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.rollouts import http_json
 from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Completion, Sampling, completion_text
-from rlhf_trainer.rollouts.http_json import KEY_VARIABLE
+from rlhf_trainer.rollouts.http_json import KEY_VARIABLE, RequestError
 from rlhf_trainer.rollouts.loading import make_sampler
 from rlhf_trainer.rollouts.sampler import Failure, GenerationRequest
 from rlhf_trainer.rollouts.server import ServerSampler
@@ -453,3 +454,34 @@ def test_text_is_encoded_in_its_place(scripted, sampler):
         scripted.answer = lambda path, body, text=text: choice(text=text, finish_reason="stop")
         (done,) = generate(make, [request])
         assert own.convert_ids_to_tokens(done.ids) == [*tokens, "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("header", "waits"),
+    [("7", 7.0), ("0.1", 1.0), ("90", 90.0), ("86400", 600.0), ("soon", 1.0), ("nan", 1.0), ("-3", 1.0),
+     ("Wed, 21 Oct 2099 07:28:00 GMT", 600.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 1.0), (None, 1.0)],
+)  # fmt: skip
+def test_a_server_says_when_to_try_again(header, waits, monkeypatch):
+    """In seconds or by a date; never earlier than without, and at most ten minutes later."""
+    slept = []
+    monkeypatch.setattr(http_json.time, "sleep", slept.append)
+    answers = iter([RequestError("HTTP 429: busy", status=429, delay_s=http_json.wish_of(header)), "done"])
+
+    def exchange(path, body):
+        answer = next(answers)
+        if isinstance(answer, RequestError):
+            raise answer
+        return answer
+
+    server = http_json.Server("http://127.0.0.1:9", 5.0, retries=1)
+    monkeypatch.setattr(server, "_exchange", exchange)
+    assert server.request("/", None, lambda answer: answer) == "done" and slept == [waits]
+
+
+def test_the_header_of_a_busy_server_is_read(monkeypatch):
+    slept, scripted, busy = [], Scripted(), [b"HTTP/1.0 503 Busy\r\nRetry-After: 42\r\n\r\nlater"]
+    monkeypatch.setattr(http_json.time, "sleep", slept.append)
+    scripted.answer = lambda path, body: busy.pop() if busy else (200, {"ready": True})
+    with scripted.running() as url:
+        assert http_json.Server(url, 5.0, retries=1).request("/", {}, lambda answer: answer) == {"ready": True}
+    assert slept == [42.0]
