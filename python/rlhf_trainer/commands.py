@@ -49,6 +49,9 @@ COMMANDS = {
     "pairs": Command(
         "preferences.config:PairsConfig", "preferences.pairs:make_pairs", "make preferences of scored completions"
     ),
+    "judge": Command(
+        "preferences.config:JudgeConfig", "preferences.judge:judge", "have a model judge pairs of responses"
+    ),
     "dpo": Command(
         "offline.config:DPOConfig", "offline.dpo:train_dpo", "train a model on preferences with DPO",
         "offline.pair_batches:read_groups",

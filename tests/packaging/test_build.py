@@ -97,7 +97,8 @@ def files(root, *patterns):
 def packages():
     """Every file that belongs into a wheel, by its path there."""
     return files(ROOT, "rlhf_kernels/**/*.py", "rlhf_kernels/py.typed") | files(
-        ROOT / "python", *(f"rlhf_trainer/**/*{suffix}" for suffix in (".py", ".yaml", ".jinja", ".html", ".typed"))
+        ROOT / "python",
+        *(f"rlhf_trainer/**/*{suffix}" for suffix in (".py", ".yaml", ".jinja", ".html", ".txt", ".typed")),
     )
 
 

@@ -51,12 +51,13 @@ DATA = Subject("data")
 GENERATION = Subject("generation")
 SERVER = Subject("generation by a server")
 REWARDS = Subject("rewards")
+JUDGE = Subject("judge")
 SELECTION = Subject("selection")
 LOSS = Subject("loss")
 OPTIMIZATION = Subject("optimization")
 RECIPE = Subject("recipe")
 OUTPUT = Subject("output")
-SUBJECTS = (MODEL, ADAPTER, DATA, GENERATION, SERVER, REWARDS, SELECTION, LOSS, OPTIMIZATION, RECIPE, OUTPUT)
+SUBJECTS = (MODEL, ADAPTER, DATA, GENERATION, SERVER, REWARDS, JUDGE, SELECTION, LOSS, OPTIMIZATION, RECIPE, OUTPUT)
 
 
 def names_with(config: type, flag: str) -> list[str]:

@@ -60,6 +60,8 @@ def comparisons(row: dict[str, Any]) -> list[tuple[Response, Response, float]]:
 
     The margin is what the row calls one. Differences of scores are none: their unit is the scorer's, not nats.
     """
+    if "flipped" in row and row.get("verdict") in ("tie", "unparsed"):
+        raise RowError("verdict", f"{row['verdict']}: no preference; --skip_invalid_rows leaves such rows out")
     if "responses" not in row:
         chosen, rejected = (("chosen", need(row, "chosen")), ("rejected", need(row, "rejected")))
         margin = number("margin", row.get("margin", 0.0))

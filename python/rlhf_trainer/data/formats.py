@@ -17,6 +17,7 @@ Row = dict[str, Any]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 FINAL_ANSWER = "####"
+VERDICTS = ("chosen", "rejected", "tie", "unparsed")  # of `rlhf judge`, whose rows are preferences of the judge
 TURN = re.compile(f"({HUMAN}|{ASSISTANT})")
 
 
@@ -25,7 +26,13 @@ def plain_row(row: Any, format: RowFormat = "auto", *, chat: bool = True) -> Row
     if not isinstance(row, dict):
         raise RowError("row", f"expected a mapping, got {row!r}")
     row = {column: value for column, value in row.items() if value is not None}
-    return _READERS[format_of(row) if format == "auto" else format](row, chat)
+    is_judged = row.get("verdict") in VERDICTS and "flipped" in row
+    judged = {column: row[column] for column in ("verdict", "flipped")} if is_judged else {}
+    plain = _READERS[format_of(row) if format == "auto" else format](row, chat)
+    if judged.get("verdict") == "rejected" and {"chosen", "rejected"} <= plain.keys():
+        others = {column: value for column, value in plain.items() if column != "margin"}  # it is the other way round
+        plain = others | {"chosen": plain["rejected"], "rejected": plain["chosen"]}
+    return plain | judged
 
 
 def format_of(row: Row) -> RowFormat:
