@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -34,16 +34,11 @@ from .verdicts import Template, load_template, parse_verdict
 JUDGED_FILE, ANSWERS_FILE = "judged.jsonl", "answers.jsonl"
 KEY_VARIABLE = "RLHF_JUDGE_KEY"
 REQUEST_RETRIES = 5  # of one that fails, not of one without a verdict
-MAX_ANSWER_BYTES = 1 << 20
 OF_ONE_PAIR = (200, 400, 408, 413, 422, 500)  # failures that may be one request's; any other stops the run,
 HOPELESS = 20  # and so do as many of them in a row
 WARMTH = 0.7  # of an answer that is asked for again: at 0 it would be the same
 TOKENS = ("prompt_tokens", "completion_tokens")
-
-
-class Pair(NamedTuple):
-    columns: dict[str, Any]  # of the input
-    questions: tuple[str, str]
+Pair = tuple[dict[str, Any], tuple[str, str]]  # the input's columns, and what the judge is asked
 
 
 def judge(config: JudgeConfig) -> Path:
@@ -57,14 +52,14 @@ def judge(config: JudgeConfig) -> Path:
     pairs = [pair for of_row in rows for pair in of_row]
     work = open_output(config)
     asked = AskedJudge(config, template, work / ANSWERS_FILE)
-    verdicts = asked.about(list(dict.fromkeys(question for pair in pairs for question in pair.questions)))
-    answers = [(verdicts[pair.questions[0]], verdicts[pair.questions[1]]) for pair in pairs]
+    verdicts = asked.about(list(dict.fromkeys(question for _, both in pairs for question in both)))
+    answers = [(verdicts[first], verdicts[second]) for _, (first, second) in pairs]
     settled = [template.settle(*two) for two in answers]
     report = report_of(answers, settled, template) | {
         "requests": len(asked.known), "failed_requests": len(asked.failures), **asked.tokens,
     }  # fmt: skip
     judged = zip(pairs, settled, strict=True)
-    write_jsonl(work / JUDGED_FILE, [pair.columns | {"verdict": v, "flipped": f} for pair, (v, f) in judged])
+    write_jsonl(work / JUDGED_FILE, [columns | {"verdict": v, "flipped": f} for (columns, _), (v, f) in judged])
     (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     folder = commit_output(config)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in report["verdicts"].items())
@@ -90,12 +85,13 @@ def pairs_of(row: dict[str, Any], config: JudgeConfig, template: Template) -> li
         field = need_any(plain, ("reference", "ground_truth"))
         reference = text_of(plain[field], field)
     others = {key: value for key, value in row.items() if key not in ("responses", "pairs", "scores")}
-    pairs = []
-    for (better, chosen), (worse, rejected), _ in comparisons(plain):
-        questions = template.questions(question, reference, text_of(chosen, better), text_of(rejected, worse))
-        several = "responses" in plain
-        pairs.append(Pair(others | {"chosen": chosen, "rejected": rejected} if several else row, questions))
-    return pairs
+    return [
+        (
+            others | {"chosen": chosen, "rejected": rejected} if "responses" in plain else row,
+            template.questions(question, reference, text_of(chosen, better), text_of(rejected, worse)),
+        )
+        for (better, chosen), (worse, rejected), _ in comparisons(plain)
+    ]
 
 
 def text_of(value: Any, field: str) -> str:
@@ -114,9 +110,7 @@ class AskedJudge:
 
     def __init__(self, config: JudgeConfig, template: Template, path: Path) -> None:
         base, self.config, self.template = config.judge_base_url.rstrip("/"), config, template
-        self.server = Server(
-            base, config.judge_timeout, REQUEST_RETRIES, key_variable=KEY_VARIABLE, max_bytes=MAX_ANSWER_BYTES
-        )
+        self.server = Server(base, config.judge_timeout, REQUEST_RETRIES, key_variable=KEY_VARIABLE)
         self.url_path = "/v1/chat/completions" if base.endswith("/v1") else "/chat/completions"
         path.touch()
         lines = whole_lines(path)
@@ -178,10 +172,17 @@ class AskedJudge:
                 if problem.status not in OF_ONE_PAIR or self.failures_in_a_row >= HOPELESS:
                     self.stop(f"judge_base_url: no answer of {self.config.judge_base_url}: {problem}")
             return None
-        with self.lock, self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(answer) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.lock:
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(answer) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:  # a full disk
+                os.truncate(self.path, size)  # half a line would hide those behind it
+                self.stop(f"{self.path} cannot be written: {error}")
+                return None
             self.known[key], self.failures_in_a_row = answer, 0
             self.tokens.update({name: answer[name] for name in TOKENS})
         return answer
@@ -216,11 +217,9 @@ def report_of(
     parsed, flipped = len(settled) - verdicts["unparsed"], sum(flipped for _, flipped in settled)
     sided = letters["A"] + letters["B"]
     return {
-        "pairs": len(settled),
-        "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS},
-        "flipped": flipped,
-        "flip_rate": flipped / parsed if parsed else None,
+        "pairs": len(settled), "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS},
+        "flipped": flipped, "flip_rate": flipped / parsed if parsed else None,
         "win_rate": (verdicts["chosen"] + verdicts["tie"] / 2) / parsed if parsed else None,
         "answers": {letter: letters[letter] for letter in template.allowed} | {"unparsed": letters[None]},
         "position_bias": (letters["A"] - letters["B"]) / sided if sided else None,
-    }
+    }  # fmt: skip

@@ -44,13 +44,7 @@ class Server:
     `key_variable`: the environment's variable that holds the key."""
 
     def __init__(
-        self,
-        url: str,
-        timeout_s: float,
-        retries: int,
-        first_delay_s: float = 1.0,
-        *,
-        key_variable: str = KEY_VARIABLE,
+        self, url: str, timeout_s: float, retries: int, first_delay_s: float = 1.0, *, key_variable: str = KEY_VARIABLE
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.timeout_s, self.retries, self.first_delay_s = timeout_s, retries, first_delay_s
@@ -115,8 +109,8 @@ class Server:
 
 
 def key_in(variable: str) -> str:
-    """The value of the environment's variable, which files and shells like to end with a new line; RequestError, which does not show
-    it, where no header can hold it."""
+    """The value of the environment's variable, which files and shells like to end with a new line; RequestError, which
+    does not show it, where no header can hold it."""
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise RequestError(f"{variable} must be one line of ASCII characters, and is not", retryable=False)

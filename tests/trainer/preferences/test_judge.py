@@ -1,6 +1,8 @@
 """`rlhf judge` with a server that answers as a test scripts it: what is asked, kept, paid once, and handed on."""
 
+import errno
 import json
+import os
 import threading
 
 import pytest
@@ -203,6 +205,24 @@ def test_a_budget_stops_the_run_and_a_larger_one_goes_on(server, run):
         folder = run(url, judge_max_tokens_total=1320, resume_from_checkpoint=True)
     assert len(server.requests) == 12
     assert [(row["verdict"], row["flipped"]) for row in lines_of(folder / JUDGED_FILE)] == VERDICTS
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(server, run, monkeypatch, tmp_path):
+    flush, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with server.running() as url:
+        with pytest.raises(TrainingError, match=r"answers.jsonl cannot be written: .*No space left .* 2 answers"):
+            run(url, judge_concurrency=1)
+        assert len(lines_of(partial_folder(tmp_path / "out") / ANSWERS_FILE)) == 2
+        run(url, resume_from_checkpoint=True)
+    assert len(server.requests) == 3 + 10
 
 
 def test_a_budget_wants_a_server_that_counts(server, run):
