@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import threading
 
 import pytest
@@ -174,6 +175,37 @@ def test_a_killed_run_pays_for_no_answer_twice(server, run, tmp_path, kept):
     assert sorted((folder / ANSWERS_FILE).read_text().splitlines()) == sorted(
         (whole / ANSWERS_FILE).read_text().splitlines()
     )
+
+
+@pytest.mark.parametrize("answers", [1, 2, 5])
+def test_kills_while_the_judge_is_asked_lose_no_answer(server, run, answers):
+    """Each time by SIGKILL, in a process of its own, that has got so many answers."""
+    running, answered = [], []
+
+    def answer(path, body):
+        if len(server.requests) > answers and running:
+            os.kill(running.pop(), signal.SIGKILL)
+            return b""
+        answered.append(json.dumps(body))
+        return opinion(path, body)
+
+    server.answer = answer
+    with server.running() as url:
+        for _ in range(20):
+            server.requests.clear()
+            child = os.fork()
+            if child == 0:
+                try:
+                    run(url, resume_from_checkpoint=True, judge_concurrency=1)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            running.append(child)
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+                break
+        rows = lines_of(run(url, resume_from_checkpoint=True) / JUDGED_FILE)
+    assert [(row["verdict"], row["flipped"]) for row in rows] == VERDICTS
+    assert len(answered) == len(set(answered)) == 12
 
 
 def test_an_answer_is_on_the_disk_before_the_next_request(server, run, tmp_path):
