@@ -337,7 +337,7 @@ def test_the_key_is_sent_and_never_kept(server, run, monkeypatch, capsys):
     assert set(server.keys) == {"Bearer sk-secret"}
     assert not any(b"sk-secret" in path.read_bytes() for path in folder.iterdir())
     out = capsys.readouterr()
-    assert "HTTP 400: bad key ***" in out.out and "sk-secret" not in out.out + out.err
+    assert "HTTP 400: bad key (the key)" in out.out and "sk-secret" not in out.out + out.err
     monkeypatch.setenv(KEY_VARIABLE, "two\nlines")
     with pytest.raises(UsageError, match="RLHF_JUDGE_KEY: expected a key of printable ASCII"):
         run("http://127.0.0.1:9", output="other")
