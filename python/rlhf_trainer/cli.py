@@ -1,7 +1,5 @@
 """The command line: `rlhf COMMAND --config x.yaml [--flag value ...]`."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 """The commands of `rlhf`: for each, where its configuration and its function are, as text, so that importing this costs
 nothing and everybody may."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple

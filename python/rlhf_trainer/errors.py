@@ -1,7 +1,5 @@
 """The errors that a user, not a programmer, has to act on, and what their messages share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any

@@ -4,8 +4,6 @@ It takes the command's flags, reads its data as the command does, and exits with
 refuse them.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

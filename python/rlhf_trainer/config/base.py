@@ -3,8 +3,6 @@
 Every room has a `config.py` of its own for its commands. `parse.py` reads configurations from flags and YAML.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, fields
 from datetime import datetime

@@ -1,7 +1,5 @@
 """Functions of the user's own, named as `module:function`."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

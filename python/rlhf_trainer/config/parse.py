@@ -1,7 +1,5 @@
 """Reading a configuration: the flags of a command over the YAML file of `--config` over the defaults."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

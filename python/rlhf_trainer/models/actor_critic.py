@@ -1,7 +1,5 @@
 """A policy and the values of its states, in one module: the model that PPO trains."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checks that a model, a tokenizer and the data fit together."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

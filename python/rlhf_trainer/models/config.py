@@ -1,7 +1,5 @@
 """The configuration of `rlhf merge`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..config.base import MODEL, OutputConfig

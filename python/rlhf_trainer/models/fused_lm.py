@@ -1,7 +1,5 @@
 """A causal language model that runs a loss in the place of its head."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Exact KL(policy || reference) along sequences: of the whole next-token distributions, in nats."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

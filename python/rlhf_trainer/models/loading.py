@@ -1,7 +1,5 @@
 """Models and tokenizers: loading them, making room for tokens, saving them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

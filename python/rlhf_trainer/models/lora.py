@@ -1,8 +1,6 @@
 """LoRA by peft: an adapter on a frozen model, which without it is its own reference. Its layers stand inside the model,
 which stays the transformers model that it was, to all other code one like any other."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

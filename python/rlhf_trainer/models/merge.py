@@ -1,7 +1,5 @@
 """`rlhf merge`: the whole weights of an adapter and its base, for what loads no adapters."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

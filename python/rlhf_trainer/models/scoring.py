@@ -1,7 +1,5 @@
 """Reward models: loading one, and the reward of token sequences."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Configurations of `rlhf sft`, `rlhf reward` and `rlhf dpo`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

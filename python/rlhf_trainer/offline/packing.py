@@ -8,8 +8,6 @@ conversations, with positions of its own, like one more of them.
 Whether a model plays by these rules is for `leaks` to find out.
 """
 
-from __future__ import annotations
-
 import inspect
 
 import torch

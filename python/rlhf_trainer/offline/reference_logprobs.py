@@ -1,7 +1,5 @@
 """Reference log-probs: computed once before training, kept on disk under a key made of all they depend on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

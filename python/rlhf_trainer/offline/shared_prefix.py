@@ -5,8 +5,6 @@ prompt's. The prompt is then computed once, not once a response, and hidden stat
 rounding. That takes a model that obeys a mask of its own, [rows, 1, T, T], in every layer: `can_share` tests it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel

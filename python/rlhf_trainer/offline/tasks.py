@@ -1,7 +1,5 @@
 """A command's two tasks: the one that it trains on and, with eval_dataset, the one that it is evaluated on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

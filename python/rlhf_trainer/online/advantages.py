@@ -1,7 +1,5 @@
 """Advantages from rewards: pure functions of small tensors. `mask` is True where a token counts."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,8 +1,6 @@
 """The differences between PPO and GRPO, `Algorithm`, and the task that both train on, `EpisodeTask`: the loss of an
 iteration's episodes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple

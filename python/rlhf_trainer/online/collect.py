@@ -1,7 +1,5 @@
 """An iteration's completions: its prompts, the sampler's completions of them, and their rewards."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

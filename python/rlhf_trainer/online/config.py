@@ -1,7 +1,5 @@
 """Configurations of commands that learn from the model's own completions: `rlhf ppo` and `rlhf grpo`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

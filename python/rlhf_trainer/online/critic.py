@@ -1,7 +1,5 @@
 """A policy and the values of its states, in one module: what PPO trains."""
 
-from __future__ import annotations
-
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 

@@ -1,8 +1,6 @@
 """Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives, from a configuration to a
 model folder. Completions of one prompt are compared with each other, so no value model is needed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ reference and its values, turn rewards into advantages, and learn from these in 
 tells PPO from GRPO, advantages and loss, is in ppo.py and grpo.py; the steps before are in collect.py and episodes.py.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import shutil

@@ -1,7 +1,5 @@
 """The metrics of an iteration of PPO or GRPO, under TRL's names where it has one. Means are over completions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

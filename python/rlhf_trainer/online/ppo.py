@@ -8,8 +8,6 @@ choice does not change it. As a reward it holds back the tokens before; the toke
 `kl_baseline`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

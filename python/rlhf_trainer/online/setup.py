@@ -1,7 +1,5 @@
 """The models, data and rewards of a run that learns from its own completions, loaded and checked."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from accelerate import Accelerator

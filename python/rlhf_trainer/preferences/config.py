@@ -1,7 +1,5 @@
 """The configurations of `rlhf pairs` and `rlhf judge`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -5,8 +5,6 @@ LLM-as-a-Judge"). Every answer is in answers.jsonl as soon as it comes, under a 
 on, and a pair that occurs twice, pay for no request again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading

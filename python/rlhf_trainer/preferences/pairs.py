@@ -4,8 +4,6 @@ A row of pairs.jsonl is a prompt with its distinct completions, their rewards, a
 makes its preferences in this way, of the completions of many models, and online DPO in each round.)
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a judge's answer decides, and what is asked of it: templates, verdicts, and how two of them settle a pair."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Configurations of commands that generate completions, and of `rlhf sample`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Completions of causal language models, the same on every run: seeded batch by batch, by nothing but the arguments."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """JSON over HTTP with a server that may be slow, down for a while, or talk rubbish: retried, then a RequestError."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

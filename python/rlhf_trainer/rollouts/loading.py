@@ -1,7 +1,5 @@
 """The sampler, the prompts and the sampling options of a configuration."""
 
-from __future__ import annotations
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoding import Codec

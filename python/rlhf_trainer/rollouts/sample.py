@@ -8,8 +8,6 @@ With server_url, a server writes, and each of models is the folder or hub id of 
 here, its weights are not. What the server fails at goes to failures.jsonl, which is a dataset of prompts again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple

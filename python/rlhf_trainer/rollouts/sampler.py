@@ -4,8 +4,6 @@
 server. Both return the same: a `Completion` with the sampler's own log-probs, or a `Failure` with its reason.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol

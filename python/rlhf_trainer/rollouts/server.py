@@ -9,8 +9,6 @@ it keeps every model that was requested: start it with a short `--model-timeout`
 the same on every run only at server_concurrency 1, as one state of the random numbers serves all requests.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

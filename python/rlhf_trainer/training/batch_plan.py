@@ -1,7 +1,5 @@
 """The examples that train together. The plan is made once: a reference then sees the very same batches and padding."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

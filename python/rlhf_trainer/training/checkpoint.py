@@ -4,8 +4,6 @@ A checkpoint is a folder, written beside its place, flushed to disk, and moved t
 the last good one is there whenever the run dies, also while it writes the next.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """Files and folders that are there whole or not at all, and the checksums of their contents."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

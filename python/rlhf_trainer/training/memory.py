@@ -1,7 +1,5 @@
 """Memory that is given back in time, and one message where it runs out, of what ran and which options help."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The metrics of a run: a line of metrics.jsonl a step, accelerate's trackers, one progress bar."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Optimizers and learning rates, by the names that transformers' TrainingArguments give them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Output folders: everything is written beside its place and moved there whole, so a folder that exists is complete."""
 
-from __future__ import annotations
-
 import fcntl
 import shutil
 from datetime import datetime

@@ -1,7 +1,5 @@
 """The processes that `torchrun` or `accelerate launch` started: sharing work among them, and leaving them."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """One command's examples, their plan, and their loss; and the metrics of a batch that is split into micro-batches."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

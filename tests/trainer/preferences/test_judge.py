@@ -339,7 +339,7 @@ def test_the_key_is_sent_and_never_kept(server, run, monkeypatch, capsys):
     out = capsys.readouterr()
     assert "HTTP 400: bad key (the key)" in out.out and "sk-secret" not in out.out + out.err
     monkeypatch.setenv(KEY_VARIABLE, "two\nlines")
-    with pytest.raises(UsageError, match="RLHF_JUDGE_KEY: expected a key of printable ASCII"):
+    with pytest.raises(TrainingError, match="RLHF_JUDGE_KEY must be one line of ASCII"):
         run("http://127.0.0.1:9", output="other")
 
 
