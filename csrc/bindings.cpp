@@ -184,8 +184,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_workspace_budget_mib",
       [](int64_t cpu, int64_t cuda) {
-        rk::workspace_budget_mib(rk::Scratch::cpu) = cpu;
-        rk::workspace_budget_mib(rk::Scratch::cuda) = cuda;
+        rk::workspace_budget_mib(rk::Memory::cpu) = cpu;
+        rk::workspace_budget_mib(rk::Memory::cuda) = cuda;
         rk::trim_kept_logits_memory();
       },
       pybind11::arg("cpu"), pybind11::arg("cuda"));

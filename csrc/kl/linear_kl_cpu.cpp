@@ -99,9 +99,8 @@ Tensor forward(const KlInputs& inputs, const CountedRows& rows, int64_t kept_log
   Pair<T> pair(inputs, rows, kept_logits);
   const bool policy_ref = inputs.policy_ref;
   const int64_t vocab = pair.policy.vocab();
-  const ForwardPlan plan =
-      plan_forward(rows.count(), vocab, pair.policy.depth() + pair.ref.depth(), pair.widest(), sizeof(T), kFields,
-                   workspace_budget_bytes(Scratch::cpu), at::get_num_threads());
+  const ForwardPlan plan = plan_forward(rows.count(), vocab, pair.policy.depth() + pair.ref.depth(), pair.widest(),
+                                        sizeof(T), kFields, workspace_budget_bytes(Memory::cpu), at::get_num_threads());
   const int64_t blocks = ceil_div(rows.count(), kRowBlock), chunk_blocks = plan.row_chunk / kRowBlock;
   const Tensor memory = kept_logits_memory(kept_logits, pair.kept_size());
   pair.keep_in(memory.data_ptr<float>());

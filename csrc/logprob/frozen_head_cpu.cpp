@@ -28,7 +28,7 @@ class FrozenForward {
         rows_(rows),
         outputs_(outputs),
         plan_(plan_frozen(rows.count(), head_.vocab(), head_.depth(), sizeof(T), Partials::floats(outputs),
-                          workspace_budget_bytes(Scratch::cpu))),
+                          workspace_budget_bytes(Memory::cpu))),
         results_(rows.targets.size()),
         operands_(head_.operands(side.hidden, rows.index)),
         padded_width_(round_up(head_.width(), kRowBlock)),

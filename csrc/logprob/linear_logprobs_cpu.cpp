@@ -25,7 +25,7 @@ std::pair<RowResults, Tensor> forward(const Side& side, const CountedRows& rows,
   const Head<T> head(side);
   const ForwardPlan plan =
       plan_forward(rows.count(), head.vocab(), head.depth(), head.depth(), sizeof(T), Partials::floats(outputs),
-                   workspace_budget_bytes(Scratch::cpu), at::get_num_threads());
+                   workspace_budget_bytes(Memory::cpu), at::get_num_threads());
   RowResults results(rows.targets.size());
   KeptLogits kept = plan_kept_logits(kept_logits, rows, head);
   const Tensor cache = kept_logits_memory(kept_logits, kept.size);

@@ -36,7 +36,7 @@ class HeadGradient {
         width_(head.width()),
         padded_width_(round_up(width_, kRowBlock)),
         plan_(plan_backward(count_, head.vocab(), width_, recomputed.depths, recomputed.widest, sizeof(T),
-                            workspace_budget_bytes(Scratch::cpu) - recomputed.kept_bytes)),
+                            workspace_budget_bytes(Memory::cpu) - recomputed.kept_bytes)),
         by_vocab_stride_(plan_.row_chunk + kPad),
         by_row_stride_(plan_.vocab_group + kPad) {
     needs_.bias = needs.bias && side.bias && side.bias->defined();

@@ -23,7 +23,7 @@ struct Block {
   ~Block() { munmap(start, bytes()); }
 
   int64_t bytes() const { return count * static_cast<int64_t>(sizeof(float)); }
-  bool fits_budget() const { return bytes() <= workspace_budget_bytes(Scratch::cpu) / 2; }
+  bool fits_budget() const { return bytes() <= workspace_budget_bytes(Memory::cpu) / 2; }
   float* data() const { return static_cast<float*>(start); }
 
   const int64_t count;

@@ -32,7 +32,7 @@ inline bool allows_tf32() {
 class Scratch {
  public:
   Scratch(const at::Tensor& like, const DeviceScope& device)
-      : budget_(workspace_budget_bytes(Scratch::cuda)), options_(like.options().dtype(at::kByte)) {
+      : budget_(workspace_budget_bytes(Memory::cuda)), options_(like.options().dtype(at::kByte)) {
     const int64_t bytes = std::min(kGemmWorkspaceBytes, budget_ / 8);
     gemm_workspace_ = at::empty({bytes}, options_);
     context_ = {gemm_workspace_.data_ptr(), bytes, allows_tf32(), device.stream()};
