@@ -18,9 +18,10 @@ def run(name: str, command: Command, argv: Sequence[str]) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # a run shows one bar, its own
+    from .config.base import TrainConfig
     from .training.processes import leave_processes
 
-    if getattr(config, "dry_run", False):
+    if isinstance(config, TrainConfig) and config.dry_run:
         from .planning import dry_run
 
         dry_run(name, config)

@@ -1,9 +1,14 @@
-"""Requests for samplers."""
+"""Requests for samplers, and a sampler that asks a scripted server."""
 
 import pytest
 
 from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
 from rlhf_trainer.rollouts.sampler import GenerationRequest
+from rlhf_trainer.rollouts.server import ServerSampler
+from tests.trainer.conftest import VOCABULARY
+from tests.trainer.rollouts.scripted_server import Scripted
+
+END = 1
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +25,20 @@ def requests(prompts, tokenizer):
         GenerationRequest(encode_prompt(codec, prompt), prompt_text(codec, prompt), f"row {i}")
         for i, prompt in enumerate(prompts, start=1)
     ]
+
+
+@pytest.fixture
+def scripted():
+    return Scripted()
+
+
+@pytest.fixture
+def sampler(scripted, tokenizer):
+    """options -> a sampler that asks the scripted server."""
+    with scripted.running() as url:
+
+        def make(**options):
+            small = {"ends": [END], "vocabulary": VOCABULARY, "retries": 3, "first_delay_s": 0.01, "timeout_s": 10.0}
+            return ServerSampler(url, "policy", tokenizer, **(small | options))
+
+        yield make
