@@ -21,10 +21,12 @@ _REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall .   (in
 def _read_report() -> dict[str, Any]:
     path = Path(__file__).with_name("_build_report.json")
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
+        report: dict[str, Any] = dict(json.loads(path.read_text()))
+        if not isinstance(report.get("native"), bool):
+            raise ValueError("it does not say whether anything was compiled")
     except FileNotFoundError:
         return {"native": False, "native_reason": f"nothing was compiled here yet; run: {_REBUILD}"}
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         return {"native": False, "native_reason": f"{path} is damaged ({error}); run: {_REBUILD}"}
     return report
 

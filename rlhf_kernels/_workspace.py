@@ -12,7 +12,7 @@ from . import _extension
 
 PAD_ROWS, PAD_COLUMNS = 64, 64  # kept logits come in multiples: csrc/common/tile_plan.h, kRowBlock and cached_vocab
 _NO_LIMIT = 1 << 50
-LEAST_MIB = 8
+LEAST_MIB, MOST_MIB = 8, 1 << 40  # whose bytes an int64 holds, several times
 SHARE, LEAST_DEFAULT_MIB, MOST_DEFAULT_MIB = 32, 64, 1024  # of this machine's memory, on a CPU
 CUDA_DEFAULT_MIB = 256
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -23,8 +23,8 @@ def set_workspace_budget(mib: int | None) -> None:
     """Bounds the scratch memory of one call, kept logits included.
 
     Args:
-        mib: whole number >= 8, or None for each kind of device's default: on CPU a 32nd of the memory that this
-            process may use, at least 64 and at most 1024; 256 on CUDA. `build_info` shows both. The native
+        mib: whole number from 8 to 2**40, or None for each kind of device's default: on CPU a 32nd of the memory that
+            this process may use, at least 64 and at most 1024; 256 on CUDA. `build_info` shows both. The native
             backend keeps logits in fp32 between forward and backward where they fit, which spares their share of one
             GEMM of four, or of `linear_kl`'s two of six: on CPU as many as fit half of the budget beside what backward
             needs, if that is an eighth of them or more; on CUDA all or none, in three quarters of it; under
@@ -32,13 +32,13 @@ def set_workspace_budget(mib: int | None) -> None:
             last one stays for the next call, until a smaller budget is set.
 
     Raises:
-        TypeError, ValueError: not a whole number, or below 8.
+        TypeError, ValueError: not a whole number, below 8 or above 2**40.
     """
     global _budget_mib
     if isinstance(mib, bool) or not isinstance(mib, int | None):
         raise TypeError(f"mib must be an int or None, got {type(mib).__name__}")
-    if mib is not None and mib < LEAST_MIB:
-        raise ValueError(f"mib must be >= {LEAST_MIB}, got {mib}")
+    if mib is not None and not LEAST_MIB <= mib <= MOST_MIB:
+        raise ValueError(f"mib must be {f'>= {LEAST_MIB}' if mib < LEAST_MIB else f'<= {MOST_MIB}'}, got {mib}")
     _budget_mib = mib
     _hand_over()
 

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+# What files of others make their readers raise: values of other types, too deep, too large, empty.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 
 class UsageError(ValueError):
     """Wrong input: a configuration, a data set, a model or a folder. The command line prints it without a traceback."""

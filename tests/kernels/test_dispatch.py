@@ -205,6 +205,32 @@ def test_a_workspace_budget_has_a_lower_bound(wrong):
         rk.set_workspace_budget(wrong)
 
 
+@pytest.mark.parametrize("wrong", [2**40 + 1, 2**63, 2**80])
+def test_a_workspace_budget_that_no_device_counts_changes_nothing(wrong):
+    try:
+        rk.set_workspace_budget(37)
+        with pytest.raises(ValueError, match=rf"mib must be <= {2**40}, got {wrong}"):
+            rk.set_workspace_budget(wrong)
+        assert rk.build_info()["workspace_budget_mib"] == {"cpu": 37, "cuda": 37}
+        rk.set_workspace_budget(2**40)
+        head = [leaf.requires_grad_() for leaf in (T.randn(70, 8, seed=1), T.randn(300, 8, seed=2))]
+        rk.linear_logprobs(*head, torch.arange(70)).logprobs.sum().backward()
+        assert all(leaf.grad.isfinite().all() for leaf in head)
+    finally:
+        rk.set_workspace_budget(None)
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "3", "{}", '{"native": "yes"}', "{", "[" * 100_000, "9" * 5000, "\0"]
+)
+def test_a_build_report_that_is_none_is_damaged(content, monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
+    (tmp_path / "_build_report.json").write_text(content)
+    report = _extension._read_report()
+    assert report["native"] is False and "_build_report.json is damaged (" in report["native_reason"]
+    assert _extension._load(report)[0] is None
+
+
 def test_the_workspace_budget_is_reported():
     try:
         rk.set_workspace_budget(37)

@@ -92,6 +92,9 @@ class OutputConfig(FolderConfig):
     )
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value >= 2**63:
+                raise UsageError(f"{name} must be below 2**63, got {value}")
         at_least(self, 0, "seed")
         if self.seed >= 2**32:
             raise UsageError(f"seed must be below 2**32, got {self.seed}")

@@ -19,7 +19,7 @@ def import_function(spec: str, where: str) -> Callable[..., Any]:
         sys.path.append(os.getcwd())  # last, so that it hides nothing
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # whatever a module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported
         raise UsageError(
             f"{where} {spec!r}: cannot import {module!r}, from {os.getcwd()} or what is installed: "
             f"{type(error).__name__}: {error}"

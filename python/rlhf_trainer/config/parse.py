@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from ..errors import UsageError, did_you_mean
+from ..errors import UNREADABLE, UsageError, did_you_mean
 from .base import SUBJECTS
 
 Config = TypeVar("Config")
@@ -146,7 +146,7 @@ def load_yaml(cls: type, path: str, prog: str) -> dict[str, Any]:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold 'key: value' lines, got {type(values).__name__}")
@@ -184,7 +184,7 @@ def checked_value(value: Any, hint: Any, where: str) -> Any:
     if hint is float and type(value) in (int, str):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is hint:  # not isinstance: True is an int to Python, but not to a reader
         return value

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,9 +29,9 @@ def read_rows(
     """
     path = Path(source)
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-    if path.suffix in readers and path.is_file():
+    if path.suffix in readers and os.path.isfile(source):
         return readers[path.suffix](path)
-    if path.exists():
+    if os.path.exists(source):
         raise UsageError(f"{source}: expected a file that ends in {', '.join(readers)}")
     if path.suffix in readers or path.is_absolute() or source.startswith("."):
         raise UsageError(f"{source}: no such file")

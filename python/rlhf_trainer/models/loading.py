@@ -1,6 +1,7 @@
 """Models and tokenizers: loading them, making room for tokens, saving them."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -24,7 +26,7 @@ from transformers.utils import logging
 from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
 from ..data.encoding import Codec
-from ..errors import UsageError
+from ..errors import UNREADABLE, UsageError
 from .checks import check_vocabulary, largest_id
 from .lora import TRAINED, adapter_of, base_of, load_adapter, merged
 
@@ -54,7 +56,7 @@ def load_pretrained(
             facts = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             options = {"dtype": "auto", "output_loading_info": True} | options
             model, report = auto.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (ImportError, RuntimeError, SafetensorError, StrictDataclassError, *UNREADABLE) as error:
         raise UsageError(f"{key}: cannot load {describe(name)} as {noun}: {error}") from error
     missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith(new))
     if missing:
@@ -95,7 +97,7 @@ def meta_model(
             if base is not None:
                 make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
             return model
-    except (OSError, ValueError, ImportError) as error:
+    except (ImportError, StrictDataclassError, *UNREADABLE) as error:
         raise UsageError(f"{key}: cannot load {describe(name)} as a causal language model: {error}") from error
 
 
@@ -105,7 +107,7 @@ def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> P
         name = base_of(name, key) or name
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (ImportError, StrictDataclassError, *UNREADABLE) as error:
         raise UsageError(f"{key}: cannot load a tokenizer from {describe(name)}: {error}") from error
 
 
@@ -136,7 +138,7 @@ def end_ids_of(name: str, trust_remote_code: bool) -> set[int]:
     for kind in kinds:
         try:
             facts = kind.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError):
+        except (StrictDataclassError, *UNREADABLE):
             continue
         ids = end_ids_in(facts if kind is GenerationConfig else facts.get_text_config())
         if ids:
@@ -181,13 +183,13 @@ def stop_at(model: PreTrainedModel, codec: Codec) -> None:
 
 def check_local(name: str, key: str) -> None:
     """UsageError for a path that does not exist; a hub id, `name` or `owner/name`, passes."""
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > 200):
         raise UsageError(f"{key}: no such folder: {name}")
 
 
 def describe(name: str) -> str:
     """A model's name, for messages; one that is no folder is called a hub id, as it may be a mistyped path."""
-    return repr(name) if Path(name).exists() else f"{name!r} (no folder here, so taken for a hub id)"
+    return repr(name) if os.path.exists(name) else f"{name!r} (no folder here, so taken for a hub id)"
 
 
 @contextmanager

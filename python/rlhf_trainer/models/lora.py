@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config.base import AdapterConfig
 from ..data.batches import Batch
-from ..errors import UsageError
+from ..errors import UNREADABLE, UsageError
 
 CONFIG = "adapter_config.json"
 TRAINED, REFERENCE = "default", "reference"  # peft's names of the adapter, and of what it was before training
@@ -44,9 +44,12 @@ def base_of(name: str, key: str) -> str | None:
     path = Path(name) / CONFIG
     if not path.is_file():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    kind, base = facts.get("peft_type"), facts.get("base_model_name_or_path")
-    if kind != "LORA" or not base:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = facts.get("peft_type"), facts.get("base_model_name_or_path")
+    except UNREADABLE as error:
+        raise UsageError(f"{key}: expected the facts of an adapter in {path}: {error}") from error
+    if kind != "LORA" or not base or not isinstance(base, str):
         raise UsageError(f"{key}: expected LoRA with a base_model_name_or_path in {path}, got {kind} of {base!r}")
     return base
 

@@ -24,7 +24,7 @@ from ..commands import COMMANDS
 from ..config.base import FolderConfig, OutputConfig, names_with
 from ..config.functions import import_function
 from ..config.parse import UniqueKeys, checked_values, is_required
-from ..errors import UsageError, did_you_mean
+from ..errors import UNREADABLE, UsageError, did_you_mean
 
 SHIPPED = Path(__file__).parent
 OUTPUT = "output"
@@ -107,7 +107,7 @@ def load(path: Path, where: str) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UsageError(f"{where}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise UsageError(f"{where}: {path} is not YAML: {error}") from error
     return mapping(content, where)
 
@@ -128,7 +128,7 @@ def apply(changes: Sequence[str], variables: dict[str, Any], stages: dict[str, A
             raise UsageError(f"--set {change}: expected name=value")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, *UNREADABLE) as error:
             raise UsageError(f"--set {change}: the value is not YAML: {error}") from error
         stage, dot, key = name.partition(".")
         if dot and stage in stages:

@@ -173,7 +173,7 @@ class UserReward:
     def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         try:
             return self.call(prompts, texts)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             prompt, cause = self.culprit(prompts, texts) or (None, error)
             place = "all prompts together" if prompt is None else where(prompt)
             frame = traceback.extract_tb(cause.__traceback__)[-1]
@@ -182,11 +182,11 @@ class UserReward:
                 f"{frame.filename}:{frame.lineno}, in {frame.name})"
             ) from cause
 
-    def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, Exception] | None:
+    def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, BaseException] | None:
         for prompt, text in zip(prompts, texts, strict=True):
             try:
                 self.call([prompt], [text])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 return prompt, error
         return None
 
@@ -223,7 +223,7 @@ def number(name: str, value: Any, prompt: Prompt) -> float | None:
         return None
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, Real) or not math.isfinite(value) or abs(value) > LARGEST:
+    if not isinstance(value, Real) or abs(value) > LARGEST or not math.isfinite(value):
         raise UsageError(
             f"the reward function {name!r} gave {kind(value)}, expected a finite number (for {where(prompt)})"
         )

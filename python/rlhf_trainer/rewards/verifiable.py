@@ -335,7 +335,7 @@ def checked_tests(value: Any) -> list[str]:
 def regex_of(argument: str) -> Verifiable:
     try:
         pattern = regex.compile(argument)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(f"not a pattern: {error}") from error
     if not argument:
         raise ValueError("expected regex:PATTERN")

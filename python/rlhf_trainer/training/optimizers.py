@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from ..config.base import TrainConfig
-from ..errors import UsageError
+from ..errors import UNREADABLE, UsageError
 
 PACKAGES = {"adamw_torch_8bit": "torchao", "adamw_bnb_8bit": "bitsandbytes"}
 
@@ -76,5 +76,5 @@ def schedule(name: str, options: str | None, learning_rate: float, warmup: int, 
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         return get_scheduler(name, optimizer, warmup, steps, json.loads(options or "{}")).lr_lambdas[0]
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {options}: {error}") from error

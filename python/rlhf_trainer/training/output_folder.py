@@ -1,6 +1,7 @@
 """Output folders: everything is written beside its place and moved there whole, so a folder that exists is complete."""
 
 import fcntl
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -11,20 +12,23 @@ from accelerate.utils import broadcast_object_list
 
 from ..config.base import FolderConfig, names_with
 from ..config.parse import dump_yaml
-from ..errors import UsageError
+from ..errors import UNREADABLE, UsageError
 from .checkpoint import remove_checkpoints, saved_checkpoints
 from .files import whole_folder, write_whole
 
 # Every run writes its configuration under this name first, so that a run's folder can be recognised.
 CONFIG_FILE = "rlhf_config.yaml"
+NAME_BYTES = 200  # of output_dir: names of files may have 255, and those beside it are longer
 LENGTHS = ("num_train_epochs", "max_steps")
 
 
 def partial_folder(output_dir: str | Path) -> Path:
     """The folder that a run works in until it is done: a sibling of output_dir, so that the final move is a rename."""
     output_dir = Path(output_dir).absolute()
-    if not output_dir.name:
-        raise UsageError(f"output_dir: expected a folder that can be made, got {output_dir}")
+    if not 0 < len(os.fsencode(output_dir.name)) <= NAME_BYTES or "\0" in str(output_dir):
+        raise UsageError(
+            f"output_dir: expected a folder that can be made (a name of 1 to {NAME_BYTES} bytes), got {output_dir}"
+        )
     return output_dir.with_name(output_dir.name + ".partial")
 
 
@@ -192,7 +196,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of the run that left `folder`."""
     try:
         values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise UsageError(f"{folder / CONFIG_FILE}: cannot read the configuration of the run there: {error}") from error
     return values if isinstance(values, dict) else {}
 

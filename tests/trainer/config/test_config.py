@@ -95,6 +95,10 @@ def test_numbers_as_people_write_them(text, yaml_file):
             r"run.yaml: key 'loss_type': expected one of sigmoid, hinge, .*; got 'sigmod'; did you mean 'sigmoid'\?",
         ),
         ("beta: [unclosed\n", r"run.yaml is not YAML"),
+        ("beta: " + "[" * 3000 + "]" * 3000 + "\n", r"run.yaml is not YAML: .*recursion"),
+        ("beta: " + "1" * 5000 + "\n", r"run.yaml is not YAML: .*digits"),
+        ("beta: " + "1" * 400 + "\n", r"run.yaml: key 'beta': expected float, got int 1111"),
+        ("max_steps: " + "1" * 400 + "\n", r"max_steps must be below 2\*\*63, got 1111"),
         ("beta: -1\n", r"beta must be at least 0, got -1"),
         ("beta: .nan\n", r"beta must be at least 0, got nan"),
         ("batch_size: 0\n", r"batch_size must be at least 1, got 0"),
@@ -111,6 +115,9 @@ def test_a_file_that_is_no_mapping_or_not_there(yaml_file, tmp_path):
         parse("--config", yaml_file("- beta\n", required=False))
     with pytest.raises(UsageError, match=r"--config .*none.yaml: No such file"):
         parse("--config", str(tmp_path / "none.yaml"))
+    for name in ("x" * 5000, "a\0b"):
+        with pytest.raises(UsageError, match=r"File name too long|null byte"):
+            parse("--config", name)
     with pytest.raises(UsageError, match="--config needs a file name"):
         parse("--config")
 

@@ -191,8 +191,9 @@ def test_files_that_are_not_what_they_should_be(tokenizer, tmp_path):
     (tmp_path / "x.parquet").write_text("not parquet")
     with pytest.raises(UsageError, match=r"x.parquet: not a readable Parquet file"):
         read(tmp_path / "x.parquet")
-    with pytest.raises(UsageError, match=r"missing.jsonl: no such file"):
-        read(tmp_path / "missing.jsonl")
+    for name in ("missing", "x" * 300, "a\0b"):
+        with pytest.raises(UsageError, match=rf"{name}.jsonl: no such file"):
+            read(tmp_path / f"{name}.jsonl")
     (tmp_path / "pairs.txt").write_text("a,b")
     with pytest.raises(UsageError, match=r"pairs.txt: expected a file that ends in .jsonl, .json, .csv, .parquet"):
         read(tmp_path / "pairs.txt")

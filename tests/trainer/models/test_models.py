@@ -12,7 +12,7 @@ from rlhf_trainer.data.batches import IGNORED, pad_sequences
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.checks import check_fit
 from rlhf_trainer.models.fused_lm import FusedLM, lm_head_of
-from rlhf_trainer.models.loading import checkpoint_gradients, load_causal_lm, load_tokenizer
+from rlhf_trainer.models.loading import checkpoint_gradients, end_ids_of, load_causal_lm, load_tokenizer, meta_model
 from tests.support.vocabulary_tensors import LargestVocabularyTensor
 
 
@@ -281,6 +281,38 @@ def test_missing_weights_are_refused(make_model, tmp_path):
     model.save_pretrained(tmp_path / "headless", state_dict=state)
     with pytest.raises(UsageError, match=r"model_name_or_path: .*lacks weights.*lm_head.weight"):
         load_causal_lm(str(tmp_path / "headless"), key="model_name_or_path")
+
+
+NO_FACTS = {
+    "list": "[]", "nothing": "null", "number": "3", "cut": "{", "deep": "[" * 100_000, "digits": "9" * 5000,
+    "text": '{"model_type": "llama", "hidden_size": "x"}', "negative": '{"model_type": "llama", "hidden_size": -4}',
+    "large": '{"model_type": "llama", "hidden_size": ' + "1" * 400 + "}", "kind": '{"model_type": []}',
+    "no heads": '{"model_type": "llama", "num_attention_heads": 0}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", NO_FACTS.values(), ids=list(NO_FACTS))
+def test_a_folder_whose_config_is_none(facts, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(facts)
+    for load in (load_causal_lm, meta_model):
+        with pytest.raises(UsageError, match=r"ref_model: cannot load '.*' as a causal language model"):
+            load(str(tmp_path), key="ref_model")
+    assert end_ids_of(str(tmp_path), False) == set()
+
+
+@pytest.mark.parametrize("facts", ["[]", "null", "{", "[" * 100_000, "9" * 5000, '{"peft_type": "LORA"}', "{}"])
+def test_a_folder_whose_adapter_config_is_none(facts, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(facts)
+    for load in (load_causal_lm, load_tokenizer, meta_model):
+        with pytest.raises(UsageError, match=r"ref_model: expected .*adapter_config.json"):
+            load(str(tmp_path), key="ref_model")
+
+
+def test_a_name_too_long_for_a_folder_or_a_hub_id():
+    for load in (load_causal_lm, load_tokenizer, meta_model):
+        with pytest.raises(UsageError, match="ref_model: no such folder: xxx"):
+            load("x" * 5000, key="ref_model")
 
 
 def test_names_that_lead_nowhere(tmp_path):

@@ -105,6 +105,8 @@ def test_what_a_recipe_became_is_a_recipe_that_does_the_same(recipe):
         (GOOD, "stages: [sft]", r"mine.yaml: stages: expected 'key: value' lines, got list"),
         (GOOD, "stages: {sft: sft}", r"stage sft: expected 'key: value' lines, got str 'sft'"),
         (GOOD, "a: [", r"mine.yaml is not YAML"),
+        (GOOD, "a: " + "[" * 3000, r"mine.yaml is not YAML: maximum recursion"),
+        (GOOD, "threads: " + "1" * 5000, r"mine.yaml is not YAML: Exceeds the limit"),
     ],
 )
 def test_a_bad_recipe_is_refused_before_anything_runs(old, new, message, recipe, tmp_path, monkeypatch):
@@ -127,6 +129,7 @@ def test_a_bad_recipe_is_refused_before_anything_runs(old, new, message, recipe,
             r"--set speed=1: .* has no variable 'speed'; its variables are: base, data, rate, deep; .* sft, pick",
         ),
         ("rate=[", r"--set rate=\[: the value is not YAML"),
+        ("rate=" + "[" * 3000, r"the value is not YAML: maximum recursion"),
         ("ppo.beta=1", r"no variable 'ppo.beta'"),
         ("sft.betta=1", r"stage sft: unknown key 'betta'\n`rlhf sft --help` lists the keys"),
     ],

@@ -21,6 +21,7 @@ from tests.trainer.known_models import save_word_reward_model
 CPU = torch.device("cpu")
 FUNCTIONS = """
 import math
+import sys
 import numpy
 import torch
 
@@ -49,6 +50,13 @@ def raises(prompts, completions):
         raise KeyError("no such key")
     return [0.0] * len(prompts)
 
+def leaves(prompts, completions):
+    if "bad" in prompts:
+        sys.exit("enough")
+    return [0.0] * len(prompts)
+
+def digits(prompts, completions): return [0.0, 10**400, 0.0]
+
 def raises_on_many(prompts, completions):
     if len(prompts) > 1:
         raise RuntimeError("too many")
@@ -73,6 +81,7 @@ def functions(tmp_path, monkeypatch):
     """A module in the working directory, where a user's would be."""
     (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
     (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "leaving_rewards.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_rewards", "broken_rewards"):
@@ -194,6 +203,8 @@ def test_what_else_counts_as_numbers(functions, name, values):
             "raises_on_many",
             r"raised RuntimeError: too many \(for all prompts together; .*my_rewards.py:\d+, in raises_on_many\)",
         ),
+        ("leaves", r"'my_rewards:leaves' raised SystemExit: enough \(for row 2, prompt 'bad'"),
+        ("digits", r"gave int 1000.*, expected a finite number \(for row 2"),
         ("nan", r"'my_rewards:nan' gave float nan, expected a finite number \(for row 2, prompt 'bad'\)"),
         ("inf", r"gave float -inf, expected a finite number \(for row 2"),
         ("huge", r"gave float 1e\+39, expected a finite number \(for row 2"),  # fp32 holds no such number
@@ -224,11 +235,13 @@ def test_a_long_prompt_is_shortened_and_a_chat_shows_its_last_message(functions)
         ("exact_anwser", r"'exact_anwser' is unknown; known are exact_answer, regex, .*module:function for one"),
         ("my_rewards.py:f", "a module is named without .py: my_rewards:f"),
         ("no_module_here:f", r"cannot import 'no_module_here', from .*ModuleNotFoundError"),
+        ("leaving_rewards:f", r"cannot import 'leaving_rewards', .*SystemExit: 3"),
         ("broken_rewards:f", r"cannot import 'broken_rewards', .*No module named 'nothing_of_this_name'"),
         ("my_rewards:f", r"'my_rewards' \(.*my_rewards.py\) has no 'f'"),
         ("my_rewards:constant", "expected a function, got int 3"),
         ("my_rewards:by_position", "must take 'prompts' by name"),
         ("regex:(", "'regex:\\(': not a pattern: missing"),
+        ("regex:" + "(" * 5000, "not a pattern: maximum recursion"),
         ("regex:", "expected regex:PATTERN"),
         ("format:poem", "expected format:think_answer, got 'poem'"),
         ("exact_answer:3", "takes nothing behind a colon, got '3'"),

@@ -36,6 +36,12 @@ def test_an_existing_output_is_kept(tmp_path):
     assert (folder / "model.txt").read_text() == "first"
 
 
+@pytest.mark.parametrize("name", ["o" * 250, "ö" * 120, "a\0b", "/"])
+def test_a_folder_that_cannot_be_made(name, tmp_path):
+    with pytest.raises(UsageError, match="output_dir: expected a folder that can be made"):
+        check_free(config(tmp_path / name))
+
+
 def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "out").mkdir()
     assert finished_run(tmp_path / "out").joinpath("model.txt").exists()
