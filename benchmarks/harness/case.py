@@ -13,6 +13,11 @@ from torch import Tensor
 from benchmarks.harness.peers import OURS, Peer, compiled
 
 Run = Callable[[], object]
+# What the rows of a table share: op, sizes and options of a case.
+CASE_KEY = (
+    "op", "dtype", "n", "d", "v", "s", "t", "pairs_per_response", "masked", "frozen", "softcap", "model", "sweep",
+    "threads",
+)  # fmt: skip
 ROWS = 64  # rows that are judged: by fp64, and alone against within the batch
 
 

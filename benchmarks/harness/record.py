@@ -8,29 +8,14 @@ from pathlib import Path
 import torch
 
 import rlhf_kernels as rk
+from benchmarks.harness.case import CASE_KEY
 from benchmarks.harness.peers import ROOT
 from rlhf_trainer.studies.machine import commit, cpu_name, output_of, utc_now, versions
 from rlhf_trainer.training.files import write_whole
 
 PARTS = ROOT / "build/on_gpu"  # what each stage of on_gpu.py measured
 # Two rows that agree in these are the same row, measured twice.
-SAME = (
-    "op",
-    "dtype",
-    "n",
-    "d",
-    "v",
-    "s",
-    "t",
-    "pairs_per_response",
-    "masked",
-    "frozen",
-    "softcap",
-    "model",
-    "sweep",
-    "threads",
-)
-SAME += ("contender", "trainer", "host", "case")
+SAME = (*CASE_KEY, "contender", "trainer", "host", "case")
 
 
 def machine_of(device: torch.device, build: dict) -> dict:

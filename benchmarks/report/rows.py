@@ -1,27 +1,11 @@
 """Rows of results: whose they are, how they compare with native's, and which of them make a table."""
 
+from benchmarks.harness.case import CASE_KEY
 from benchmarks.harness.measuring import BARE
 from benchmarks.harness.peers import is_ours as is_backend
 
 NATIVE = "native"
 LARGER = f"{NATIVE}, larger budget"
-# What the rows of a table share.
-KEY = (
-    "op",
-    "dtype",
-    "n",
-    "d",
-    "v",
-    "s",
-    "t",
-    "pairs_per_response",
-    "masked",
-    "frozen",
-    "softcap",
-    "model",
-    "sweep",
-    "threads",
-)
 Table = list[dict]  # rows of one op at one shape, which took turns
 
 
@@ -83,7 +67,7 @@ def in_order(table: Table, native: dict | None) -> Table:
     return sorted(table, key=place)
 
 
-def tables_of(rows: list[dict], key: tuple[str, ...] = KEY) -> list[Table]:
+def tables_of(rows: list[dict], key: tuple[str, ...] = CASE_KEY) -> list[Table]:
     tables: dict[tuple, Table] = {}
     for row in rows:
         tables.setdefault(tuple(row.get(name) or "" for name in key), []).append(row)
