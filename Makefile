@@ -54,7 +54,7 @@ integrations: $(STAMP) hosts
 
 # The tests of what is measured come first: nothing is reported of an op whose tests fail. BENCH_ARGS=--collect-only
 # says what would be measured, and for how long at most.
-bench: $(STAMP) peers
+bench: $(STAMP) peers $(REAL_MODELS)
 	OMP_NUM_THREADS=1 RLHF_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(BENCH_TESTS)
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-only $(BENCH_ARGS)
 BENCH_TESTS := $(addprefix tests/kernels/test_,linear_logprobs.py linear_logprobs_rows.py batch_invariance.py linear_kl.py \

@@ -27,6 +27,7 @@ class Run:
     max_grad_norm: float = 10.0
     max_length: int = 1024
     seed: int = 0
+    lora: bool = False  # an adapter on all linear layers, in the place of the weights
 
 
 Trainer = Callable[[Run], list[float]]
@@ -45,6 +46,7 @@ def rlhf_trainer(share_prefix: bool = False) -> Trainer:
                 learning_rate=run.learning_rate, warmup_steps=0, max_grad_norm=run.max_grad_norm,
                 max_prompt_length=run.max_length - 1, max_length=run.max_length, seed=run.seed,
                 bf16=run.dtype == "bfloat16", share_prefix=share_prefix,
+                use_peft=run.lora, lora_target_modules=["all-linear"] if run.lora else [], lora_dropout=0.0,
             )
         )  # fmt: skip
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -63,6 +65,7 @@ def batches_of(run: Run) -> list[list[int]]:
 
 def trl_trainer(fuse: bool = False) -> Trainer:
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
     from rlhf_kernels.integrations.trl import fused
@@ -70,17 +73,19 @@ def trl_trainer(fuse: bool = False) -> Trainer:
     def train(run: Run) -> list[float]:
         with open(run.data) as file:
             rows = [json.loads(line) for line in file]
+        dtype = "bfloat16" if run.lora else "float32"
         order = [i for batch in batches_of(run) for i in batch]
         config = DPOConfig(
             output_dir=str(run.folder), beta=run.beta, per_device_train_batch_size=run.batch, num_train_epochs=1,
             optim="adamw_torch_fused", learning_rate=run.learning_rate, lr_scheduler_type="constant", warmup_steps=0,
             weight_decay=0.0, max_grad_norm=run.max_grad_norm, max_length=run.max_length, seed=run.seed,
             train_sampling_strategy="sequential", precompute_ref_log_probs=True, gradient_checkpointing=False,
-            bf16=run.dtype == "bfloat16", model_init_kwargs={"dtype": "float32"}, use_cpu=True, logging_steps=1,
+            bf16=run.dtype == "bfloat16", model_init_kwargs={"dtype": dtype}, use_cpu=True, logging_steps=1,
             save_strategy="no", report_to="none",
         )  # fmt: skip
-        trainer_type = fused(DPOTrainer) if fuse else DPOTrainer
-        trainer = trainer_type(model=run.model, args=config, train_dataset=Dataset.from_list([rows[i] for i in order]))
+        trainer_type, data = fused(DPOTrainer) if fuse else DPOTrainer, Dataset.from_list([rows[i] for i in order])
+        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+        trainer = trainer_type(model=run.model, args=config, train_dataset=data, peft_config=lora if run.lora else None)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
