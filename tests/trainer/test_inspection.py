@@ -6,8 +6,8 @@ import pytest
 
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.encoding import Codec
-from rlhf_trainer.data.examples import Labelled, load_groups
-from rlhf_trainer.data.views import as_json, as_text
+from rlhf_trainer.data.examples import load_groups
+from rlhf_trainer.data.views import as_text
 from tests.trainer.messages import assistant, user
 
 CHAT = {"messages": [*user("the cat"), *assistant("the mat")]}
@@ -82,13 +82,6 @@ def test_prompts_to_sample(model_folder, write_jsonl, tokenizer, capsys):
     flags = ["--models", model_folder("llama"), "--dataset_name", write_jsonl([{"prompt": "the"}]), "--json"]
     assert main(["inspect", "sample", *flags]) == 0
     assert json.loads(capsys.readouterr().out) == {"row": 1, "prompt_ids": tokenizer("the").input_ids}
-
-
-def test_labelled_completions(tokenizer):
-    example = Labelled(3, [5, 6], [7], False)
-    responses = [{"input_ids": [7], "labels": [7]}]
-    assert json.loads(as_json(example)) == {"row": 3, "prompt_ids": [5, 6], "responses": responses}
-    assert as_text(example, tokenizer, colour=False).splitlines()[2] == "row 3, bad completion: 1 tokens, 1 learned"
 
 
 def test_colours_and_long_pieces(tokenizer, write_jsonl):

@@ -45,13 +45,6 @@ def number(field: str, value: Any) -> float:
     return float(value)
 
 
-def label(row: dict[str, Any]) -> bool:
-    value = need(row, "label")
-    if value not in (0, 1):  # so are False and True
-        raise RowError("label", f"expected true or false, got {kind(value)}")
-    return bool(value)
-
-
 Response = tuple[str, Any]  # the field it stands in, text or messages
 
 

@@ -1,6 +1,6 @@
 """Data sets: a file or hub id in, tokenised examples out, with every unusable row named before any training.
 
-`load_groups`, `load_conversations`, `load_prompts` and `load_labelled` read any row that `formats.plain_row` knows,
+`load_groups`, `load_conversations` and `load_prompts` read any row that `formats.plain_row` knows,
 and return `Loaded`, or raise a UsageError that names file, row and field.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..config.base import DataConfig, RowFormat
 from ..errors import RowError, UsageError
 from .chat import plain_messages, template_options
-from .columns import comparisons, label, need, need_any, need_list, need_text
+from .columns import comparisons, need, need_any, need_list, need_text
 from .encoding import Codec, encode_conversation, encode_pairs, encode_text, prefix_of, prompt_ids, prompt_text
 from .formats import plain_row
 from .rows import RowProblem, listing, read_rows
@@ -91,19 +91,6 @@ class Prompt(NamedTuple):
     def opened(self, completion: str) -> str:
         """A completion's text with the opening in front, unless it is there."""
         return completion if completion.lstrip().startswith(self.opening.strip()) else self.opening + completion
-
-
-class Labelled(NamedTuple):
-    """Token ids of a prompt and one completion, which is good (`label`) or bad."""
-
-    row: int
-    prompt: list[int]
-    completion: list[int]
-    label: bool
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.completion)
 
 
 class Loaded(NamedTuple, Generic[Example]):
@@ -261,29 +248,6 @@ def _prompt_and_answer(codec: Codec, row: dict[str, Any]) -> tuple[str, Any, Any
         return field, prompt, row["text"][len(prompt) :]
     messages = plain_messages(need_list(row, "messages"), field)
     return (field, messages[:-1], messages[-1:]) if messages[-1]["role"] == "assistant" else (field, messages, None)
-
-
-# --- single completions
-
-
-def load_labelled(
-    source: str, codec: Codec, *, max_prompt_length: int, max_length: int, **reading: Any
-) -> Loaded[Labelled]:
-    """Completions labelled good or bad; a pair gives one of each."""
-
-    def labelled_of(number: int, row: dict[str, Any]) -> tuple[list[Labelled], int]:
-        is_pair = "completion" not in row and "chosen" in row
-        fields = ("chosen", "rejected") if is_pair else ("completion",)
-        responses = [(field, need(row, field)) for field in fields]
-        labels = (True, False) if is_pair else (label(row),)
-        prompt, encoded = encode_pairs(
-            codec, need(row, "prompt"), responses, template_options(row), limit=max_prompt_length
-        )
-        room = max_length - len(prompt)
-        examples = [Labelled(number, prompt, ids[:room], good) for ids, good in zip(encoded, labels, strict=True)]
-        return examples, sum(len(ids) > room for ids in encoded)
-
-    return _load(source, codec, labelled_of, "labelled completions", Reading(**reading))
 
 
 # --- what all loaders share

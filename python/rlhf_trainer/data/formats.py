@@ -1,7 +1,7 @@
 """Rows as known data sets lay them out -> rows of plain columns.
 
-Plain columns: prompt (text or messages), with chosen and rejected, a completion and perhaps its label, or responses
-with their pairs or scores; else messages, a whole conversation; else text, a document. Other columns are let through.
+Plain columns: prompt (text or messages), with chosen and rejected, a completion, or responses with their pairs or
+scores; else messages, a whole conversation; else text, a document. Other columns are let through.
 """
 
 import re

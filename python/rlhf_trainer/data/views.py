@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from .batches import IGNORED, labels_of
-from .examples import Group, Labelled, Prompt, TokenSequence
+from .examples import Group, Prompt, TokenSequence
 
 LEARNED = ("\x1b[32m", "\x1b[0m")  # in green, where there are colours
 ENDS_SHOWN = 60  # tokens at each end of a long piece that are shown of it
-Example = TokenSequence | Group | Labelled | Prompt
+Example = TokenSequence | Group | Prompt
 
 
 class Piece(NamedTuple):
@@ -31,9 +31,6 @@ def pieces_of(example: Example) -> list[Piece]:
     if isinstance(example, Prompt):
         return [Piece("prompt", example.ids, [IGNORED] * len(example.ids))]
     prompt = Piece("prompt", example.prompt, [IGNORED] * len(example.prompt))
-    if isinstance(example, Labelled):
-        name = "good completion" if example.label else "bad completion"
-        return [prompt, Piece(name, example.completion, example.completion)]
     names = [f"response {i}" for i in range(len(example.responses))]
     for better, worse in example.pairs:
         if len(example.pairs) == 1:
@@ -47,7 +44,7 @@ def pieces_of(example: Example) -> list[Piece]:
 
 
 def as_json(example: Example) -> str:
-    """sft: {"row", "input_ids", "labels"}; dpo, reward, kto: {"row", "prompt_ids", "responses": [{"input_ids",
+    """sft: {"row", "input_ids", "labels"}; dpo, reward: {"row", "prompt_ids", "responses": [{"input_ids",
     "labels"}]}, each of the response alone; prompts: {"row", "prompt_ids"}."""
     first, *others = pieces_of(example)
     content: dict[str, Any] = {"row": example.row}

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_trainer.data.batches import IGNORED, collate_sequences
 from rlhf_trainer.data.encoding import Codec, encode_conversation, encode_prompt
-from rlhf_trainer.data.examples import TokenSequence, load_conversations, load_groups, load_labelled, load_prompts
+from rlhf_trainer.data.examples import TokenSequence, load_conversations, load_groups, load_prompts
 from rlhf_trainer.errors import UsageError
 from tests.trainer.messages import assistant, user
 
@@ -195,37 +195,3 @@ def test_bad_prompts(chatml, write_jsonl):
         r"row 6, field 'prompt': .*must end with a message of the user",
     ):
         assert error.match(problem)
-
-
-# --- completions that are good or bad
-
-
-def test_labelled_completions(chatml):
-    data = load_labelled(
-        str(DATA / "labelled.jsonl"), Codec(chatml), split="train", max_prompt_length=60, max_length=90
-    )
-    assert [(c.row, chatml.decode(c.prompt)[-10:], chatml.decode(c.completion), c.label) for c in data.examples] == [
-        (1, "the cat", " sat<|im_end|>", True),
-        (2, "assistant\n", "ate<|im_end|>", False),
-        (3, "the cat", " sat<|im_end|>", True),
-        (3, "the cat", " ran<|im_end|>", False),
-    ]
-    assert {type(c.label) for c in data.examples} == {bool}
-    assert data.report("f") == "f: 4 labelled completions"
-
-
-def test_labelled_completions_are_cut_and_checked(tokenizer, write_jsonl):
-    good = {"prompt": "the", "completion": " cat" * 9, "label": True}
-    lengths = {"split": "train", "max_prompt_length": 4, "max_length": 6}
-    data = load_labelled(write_jsonl([good]), Codec(tokenizer), **lengths)
-    assert [c.length for c in data.examples] == [6] and data.cut == 1
-    for row, problem in (
-        (good | {"label": "yes"}, r"field 'label': expected true or false, got text"),
-        (good | {"label": 2}, r"field 'label': expected true or false, got int 2"),
-        ({"prompt": "a", "completion": " b"}, r"field 'label': missing; the row has: prompt, completion"),
-        ({"prompt": "a", "label": True}, r"field 'completion': missing"),
-        ({"prompt": "a", "chosen": " b"}, r"field 'rejected': missing"),
-        (good | {"prompt": "cat" * 9}, r"field 'prompt': has \d+ tokens, over max_prompt_length=4"),
-    ):
-        with pytest.raises(UsageError, match=rf"row 2, {problem}"):
-            load_labelled(write_jsonl([good, row]), Codec(tokenizer), **lengths)
