@@ -15,8 +15,7 @@ import itertools
 import json
 import math
 import random
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,63 +42,35 @@ from .loading import load_rewards
 
 
 class Candidate(NamedTuple):
-    """A completion that may be selected: its row in the matrix, and its value."""
+    """A completion that may be selected: the key of its prompt, a row of the matrix, and its value."""
 
-    prompt: int
+    prompt: Hashable
     reward: float
 
 
-def top_per_prompt(candidates: Sequence[Candidate], k: int) -> list[int]:
-    """Positions of the k best of each prompt (all, where it has fewer): prompts as they appear, best first.
+def select(
+    candidates: Sequence[Candidate], selection: str, k: int, *, max_per_prompt: int | None = None,
+    min_reward: float | None = None, seed: int = 0,
+) -> list[int]:  # fmt: skip
+    """Positions of what is selected: k of each prompt, prompts as they appear, the best first ("random": drawn without
+    regard to rewards, as they appear); or "top_k_overall", the k best of each prompt's `max_per_prompt` best.
 
-    Of equal rewards the earlier candidate is the better one.
+    Of equal rewards the earlier candidate is the better one. Those below `min_reward` are not selected.
     """
-    return [i for positions in by_prompt(candidates) for i in best_first(candidates, positions)[:k]]
-
-
-def top_k_overall(candidates: Sequence[Candidate], k: int, max_per_prompt: int | None = None) -> list[int]:
-    """Positions of the k best of all, best first; of a prompt only its max_per_prompt best count. Ties as above."""
-    taken: Counter[int] = Counter()
-    selected: list[int] = []
-    for i in best_first(candidates, range(len(candidates))):
-        prompt = candidates[i].prompt
-        if len(selected) < k and (max_per_prompt is None or taken[prompt] < max_per_prompt):
-            taken[prompt] += 1
-            selected.append(i)
-    return selected
-
-
-def random_per_prompt(candidates: Sequence[Candidate], k: int, seed: int) -> list[int]:
-    """Positions of k of each prompt, drawn without regard to rewards; prompts and their candidates as they appear."""
-    rng = random.Random(seed)
-    return [i for positions in by_prompt(candidates) for i in sorted(rng.sample(positions, min(k, len(positions))))]
-
-
-def by_prompt(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """Positions of each prompt's candidates, prompts in order of appearance."""
-    groups: dict[int, list[int]] = {}
+    of_prompts: dict[Hashable, list[int]] = {}
     for i, candidate in enumerate(candidates):
-        groups.setdefault(candidate.prompt, []).append(i)
-    return list(groups.values())
+        if min_reward is None or candidate.reward >= min_reward:
+            of_prompts.setdefault(candidate.prompt, []).append(i)
 
+    def best_first(positions: Iterable[int]) -> list[int]:
+        return sorted(positions, key=lambda i: (-candidates[i].reward, i))
 
-def best_first(candidates: Sequence[Candidate], positions: Sequence[int]) -> list[int]:
-    """Positions, which ascend, by falling reward; of equal rewards the earlier one first."""
-    return sorted(positions, key=lambda i: -candidates[i].reward)
-
-
-def select(config: RejectionConfig, candidates: Sequence[Candidate]) -> list[int]:
-    """Positions of the candidates that are selected, of those with min_reward."""
-    least = -math.inf if config.min_reward is None else config.min_reward
-    places = [i for i, candidate in enumerate(candidates) if candidate.reward >= least]
-    good = [candidates[i] for i in places]
-    if config.selection == "top_k_overall":
-        selected = top_k_overall(good, config.k, config.max_per_prompt)
-    elif config.selection == "random":
-        selected = random_per_prompt(good, config.k, config.seed)
-    else:
-        selected = top_per_prompt(good, config.k)
-    return [places[i] for i in selected]
+    if selection == "top_k_overall":
+        return best_first(i for positions in of_prompts.values() for i in best_first(positions)[:max_per_prompt])[:k]
+    if selection == "top_per_prompt":
+        return [i for positions in of_prompts.values() for i in best_first(positions)[:k]]
+    rng = random.Random(seed)
+    return [i for positions in of_prompts.values() for i in sorted(rng.sample(positions, min(k, len(positions))))]
 
 
 def rejection(config: RejectionConfig) -> Path:
@@ -129,10 +100,10 @@ def rejection(config: RejectionConfig) -> Path:
     with Journal(work / "progress.jsonl", batches, "rlhf rejection", data) as progress:
         scores = reward(prompts, texts, run=progress.run)
     rewards = scores.total.tolist()
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(row.prompt_key for row in usable))}
-    candidates = [Candidate(numbers[row.prompt_key], reward) for row, reward in zip(usable, rewards, strict=True)]
-    selected = select(config, candidates)
-
+    selected = select(
+        [Candidate(row.prompt_key, reward) for row, reward in zip(usable, rewards, strict=True)], config.selection,
+        config.k, max_per_prompt=config.max_per_prompt, min_reward=config.min_reward, seed=config.seed,
+    )  # fmt: skip
     parts = [
         {name: None if math.isnan(value) else value for name, value in zip(reward.names, values, strict=True)}
         for values in scores.parts.tolist()

@@ -11,7 +11,7 @@ from rlhf_trainer.data.encoding import Codec
 from rlhf_trainer.data.examples import load_conversations
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rewards.config import RejectionConfig
-from rlhf_trainer.rewards.rejection import Candidate, random_per_prompt, rejection, top_k_overall, top_per_prompt
+from rlhf_trainer.rewards.rejection import Candidate, rejection, select
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
 from tests.trainer.known_models import save_word_reward_model
 
@@ -31,45 +31,49 @@ def cells(positions):
 
 
 def test_best_of_n_is_the_maximum_of_each_row():
-    assert cells(top_per_prompt(CANDIDATES, 1)) == [(0, 1), (1, 1), (2, 0), (3, 0)]
+    assert cells(select(CANDIDATES, "top_per_prompt", 1)) == [(0, 1), (1, 1), (2, 0), (3, 0)]
 
 
 def test_top_two_per_prompt_are_best_first_and_equal_rewards_keep_their_order():
-    assert cells(top_per_prompt(CANDIDATES, 2)) == [(0, 1), (0, 3), (1, 1), (1, 3), (2, 0), (2, 2), (3, 0)]
+    assert cells(select(CANDIDATES, "top_per_prompt", 2)) == [(0, 1), (0, 3), (1, 1), (1, 3), (2, 0), (2, 2), (3, 0)]
 
 
 def test_top_k_overall_takes_the_largest_of_the_matrix():
     """The selection is as large as best of N, but prompt 1 is gone: all its rewards are lower."""
-    assert cells(top_k_overall(CANDIDATES, 4)) == [(2, 0), (2, 2), (2, 1), (0, 1)]
+    assert cells(select(CANDIDATES, "top_k_overall", 4)) == [(2, 0), (2, 2), (2, 1), (0, 1)]
 
 
 def test_top_k_overall_with_a_limit_per_prompt():
-    assert cells(top_k_overall(CANDIDATES, 4, max_per_prompt=1)) == [(2, 0), (0, 1), (3, 0), (1, 1)]
-    assert cells(top_k_overall(CANDIDATES, 5, max_per_prompt=2)) == [(2, 0), (2, 2), (0, 1), (0, 3), (3, 0)]
+    assert cells(select(CANDIDATES, "top_k_overall", 4, max_per_prompt=1)) == [(2, 0), (0, 1), (3, 0), (1, 1)]
+    assert cells(select(CANDIDATES, "top_k_overall", 5, max_per_prompt=2)) == [(2, 0), (2, 2), (0, 1), (0, 3), (3, 0)]
 
 
 def test_more_than_there_are_is_all_there_are():
-    assert sorted(top_per_prompt(CANDIDATES, 9)) == sorted(top_k_overall(CANDIDATES, 99)) == list(range(13))
-    assert random_per_prompt(CANDIDATES, 9, seed=0) == list(range(13))
+    assert (
+        sorted(select(CANDIDATES, "top_per_prompt", 9))
+        == sorted(select(CANDIDATES, "top_k_overall", 99))
+        == list(range(13))
+    )
+    assert select(CANDIDATES, "random", 9, seed=0) == list(range(13))
 
 
 def test_prompts_need_not_be_adjacent():
     """Completions of another model follow after those of the first one."""
     mixed = [Candidate(0, 1.0), Candidate(1, 5.0), Candidate(0, 2.0), Candidate(1, 4.0)]
-    assert top_per_prompt(mixed, 1) == [2, 1]
-    assert top_k_overall(mixed, 2, max_per_prompt=1) == [1, 2]
+    assert select(mixed, "top_per_prompt", 1) == [2, 1]
+    assert select(mixed, "top_k_overall", 2, max_per_prompt=1) == [1, 2]
 
 
 def test_random_takes_as_many_of_each_prompt_and_does_not_look_at_rewards():
     for k in (1, 2, 3):
-        best = [CANDIDATES[i].prompt for i in top_per_prompt(CANDIDATES, k)]
-        assert [CANDIDATES[i].prompt for i in random_per_prompt(CANDIDATES, k, seed=5)] == best
-    assert random_per_prompt(CANDIDATES, 2, seed=5) == random_per_prompt(CANDIDATES, 2, seed=5)
-    drawn = [random_per_prompt(CANDIDATES, 1, seed) for seed in range(400)]
+        best = [CANDIDATES[i].prompt for i in select(CANDIDATES, "top_per_prompt", k)]
+        assert [CANDIDATES[i].prompt for i in select(CANDIDATES, "random", k, seed=5)] == best
+    assert select(CANDIDATES, "random", 2, seed=5) == select(CANDIDATES, "random", 2, seed=5)
+    drawn = [select(CANDIDATES, "random", 1, seed=seed) for seed in range(400)]
     for column in range(4):  # each of four completions in a quarter of the draws: 100, give or take 4 sigma = 35
         assert 65 < sum(positions[0] == column for positions in drawn) < 135
     flipped = [Candidate(candidate.prompt, -candidate.reward) for candidate in CANDIDATES]
-    assert random_per_prompt(flipped, 2, seed=5) == random_per_prompt(CANDIDATES, 2, seed=5)
+    assert select(flipped, "random", 2, seed=5) == select(CANDIDATES, "random", 2, seed=5)
 
 
 # --- the stage: the reward model rewards the share of " cat" among all tokens, the end included
