@@ -174,21 +174,15 @@ class UserReward:
         try:
             return self.call(prompts, texts)
         except (Exception, SystemExit) as error:
-            prompt, cause = self.culprit(prompts, texts) or (None, error)
-            place = "all prompts together" if prompt is None else where(prompt)
-            frame = traceback.extract_tb(cause.__traceback__)[-1]
+            if len(prompts) > 1:
+                for prompt, text in zip(prompts, texts, strict=True):
+                    self.values([prompt], [text])
+            place = where(prompts[0]) if len(prompts) == 1 else "all prompts together"
+            frame = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
-                f"the reward function {self.spec!r} raised {type(cause).__name__}: {cause} (for {place}; "
+                f"the reward function {self.spec!r} raised {type(error).__name__}: {error} (for {place}; "
                 f"{frame.filename}:{frame.lineno}, in {frame.name})"
-            ) from cause
-
-    def culprit(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> tuple[Prompt, BaseException] | None:
-        for prompt, text in zip(prompts, texts, strict=True):
-            try:
-                self.call([prompt], [text])
-            except (Exception, SystemExit) as error:
-                return prompt, error
-        return None
+            ) from error
 
     def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         names = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns), *self.needed]
