@@ -10,29 +10,30 @@ from pathlib import Path
 from threading import Lock, Timer
 from typing import Any
 
+PROGRAM = str(Path(__file__).with_name("check_child.py"))
 START_SECONDS = 120.0  # sympy is large
 
 
 class ChildProcess:
-    """A program that says "ready", then has a line for each line of JSON: started when it is needed."""
+    """A process with one of the checks of check_child.py, started when it is needed."""
 
-    def __init__(self, program: str) -> None:
-        self.program = Path(__file__).with_name(program)
+    def __init__(self, check: str) -> None:
+        self.check = check
         self.process: subprocess.Popen[str] | None = None
         self.lock = Lock()
         atexit.register(self.stop)
 
-    def reply(self, question: Any, seconds: float) -> str:
-        """The program's answer; nothing where it has none after so many seconds, or ends."""
+    def holds(self, *values: Any, seconds: float) -> bool:
+        """Whether the check holds of the values; not where it takes longer than `seconds`, or ends the process."""
         with self.lock:
             if self.process is None:
-                command, pipe = [sys.executable, "-P", str(self.program)], subprocess.PIPE
+                command, pipe = [sys.executable, "-P", PROGRAM, self.check], subprocess.PIPE
                 self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
                 if not self.receive(START_SECONDS):
-                    return ""
+                    return False
             with suppress(BrokenPipeError):  # it has ended since
-                print(json.dumps(question), file=self.process.stdin, flush=True)
-            return self.receive(seconds)
+                print(json.dumps(values), file=self.process.stdin, flush=True)
+            return self.receive(seconds) == "yes"
 
     def receive(self, seconds: float) -> str:
         timer = Timer(seconds, self.process.kill)

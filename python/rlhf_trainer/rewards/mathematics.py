@@ -18,6 +18,7 @@ COMMAND = re.compile(r"\\(?:text|mathrm|mbox|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+
 SIZES = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\(?=[{}])|[\s$]")
 NAME_BEFORE = re.compile(r"^[A-Za-z](?:\([A-Za-z]\))?(?:=|\\in)")
 EQUATION = re.compile(r"[\d})]=")
+PROCESS = ChildProcess("formulas")
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def are_equal(answer: str, expected: str) -> bool:
         return False  # to math-verify, (1, 2) is {1, 2} too
     if ("=" in forms[0]) != ("=" in forms[1]) and any(map(EQUATION.search, forms)):
         return False  # and x^2 = 1 is 1
-    return PROCESS.reply([answer, expected], SECONDS) == "equal"
+    return PROCESS.holds(answer, expected, seconds=SECONDS)
 
 
 def named(text: str) -> str:
@@ -51,6 +52,3 @@ def is_formula(text: str) -> bool:
 def brackets(form: str) -> tuple[str, str]:
     """The round and square brackets around a list; a set's braces are as good as none."""
     return form[0] if form[0] in "([" else "", form[-1] if form[-1] in ")]" else ""
-
-
-PROCESS = ChildProcess("mathematics_child.py")

@@ -37,7 +37,7 @@ NUMBER = re.compile(
 AROUND = " ,;:!?\"'`*$“”‘’"
 MOST_DIGITS = 1000  # of a number; what is longer is text
 PATTERN_SECONDS, SCHEMA_SECONDS = 1.0, 5.0
-SCHEMAS = ChildProcess("schema_child.py")
+SCHEMAS = ChildProcess("schemas")
 NAME_BEFORE = re.compile(r"^[a-z](?:\([a-z]\))?(?:=|\\in(?![a-z]))")  # x=, f(x)=, x\in
 PART = r"\s?(\{[^{}]*\}|[^\W_])"  # of a fraction
 FRACTION = re.compile(r"(?:(\d{1,20})\s?)?\\[dtc]?frac" + PART + PART)
@@ -241,9 +241,7 @@ def json_schema(text: str, schema: dict[str, Any] | bool) -> float:
     if content is None:
         return 0.0
     tagged = ANSWER_TAGS.findall(content)
-    content = tagged[-1] if tagged else content
-    blocks = code_blocks(content)
-    return float(SCHEMAS.reply([blocks[-1] if blocks else content, schema], SCHEMA_SECONDS) == "valid")
+    return float(SCHEMAS.holds(last_block(tagged[-1] if tagged else content), schema, seconds=SCHEMA_SECONDS))
 
 
 def checked_schema(value: Any) -> Any:
@@ -274,17 +272,24 @@ def look_up_references(part: Any, resolver: Any) -> None:
         look_up_references(below, resolver.in_subresource(below))
 
 
-def code_blocks(text: str) -> list[str]:
-    """The contents of ``` blocks, whatever language they name."""
-    return re.findall(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+def last_block(text: str) -> str:
+    """The content of the last ``` block, whatever language it names, or the whole text."""
+    blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", text, re.DOTALL | re.MULTILINE)
+    return blocks[-1] if blocks else text
 
 
 # --- patterns
 
 
-def matcher_of(pattern: Any) -> Callable[[str, None], float]:
+def regex_of(argument: str) -> Verifiable:
     """The reward 1.0 for a text with a match of the pattern anywhere, thoughts included; \\A and \\Z anchor it. A
     search that takes over a second has none."""
+    if not argument:
+        raise ValueError("expected regex:PATTERN")
+    try:
+        pattern = regex.compile(argument)
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"not a pattern: {error}") from error
 
     def search(text: str, _expected: None = None) -> float:
         try:
@@ -292,7 +297,7 @@ def matcher_of(pattern: Any) -> Callable[[str, None], float]:
         except TimeoutError:
             return 0.0
 
-    return search
+    return Verifiable(search)
 
 
 # --- unit tests
@@ -306,8 +311,7 @@ def unit_tests(text: str, tests: list[str]) -> float:
     content = without_thoughts(text)
     if content is None:
         return 0.0
-    blocks = code_blocks(content)
-    passed = sandbox.run_tests(blocks[-1] if blocks else content, tests)
+    passed = sandbox.run_tests(last_block(content), tests)
     return sum(passed) / len(passed)
 
 
@@ -330,16 +334,6 @@ def checked_tests(value: Any) -> list[str]:
 
 
 # --- by name
-
-
-def regex_of(argument: str) -> Verifiable:
-    try:
-        pattern = regex.compile(argument)
-    except (regex.error, RecursionError) as error:
-        raise ValueError(f"not a pattern: {error}") from error
-    if not argument:
-        raise ValueError("expected regex:PATTERN")
-    return Verifiable(matcher_of(pattern))
 
 
 def one_of(expected: str, choices: dict[str, Verifiable]) -> Callable[[str], Verifiable]:
