@@ -1,19 +1,14 @@
-"""What studies share: tiny models of a language of whole words, an annotator, and stages with options from a file."""
+"""What studies share: tiny models of a language of whole words, and an annotator."""
 
 import math
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-from ..commands import COMMANDS
-from ..config.parse import checked_values
 
 
 def word_tokenizer(words: Sequence[str], **special: str) -> PreTrainedTokenizerFast:
@@ -39,13 +34,3 @@ def tiny_gpt2(vocabulary: int, positions: int, *, width: int, layers: int, **opt
 def prefers_first(first: float, second: float, rng: random.Random) -> bool:
     """A Bradley-Terry annotator's choice between two rewards: the first wins with probability sigma(first - second)."""
     return rng.random() < 1.0 / (1.0 + math.exp(second - first))
-
-
-def run_stage(file: Path, name: str, **options: Any) -> Path:
-    """Runs a stage of a YAML file, which has its command and constant options as a recipe has them; `options` come
-    beside or over these. Returns the stage's folder."""
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))[name]
-    command = COMMANDS[values.pop("command")]
-    values |= {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-    cls = command.load_config()
-    return command.load_function()(cls(**checked_values(cls, values, f"{file.name}, {name}", "rlhf")))

@@ -2,11 +2,10 @@
 
 import json
 import math
-from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#4d9221", "#7f7f7f"
@@ -32,30 +31,19 @@ def draw_curves(metrics_file: Path, hidden_rewards: dict[str, list[int]], path: 
         held_out = key.startswith("eval/")
         style = {"linewidth": 2, "marker": "o", "markersize": 4} if held_out else {"linewidth": 1.2, "alpha": 0.45}
         axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
-    _level(loss, math.log(2), "log 2: no preference")
-    _level(rewards, 0)
-    _level(accuracy, 0.5, "chance")
+    levels = (loss, math.log(2), "log 2: no preference"), (rewards, 0, None), (accuracy, 0.5, "chance")
+    for axes, level, label in levels:
+        axes.axhline(level, color=GREY, linestyle=":", linewidth=1, label=label)
     loss.set(title="Loss (nats)", xlabel="step")
     rewards.set(title=r"Implicit reward of held-out reviews, $\beta\,\log(\pi/\pi_{ref})$", xlabel="step")
     accuracy.set(title="Pairs whose chosen review has the larger implicit reward", xlabel="step", ylim=(0.4, 1))
-    _histogram(hidden, hidden_rewards)
+    values = [value for of_model in hidden_rewards.values() for value in of_model]
+    hidden.hist(
+        hidden_rewards.values(), [value - 0.5 for value in range(min(values), max(values) + 2)], density=True,
+        rwidth=0.8, color=[ORANGE, GREEN, BLUE],
+        label=[f"{name}, mean {fmean(of_model):+.2f}" for name, of_model in hidden_rewards.items()],
+    )  # fmt: skip
+    hidden.set(title="Hidden reward of sampled reviews, held-out prompts", xlabel="reward", ylabel="share of reviews")
     for axes in panels:
         axes.legend()
     figure.savefig(path)
-
-
-def _level(axes: Axes, y: float, text: str = "") -> None:
-    axes.axhline(y, color=GREY, linestyle=":", linewidth=1)
-    at = ("axes fraction", "data")
-    axes.annotate(text, (1, y), xycoords=at, color=GREY, ha="right", va="bottom", fontsize=9)
-
-
-def _histogram(axes: Axes, hidden_rewards: dict[str, list[int]]) -> None:
-    width = 0.8 / len(hidden_rewards)
-    for k, ((name, rewards), color) in enumerate(zip(hidden_rewards.items(), (ORANGE, GREEN, BLUE), strict=False)):
-        counts, mean = Counter(rewards), sum(rewards) / len(rewards)
-        values = sorted(counts)
-        left = [value + (k - (len(hidden_rewards) - 1) / 2) * width for value in values]
-        shares = [counts[value] / len(rewards) for value in values]
-        axes.bar(left, shares, width=width, color=color, label=f"{name}, mean {mean:+.2f}")
-    axes.set(title="Hidden reward of sampled reviews, held-out prompts", xlabel="reward", ylabel="share of reviews")

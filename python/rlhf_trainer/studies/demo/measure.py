@@ -1,7 +1,9 @@
-"""The demo's measurements of a model on prompts that no stage learned from, and their table."""
+"""The demo's measurements of a model on prompts that no stage learned from, and their report."""
 
 import math
 import textwrap
+from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...data.encoding import Codec, encode_pairs, encode_prompt
 from ...data.examples import Group
+from ...evaluation.report import filled
 from ...models.checks import pad_id_of
 from ...models.fused_lm import FusedLM
 from ...models.kl import kl_of_sequences
@@ -23,11 +26,12 @@ MAX_NEW_TOKENS = 32
 
 
 class Score(NamedTuple):
-    """One model's results on held-out prompts."""
+    """One model's results on held-out prompts, of which each has several reviews."""
 
-    reviews: list[list[str]]  # by prompt
+    reviews: list[str]  # the first of each prompt, then the second ones, ...
     rewards: list[int]  # hidden ones, of all reviews
-    scores: list[float]  # the reward model's
+    reward: float  # their mean
+    proxy_reward: float  # the reward model's, mean
     kl_nats: float  # KL(model || reference) of a whole review, mean
     grammatical: float  # share of reviews that the language allows
     accuracy: float  # share of held-out pairs whose better review gets the larger implicit reward
@@ -63,10 +67,10 @@ def score(
     pad_id, device = pad_id_of(tokenizer), torch.device("cpu")
     kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
     scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()
-    right = [is_grammatical(*pair) for pair in zip(repeated, reviews, strict=True)]
+    rewards = list(map(hidden_reward, reviews))
+    grammatical = fmean(map(is_grammatical, repeated, reviews))
     accuracy = ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, groups)
-    by_prompt = [reviews[i :: len(prompts)] for i in range(len(prompts))]
-    return Score(by_prompt, list(map(hidden_reward, reviews)), scores, mean(kl), mean(right), accuracy)
+    return Score(reviews, rewards, fmean(rewards), fmean(scores), fmean(kl), grammatical, accuracy)
 
 
 def ranking_accuracy(
@@ -93,33 +97,11 @@ def optimum(rewards: list[int], beta: float) -> tuple[float, float]:
     return (beta * mean).item(), (mean - log_z).item()
 
 
-def mean(values: list[int] | list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def table(scores: dict[str, Score], beta: float) -> str:
-    """A column a model, the first one the reference, and one for the optimum of DPO's objective."""
-    results = list(scores.values())
-    best_reward, best_kl = optimum(results[0].rewards, beta)
-    rows = [
-        ("", *scores, "optimum"),
-        ("hidden reward of a review, mean", *(f"{mean(s.rewards):+.2f}" for s in results), f"{best_reward:+.2f}"),
-        ("what the reward model says, mean", *(f"{mean(s.scores):+.2f}" for s in results), ""),
-        ("KL to the SFT model, nats a review", *(f"{s.kl_nats:.2f}" for s in results), f"{best_kl:.2f}"),
-        ("better review of a pair recognised", *(f"{s.accuracy:.0%}" for s in results), "100%"),
-        ("reviews that keep to the language", *(f"{s.grammatical:.0%}" for s in results), ""),
-    ]  # fmt: skip
-    lines = [f"  {name:<36}" + "".join(f"{value:>11}" for value in values) for name, *values in rows]
-    note = f"  optimum: the SFT model reweighted by exp(reward / beta), beta {beta:g}, which is what DPO aims at"
-    return "\n".join([lines[0], "  " + "-" * (34 + 11 * (len(scores) + 1)), *lines[1:], note])
-
-
-def examples(prompts: list[str], scores: dict[str, Score], count: int = 3) -> str:
-    """The first review each model wrote for the first few prompts, with its hidden reward."""
-    lines = []
-    for i, prompt in enumerate(prompts[:count]):
-        lines.append(f"  {prompt}")
-        for name, result in scores.items():
-            review = result.reviews[i][0]
-            lines.append(f"    {name:<10}{hidden_reward(review):+d}  {textwrap.shorten(review, 100)}")
-    return "\n".join(lines)
+def report_of(prompts: list[str], scores: dict[str, Score], beta: float) -> str:
+    """A table with a column a model, the first one the reference, and one for the optimum of DPO's objective; and the
+    first review that each model wrote for the first few prompts, with its hidden reward."""
+    best_reward, best_kl = optimum(next(iter(scores.values())).rewards, beta)
+    return filled(
+        Path(__file__).with_name("report.txt.jinja"), prompts=prompts[:3], scores=scores, beta=beta,
+        best_reward=best_reward, best_kl=best_kl, shorten=textwrap.shorten,
+    )  # fmt: skip

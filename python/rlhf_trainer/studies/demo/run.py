@@ -10,12 +10,12 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_kernels as rk
 
@@ -24,15 +24,17 @@ from ...data.batches import Batch, pad_sequences
 from ...data.encoding import Codec
 from ...data.examples import load_groups
 from ...models.fused_lm import FusedLM, LMHead
-from ...models.loading import save_model
+from ...models.loading import load_causal_lm, save_model
 from ...models.scoring import load_reward_model
+from ...recipes.file import read_recipe
+from ...recipes.run import run_stage
 from ...training.journal import write_jsonl
 from ...training.output_folder import CONFIG_FILE, check_replaceable, is_taken
 from ..config import DemoConfig
-from ..tiny import run_stage, tiny_gpt2
+from ..tiny import tiny_gpt2
 from .curves import draw_curves
 from .language import all_prompts, hidden_reward, make_tokenizer, prefers_first, write_review
-from .measure import MAX_NEW_TOKENS, examples, is_grammatical, sample_reviews, score, table
+from .measure import is_grammatical, report_of, sample_reviews, score
 
 HELD_OUT_PROMPTS = 30
 HELD_OUT_PAIRS_PER_PROMPT = 8
@@ -42,7 +44,7 @@ LM_BATCH, LM_TOKENS = 64, 40
 LM_PEAK_LEARNING_RATE = 7e-3
 # The default, 0.1, would make a unit of reward worth a factor e^10: the language breaks on the way there.
 DPO_BETA = 1.0
-STAGES = Path(__file__).with_name("stages.yaml")
+RECIPE = Path(__file__).with_name("recipe.yaml")
 
 INTRODUCTION = """\
 A small language: reviews of dishes at places, such as
@@ -63,12 +65,9 @@ def run(config: DemoConfig) -> Path:
     held_out, train = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
     print(INTRODUCTION)
 
-    def learn(stage: str, output: str, *, model: str, dataset: str, **options: Any) -> None:
-        held_out = {} if stage == "sft" else {"eval_dataset": folder / "held_out.jsonl"}
-        run_stage(
-            STAGES, stage, output_dir=folder / output, model_name_or_path=folder / model, seed=config.seed,
-            dataset_name=folder / dataset, **held_out, **options,
-        )  # fmt: skip
+    changes = {"seed": config.seed, "drawn": config.completions, "dpo_epochs": config.dpo_epochs, "beta": DPO_BETA}
+    recipe = read_recipe(str(RECIPE), [f"{name}={value}" for name, value in changes.items()])
+    stages = {stage.name: stage for stage in recipe.stages}
 
     print(f"1/5  Pretraining: a tiny GPT-2 reads text of the language from scratch, in {config.lm_steps} steps.")
     tokenizer = make_tokenizer()
@@ -84,8 +83,8 @@ def run(config: DemoConfig) -> Path:
         {"prompt": p, "completion": f" {write_review(p, rng)}"} for p in rng.choices(train, k=config.demonstrations)
     ]
     write_jsonl(folder / "demonstrations.jsonl", demonstrations)
-    learn("sft", "sft_model", model="base_model", dataset="demonstrations.jsonl")
-    sft = load(folder / "sft_model")
+    run_stage(stages["sft_model"], folder)
+    sft = load_causal_lm(str(folder / "sft_model"), key="sft_model")
     print(f"     Of its answers, {ends_in_time(sft, tokenizer, held_out, config.seed):.0%} are one review and stop.\n")
 
     print("3/5  An annotator who knows the hidden reward, but errs, compares reviews; a reward model learns from that.")
@@ -95,26 +94,15 @@ def run(config: DemoConfig) -> Path:
     print(
         f"     {config.pairs} pairs; where rewards differ, the annotator chose the higher one in {right:.0%} of them."
     )
-    learn("reward", "reward_model", model="sft_model", dataset="preferences.jsonl")
+    run_stage(stages["reward_model"], folder)
 
     print(f"\n4/5  Rejection sampling: {config.completions} reviews a prompt, of which the best 4 are learned.")
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in train])
-    completions, selected = folder / "completions", folder / "selected"
-    run_stage(
-        STAGES, "sample", models=[str(folder / "sft_model")], dataset_name=folder / "prompts.jsonl",
-        output_dir=completions, num_completions=config.completions, seed=config.seed, max_new_tokens=MAX_NEW_TOKENS,
-    )  # fmt: skip
-    run_stage(
-        STAGES, "rejection", completions=[str(completions)], reward_model_name_or_path=folder / "reward_model",
-        output_dir=selected, seed=config.seed,
-    )  # fmt: skip
-    learn("sft", "rejection_model", model="sft_model", dataset="selected/selected.jsonl")
+    for name in ("completions", "selected", "rejection_model"):
+        run_stage(stages[name], folder)
 
     print(f"\n5/5  DPO on the same pairs, without the reward model, with beta {DPO_BETA}.")
-    learn(
-        "dpo", "dpo_model", model="sft_model", dataset="preferences.jsonl", beta=DPO_BETA,
-        num_train_epochs=config.dpo_epochs, ref_cache_dir=folder / "reference_logps",
-    )  # fmt: skip
+    run_stage(stages["dpo_model"], folder)
 
     print("\nOn prompts that no stage after pretraining has seen:\n")
     groups = load_groups(
@@ -123,9 +111,9 @@ def run(config: DemoConfig) -> Path:
     reward_model = load_reward_model(str(folder / "reward_model"), key="reward_model_name_or_path")
     scores = {}
     for name, stage in (("SFT", "sft_model"), ("rejection", "rejection_model"), ("DPO", "dpo_model")):
-        model = load(folder / stage)
+        model = load_causal_lm(str(folder / stage), key=stage)
         scores[name] = score(model, sft, reward_model, tokenizer, held_out, groups, REVIEWS_PER_PROMPT, config.seed)
-    report = table(scores, DPO_BETA) + "\n\n" + examples(held_out, scores)
+    report = report_of(held_out, scores, DPO_BETA)
     print(report)
     (folder / "report.txt").write_text(f"{INTRODUCTION}\n{report}\n", encoding="utf-8")
     rewards = {name: result.rewards for name, result in scores.items()}
@@ -146,10 +134,6 @@ def make_folder(config: DemoConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
     return folder
-
-
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def train_lm(model: PreTrainedModel, draw: Callable[[], Batch], steps: int, peak: float) -> float:
@@ -189,7 +173,7 @@ def mean_nats(hidden: Tensor, head: LMHead, batch: Batch) -> Tensor:
 def ends_in_time(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seed: int) -> float:
     """The share of answers that are one review of the language, and nothing else."""
     reviews = sample_reviews(model, tokenizer, prompts, seed)
-    return sum(is_grammatical(*pair) for pair in zip(prompts, reviews, strict=True)) / len(prompts)
+    return fmean(map(is_grammatical, prompts, reviews))
 
 
 def write_preferences(

@@ -16,19 +16,20 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from ...data.batches import Batch, pad_sequences
 from ...data.rows import read_rows
-from ...models.loading import load_tokenizer, save_model
+from ...models.loading import load_causal_lm, load_tokenizer, save_model
 from ...rewards.verifiable import exact_answer, think_answer
 from ...training.journal import write_jsonl
 from ..tiny import tiny_gpt2
 from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, prefers_first, write_review
-from .measure import mean, sample_reviews
-from .run import POSITIONS, load, train_lm
+from .measure import sample_reviews
+from .run import POSITIONS, train_lm
 
 ALL_SUMS = [f"{a} + {b} =" for a, b in itertools.product(range(7), range(7))]
 WORDS_OF_SUMS = ["<think> count + is = easy </think> <answer> </answer>", *map(str, range(-2, 15))]
@@ -170,7 +171,7 @@ def measure(folder: Path, *, models: dict[str, str], prompts: Sequence[str], see
     report = {}
     for name, path in models.items():
         tokenizer = load_tokenizer(path, key="models", trust_remote_code=False)
-        texts = sample_reviews(load(Path(path)), tokenizer, repeated, seed, batch_size=256)
+        texts = sample_reviews(load_causal_lm(path, key="models"), tokenizer, repeated, seed, batch_size=256)
         report[name] = measures(list(zip(repeated, texts, strict=True)))
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -185,4 +186,4 @@ def measures(answers: list[tuple[str, str]]) -> dict[str, float]:
         "reviews, hidden reward": [reward_of(*pair) for pair in reviews],
         "reviews in the language": [float(is_grammatical(*pair)) for pair in reviews],
     }
-    return {name: mean(each) for name, each in values.items() if each}
+    return {name: fmean(each) for name, each in values.items() if each}

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from transformers import GPT2LMHeadModel
 
+from ...commands import COMMANDS
+from ...config.parse import checked_values
 from ...data.completions import COMPLETIONS_FILE
 from ...data.rows import read_rows
 from ...models.loading import save_model
 from ...training.journal import write_jsonl
-from ..tiny import prefers_first, run_stage, tiny_gpt2
+from ..tiny import prefers_first, tiny_gpt2
 from .language import MAX_WORDS, PROMPT_WORDS, WORDS, all_prompts, hidden_reward, make_tokenizer, write_completion
 from .report import COVERING
 
@@ -78,7 +81,7 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     torch.manual_seed(seed)
     save_model(make_model(), make_tokenizer(), start)
     reference = run_stage(
-        STAGES, "reference", output_dir=folder / "reference", model_name_or_path=start, seed=seed, dataset_name=texts,
+        "reference", output_dir=folder / "reference", model_name_or_path=start, seed=seed, dataset_name=texts,
         num_train_epochs=sizes.sft_epochs, resume_from_checkpoint=True,
     )  # fmt: skip
     return World(str(reference), str(questions), train, held_out, sizes)
@@ -89,10 +92,19 @@ def make_model() -> GPT2LMHeadModel:
     return tiny_gpt2(len(WORDS) + 1, positions, width=64, layers=2, activation_function="gelu_pytorch_tanh")
 
 
+def run_stage(name: str, **options: Any) -> Path:
+    """Runs a stage of stages.yaml; `options` come beside or over those there. Returns the stage's folder."""
+    values = yaml.safe_load(STAGES.read_text(encoding="utf-8"))[name]
+    command = COMMANDS[values.pop("command")]
+    values |= {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    cls = command.load_config()
+    return command.load_function()(cls(**checked_values(cls, values, f"{STAGES.name}, {name}", "rlhf")))
+
+
 def train(world: World, stage: str, seed: int, folder: Path, **options: Any) -> Path:
     """Trains the reference model in a stage of stages.yaml."""
     places = {"output_dir": folder / "model", "model_name_or_path": world.reference}
-    return run_stage(STAGES, stage, **places, seed=seed, **options)
+    return run_stage(stage, **places, seed=seed, **options)
 
 
 def completions_of(
@@ -101,7 +113,7 @@ def completions_of(
     """`count` completions for each training prompt, by prompt; of the reference, or shared out to `writers`."""
     writers = writers or (world.reference,)
     run_stage(
-        STAGES, "sample", models=list(writers), dataset_name=world.prompts_file, output_dir=folder, seed=seed,
+        "sample", models=list(writers), dataset_name=world.prompts_file, output_dir=folder, seed=seed,
         num_completions=count // len(writers), max_new_tokens=steps,
     )  # fmt: skip
     groups: dict[int, list[dict[str, Any]]] = {}
@@ -157,7 +169,7 @@ def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
     completions, selected = folder / "completions", folder / "selected"
     # A step more than completions need: `rlhf rejection` leaves out a completion without an end.
     completions_of(world, int(count), seed, completions, MAX_WORDS + 1)
-    run_stage(STAGES, "rejection", completions=[str(completions)], output_dir=selected, seed=seed)
+    run_stage("rejection", completions=[str(completions)], output_dir=selected, seed=seed)
     rows, epochs = selected / "selected.jsonl", world.sizes.sft_epochs
     return train(world, "sft", seed, folder, dataset_name=rows, num_train_epochs=epochs)
 
