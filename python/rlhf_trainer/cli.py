@@ -3,16 +3,22 @@
 import sys
 from collections.abc import Sequence
 
-from .commands import COMMANDS, Command
+from .commands import COMMANDS
 from .errors import TrainingError, UsageError, did_you_mean
 
 INSPECT = "inspect"  # a command about the others, with their flags
 
 
-def run(name: str, command: Command, argv: Sequence[str]) -> None:
+def run(name: str, argv: Sequence[str]) -> None:
     """Runs a command; its function is imported when the flags are known good, as torch takes seconds."""
+    if name == INSPECT:
+        from .inspection import inspect
+
+        inspect(argv)
+        return
     from .config.parse import parse_config
 
+    command = COMMANDS[name]
     summary = command.summary
     config = parse_config(command.load_config(), argv, f"rlhf {name}", f"{summary[0].upper()}{summary[1:]}.")
     from transformers.utils import logging
@@ -54,30 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     name, *rest = argv
-    if name == INSPECT:
-        from .inspection import inspect
-
-        try:
-            inspect(rest)
-        except UsageError as error:
-            print(f"rlhf {name}: {error}", file=sys.stderr)
-            return 1
-        return 0
-    if name not in COMMANDS:
+    if name not in (*COMMANDS, INSPECT):
         nearest = did_you_mean(name, [*COMMANDS, INSPECT])
-        print(
-            f"rlhf: unknown command {name!r}{nearest}\n`rlhf --help` lists the commands",
-            file=sys.stderr,
-        )
+        print(f"rlhf: unknown command {name!r}{nearest}\n`rlhf --help` lists the commands", file=sys.stderr)
         return 2
     try:
-        run(name, COMMANDS[name], rest)
-    except UsageError as error:
+        run(name, rest)
+    except (UsageError, TrainingError) as error:
         print(f"rlhf {name}: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"rlhf {name}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) and name != INSPECT else 1
     except KeyboardInterrupt:
         print(
             f"\nrlhf {name}: interrupted; the same command with --resume_from_checkpoint goes on from what it has kept",
