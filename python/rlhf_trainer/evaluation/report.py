@@ -1,6 +1,6 @@
 """The report of `rlhf evaluate`, from its samples: numbers with intervals, and a table for a person."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,10 @@ def report_of(config: EvaluateConfig, samples: Sequence[dict[str, Any]]) -> dict
     compared = [sample for sample in samples if sample["answer_reward"] is not None]
     scores = [outcome(sample["reward"], sample["answer_reward"]) for sample in compared]
 
-    def mean(values: Sequence[float | None]) -> dict[str, float] | None:
+    def mean(values: Iterable[float | None]) -> dict[str, float] | None:
         known = [value for value in values if value is not None]
         return bootstrap_interval(known, config.resamples, config.seed)._asdict() if known else None
 
-    def column(name: str) -> list[float | None]:
-        return [sample[name] for sample in samples]
-
-    gains = [s["reward"] - s["answer_reward"] for s in compared if s["reward"] is not None]
     return {
         "model": config.model_name_or_path,
         "ref_model": config.ref_model_name_or_path,
@@ -37,12 +33,12 @@ def report_of(config: EvaluateConfig, samples: Sequence[dict[str, Any]]) -> dict
         "losses": scores.count(0.0),
         "intervals": f"95%; win_rate: Wilson's; others: bootstrap over prompts, {config.resamples} resamples",
         "win_rate": wilson_interval(sum(scores) / len(scores), len(scores))._asdict() if scores else None,
-        "reward": mean(column("reward")),
-        "answer_reward": mean(column("answer_reward")),
-        "reward_gain": mean(gains),
-        "length_tokens": mean(column("tokens")),
-        "answer_length_tokens": mean(column("answer_tokens")),
-        "kl_nats": mean(column("kl_nats")),
+        "reward": mean(sample["reward"] for sample in samples),
+        "answer_reward": mean(sample["answer_reward"] for sample in samples),
+        "reward_gain": mean(s["reward"] - s["answer_reward"] for s in compared if s["reward"] is not None),
+        "length_tokens": mean(sample["tokens"] for sample in samples),
+        "answer_length_tokens": mean(sample["answer_tokens"] for sample in samples),
+        "kl_nats": mean(sample["kl_nats"] for sample in samples),
     }
 
 
