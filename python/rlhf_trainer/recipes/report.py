@@ -88,18 +88,7 @@ def course(path: Path) -> dict[str, Any]:
 
 def in_markdown(report: dict[str, Any]) -> str:
     """Of a stage its metrics and its own report: rlhf evaluate's table; a table of like mappings; or the numbers."""
-    functions = (taken, left, numbers_of, are_alike, number, table)
-    return filled(TEMPLATE, **report, **{function.__name__: function for function in functions}) + "\n"
-
-
-def taken(stage: dict[str, Any]) -> str:
-    rows = {key: f" ({source['rows']:,} rows)" for key, source in stage["consumed"].items() if "rows" in source}
-    return "; ".join(f"{key}: {source['from']}{rows.get(key, '')}" for key, source in stage["consumed"].items())
-
-
-def left(stage: dict[str, Any]) -> str:
-    files = [f"{name}: {count:,} rows" for name, count in stage["rows"].items()]
-    return "; ".join([*files, *([f"a model, {stage['steps']} steps"] if "steps" in stage else [])])
+    return filled(TEMPLATE, **report, numbers_of=numbers_of, are_alike=are_alike, table=table) + "\n"
 
 
 def are_alike(parts: list[Any]) -> bool:
@@ -114,7 +103,3 @@ def numbers_of(report: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from numbers_of(value, f"{prefix}{key}, ")
         elif isinstance(value, int | float | str):
             yield f"{prefix}{key}", value
-
-
-def number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
