@@ -148,15 +148,12 @@ def load_groups(
             keep_rendering=keep_rendering,
         )  # fmt: skip
         room = max_length - len(prompt)
-        fitting = [ids[:room] for ids in encoded]
-        group = Group(number, prompt, [], [], [], keep_rendering)
-        for ids in fitting:
-            if ids not in group.responses:  # responses of the same tokens are one
-                group.responses.append(ids)
-        positions = {field: group.responses.index(ids) for field, ids in zip(responses, fitting, strict=True)}
-        for (better, _), (worse, _), margin in compared:
-            group.pairs.append((positions[better], positions[worse]))
-            group.margins.append(margin)
+        fitting = [tuple(ids[:room]) for ids in encoded]
+        distinct = list(dict.fromkeys(fitting))  # responses of the same tokens are one
+        positions = {field: distinct.index(ids) for field, ids in zip(responses, fitting, strict=True)}
+        pairs = [(positions[better], positions[worse]) for (better, _), (worse, _), _ in compared]
+        margins = [margin for *_, margin in compared]
+        group = Group(number, prompt, list(map(list, distinct)), pairs, margins, keep_rendering)
         return [group], sum(len(ids) > room for ids in encoded)
 
     loaded = _load(source, codec, group_of, "prompts with pairs", Reading(**reading))
