@@ -15,9 +15,11 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import median_low
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +91,9 @@ def run(config: FrontierConfig) -> Path:
     ]
     (work / "points").mkdir(exist_ok=True)
     missing = [job for job in jobs if not point_file(work, job).exists()]
-    with tqdm(total=len(missing), desc="trainings", unit="model", disable=None) as bar:
-        for _ in run_jobs(missing, world, work, config.workers):
-            bar.update()
+    trainings = run_jobs(missing, world, work, config.workers)
+    for _ in tqdm(trainings, "trainings", len(missing), unit="model", disable=None):
+        pass
 
     points = [json.loads(point_file(work, job).read_text(encoding="utf-8")) for job in jobs]
     results = environment() | {
@@ -130,9 +132,10 @@ def counted(truth: Truth, seed: int) -> dict[str, Any]:
     drawn = [row[draw(logprobs, DRAWS, generator)] for logprobs, row in zip(ref, rewards, strict=True)]
     importance = []
     for beta in IMPORTANCE_BETAS:
-        sizes = torch.tensor([effective_sample_size(row, beta) for row in drawn])
-        least, median, most = sizes.min().item(), sizes.median().item(), sizes.max().item()
-        importance.append({"beta": beta, "draws": DRAWS, "least": least, "median": median, "most": most})
+        sizes = [effective_sample_size(row, beta) for row in drawn]
+        importance.append(
+            {"beta": beta, "draws": DRAWS, "least": min(sizes), "median": median_low(sizes), "most": max(sizes)}
+        )
     mean = (probabilities * rewards).sum(-1)
     return {
         "reference": {
@@ -160,23 +163,14 @@ def point_file(work: Path, job: Job) -> Path:
 
 
 def run_jobs(jobs: list[Job], world: World, work: Path, workers: int | None) -> Iterator[None]:
-    """Runs the jobs, each in one of `workers` processes with one thread, or in this one; yields as each is done."""
+    """Runs the jobs, each in one of `workers` processes with one thread, or in this one; yields once for each."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
-        for job in jobs:
-            run_job(job, world, work)
-            yield
+        yield from map(run_job, jobs, repeat(world), repeat(work))
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit the locks of threads that it has not
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=begin_worker) as pool:
-        futures: list[Future[None]] = [pool.submit(run_job, job, world, work) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                future.result()  # or the error of the training
-                yield
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        yield from pool.map(run_job, jobs, repeat(world), repeat(work))  # an error cancels what has not begun
 
 
 def begin_worker() -> None:
