@@ -8,8 +8,11 @@ from ..config.functions import import_function
 from ..errors import UsageError
 from .config import RewardsConfig
 from .model_rewards import ClassifierReward, ModelReward
-from .rewards import CLASSIFIER, MODEL, Reward, Rewards, RowReward, UserReward
-from .verifiable import VERIFIABLE
+from .rewards import Reward, Rewards, RowReward, UserReward
+from .sandbox import protections
+from .verifiable import VERIFIABLE, regex_of
+
+MODEL, CLASSIFIER, REGEX = "model", "classifier", "regex"
 
 
 def load_rewards(config: RewardsConfig, device: torch.device, *, batch_size: int = 32) -> Rewards:
@@ -40,15 +43,17 @@ def maker_of(spec: str) -> Maker:
         if not folder or not label:
             raise UsageError(f"reward_funcs: expected classifier:NAME:LABEL, got {spec!r}")
         return lambda config, device, batch_size: ClassifierReward(folder, label, config, device, batch_size)
-    if name in VERIFIABLE:
+    if name == REGEX or spec in VERIFIABLE:
         try:
-            verifiable = VERIFIABLE[name](argument)
+            verifiable = regex_of(argument) if name == REGEX else VERIFIABLE[spec]
         except ValueError as error:
             raise UsageError(f"reward_funcs: {spec!r}: {error}") from error
+        if verifiable.is_slow:
+            print(f"{name}: completions run {protections()}")
         row_reward = RowReward(name, verifiable)
         return lambda *_: row_reward
-    if not argument:
-        known = ", ".join([*VERIFIABLE, f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
+    if not argument or name in {known.partition(":")[0] for known in VERIFIABLE}:
+        known = ", ".join([*VERIFIABLE, f"{REGEX}:PATTERN", f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
         raise UsageError(
             f"reward_funcs: {spec!r} is unknown; known are {known}, and module:function for one of your own"
         )

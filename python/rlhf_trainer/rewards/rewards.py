@@ -28,7 +28,6 @@ from ..training.journal import RunBatch, compute_only
 from .model_rewards import ModelReward
 from .verifiable import Verifiable
 
-MODEL, CLASSIFIER = "model", "classifier"
 LARGEST = torch.finfo(torch.float32).max
 
 

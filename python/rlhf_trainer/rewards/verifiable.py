@@ -333,35 +333,17 @@ def checked_tests(value: Any) -> list[str]:
     return tests
 
 
-# --- by name
+# --- by name, beside regex:PATTERN
 
-
-def one_of(expected: str, choices: dict[str, Verifiable]) -> Callable[[str], Verifiable]:
-    """The function argument -> reward; ValueError, with what was expected, for one that is not among the choices."""
-
-    def choose(argument: str) -> Verifiable:
-        if argument not in choices:
-            raise ValueError(f"{expected}, got {argument!r}")
-        if choices[argument].is_slow:
-            print(f"unit_tests: completions run {sandbox.protections()}")
-        return choices[argument]
-
-    return choose
-
-
-NO_ARGUMENT, TESTS = "takes nothing behind a colon", "expected unit_tests, the share that passes, or unit_tests:all"
 EXACT = Verifiable(exact_answer, ("ground_truth", "answer", "solution"), "the right answer", expected_answers)
-SCHEMA = Verifiable(json_schema, ("schema",), "a JSON schema", checked_schema)
-ARITHMETIC = Verifiable(arithmetic, ("expression",), "such as '12 * (3 + 4)'", value_of)
 SHARE = Verifiable(
     unit_tests, ("tests", "test_list"), "assert statements, a list or one text", checked_tests, is_slow=True
 )
-
-VERIFIABLE: dict[str, Callable[[str], Verifiable]] = {
-    "exact_answer": one_of(NO_ARGUMENT, {"": EXACT}),
-    "regex": regex_of,
-    "json_schema": one_of(NO_ARGUMENT, {"": SCHEMA}),
-    "arithmetic": one_of(NO_ARGUMENT, {"": ARITHMETIC}),
-    "format": one_of("expected format:think_answer", {"think_answer": Verifiable(think_answer)}),
-    "unit_tests": one_of(TESTS, {"": SHARE, "all": SHARE._replace(score=all_unit_tests)}),
+VERIFIABLE = {
+    "exact_answer": EXACT,
+    "json_schema": Verifiable(json_schema, ("schema",), "a JSON schema", checked_schema),
+    "arithmetic": Verifiable(arithmetic, ("expression",), "such as '12 * (3 + 4)'", value_of),
+    "format:think_answer": Verifiable(think_answer),
+    "unit_tests": SHARE,
+    "unit_tests:all": SHARE._replace(score=all_unit_tests),
 }
