@@ -8,6 +8,7 @@ annotator of pairs (DPO, reward models), or as a reward function (rejection samp
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ...config.parse import checked_values
 from ...data.completions import COMPLETIONS_FILE
 from ...data.rows import read_rows
 from ...models.loading import save_model
+from ...recipes.file import filled
 from ...training.journal import write_jsonl
 from ..tiny import prefers_first, tiny_gpt2
 from .language import MAX_WORDS, PROMPT_WORDS, WORDS, all_prompts, hidden_reward, make_tokenizer, write_completion
@@ -73,18 +75,16 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> World:
     prompts = all_prompts()
     rng.shuffle(prompts)
     held_out, train = prompts[: sizes.held_out], prompts[sizes.held_out :]
-    start, texts, questions = folder / "start", folder / "demonstrations.jsonl", folder / "prompts.jsonl"
+    world = World(str(folder / "reference"), str(folder / "prompts.jsonl"), train, held_out, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     repeated = rng.choices(train, k=sizes.demonstrations)
-    write_jsonl(texts, [{"prompt": prompt, "completion": f" {write_completion(prompt, rng)}"} for prompt in repeated])
-    write_jsonl(questions, [{"prompt": prompt} for prompt in train])
+    texts = [{"prompt": prompt, "completion": f" {write_completion(prompt, rng)}"} for prompt in repeated]
+    write_jsonl(folder / "demonstrations.jsonl", texts)
+    write_jsonl(Path(world.prompts_file), [{"prompt": prompt} for prompt in train])
     torch.manual_seed(seed)
-    save_model(make_model(), make_tokenizer(), start)
-    reference = run_stage(
-        "reference", output_dir=folder / "reference", model_name_or_path=start, seed=seed, dataset_name=texts,
-        num_train_epochs=sizes.sft_epochs, resume_from_checkpoint=True,
-    )  # fmt: skip
-    return World(str(reference), str(questions), train, held_out, sizes)
+    save_model(make_model(), make_tokenizer(), folder / "start")
+    run_stage("reference", world, seed, folder)
+    return world
 
 
 def make_model() -> GPT2LMHeadModel:
@@ -92,19 +92,15 @@ def make_model() -> GPT2LMHeadModel:
     return tiny_gpt2(len(WORDS) + 1, positions, width=64, layers=2, activation_function="gelu_pytorch_tanh")
 
 
-def run_stage(name: str, **options: Any) -> Path:
-    """Runs a stage of stages.yaml; `options` come beside or over those there. Returns the stage's folder."""
-    values = yaml.safe_load(STAGES.read_text(encoding="utf-8"))[name]
-    command = COMMANDS[values.pop("command")]
-    values |= {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+def run_stage(name: str, world: World, seed: int, folder: Path, **values: Any) -> Path:
+    """Runs a stage of stages.yaml, whose ${names} are the sizes, the world's files, seed, folder and `values`; returns
+    the stage's own folder."""
+    known = {"reference": world.reference, "prompts": world.prompts_file, "seed": seed, "folder": str(folder)}
+    values |= known | world.sizes._asdict()
+    options = filled(yaml.safe_load(STAGES.read_text(encoding="utf-8"))[name], values.__getitem__)
+    command = COMMANDS[options.pop("command")]
     cls = command.load_config()
-    return command.load_function()(cls(**checked_values(cls, values, f"{STAGES.name}, {name}", "rlhf")))
-
-
-def train(world: World, stage: str, seed: int, folder: Path, **options: Any) -> Path:
-    """Trains the reference model in a stage of stages.yaml."""
-    places = {"output_dir": folder / "model", "model_name_or_path": world.reference}
-    return run_stage(stage, **places, seed=seed, **options)
+    return command.load_function()(cls(**checked_values(cls, options, f"{STAGES.name}, {name}", "rlhf")))
 
 
 def completions_of(
@@ -112,12 +108,9 @@ def completions_of(
 ) -> list[list[dict[str, Any]]]:
     """`count` completions for each training prompt, by prompt; of the reference, or shared out to `writers`."""
     writers = writers or (world.reference,)
-    run_stage(
-        "sample", models=list(writers), dataset_name=world.prompts_file, output_dir=folder, seed=seed,
-        num_completions=count // len(writers), max_new_tokens=steps,
-    )  # fmt: skip
+    sampled = run_stage("sample", world, seed, folder, writers=list(writers), count=count // len(writers), steps=steps)
     groups: dict[int, list[dict[str, Any]]] = {}
-    for _, row in read_rows(str(folder / COMPLETIONS_FILE), split="train"):
+    for _, row in read_rows(str(sampled / COMPLETIONS_FILE), split="train"):
         groups.setdefault(row["prompt_row"], []).append(row)
     return list(groups.values())
 
@@ -131,7 +124,7 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
     per_prompt = -(-count // len(world.train))
     rows, left = [], count
     each = min(world.sizes.completions, 2 * per_prompt)
-    for group in completions_of(world, each, seed, folder / "completions", writers=writers):
+    for group in completions_of(world, each, seed, folder, writers=writers):
         prompt = group[0]["prompt"]
         texts = sorted({row["completion"] for row in group if row["completion"]})
         rewards = [hidden_reward(prompt, text) for text in texts]
@@ -150,48 +143,37 @@ def write_pairs(world: World, count: int, seed: int, folder: Path, writers: Sequ
 
 def dpo(world: World, beta: float, seed: int, folder: Path, writers: Sequence[str] = ()) -> Path:
     """DPO on as many pairs of each prompt's completions, each compared once."""
-    pairs, cache = write_pairs(world, world.sizes.pairs, seed, folder, writers), folder / "reference_logps"
-    epochs = world.sizes.dpo_epochs
-    return train(
-        world, "dpo", seed, folder, dataset_name=pairs, ref_cache_dir=cache, beta=beta, num_train_epochs=epochs
-    )
+    write_pairs(world, world.sizes.pairs, seed, folder, writers)
+    return run_stage("dpo", world, seed, folder, beta=beta)
 
 
 def dpo_covering(world: World, beta: float, seed: int, folder: Path) -> Path:
     """DPO, but half of the completions are of a policy that PPO has brought near the optimum for this beta: completions
     of the best policy, which the reference hardly ever writes, are then among the pairs."""
-    near_optimum = ppo(world, beta, seed, folder / "ppo")
+    near_optimum = online(world, beta, seed, folder / "ppo", stage="ppo")
     return dpo(world, beta, seed, folder, (world.reference, str(near_optimum)))
 
 
 def rejection(world: World, count: float, seed: int, folder: Path) -> Path:
     """The best of `count` completions of each prompt, learned by SFT."""
-    completions, selected = folder / "completions", folder / "selected"
     # A step more than completions need: `rlhf rejection` leaves out a completion without an end.
-    completions_of(world, int(count), seed, completions, MAX_WORDS + 1)
-    run_stage("rejection", completions=[str(completions)], output_dir=selected, seed=seed)
-    rows, epochs = selected / "selected.jsonl", world.sizes.sft_epochs
-    return train(world, "sft", seed, folder, dataset_name=rows, num_train_epochs=epochs)
+    completions_of(world, int(count), seed, folder, MAX_WORDS + 1)
+    run_stage("rejection", world, seed, folder)
+    return run_stage("sft", world, seed, folder)
 
 
-def ppo(world: World, beta: float, seed: int, folder: Path) -> Path:
-    """KL in the reward, as drawn: its expected gradient is that of the KL. (The exact KL at a token is the same
-    whichever token is drawn: as a reward it would hold back only the tokens before.)"""
-    steps = world.sizes.ppo_iterations
-    return train(world, "ppo", seed, folder, dataset_name=world.prompts_file, beta=beta, max_steps=steps)
-
-
-def grpo(world: World, beta: float, seed: int, folder: Path) -> Path:
-    """KL in the reward, as drawn: what groups compare is then the objective."""
-    steps = world.sizes.grpo_iterations
-    return train(world, "grpo", seed, folder, dataset_name=world.prompts_file, beta=beta, max_steps=steps)
+def online(world: World, beta: float, seed: int, folder: Path, *, stage: str) -> Path:
+    """PPO or GRPO with the KL in the reward, as drawn: its expected gradient is that of the KL, and what groups compare
+    is the objective. (The exact KL at a token is the same whichever token is drawn: as a reward it would hold back only
+    the tokens before.)"""
+    return run_stage(stage, world, seed, folder, beta=beta)
 
 
 def reward_model(world: World, pairs: float, seed: int, folder: Path) -> Path:
     """A reward model from so many pairs: four passes, or more where those would be fewer than reward_steps of 64."""
-    path, steps = write_pairs(world, int(pairs), seed, folder), -(-int(pairs) // 64)
-    epochs = max(4, -(-world.sizes.reward_steps // steps))
-    return train(world, "reward", seed, folder, dataset_name=path, num_train_epochs=epochs)
+    write_pairs(world, int(pairs), seed, folder)
+    steps = -(-int(pairs) // 64)
+    return run_stage("reward", world, seed, folder, epochs=max(4, -(-world.sizes.reward_steps // steps)))
 
 
 class Method(NamedTuple):
@@ -209,8 +191,8 @@ class Method(NamedTuple):
 METHODS = (
     Method("rejection sampling + SFT", "N", rejection),
     Method("DPO", "beta", dpo),
-    Method("PPO", "beta", ppo),
-    Method("GRPO", "beta", grpo),
+    Method("PPO", "beta", partial(online, stage="ppo")),
+    Method("GRPO", "beta", partial(online, stage="grpo")),
     Method(COVERING, "beta", dpo_covering, most=2),
 )
 REWARD_MODEL = Method("reward model", "pairs", reward_model)
