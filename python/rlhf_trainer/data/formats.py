@@ -53,25 +53,22 @@ def format_of(row: Row) -> RowFormat:
 
 def _from_transcripts(row: Row, chat: bool) -> Row:
     """Anthropic HH: two transcripts, equal up to the assistant's last turn, which is the response."""
-    chosen, rejected = need_text(row, "chosen"), need_text(row, "rejected")
-    prompts = []
-    for field, transcript in (("chosen", chosen), ("rejected", rejected)):
+    turns = {}
+    for field, transcript in (("chosen", need_text(row, "chosen")), ("rejected", need_text(row, "rejected"))):
         if not transcript.startswith(HUMAN):
             raise RowError(field, f"expected a transcript that begins with {HUMAN!r}, got {transcript[:30]!r}")
-        last = max(transcript.rfind(HUMAN), transcript.rfind(ASSISTANT))
-        if not transcript.startswith(ASSISTANT, last):
+        _, *turns[field] = TURN.split(transcript)  # marks, and what follows each of them
+        if turns[field][-2] != ASSISTANT:
             raise RowError(field, "the transcript ends with the human's turn, so there is no response")
-        prompts.append(transcript[: last + len(ASSISTANT)])
-    prompt = prompts[0]
-    if prompt != prompts[1]:
+    *prompt, chosen = turns["chosen"]
+    *other, rejected = turns["rejected"]
+    if prompt != other:
         raise RowError("rejected", "the transcript differs from 'chosen' before the last response: no common prompt")
-    chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not chat:
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    _, *parts, _, _ = TURN.split(prompt)  # "", then marks and what follows them, up to the last mark and ""
+        return {"prompt": "".join(prompt), "chosen": chosen, "rejected": rejected}
     messages = [
         {"role": "user" if mark == HUMAN else "assistant", "content": content.strip()}
-        for mark, content in zip(parts[::2], parts[1::2], strict=True)
+        for mark, content in zip(prompt[:-1:2], prompt[1::2], strict=True)
     ]
     return {"prompt": messages, "chosen": _answer(chosen), "rejected": _answer(rejected)}
 
