@@ -26,9 +26,9 @@ MAX_NEW_TOKENS = 32
 
 
 class Score(NamedTuple):
-    """One model's results on held-out prompts, of which each has several reviews."""
+    """One model's results on held-out prompts."""
 
-    reviews: list[str]  # the first of each prompt, then the second ones, ...
+    reviews: list[str]  # one of each prompt, which may be there several times
     rewards: list[int]  # hidden ones, of all reviews
     reward: float  # their mean
     proxy_reward: float  # the reward model's, mean
@@ -54,21 +54,19 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     groups: list[Group],
-    reviews_per_prompt: int,
     seed: int,
 ) -> Score:
-    repeated = prompts * reviews_per_prompt
-    reviews = sample_reviews(model, tokenizer, repeated, seed)
+    """Measures of one review of each prompt, and of the pairs in `groups`."""
+    reviews, codec = sample_reviews(model, tokenizer, prompts, seed), Codec(tokenizer)
     # An empty review has no tokens to measure; it earns no reward, and is not of the language.
-    answered = [(prompt, review) for prompt, review in zip(repeated, reviews, strict=True) if review]
-    codec = Codec(tokenizer)
-    pairs = [encode_pairs(codec, p, [("review", r)]) for p, r in answered]
+    answered = [(prompt, review) for prompt, review in zip(prompts, reviews, strict=True) if review]
+    pairs = [encode_pairs(codec, prompt, [("review", review)]) for prompt, review in answered]
     encoded = [(prompt, response) for prompt, (response,) in pairs]
     pad_id, device = pad_id_of(tokenizer), torch.device("cpu")
     kl = kl_of_sequences(FusedLM(model), FusedLM(reference), encoded, BATCH, pad_id)
     scores = score_sequences(reward_model, [p + r for p, r in encoded], BATCH, pad_id, device).tolist()
     rewards = list(map(hidden_reward, reviews))
-    grammatical = fmean(map(is_grammatical, repeated, reviews))
+    grammatical = fmean(map(is_grammatical, prompts, reviews))
     accuracy = ranking_accuracy(FusedLM(model), FusedLM(reference), tokenizer, groups)
     return Score(reviews, rewards, fmean(rewards), fmean(scores), fmean(kl), grammatical, accuracy)
 

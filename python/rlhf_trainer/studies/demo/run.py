@@ -112,7 +112,8 @@ def run(config: DemoConfig) -> Path:
     scores = {}
     for name, stage in (("SFT", "sft_model"), ("rejection", "rejection_model"), ("DPO", "dpo_model")):
         model = load_causal_lm(str(folder / stage), key=stage)
-        scores[name] = score(model, sft, reward_model, tokenizer, held_out, groups, REVIEWS_PER_PROMPT, config.seed)
+        repeated = held_out * REVIEWS_PER_PROMPT
+        scores[name] = score(model, sft, reward_model, tokenizer, repeated, groups, config.seed)
     report = report_of(held_out, scores, DPO_BETA)
     print(report)
     (folder / "report.txt").write_text(f"{INTRODUCTION}\n{report}\n", encoding="utf-8")

@@ -11,10 +11,10 @@ Those who write demonstrations are hasty in two cases of three, so a model that 
 wrong in substance, though it could always be right; what a stage makes of that, `measure` tells.
 """
 
-import itertools
 import json
 import random
 from collections.abc import Sequence
+from itertools import combinations, cycle, islice, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +31,7 @@ from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer
 from .measure import sample_reviews
 from .run import POSITIONS, train_lm
 
-ALL_SUMS = [f"{a} + {b} =" for a, b in itertools.product(range(7), range(7))]
+ALL_SUMS = [f"{a} + {b} =" for a, b in product(range(7), range(7))]
 WORDS_OF_SUMS = ["<think> count + is = easy </think> <answer> </answer>", *map(str, range(-2, 15))]
 TALK = {"careful": 3, "hasty": 1, "bare": 1}  # parts of the text that the base model reads
 DEMONSTRATIONS = {"careful": 1, "hasty": 2}  # by people who write down how they came to it
@@ -77,17 +77,13 @@ def make(
         held_out = round(len(prompts) * held_out_share)
         demonstrated = [
             {"prompt": prompt, "completion": f" {answer(prompt, rng, DEMONSTRATIONS)}"}
-            for prompt in some(prompts if task == "sums" else prompts[held_out:], demonstrations)
+            for prompt in islice(cycle(prompts if task == "sums" else prompts[held_out:]), demonstrations)
         ]
         write_jsonl(folder / f"{task}_demonstrations.jsonl", demonstrated)
         for name, part, count in (("", prompts[held_out:], pairs), ("held_out_", prompts[:held_out], pairs // 4)):
             write_jsonl(folder / f"{name}{task}_prompts.jsonl", list(map(as_row, part)))
-            write_jsonl(folder / f"{name}{task}_preferences.jsonl", [compared(p, rng) for p in some(part, count)])
-
-
-def some(prompts: Sequence[str], count: int) -> list[str]:
-    """`count` prompts, each as often as the others."""
-    return [prompts[i % len(prompts)] for i in range(count)]
+            comparisons = [compared(prompt, rng) for prompt in islice(cycle(part), count)]
+            write_jsonl(folder / f"{name}{task}_preferences.jsonl", comparisons)
 
 
 def answer(prompt: str, rng: random.Random, ways: dict[str, int]) -> str:
@@ -148,7 +144,7 @@ def compare(folder: Path, *, completions: str, seed: int = 0) -> None:
             texts.append(row["completion"])
     rows = []
     for prompt, texts in written.items():
-        both = list(itertools.combinations(range(len(texts)), 2))
+        both = list(combinations(range(len(texts)), 2))
         pairs = [(i, j) if better(prompt, texts[i], texts[j], rng) else (j, i) for i, j in both]
         rows += [{"prompt": prompt, "responses": texts, "pairs": pairs}] if pairs else []
     write_jsonl(folder / "preferences.jsonl", rows)
