@@ -42,12 +42,9 @@ def inspect(argv: Sequence[str]) -> None:
     )
     loaded, tokenizer = read(config, load(command.reader))
     print(loaded.report(config.dataset_name), file=sys.stderr)
-    if options.json:
-        for example in loaded.examples[: options.rows]:
-            print(as_json(example))
-        return
-    for example in loaded.examples[: ROWS if options.rows is None else options.rows]:
-        print(as_text(example, tokenizer, colour=has_colours()))
+    most = ROWS if options.rows is None and not options.json else options.rows
+    for example in loaded.examples[:most]:
+        print(as_json(example) if options.json else as_text(example, tokenizer, colour=has_colours()))
 
 
 def read(config: Any, reader: Any) -> tuple[Loaded[Any], Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.completions import text_of
 from ..data.rows import read_rows
 from ..rewards.verifiable import EXACT
 from ..training.journal import write_jsonl
@@ -16,8 +17,8 @@ def join(folder: Path, *, files: Sequence[str]) -> None:
 
 def right_where_known(prompts: list[Any], completions: list[Any], ground_truth: Sequence[Any] = ()) -> list[float]:
     """A reward function: 1 for the right answer, of rows that have a column `ground_truth`; 0 else."""
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    known = ground_truth or [None] * len(texts)
+    texts = map(text_of, completions)
+    known = ground_truth or [None] * len(completions)
     return [
         0.0 if truth is None else EXACT.score(text, EXACT.prepare(truth))
         for text, truth in zip(texts, known, strict=True)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..data.completions import text_of
 from ..data.encoding import like_prompt
 from ..data.examples import Prompt
 from ..errors import UsageError, kind
@@ -225,5 +226,5 @@ def number(name: str, value: Any, prompt: Prompt) -> float | None:
 
 def where(prompt: Prompt) -> str:
     """A prompt, shortened, for messages about it."""
-    text = prompt.prompt if isinstance(prompt.prompt, str) else prompt.prompt[-1]["content"]
+    text = text_of(prompt.prompt)
     return f"row {prompt.row}, prompt {text if len(text) <= 60 else text[:57] + '...'!r}"
