@@ -92,16 +92,12 @@ def answers_with(text: str, expected: str) -> bool:
     if content is None:
         return False
     number = number_of(expected)
-    marked = marked_answer(content)
-    if marked is None:
-        if number is None:
-            return same_text(content, expected)
-        numbers = numbers_in(content)
-        return bool(numbers) and numbers[-1] == number
-    answer, mark = marked
+    answer, mark = marked_answer(content) or (content, None)
     if number is None:
         return same_text(answer, expected)
     numbers = numbers_in(answer)
+    if mark is None:
+        return numbers[-1:] == [number]
     if not numbers or (len(numbers) > 1 and mark != "is"):
         return False
     hundredths = [value / 100 if "%" in text else value for value, text in ((numbers[0], answer), (number, expected))]
