@@ -38,8 +38,6 @@ from ..training.processes import single_process
 from .config import EvaluateConfig
 from .report import report_of, table
 
-Models = tuple[FusedLM, FusedLM | None]  # the policy and its reference
-
 
 class Answer(NamedTuple):
     """One answer to a prompt, by the model or of the data."""
@@ -62,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
     work = open_output(config)
     data = [(prompt.ids, dict(prompt.columns), answer) for prompt, answer in zip(prompts, theirs, strict=True)]
-    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * (1 if models[1] is None else 2)
+    batches = math.ceil(len(prompts) / config.per_device_generation_batch_size) * len(models)
     with Journal(work / "progress.jsonl", batches, "rlhf evaluate", data) as progress:
         completions, kl = answer_prompts(config, prompts, models, codec, device, progress.run)
         ours = [
@@ -113,38 +111,35 @@ def answers_of_data(
     return answers
 
 
-def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec) -> Models:
-    """The policy and its reference, on the CPU until it is their turn; UsageError where they do not fit each other or
-    the prompts."""
+def load_models(config: EvaluateConfig, prompts: Sequence[Prompt], codec: Codec) -> list[FusedLM]:
+    """The policy and, where there is one, its reference, on the CPU until it is their turn; UsageError where they do
+    not fit each other or the prompts."""
     rows, lengths = [prompt.row for prompt in prompts], [prompt.length + config.max_new_tokens for prompt in prompts]
-
-    def load(key: str) -> FusedLM:
-        fused = load_fused(config, getattr(config, key), key)
-        stop_at(fused.model, codec)
-        check_fit(fused.model, codec.tokenizer, rows, lengths, config.dataset_name, SHORTER)
-        return fused
-
-    policy = load("model_name_or_path")
-    if config.ref_model_name_or_path is None:
-        return policy, None
-    reference = load("ref_model_name_or_path")
-    check_same_vocabulary(policy, reference, "ref_model_name_or_path")
-    return policy, reference
+    models: list[FusedLM] = []
+    for key in ("model_name_or_path", "ref_model_name_or_path"):
+        name = getattr(config, key)
+        if name is not None:
+            models.append(load_fused(config, name, key))
+            stop_at(models[-1].model, codec)
+            check_fit(models[-1].model, codec.tokenizer, rows, lengths, config.dataset_name, SHORTER)
+            check_same_vocabulary(models[0], models[-1], key)
+    return models
 
 
 def answer_prompts(
-    config: EvaluateConfig, prompts: Sequence[Prompt], models: Models, codec: Codec, device: torch.device, run: RunBatch
-) -> tuple[list[Completion], list[float | None]]:
+    config: EvaluateConfig, prompts: Sequence[Prompt], models: Sequence[FusedLM], codec: Codec, device: torch.device,
+    run: RunBatch,
+) -> tuple[list[Completion], list[float | None]]:  # fmt: skip
     """One completion a prompt, and its KL if there is a reference."""
-    policy, reference, tokenizer = models[0].to(device), models[1], codec.tokenizer
-    batch_size = config.per_device_generation_batch_size
+    policy, *references = models
+    ids, tokenizer, batch_size = [p.ids for p in prompts], codec.tokenizer, config.per_device_generation_batch_size
     completions = generate(
-        policy.model, tokenizer, [prompt.ids for prompt in prompts], sampling_of(config), batch_size=batch_size,
-        seed=config.seed, bf16=config.bf16, run=run,
+        policy.to(device).model, tokenizer, ids, sampling_of(config), batch_size=batch_size, seed=config.seed,
+        bf16=config.bf16, run=run,
     )  # fmt: skip
     kl: list[float | None] = [None] * len(prompts)
-    if reference is not None:
-        sequences = [(prompt.ids, done.ids) for prompt, done in zip(prompts, completions, strict=True)]
+    for reference in references:
+        sequences = list(zip(ids, [done.ids for done in completions], strict=True))
         kl = [*kl_of_sequences(policy, reference.to(device), sequences, batch_size, pad_id_of(tokenizer), run)]
         reference.to("cpu")
     policy.to("cpu")  # room for the reward models
