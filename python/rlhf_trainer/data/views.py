@@ -28,19 +28,18 @@ def pieces_of(example: Example) -> list[Piece]:
     """A conversation is one piece; of prompts and responses, the prompt is the first."""
     if isinstance(example, TokenSequence):
         return [Piece("conversation", example.ids, labels_of(example))]
-    if isinstance(example, Prompt):
-        return [Piece("prompt", example.ids, [IGNORED] * len(example.ids))]
-    prompt = Piece("prompt", example.prompt, [IGNORED] * len(example.prompt))
-    names = [f"response {i}" for i in range(len(example.responses))]
-    for better, worse in example.pairs:
+    prompt = example.ids if isinstance(example, Prompt) else example.prompt
+    pieces = [Piece("prompt", prompt, [IGNORED] * len(prompt))]
+    if isinstance(example, Group):
+        names: dict[int, str] = {}
         if len(example.pairs) == 1:
-            names[worse], names[better] = "rejected", "chosen"
-    responses = []
-    for name, ids in zip(names, example.responses, strict=True):
-        # A reward is read at the last token, of which the loss is made; nothing is learned token by token.
-        labels = [IGNORED] * (len(ids) - 1) + ids[-1:] if example.is_rewarded else ids
-        responses.append(Piece(name, ids, labels))
-    return [prompt, *responses]
+            ((better, worse),) = example.pairs
+            names = {worse: "rejected", better: "chosen"}
+        for i, ids in enumerate(example.responses):
+            # A reward is read at the last token, of which the loss is made; nothing is learned token by token.
+            labels = [IGNORED] * (len(ids) - 1) + ids[-1:] if example.is_rewarded else ids
+            pieces.append(Piece(names.get(i, f"response {i}"), ids, labels))
+    return pieces
 
 
 def as_json(example: Example) -> str:
