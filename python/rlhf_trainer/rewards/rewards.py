@@ -196,8 +196,6 @@ class UserReward:
 def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float | None]:
     """values as a function gave them -> a finite number, or None, for each prompt; UsageError naming function and
     prompt."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
     values = values.tolist() if hasattr(values, "tolist") else values  # a tensor or an array
     if not isinstance(values, list | tuple):
         raise UsageError(
