@@ -164,23 +164,17 @@ def is_blank(message: dict[str, Any]) -> bool:
 
 def check_prompt(prompt: Any, field: str = "prompt") -> None:
     """A prompt is text or messages."""
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, list):
-        raise RowError(field, f"expected text or a list of messages, got {type(prompt).__name__}")
-    plain_messages(prompt, field)
+    if not isinstance(expect(field, prompt, str | list, "text or a list of messages"), str):
+        plain_messages(prompt, field)
 
 
 def check_response(prompt: Any, response: Any, field: str) -> None:
     """A response is text after text, one message of the assistant after messages, and not empty."""
-    if isinstance(prompt, str) != isinstance(response, str) or not isinstance(response, str | list):
-        expected = "text" if isinstance(prompt, str) else "a list of messages"
-        raise RowError(field, f"expected {expected}, as in 'prompt', got {kind(response)}")
-    if isinstance(response, str):
-        if not response.strip():
-            raise RowError(field, "the response is empty")
-        return
-    messages = plain_messages(response, field)
+    type_, expected = (str, "text") if isinstance(prompt, str) else (list, "a list of messages")
+    expect(field, response, type_, f"{expected}, as in 'prompt'")
+    messages = [{"role": "assistant", "content": response}]
+    if not isinstance(response, str):
+        messages = plain_messages(response, field)
     if is_blank(messages[-1]):
         raise RowError(field, "the response is empty")
     if messages[-1]["role"] != "assistant":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RowError, UsageError
+from ..errors import UsageError
 from .chat import check_prompt, check_response, template_options
 from .columns import expect, need, number
 from .encoding import Codec, encode_prompt, encode_rendering, is_empty, like_prompt
@@ -78,14 +78,11 @@ def read_completions(file: str, codecs: Sequence[Codec], max_length: int) -> lis
 
 
 def checked_row(file: str, number: int, row: dict[str, Any], codecs: Sequence[Codec], max_length: int) -> Row:
-    for field in ("prompt", "completion"):
-        if row.get(field) is None:
-            raise RowError(field, f"missing; the row has: {', '.join(row)}")
+    prompt, completion = need(row, "prompt"), need(row, "completion")
     values = {"model": file, "opening": "", "finished": True} | row
     values["columns"] = {} if row.get("columns") is None else row["columns"]
     for field, expected in OPTIONAL.items():
         expect(field, values[field], *expected)
-    prompt, completion = row["prompt"], row["completion"]
     check_prompt(prompt)
     options, problem = template_options(values["columns"]), None
     if is_empty(completion):
