@@ -1,6 +1,6 @@
 """Reward functions by name, from a configuration."""
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -20,29 +20,23 @@ def load_rewards(config: RewardsConfig, device: torch.device, *, batch_size: int
     score `batch_size` completions at once."""
     key = "reward_model_name_or_path"
     model = getattr(config, key)
-    makers = [] if model is None else [model_maker(model, key)]
-    makers += [maker_of(spec) for spec in config.reward_funcs]
-    functions = [make(config, device, batch_size) for make in makers]
+    rewards = [] if model is None else [partial(ModelReward, model, key=key)]
+    rewards += map(reward_of, config.reward_funcs)
+    functions = [reward(config, device, batch_size) if isinstance(reward, partial) else reward for reward in rewards]
     return Rewards(functions, config.reward_weights or [1.0] * len(functions))
 
 
-Maker = Callable[[RewardsConfig, torch.device, int], Reward]
-
-
-def model_maker(name: str, key: str) -> Maker:
-    return lambda config, device, batch_size: ModelReward(name, config, device, batch_size, key=key)
-
-
-def maker_of(spec: str) -> Maker:
-    """The function that makes the reward named by `spec`; UsageError where there is none such."""
+def reward_of(spec: str) -> Reward | partial[Reward]:
+    """The reward named by `spec`; that of a model as a call that lacks configuration, device and batch size. UsageError
+    where there is none such."""
     name, _, argument = spec.partition(":")
     if name == MODEL:
-        return model_maker(argument, "reward_funcs")
+        return partial(ModelReward, argument, key="reward_funcs")
     if name == CLASSIFIER:
         folder, _, label = argument.rpartition(":")
         if not folder or not label:
             raise UsageError(f"reward_funcs: expected classifier:NAME:LABEL, got {spec!r}")
-        return lambda config, device, batch_size: ClassifierReward(folder, label, config, device, batch_size)
+        return partial(ClassifierReward, folder, label)
     if name == REGEX or spec in VERIFIABLE:
         try:
             verifiable = regex_of(argument) if name == REGEX else VERIFIABLE[spec]
@@ -50,12 +44,10 @@ def maker_of(spec: str) -> Maker:
             raise UsageError(f"reward_funcs: {spec!r}: {error}") from error
         if verifiable.is_slow:
             print(f"{name}: completions run {protections()}")
-        row_reward = RowReward(name, verifiable)
-        return lambda *_: row_reward
+        return RowReward(name, verifiable)
     if not argument or name in {known.partition(":")[0] for known in VERIFIABLE}:
         known = ", ".join([*VERIFIABLE, f"{REGEX}:PATTERN", f"{MODEL}:NAME", f"{CLASSIFIER}:NAME:LABEL"])
         raise UsageError(
             f"reward_funcs: {spec!r} is unknown; known are {known}, and module:function for one of your own"
         )
-    user_reward = UserReward(spec, import_function(spec, "reward_funcs:"))
-    return lambda *_: user_reward
+    return UserReward(spec, import_function(spec, "reward_funcs:"))

@@ -253,7 +253,7 @@ def test_a_long_prompt_is_shortened_and_a_chat_shows_its_last_message(functions)
     ],
 )
 def test_what_cannot_be_loaded_is_refused_before_any_model_is_loaded(functions, monkeypatch, spec, message):
-    monkeypatch.setattr("rlhf_trainer.rewards.loading.ModelReward", None)
+    monkeypatch.setattr("rlhf_trainer.rewards.loading.ModelReward", pytest.fail)
     with pytest.raises(UsageError, match=f"reward_funcs: .*{message}"):
         load("model:somewhere", spec)
 
