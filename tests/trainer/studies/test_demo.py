@@ -17,9 +17,9 @@ from rlhf_trainer.studies.demo.language import (
     hidden_reward,
     is_grammatical,
     make_tokenizer,
-    prefers_first,
     write_review,
 )
+from rlhf_trainer.studies.tiny import prefers_first
 from rlhf_trainer.training.output_folder import CONFIG_FILE
 
 
@@ -63,7 +63,7 @@ def test_the_tokenizer_knows_every_word():
 
 def test_the_annotator_is_bradley_terry():
     rng = random.Random(0)
-    wins = sum(prefers_first("warm", "bland", rng) for _ in range(4000)) / 4000
+    wins = sum(prefers_first(hidden_reward("warm"), hidden_reward("bland"), rng) for _ in range(4000)) / 4000
     assert wins == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
 
 

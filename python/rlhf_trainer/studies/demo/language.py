@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from .. import tiny
+from ..tiny import word_tokenizer
 
 DISHES = ["soup", "bread", "fish", "salad", "cake", "tea", "rice", "curry", "pie", "stew", "pasta", "coffee"]
 PLACES = ["harbour", "market", "station", "garden", "museum", "castle", "bridge", "library", "mill", "square"]
@@ -66,13 +66,8 @@ def hidden_reward(review: str) -> int:
     return sum(word in KIND for word in words) - sum(word in UNKIND for word in words)
 
 
-def prefers_first(first: str, second: str, rng: random.Random) -> bool:
-    """A Bradley-Terry annotator's choice: the first with probability sigma(reward(first) - reward(second))."""
-    return tiny.prefers_first(hidden_reward(first), hidden_reward(second), rng)
-
-
 def make_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token a word, of this language and of `more`."""
     texts = [*all_prompts(), *RETURN, "was", *STAFF, *ROOM, *KIND, *UNKIND, *more]
     words = {word for text in texts for word in text.split()}
-    return tiny.word_tokenizer([END, UNKNOWN, *sorted(words)], unk_token=UNKNOWN)
+    return word_tokenizer([END, UNKNOWN, *sorted(words)], unk_token=UNKNOWN)

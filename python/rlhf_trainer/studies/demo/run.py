@@ -31,9 +31,9 @@ from ...recipes.run import run_stage
 from ...training.journal import write_jsonl
 from ...training.output_folder import CONFIG_FILE, check_replaceable, is_taken
 from ..config import DemoConfig
-from ..tiny import tiny_gpt2
+from ..tiny import prefers_first, tiny_gpt2
 from .curves import draw_curves
-from .language import all_prompts, hidden_reward, make_tokenizer, prefers_first, write_review
+from .language import all_prompts, hidden_reward, make_tokenizer, write_review
 from .measure import is_grammatical, report_of, sample_reviews, score
 
 HELD_OUT_PROMPTS = 30
@@ -189,9 +189,10 @@ def write_preferences(
     for prompt, a, b in zip(prompts, *both, strict=True):
         if not (a and b):  # nobody is shown an empty review
             continue
-        chosen, rejected = (a, b) if prefers_first(a, b, rng) else (b, a)
-        if hidden_reward(a) != hidden_reward(b):
-            right.append(hidden_reward(chosen) > hidden_reward(rejected))
+        rewards = hidden_reward(a), hidden_reward(b)
+        chosen, rejected = (a, b) if prefers_first(*rewards, rng) else (b, a)
+        if rewards[0] != rewards[1]:
+            right.append(hidden_reward(chosen) == max(rewards))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     write_jsonl(path, rows)
     return sum(right) / max(1, len(right))

@@ -26,8 +26,8 @@ from ...data.rows import read_rows
 from ...models.loading import load_causal_lm, load_tokenizer, save_model
 from ...rewards.verifiable import exact_answer, think_answer
 from ...training.journal import write_jsonl
-from ..tiny import tiny_gpt2
-from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, prefers_first, write_review
+from ..tiny import prefers_first, tiny_gpt2
+from .language import all_prompts, hidden_reward, is_grammatical, make_tokenizer, write_review
 from .measure import sample_reviews
 from .run import POSITIONS, train_lm
 
@@ -131,7 +131,8 @@ def compared(prompt: str, rng: random.Random) -> dict[str, Any]:
 
 
 def better(prompt: str, a: str, b: str, rng: random.Random) -> bool:
-    return reward_of(prompt, a) > reward_of(prompt, b) if is_sum(prompt) else prefers_first(a, b, rng)
+    first, second = reward_of(prompt, a), reward_of(prompt, b)
+    return first > second if is_sum(prompt) else prefers_first(first, second, rng)
 
 
 def compare(folder: Path, *, completions: str, seed: int = 0) -> None:
