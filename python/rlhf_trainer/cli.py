@@ -1,11 +1,15 @@
 """The command line: `rlhf COMMAND --config x.yaml [--flag value ...]`."""
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .commands import COMMANDS
 from .errors import TrainingError, UsageError, did_you_mean
 
+LAUNCH = "--accelerate_config"  # a preset, or a file that `accelerate config` wrote
+PRESETS = Path(__file__).parent / "config" / "accelerate"
 INSPECT = "inspect"  # a command about the others, with their flags
 
 
@@ -42,6 +46,26 @@ def run(name: str, argv: Sequence[str]) -> None:
         leave_processes()
 
 
+def launch(argv: Sequence[str]) -> None:
+    """Becomes `accelerate launch` of the same command: in the processes, and with the sharding, of a preset or file."""
+    words, options = list(argv), []
+    for flag in (LAUNCH, "--num_processes"):
+        while flag in words:
+            at = words.index(flag)
+            value = words[at + 1 : at + 2]
+            if not value:
+                raise UsageError(f"{flag}: expected a value after it")
+            del words[at : at + 2]
+            options += [flag, *value]
+    name = options[1]
+    path = Path(name) if Path(name).is_file() else PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise UsageError(f"{LAUNCH}: expected a file, or one of {shipped}; got {name!r}")
+    start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *options[2:]]
+    os.execv(sys.executable, [*start, "-m", "rlhf_trainer", *words])
+
+
 def usage() -> str:
     """The commands, a line each."""
     summaries = {name: command.summary for name, command in COMMANDS.items()}
@@ -50,7 +74,9 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<{width}} {summary}" for name, summary in summaries.items())
     return (
         f"usage: rlhf COMMAND [--config file.yaml] [--flag value ...]\n\n{commands}\n\n"
-        "rlhf COMMAND --help lists its flags."
+        "rlhf COMMAND --help lists its flags.\n"
+        f"rlhf COMMAND ... {LAUNCH} fsdp2 [--num_processes N] runs it on several devices: ddp, fsdp2,\n"
+        "fsdp2-offload, or a file of `accelerate config`."
     )
 
 
@@ -65,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlhf: unknown command {name!r}{nearest}\n`rlhf --help` lists the commands", file=sys.stderr)
         return 2
     try:
+        if LAUNCH in rest:
+            launch(argv)
         run(name, rest)
     except (UsageError, TrainingError) as error:
         print(f"rlhf {name}: {error}", file=sys.stderr)

@@ -212,6 +212,12 @@ class TrainConfig(AdapterConfig, DataConfig):
         at_least(self, 8, "workspace_mib")
 
     @property
+    def trained_dtype(self) -> str:
+        """That of the weights of the model to train. Updates at a learning rate of 1e-6 vanish in bf16, so that it has
+        fp32 weights; below an adapter, which is what trains then, it is in bf16."""
+        return self.dtype or ("bfloat16" if self.use_peft else "float32")
+
+    @property
     def warmup(self) -> float:
         """Steps of the warm-up, or below 1 their share of all steps."""
         return self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio

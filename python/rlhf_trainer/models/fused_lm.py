@@ -46,7 +46,7 @@ class FusedLM(nn.Module):
             self.logit_scale, self.logit_softcap = logit_options_of(model)
         for layer in model.modules() if bf16 else ():
             if hasattr(layer, "cast_input_dtype_enabled"):  # an adapter's: to fp32, which autocast takes back
-                layer.cast_input_dtype_enabled = False
+                layer.cast_input_dtype_enabled = any(layer.use_dora.values())  # DoRA's norms do without autocast
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
         """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""

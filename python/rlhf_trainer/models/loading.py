@@ -27,6 +27,7 @@ from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
 from ..data.encoding import Codec
 from ..errors import UNREADABLE, UsageError
+from ..training.fsdp import sharding
 from .checks import check_vocabulary, largest_id
 from .lora import TRAINED, adapter_of, base_of, load_adapter, merged
 
@@ -67,10 +68,11 @@ def load_pretrained(
 
 
 def loading_of(config: Any, *, trains: bool = False) -> dict[str, Any]:
-    """How the configuration wants a model loaded. One that trains has fp32 weights, as updates at a learning rate of
-    1e-6 vanish in bf16; below an adapter, which is what trains then, it is in bf16."""
+    """How the configuration wants a model loaded. One that will be sharded becomes fp32 part by part, when it is."""
     adapts = trains and config.use_peft
-    dtype = config.dtype or ("auto" if not trains else "bfloat16" if adapts else "float32")
+    dtype = config.trained_dtype if trains else config.dtype or "auto"
+    if trains and sharding() and dtype == "float32":
+        dtype = "auto"
     options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
     return options | {"dtype": dtype, "merges": trains and not adapts}
 

@@ -23,6 +23,7 @@ from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused
 from ..models.loading import load_codec_for, make_room, save_result
 from ..models.lora import Reference
 from ..training.batch_plan import MicroBatch
+from ..training.fsdp import place
 from ..training.loop import start_accelerator, train
 from ..training.output_folder import begin
 from ..training.task import LossOutput
@@ -151,11 +152,13 @@ def add_reference_logprobs(
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
-    reference = reference.to(accelerator.device)
+    device = accelerator.device.type
+    keys = [content_key(reference, t.groups, t.plan, t.pad_id, device, config.share_prefix) for t in tasks]
+    dtype = config.trained_dtype if reference is policy else None
     frozen = Reference(policy) if config.use_peft and reference is policy else reference
+    place(reference, accelerator, bf16=config.bf16, dtype=dtype)
     cache_dir = Path(config.ref_cache_dir) if config.ref_cache_dir else default_cache_dir()
-    for task in tasks:
-        key = content_key(reference, task.groups, task.plan, task.pad_id, accelerator.device.type, config.share_prefix)
+    for task, key in zip(tasks, keys, strict=True):
         task.ref_logps = reference_logprobs(frozen, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
 
 

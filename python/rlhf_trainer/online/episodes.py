@@ -14,6 +14,7 @@ from ..data.batches import IGNORED, Batch, pad_sequences
 from ..models.fused_lm import LMHead
 from ..models.kl import States, kl_per_token
 from ..training.batch_plan import MicroBatch
+from ..training.fsdp import sharding
 from ..training.processes import over_processes
 from .setup import Setup
 
@@ -126,7 +127,8 @@ def score_episodes(
         return [{name: tensors[k] for name, tensors in split.items()} for k in range(len(part))]
 
     scored: list[Episode] = list(episodes)
-    for indices, parts in zip(plan, over_processes(plan, score, setup.accelerator), strict=True):
+    results = over_processes(plan, score, setup.accelerator, in_step=sharding() is not None)
+    for indices, parts in zip(plan, results, strict=True):
         for i, tensors in zip(indices, parts, strict=True):
             scored[i] = episodes[i]._replace(**tensors)
     return scored

@@ -21,6 +21,7 @@ from ..rollouts.generation import Completion, completion_text
 from ..rollouts.loading import make_sampler
 from ..rollouts.sampler import Failure, Sampler
 from ..training.batch_plan import epoch_order
+from ..training.fsdp import unsharded
 from ..training.journal import write_jsonl
 from ..training.loop import Run
 from ..training.optimizers import check_warmup
@@ -69,19 +70,22 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 "moves; sampling/kl tells how far"
             )
         if setup.held_out and not run.done:
-            run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
+            with unsharded(run.model):
+                run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
         is_synced = run.done == 0
         for step in range(run.done + 1, total + 1):
             started = time.perf_counter()
             if not is_synced:
-                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+                with unsharded(run.model):
+                    sync_policy(setup, sampler, run.work / POLICY_FOLDER)
             metrics, beta = run_iteration(setup, run, sampler, algorithm, step, beta)
             is_synced = False
             metrics["seconds"] = time.perf_counter() - started
             if setup.held_out and (step == total or step % (config.eval_steps or total) == 0):
-                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+                with unsharded(run.model):
+                    sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+                    metrics |= evaluate(setup, sampler, run.work, step)
                 is_synced = True
-                metrics |= evaluate(setup, sampler, run.work, step)
             run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
             run.save_checkpoint(step, beta=beta)
 
@@ -101,7 +105,8 @@ def run_iteration(
 
     # Sample num_generations completions of each of the iteration's prompts.
     prompts = prompts_of_step(setup, step)
-    samples = sample_completions(setup, sampler, prompts, seed, config.dataset_name)
+    with unsharded(run.model):
+        samples = sample_completions(setup, sampler, prompts, seed, config.dataset_name)
     report_failures(setup, samples, run.work, step)
     prompts, completions = complete_groups(config, prompts, samples)
     failed = {"rollouts/failed": float(len(samples) - len(completions))}

@@ -16,6 +16,7 @@ from ..models.lora import Reference
 from ..rewards.loading import load_rewards
 from ..rewards.rewards import Rewards
 from ..training.files import checksum
+from ..training.fsdp import place
 from ..training.loop import start_accelerator
 from ..training.output_folder import begin
 from .config import OnlineConfig
@@ -69,9 +70,10 @@ def prepare(config: OnlineConfig) -> Setup | None:
         reference = Reference(policy)
     elif config.beta:
         key = "model_name_or_path" if config.ref_model_name_or_path is None else "ref_model_name_or_path"
-        reference = load_fused(config, getattr(config, key), key).to(accelerator.device)
+        reference = load_fused(config, getattr(config, key), key)
         make_room(reference.model, tokenizer)
         check_same_vocabulary(policy, reference, key)
+        place(reference, accelerator, bf16=config.bf16)
     elif config.ref_model_name_or_path is not None:
         raise UsageError("ref_model_name_or_path: with beta 0 nothing is compared with it; set beta, or drop it")
     return Setup(config, accelerator, tokenizer, prompts, held_out, policy, reference, rewards)
@@ -109,6 +111,6 @@ def read_prompts(config: OnlineConfig, codec: Codec, source: str, split: str) ->
 
 
 def data_checksum(setup: Setup) -> str:
-    """A checksum of the rows and the number of processes, which must be the same when a run is resumed."""
+    """A checksum of the rows, which must be the same when a run is resumed."""
     rows = [[(p.ids, sorted(p.columns.items())) for p in part] for part in (setup.prompts, setup.held_out)]
-    return checksum(repr((rows, setup.accelerator.num_processes)).encode())
+    return checksum(repr(rows).encode())

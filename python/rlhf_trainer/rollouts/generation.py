@@ -106,8 +106,9 @@ def generate_batch(
     ):
         torch.manual_seed(random.Random(f"{seed}, batch {number}").getrandbits(63))
         out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors
-        )
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors,
+            synced_gpus=False,  # where weights are sharded, they are whole now: `unsharded`
+        )  # fmt: skip
     completions = [up_to_end(row, ends) for row in out[:, width:].tolist()]
     if not with_logprobs:
         return completions

@@ -1,26 +1,30 @@
 """Checkpoints, from which a stopped run is resumed: weights, optimizer, step. Bit for bit, and verified when read.
 
 A checkpoint is a folder, written beside its place, flushed to disk, and moved there whole. The two newest are kept, so
-the last good one is there whenever the run dies, also while it writes the next.
+the last good one is there whenever the run dies, also while it writes the next. Its tensors are in the format of
+torch.distributed.checkpoint: of a sharded run each process writes and reads its own part, whatever their number was.
 """
 
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ..errors import UsageError
-from .files import checksum, whole_folder
+from .files import beside, checksum, whole_folder
+from .fsdp import sharding
 
 FOLDER = "checkpoints"
 STATE = "trainer_state.json"
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.pt"
 KEPT = 2
 
 
@@ -33,26 +37,48 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Writes `work`/checkpoints/step-...; `state`: the rest that a resumed run needs, as JSON."""
-    folder = work / FOLDER / name_of(step)
+    """Writes `work`/checkpoints/step-...; `state`: the rest that a resumed run needs, as JSON. Called in all processes,
+    of which those write that have a part: all where the model is sharded, else the main one."""
+    folder, processes = work / FOLDER / name_of(step), PartialState()
     try:
-        _save(folder, step, model, optimizer, state)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError where the disk is full
+        if processes.is_main_process:
+            with whole_folder(folder, flush=True) as new:
+                processes.wait_for_everyone()
+                pass_tensors(dcp.save, states_of(model, optimizer), new)
+                processes.wait_for_everyone()
+                sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
+                facts = {"step": step, "checksums": sums, **state}
+                facts["checksum"] = checksum(json.dumps(facts).encode())
+                (new / STATE).write_text(json.dumps(facts), encoding="utf-8")
+                if folder.exists():  # damaged, or the run would have been resumed from it
+                    shutil.rmtree(folder)
+            remove_earlier(folder)
+        else:
+            processes.wait_for_everyone()
+            if sharding():
+                pass_tensors(dcp.save, states_of(model, optimizer), beside(folder))
+            processes.wait_for_everyone()
+    except (OSError, RuntimeError, CheckpointException) as error:  # where the disk is full, any of them
         raise UsageError(f"the checkpoint of step {step} cannot be saved in {folder.parent}: {error}") from error
+    processes.wait_for_everyone()
 
 
-def _save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    with whole_folder(folder, flush=True) as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors_of(model).items()}, new / MODEL)
-        torch.save(optimizer.state_dict()["state"], new / OPTIMIZER)  # of any types: eight bits, numbers
-        sums = {name: checksum(new / name) for name in (MODEL, OPTIMIZER)}
-        facts = {"step": step, "checksums": sums, **state}
-        facts["checksum"] = checksum(json.dumps(facts).encode())
-        (new / STATE).write_text(json.dumps(facts), encoding="utf-8")
-        if folder.exists():  # damaged, or the run would have been resumed from it
-            shutil.rmtree(folder)
+def pass_tensors(way: Callable[..., Any], states: dict[str, Any], folder: Path) -> None:
+    """Saves or loads, in place, by torch.distributed.checkpoint."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist means
+        way(states, checkpoint_id=folder, no_dist=sharding() is None)
+
+
+def states_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a run changes; an optimizer that has not stepped yet gets the state that it would have."""
+    return {"model": tensors_of(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def remove_earlier(folder: Path) -> None:
+    """Keeps KEPT checkpoints up to this one; later ones are damaged."""
     checkpoints = saved_checkpoints(folder.parent.parent)
-    kept = [checkpoint for checkpoint in checkpoints if checkpoint <= folder][-KEPT:]  # later ones are damaged
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint <= folder][-KEPT:]
     for checkpoint in checkpoints:
         if checkpoint not in kept:
             shutil.rmtree(checkpoint)
@@ -75,7 +101,7 @@ def whole_state(folder: Path) -> dict[str, Any] | None:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         own = state.pop("checksum")
         whole = own == checksum(json.dumps(state).encode()) and folder.name == name_of(state["step"])
-        whole = whole and all(checksum(folder / name) == state["checksums"][name] for name in (MODEL, OPTIMIZER))
+        whole = whole and all(checksum(folder / name) == own for name, own in state["checksums"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not even facts
         return None
     return state if whole else None
@@ -83,14 +109,13 @@ def whole_state(folder: Path) -> dict[str, Any] | None:
 
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer back, in place."""
-    tensors = tensors_of(model)
-    saved = load_file(checkpoint.folder / MODEL)
-    if {name: tensor.shape for name, tensor in saved.items()} != {name: t.shape for name, t in tensors.items()}:
+    states = states_of(model, optimizer)
+    saved = dcp.FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
+    sizes = {name: saved[f"model.{name}"].size for name in states["model"] if f"model.{name}" in saved}
+    if sizes != {name: tensor.shape for name, tensor in states["model"].items()}:
         raise UsageError(f"{checkpoint.folder} is of another model, so --resume_from_checkpoint cannot go on with it")
-    for name, tensor in saved.items():
-        tensors[name].copy_(tensor)
-    state = torch.load(checkpoint.folder / OPTIMIZER, map_location="cpu", weights_only=True)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    pass_tensors(dcp.load, states, checkpoint.folder)
+    set_optimizer_state_dict(model, optimizer, states["optimizer"])
 
 
 def remove_checkpoints(folder: Path, *, but_newest: bool) -> None:

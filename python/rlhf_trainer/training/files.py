@@ -25,16 +25,21 @@ def whole_folder(folder: Path, *, flush: bool = False) -> Iterator[Path]:
 
     `flush`: to the disk first, or a power cut can leave a folder in place whose files are empty.
     """
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)  # of a run that died here
-    beside.mkdir(parents=True)
-    yield beside
+    new = beside(folder)
+    shutil.rmtree(new, ignore_errors=True)  # of a run that died here
+    new.mkdir(parents=True)
+    yield new
     if flush:
-        for path in (*beside.iterdir(), beside):
+        for path in (*new.iterdir(), new):
             flush_to_disk(path)
-    beside.rename(folder)
+    new.rename(folder)
     if flush:
         flush_to_disk(folder.parent)
+
+
+def beside(folder: Path) -> Path:
+    """Where `folder` is filled."""
+    return folder.with_name(f".{folder.name}")
 
 
 def flush_to_disk(path: Path) -> None:

@@ -18,7 +18,9 @@ from types import TracebackType
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 import rlhf_kernels as rk
 
@@ -27,6 +29,7 @@ from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
 from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from .fsdp import gather, local, place, sharding, whole
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .optimizers import learning_rate_at, make_optimizer
@@ -70,7 +73,11 @@ class Run:
     ) -> None:
         self.config, self.accelerator, self.total = config, accelerator, total
         give_back_freed_memory(module)
-        self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
+        if sharding():
+            self.model = place(module, accelerator, bf16=config.bf16, dtype=config.trained_dtype)
+            self.optimizer = make_optimizer(config, module)
+        else:
+            self.model, self.optimizer = accelerator.prepare(module, make_optimizer(config, module))
         self.balanced = [part for part in module.modules() if getattr(part, "aux_coefficient", 0)]
         self.dropouts = [part for part in module.modules() if getattr(part, "drops_in_updates", False)]
         self.drawn_for = 0  # the step for which draws of dropout were seeded
@@ -135,9 +142,9 @@ class Run:
             totals.add(output, share.weight)
         self.turn_dropout(False, step)
 
-        grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        grad_norm = clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         metrics, tokens = totals.reduce(accelerator)
-        metrics["grad_norm"] = float(grad_norm)
+        metrics["grad_norm"] = whole(grad_norm).item()
         if not all(math.isfinite(value) for value in metrics.values()):
             raise TrainingError(dump_bad_batch(step, metrics, task, batch, self.work, accelerator))
         with lack_of_memory(self.config, lambda: f"step {step}, the optimizer's update"):
@@ -157,19 +164,18 @@ class Run:
     def save_checkpoint(self, step: int, **state: float) -> None:
         """Saves a checkpoint, with `state` in it, every save_steps steps, and unless save_only_model after the last."""
         if step % self.config.save_steps == 0 if step < self.total else not self.config.save_only_model:
-            if self.accelerator.is_main_process:
-                state |= {"metrics_bytes": self.log.bytes_written(), "data": self.data, "total": self.total}
-                save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state)
-            self.accelerator.wait_for_everyone()
+            state |= {"metrics_bytes": self.log.bytes_written(), "data": self.data, "total": self.total}
+            save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state)
 
     def finish(self, save: Callable[[nn.Module, Path], None]) -> Path:
         """`save(module, folder)` writes the result. Returns output_dir, whole once it is there."""
         self.accelerator.wait_for_everyone()
-        broken = [name for name, weight in self.model.named_parameters() if not weight.isfinite().all()]
-        if broken:
+        broken = [name for name, weight in self.model.named_parameters() if not local(weight).isfinite().all()]
+        if broken := gather_object(broken):
             raise TrainingError(
                 f"step {self.total}: the last update left weights that are not finite: {broken[0]}, ... {LOWER_RATE}"
             )
+        gather(self.model, self.accelerator)
         if self.accelerator.is_main_process:
             save(self.unwrapped, self.work)
             commit_output(self.config)
@@ -224,8 +230,9 @@ def fingerprint(task: Task) -> str:
 def check_same_data(checkpoint: Checkpoint, data: str) -> None:
     if checkpoint.state["data"] != data:
         raise UsageError(
-            f"{checkpoint.folder}: the data set, the tokenizer, a reference model or the number of processes is not "
-            "the one that the run began with, so --resume_from_checkpoint cannot go on with it"
+            f"{checkpoint.folder}: the data set, the tokenizer, a reference model or, where a batch has fewer "
+            "micro-batches than processes, their number is not that which the run began with, so "
+            "--resume_from_checkpoint cannot go on with it"
         )
 
 

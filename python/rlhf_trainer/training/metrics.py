@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, LoggerType
 from tqdm.auto import tqdm
 
 from ..errors import UsageError
+from .fsdp import sharding
 
 
 def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
@@ -28,12 +29,13 @@ def make_accelerator(report_to: list[str], folder: Path) -> Accelerator:
         if name in shipped and name not in [*installed, "all"]:
             raise UsageError(f"report_to: {name} is not installed here; installed: {', '.join(installed) or 'none'}")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # others wait for one that asks a server
+    sharding()  # before accelerate reads the environment, which would leave it only what its own `prepare` shards
     accelerator = Accelerator(
         mixed_precision="no", log_with=report_to or None, project_dir=str(folder), kwargs_handlers=[patient]
     )
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UsageError(f"{kind}: one process, or several by DDP, is what is supported now; launch without {kind}")
+        raise UsageError(f"{kind}: one process, or several by DDP or FSDP2, is what is supported; launch without it")
     return accelerator
 
 

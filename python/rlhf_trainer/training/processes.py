@@ -38,9 +38,14 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def over_processes(parts: Sequence[Part], work: Callable[[Part], Result], accelerator: Accelerator) -> list[Result]:
-    """The results of `work` on each part, in their order, in every process; each process does its share of the work."""
+def over_processes(
+    parts: Sequence[Part], work: Callable[[Part], Result], accelerator: Accelerator, *, in_step: bool = False
+) -> list[Result]:
+    """The results of `work` on each part, in their order, in every process; each process does its share of the work.
+    With `in_step` all work as often, as sharded models want it; results of too much work are dropped."""
     rank, world = accelerator.process_index, accelerator.num_processes
     done = [(k, work(parts[k])) for k in range(rank, len(parts), world)]
+    if in_step and len(parts) % world and rank >= len(parts) % world:
+        work(parts[-1])
     everyone = gather_object(done) if world > 1 else done
     return [result for _, result in sorted(everyone, key=lambda item: item[0])]

@@ -116,6 +116,27 @@ def test_the_base_is_in_bf16_and_the_adapter_in_fp32(model_folder):
     assert policy_of(flags(model_folder("llama"), dtype="float32")).model.dtype == torch.float32
 
 
+def test_under_autocast_inputs_of_the_adapter_stay_in_bf16(model_folder):
+    """peft would cast them to fp32, which autocast takes back for each product: the same bits, and less is kept."""
+    policy = policy_of(flags(model_folder("llama"), bf16=True, lora_dropout=0.0))
+    layers = [layer for layer in policy.modules() if hasattr(layer, "cast_input_dtype_enabled")]
+    batch = pad_sequences([([5, 9], [200, 31, 7])], pad_id=0)
+    results, kept = [], []
+    for casts in (False, True):
+        for layer in layers:
+            assert layer.cast_input_dtype_enabled is casts
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=saved: into.append(x) or x, lambda x: x):
+            hidden = policy(batch, lambda hidden, head: hidden)
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        results.append([hidden, *torch.autograd.grad(hidden.float().square().sum(), trained)])
+        kept.append(sum({tensor.data_ptr(): tensor.nbytes for tensor in saved}.values()))
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+    assert layers and all(map(torch.equal, *results))
+    assert kept[0] < kept[1]
+
+
 def test_the_reference_of_an_adapter_that_is_trained_on_is_what_it_was(fit, model_folder):
     folder = fit(model_folder("llama"))
     policy = policy_of(flags(folder, dtype="float32"))

@@ -51,8 +51,7 @@ def test_a_head_sharded_on_its_own(python):
     assert "all gradients equal" in done.stdout
 
 
-def test_sharded_training_is_refused_in_words(train, monkeypatch):
-    """The loss can run under FSDP, but saving what it shards is not written yet."""
-    monkeypatch.setattr("accelerate.Accelerator.distributed_type", "FSDP")
-    with pytest.raises(UsageError, match="FSDP: one process, or several by DDP"):
+def test_what_accelerate_cannot_do_here_is_refused_in_words(train, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.distributed_type", "DEEPSPEED")
+    with pytest.raises(UsageError, match="DEEPSPEED: one process, or several by DDP or FSDP2"):
         train(model_name_or_path="m", dataset_name="d")

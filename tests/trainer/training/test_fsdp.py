@@ -1,0 +1,103 @@
+"""FSDP2 on 2 and 4 gloo processes: the weights of DDP and of one process, whole folders, killed and resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_trainer.errors import UsageError
+from rlhf_trainer.training import fsdp
+
+SCRIPT = str(Path(__file__).with_name("sharded_stages.py"))
+ALL = ("sft", "sft-lora", "dpo", "dpo-lora", "reward", "reward-lora", "grpo", "grpo-lora", "ppo")
+RESUMED = ("sft", "dpo-lora", "reward", "grpo")
+LAST = 5
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+ROUNDING = 1e-5  # of an update: gradients are sums over processes, in another order
+
+
+@pytest.fixture
+def run_stages(python, model_folder, rows, write_jsonl):
+    """(processes, folder, stages, behind) -> these are trained into `folder`, to their end or behind a step."""
+    model, data = model_folder("llama"), write_jsonl(rows(10))
+
+    def run(processes, folder, stages, behind=LAST + 1, **environment):
+        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+        words = (SCRIPT, model, data, folder, str(behind), *stages)
+        done = python(*(launch if processes > 1 else ()), *words, ACCELERATE_USE_CPU="true", **environment)
+        assert done.returncode == 0, done.stderr[-6000:]
+
+    return run
+
+
+def weights_of(folder):
+    path = folder / "adapter_model.safetensors"
+    return load_file(path if path.exists() else folder / "model.safetensors")
+
+
+def difference(one, other, base):
+    """Of the weights that two runs have made, over the whole update; an adapter's lora_B begins at zero."""
+    assert one.keys() == other.keys()
+    changed = [(name, base.get(name, torch.zeros(()))) for name in one if name in base or "lora_B" in name]
+    update = sum((one[name] - before).double().square().sum() for name, before in changed) ** 0.5
+    assert update > 0.05
+    return float(sum((one[name] - other[name]).double().square().sum() for name in one) ** 0.5 / update)
+
+
+@pytest.fixture
+def base(model_folder):
+    return load_file(Path(model_folder("llama")) / "model.safetensors")
+
+
+def test_sharded_runs_are_those_of_one_process(run_stages, base, tmp_path):
+    """On 4, some have nothing but a repeated micro-batch to do."""
+    run_stages(1, "one", ALL)
+    run_stages(2, "ddp", ALL)
+    run_stages(2, "two", ALL, **FSDP)
+    run_stages(4, "four", ALL, **FSDP)
+    for stage in ALL:
+        weights = {run: weights_of(tmp_path / run / stage) for run in ("one", "ddp", "two", "four")}
+        for run in ("ddp", "two", "four"):
+            assert difference(weights["one"], weights[run], base) < ROUNDING, (stage, run)
+    for stage, auto in (("dpo", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+        model = auto.from_pretrained(tmp_path / "four" / stage)
+        assert model.config.architectures == [type(model).__name__]  # not what sharding made of the class
+
+
+def test_a_killed_run_goes_on_in_another_number_of_processes(run_stages, base, tmp_path):
+    """In the same number to the bit."""
+    run_stages(2, "whole", RESUMED, **FSDP)
+    run_stages(2, "same", RESUMED, behind=2, **FSDP)
+    assert not (tmp_path / "same" / "sft").exists()
+    run_stages(2, "same", RESUMED, **FSDP)
+    run_stages(4, "fewer", RESUMED, behind=2, **FSDP)
+    run_stages(2, "fewer", RESUMED, **FSDP)
+    for stage in RESUMED:
+        whole, same, fewer = (weights_of(tmp_path / run / stage) for run in ("whole", "same", "fewer"))
+        assert all(whole[name].equal(same[name]) for name in whole), stage
+        assert difference(whole, fewer, base) < ROUNDING, stage
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What `sharding` reads; it is read anew in the test, and after it."""
+    fsdp.sharding.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+    yield monkeypatch
+    fsdp.sharding.cache_clear()
+
+
+def test_the_first_version_of_fsdp_is_refused(launched):
+    launched.setenv("FSDP_VERSION", "1")
+    with pytest.raises(UsageError, match=r"expected fsdp_version 2 .* got 1"):
+        fsdp.sharding()
+
+
+def test_a_model_without_blocks_is_refused_in_words():
+    with pytest.raises(UsageError, match=r"no blocks to shard .*it names none.*fsdp_transformer_layer_cls_to_wrap"):
+        fsdp.blocks_of(torch.nn.Linear(2, 2), None)
+    assert len(fsdp.blocks_of(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["Linear"])) == 1
