@@ -23,7 +23,8 @@ COUNTERPARTS = {
     "steps_per_generation": "num_mini_batches", "generation_batch_size": "batch_size",
     "reward_model_path": "reward_model_name_or_path", "sft_model_path": "ref_model_name_or_path",
     "clip_range": "cliprange", "vllm_importance_sampling_cap": "importance_sampling_cap",
-    "use_vllm": "server_url", "vllm_server_base_url": "server_url", "eval_split": "dataset_test_split",
+    "vllm_server_host": "vllm_server_base_url", "vllm_server_port": "vllm_server_base_url",
+    "eval_split": "dataset_test_split",
     "chat_template": "chat_template_path", "torch_dtype": "dtype",
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ def sample_completions(
     config = setup.config
     requests = [request_of(prompt, source) for prompt in prompts]
     sampling = Sampling(config.max_completion_length, config.temperature)
-    if config.server_url is not None:
+    if config.use_vllm:
         is_main = setup.accelerator.is_main_process
         samples = sampler.generate(requests, sampling, seed=seed, number=0) if is_main else None
         return broadcast_object_list([samples])[0]

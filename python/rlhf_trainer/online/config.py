@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config.base import DATA, GENERATION, LOSS, MODEL, OPTIMIZATION, OUTPUT, REWARDS, TrainConfig, at_least
+from ..config.base import DATA, GENERATION, LOSS, MODEL, OPTIMIZATION, OUTPUT, REWARDS, SERVER, TrainConfig, at_least
 from ..errors import UsageError
 from ..rewards.config import RewardsConfig
-from ..rollouts.config import ServerConfig
+from ..rollouts.config import WEIGHT_SYNC_HELP, Kind, ServerConfig
 
 GRPOLossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
@@ -30,6 +30,7 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
         1.0, "Divides the logits, when tokens are drawn and when their log-probs are taken."
     )
     num_generations: int = GENERATION.option(1, "Completions of each prompt.")
+    weight_sync: Kind = SERVER.option("auto", WEIGHT_SYNC_HELP)
     per_device_generation_batch_size: int = GENERATION.option(32, "Completions generated, or scored, at once.")
     batch_size: int = OPTIMIZATION.option(
         64, "Completions of an iteration, over all processes and micro-batches together."

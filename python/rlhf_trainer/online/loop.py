@@ -20,6 +20,7 @@ from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, completion_text
 from ..rollouts.loading import make_sampler
 from ..rollouts.sampler import Failure, Sampler
+from ..rollouts.server import ServerSampler
 from ..training.batch_plan import epoch_order
 from ..training.fsdp import unsharded
 from ..training.journal import write_jsonl
@@ -64,28 +65,27 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
             f"completions, which is {total * prompts_each / len(setup.prompts):.3g} epochs; metrics in "
             f"{run.work / 'metrics.jsonl'}"
         )
-        if config.server_url is not None and config.server_sync == "none":
+        if config.use_vllm and config.weight_sync == "none":
             run.log.write(
-                "note: server_sync is none: completions stay those of the server's own model, however far the policy "
+                "note: weight_sync is none: completions stay those of the server's own model, however far the policy "
                 "moves; sampling/kl tells how far"
             )
+        sync_policy(setup, sampler, run.work / POLICY_FOLDER)
         if setup.held_out and not run.done:
             with unsharded(run.model):
                 run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
-        is_synced = run.done == 0
         for step in range(run.done + 1, total + 1):
             started = time.perf_counter()
-            if not is_synced:
-                with unsharded(run.model):
-                    sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+            with unsharded(run.model):
+                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
             metrics, beta = run_iteration(setup, run, sampler, algorithm, step, beta)
-            is_synced = False
             metrics["seconds"] = time.perf_counter() - started
+            if isinstance(sampler, ServerSampler):
+                metrics |= sampler.metrics()
             if setup.held_out and (step == total or step % (config.eval_steps or total) == 0):
                 with unsharded(run.model):
                     sync_policy(setup, sampler, run.work / POLICY_FOLDER)
                     metrics |= evaluate(setup, sampler, run.work, step)
-                is_synced = True
             run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
             run.save_checkpoint(step, beta=beta)
 

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config.base import DATA, GENERATION, MODEL, OPTIMIZATION, OUTPUT, RECIPE, FolderConfig, at_least
+from ..config.base import DATA, GENERATION, MODEL, OPTIMIZATION, OUTPUT, RECIPE, SERVER, FolderConfig, at_least
 from ..errors import UsageError
 from ..offline.config import DPOConfig
 from ..preferences.config import PAIRING_HELP, Pairing
 from ..rewards.config import RewardsConfig
-from ..rollouts.config import GenerationConfig
+from ..rollouts.config import WEIGHT_SYNC_HELP, GenerationConfig, Kind, ServerConfig
 
 
 @dataclass(kw_only=True)
-class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
+class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig, ServerConfig):
     """Options of `rlhf online-dpo`. Those of `rlhf dpo` hold for each round."""
 
     dataset_name: str = DATA.required("Prompts: a .jsonl, .json, .csv or .parquet file, or a hub id.", names_input=True)
@@ -20,6 +20,7 @@ class OnlineDPOConfig(DPOConfig, RewardsConfig, GenerationConfig):
         3, "How often to sample, score and train; each round goes on with the model of the last."
     )
     num_completions: int = GENERATION.option(4, "Completions a prompt and round.")
+    weight_sync: Kind = SERVER.option("auto", WEIGHT_SYNC_HELP)
     pairing: Pairing = DATA.option("best_worst", PAIRING_HELP)
     reference: Literal["previous", "first"] = MODEL.option(
         "previous", "The reference model: the one that the round starts from, or for all rounds the first one."

@@ -8,20 +8,32 @@ from urllib.parse import urlsplit
 from ..config.base import DATA, GENERATION, MODEL, SERVER, DataConfig, OutputConfig, at_least
 from ..errors import UsageError
 
+DEFAULT_URL = "http://127.0.0.1:8000"  # of vLLM's own default port
+Kind = Literal["none", "auto", "lora", "folder"]  # of weight_sync
+WEIGHT_SYNC_HELP = (
+    "How the policy's weights come to the server: never; as an adapter that it loads (vLLM); as a folder that it reads "
+    "(vLLM, SGLang, transformers serve); auto: as an adapter, if that is what trains, or else as a folder."
+)
+
 
 @dataclass(kw_only=True)
 class ServerConfig(OutputConfig):
-    """Options of commands whose completions may come from an HTTP server."""
+    """Options of commands whose completions may come from HTTP servers; their names are TRL's where it has them."""
 
-    server_url: str | None = SERVER.option(
-        None, "An OpenAI-compatible server that generates, as http://host:8000.", may_change=True
+    use_vllm: bool = SERVER.option(False, "A server generates: vLLM, or another that is OpenAI-compatible.")
+    vllm_mode: Literal["server", "colocate"] = SERVER.option(
+        "server", "A server of its own; colocate is not there yet."
     )
+    vllm_server_base_url: str | None = SERVER.option(
+        None, f"The server; default: {DEFAULT_URL}, where rlhf serve-vllm starts one.", may_change=True
+    )
+    vllm_server_urls: list[str] = SERVER.several("Several servers of one model, which share the work.", may_change=True)
+    vllm_server_timeout: float = SERVER.option(
+        240.0, "Seconds to wait for a server that is down, when a run begins and within it.", may_change=True
+    )
+    weight_sync: Kind = SERVER.option("none", WEIGHT_SYNC_HELP)
     server_model: str | None = SERVER.option(None, "The model's name on the server; default: its name here.")
     server_prompts: Literal["ids", "text"] = SERVER.option("ids", "How prompts travel: vLLM and SGLang take token ids.")
-    server_sync: Literal["none", "folder", "reload"] = SERVER.option(
-        "none",
-        "The policy goes to the server: never; as a folder whose name is then the model's; by reloading (SGLang).",
-    )
     server_timeout: float = SERVER.option(600.0, "Seconds to wait for an answer.", may_change=True)
     server_retries: int = SERVER.option(
         4, "How often a request that failed is sent again, after 1, 2, 4, ... seconds.", may_change=True
@@ -30,14 +42,29 @@ class ServerConfig(OutputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "server_retries")
+        at_least(self, 0, "server_retries", "vllm_server_timeout")
         at_least(self, 1, "server_concurrency")
         if not 0 < self.server_timeout < math.inf:
             raise UsageError(f"server_timeout must be a positive number of seconds, got {self.server_timeout}")
-        if self.server_url is not None:
-            check_url(self.server_url)
-        if self.server_url is None and (self.server_model is not None or self.server_sync != "none"):
-            raise UsageError("server_model and server_sync are for a server: pass server_url")
+        if self.vllm_server_base_url is not None and self.vllm_server_urls:
+            raise UsageError(
+                "vllm_server_base_url is one server, vllm_server_urls are all of several: pass one of them"
+            )
+        for url in self.server_urls:
+            check_url(url)
+        options = [name for name in ("vllm_server_base_url", "vllm_server_urls", "server_model") if getattr(self, name)]
+        options += ["weight_sync"] if self.weight_sync in ("lora", "folder") else []
+        if options and not self.use_vllm:
+            raise UsageError(f"{options[0]} is for a server: pass use_vllm")
+        if self.use_vllm and self.vllm_mode == "colocate":
+            raise UsageError(
+                "vllm_mode colocate: vLLM does not run within this process yet. Start it beside, as rlhf serve-vllm "
+                "--model_name_or_path MODEL, and pass vllm_mode server"
+            )
+
+    @property
+    def server_urls(self) -> list[str]:
+        return self.vllm_server_urls or [self.vllm_server_base_url or DEFAULT_URL]
 
 
 def check_url(url: str) -> None:
@@ -49,8 +76,8 @@ def check_url(url: str) -> None:
         whole = False
     if not whole or not (url.isascii() and url.isprintable()) or any(mark in url for mark in "@?# "):
         raise UsageError(
-            "server_url must start with http:// or https:// and be the address of a server alone, as http://host:8000, "
-            "without user, password, ? or #; a key goes into the environment, as RLHF_SERVER_KEY"
+            "vllm_server_base_url must start with http:// or https:// and be the address of a server alone, as "
+            "http://host:8000, without user, password, ? or #; a key goes into the environment, as RLHF_SERVER_KEY"
         )
 
 
@@ -90,7 +117,5 @@ class SampleConfig(GenerationConfig, ServerConfig):
         at_least(self, 1, "num_completions")
         if not self.models:
             raise UsageError("models: name at least one model that writes")
-        if self.server_sync != "none":
-            raise UsageError("server_sync: nothing changes the models, so there is nothing to send to the server")
         if self.server_model is not None and len(self.models) > 1:
             raise UsageError("server_model is the name of one model on the server, and models has several")

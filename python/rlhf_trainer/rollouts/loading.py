@@ -6,24 +6,32 @@ from ..data.encoding import Codec
 from ..data.examples import Loaded, Prompt, load_prompts, reading_of
 from .config import GenerationConfig, ServerConfig
 from .generation import Sampling, end_ids
+from .http_json import Server
 from .sampler import LocalSampler, Sampler
-from .server import ServerSampler
+from .server import ServerSampler, check_servers
+from .weight_sync import adapter_problem, choose_sync
 
 SHORTER = "prompt and max_new_tokens together may have at most {positions}"  # advice where a model is too short
 
 
-def make_sampler(config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """The server, if there is one and it answers, else the model itself."""
-    if config.server_url is None:
+def make_sampler(
+    config: ServerConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | None = None
+) -> Sampler:
+    """The servers, if there are any and they answer, else the model itself. `folder`: of a model without weights."""
+    if not config.use_vllm:
         return LocalSampler(model, tokenizer, config.bf16)
-    sampler = ServerSampler(
-        config.server_url, config.server_model or model.name_or_path, tokenizer, ends=end_ids(model, tokenizer),
-        vocabulary=model.get_input_embeddings().weight.shape[0], prompts=config.server_prompts,
-        sync_mode=config.server_sync, timeout_s=config.server_timeout, retries=config.server_retries,
-        concurrency=config.server_concurrency,
+    patience_s, name = config.vllm_server_timeout, config.server_model or model.name_or_path
+    servers = [
+        Server(url, config.server_timeout, config.server_retries, patience_s=patience_s) for url in config.server_urls
+    ]
+    names = check_servers(servers, patience_s)
+    way = choose_sync(config.weight_sync, adapter_problem(model, folder), servers)
+    if way is not None and config.server_model is None and names and name not in names:
+        name = names[0]  # its weights will be the policy's, whatever the server calls them
+    return ServerSampler(
+        servers, name, tokenizer, ends=end_ids(model, tokenizer), prompts=config.server_prompts, way=way,
+        vocabulary=model.get_input_embeddings().weight.shape[0], concurrency=config.server_concurrency,
     )  # fmt: skip
-    sampler.check()
-    return sampler
 
 
 def prompts_of(config: GenerationConfig, codec: Codec, split: str) -> Loaded[Prompt]:

@@ -4,8 +4,9 @@ Text travels, not token ids: what is written here is encoded again by whoever re
 with a tokenizer of its own, and ends with that tokenizer's end of sequence. A completion that a
 model ended at once is empty; it stays, so that each prompt has num_completions, and is counted.
 
-With server_url, a server writes, and each of models is the folder or hub id of what it serves: its tokenizer is needed
-here, its weights are not. What the server fails at goes to failures.jsonl, which is a dataset of prompts again.
+With use_vllm, a server writes, and each of models is the folder or hub id of what it serves, or loads when it is that
+model's turn (weight_sync): the tokenizer is needed here, the weights are not. What the server fails at goes to
+failures.jsonl, which is a dataset of prompts again.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from ..training.processes import single_process
 from .config import SampleConfig
 from .generation import Completion, completion_text, generate_batch
 from .loading import SHORTER, make_sampler, prompts_of, sampling_of
-from .sampler import Failure, Sampler, request_of
+from .sampler import Failure, request_of
+from .server import ServerSampler
 
 FAILURES_FILE = "failures.jsonl"
 
@@ -39,7 +41,7 @@ class Part(NamedTuple):
     prompts: list[Prompt]  # each num_completions times
     batches: list[list[int]]  # positions in `prompts`
     number: int
-    server: Sampler | None  # None: the model is loaded here, when it is its turn
+    server: ServerSampler | None  # None: the model is loaded here, when it is its turn
 
 
 class Written(NamedTuple):
@@ -68,7 +70,7 @@ def sample(config: SampleConfig) -> Path:
         model = meta_model(name, key="models", trust_remote_code=config.trust_remote_code)
         check_fit(model, codec.tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name, SHORTER)
         stop_at(model, codec)
-        server = None if config.server_url is None else make_sampler(config, model, codec.tokenizer)
+        server = make_sampler(config, model, codec.tokenizer, name) if config.use_vllm else None
         parts.append(Part(name, codec, prompts, batches, sum(len(part.batches) for part in parts), server))
 
     work = open_output(config)
@@ -114,6 +116,8 @@ def drawer_of(
     """The function (prompts, batch number) -> completions: by the server, or by the model, loaded here."""
     sampling = sampling_of(config)
     if part.server is not None:
+        if config.weight_sync != "none":
+            part.server.load(str(Path(part.model).resolve()) if Path(part.model).exists() else part.model)
         return lambda prompts, number: part.server.generate(
             [request_of(prompt, config.dataset_name) for prompt in prompts], sampling, seed=config.seed, number=number
         )

@@ -1,7 +1,8 @@
-"""Rollouts from an OpenAI-compatible HTTP server: vLLM, SGLang, transformers' own `serve`, and the like.
+"""Rollouts from OpenAI-compatible HTTP servers: vLLM, SGLang, transformers' own `serve`, and the like.
 
-One request a completion, several at a time. What goes wrong on the way (no connection, no answer in time, an error of
-the server's, an answer of another form) is tried again after a while, then reported for that prompt.
+One request for all completions of a prompt, so that a server computes the prompt once; several requests at a time, each
+to the server that has the least to do. What goes wrong on the way (no connection, no answer in time, an error of the
+server's, an answer of another form) is tried again after a while, then reported for that prompt.
 
 A server's log-probs should be those of the distribution that it draws from: vLLM returns those of the model before
 temperature, top_k and top_p unless started with `--logprobs-mode processed_logprobs`. transformers' serve has none, and
@@ -16,117 +17,161 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.loading import save_model
 from .generation import Completion, Sampling, up_to_end
-from .http_json import EXCERPT, RequestError, Server
+from .http_json import EXCERPT, RequestError, Server, request_any
 from .sampler import Failure, GenerationRequest
+from .weight_sync import WeightSync, names_in
+
+RESTARTS = 3  # of servers within one call of `generate`
+Drawn = tuple[list[Completion | Failure], Server | None]  # what came of a group, and of which server
+
+
+class Group(NamedTuple):
+    """Equal requests that follow each other, and the place of the first."""
+
+    place: int
+    requests: list[GenerationRequest]
 
 
 class ServerSampler:
-    """A `Sampler` that sends a server one request a completion.
+    """A `Sampler` that sends servers one request a prompt. All of them have the same model.
 
     `prompts`: "ids" sends token ids, asks for token ids, and knows the names that vLLM and SGLang have for what is
-    beyond OpenAI's; "text" sends text, and, for transformers' serve, which draws nothing unless its model's
-    generation_config says so, a generation_config. Where no ids come back, the text is encoded again.
-
-    `sync_mode`: "none" leaves the server's model as it is; "folder" saves the policy, whose folder is then the model's
-    name; "reload" saves it and has the server load it (SGLang's update_weights_from_disk). The server must see the
-    folder under the same path.
+    beyond OpenAI's; "text" sends text, a request a completion, and, for transformers' serve, which draws nothing unless
+    its model's generation_config says so, a generation_config. Where no ids come back, the text is encoded again.
     """
 
     def __init__(
-        self,
-        url: str,
-        model_name: str,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        ends: list[int],
-        vocabulary: int,
-        prompts: Literal["ids", "text"] = "ids",
-        sync_mode: Literal["none", "folder", "reload"] = "none",
-        timeout_s: float = 600.0,
-        retries: int = 4,
-        concurrency: int = 64,
-        first_delay_s: float = 1.0,
-    ) -> None:
-        """ends: tokens after which nothing follows (`generation.end_ids`); vocabulary: tokens that the model has."""
-        self.server = Server(url, timeout_s, retries, first_delay_s)
+        self, servers: Sequence[Server], model_name: str, tokenizer: PreTrainedTokenizerBase, *, ends: list[int],
+        vocabulary: int, prompts: Literal["ids", "text"] = "ids", concurrency: int = 64, way: WeightSync | None = None,
+    ) -> None:  # fmt: skip
+        """ends: tokens after which nothing follows (`generation.end_ids`); vocabulary: tokens that the model has;
+        way: how servers come by the policy's weights, None if their models stay as they are."""
+        self.servers = servers
         self.model_name, self.tokenizer, self.ends, self.vocabulary = model_name, tokenizer, ends, vocabulary
-        self.prompts, self.sync_mode, self.concurrency = prompts, sync_mode, concurrency
+        self.prompts, self.concurrency, self.way = prompts, concurrency, way
+        self.saved = ""  # the copy of the policy that they serve
         self.has_worked = False
-
-    def check(self) -> None:
-        """UsageError, at once, where no such server answers."""
-        without_retries = Server(self.server.url, min(self.server.timeout_s, 30.0), retries=0)
-        try:
-            without_retries.request("/v1/models", None, listed_models)
-        except RequestError as problem:
-            raise UsageError(
-                f"server_url: no OpenAI-compatible server answers at {self.server.url}/v1/models: {problem}. Start it, "
-                "or leave server_url out to generate in this process"
-            ) from problem
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
     ) -> list[Completion | Failure]:
-        """A result for each request; UsageError where all are failures and the server never worked, or is gone."""
+        """A result for each request; UsageError where all are failures and the servers never worked, or are gone.
 
-        def complete(position: int) -> Completion | Failure:
-            draw = random.Random(f"{seed}, batch {number}, completion {position}").getrandbits(31)
+        What a server drew that lost the policy's weights meanwhile, as it was restarted, is drawn again.
+        """
+        open_groups, place, results = [], 0, dict[int, list[Completion | Failure]]()
+        for _, equal in groupby(requests, key=lambda request: request.ids if self.prompts == "ids" else object()):
+            open_groups.append(Group(place, list(equal)))
+            place += len(open_groups[-1].requests)
+        for _ in range(RESTARTS):
+            pool = ThreadPoolExecutor(self.concurrency)
             try:
-                body = self._body(requests[position], sampling, draw)
-                return self.server.request(
-                    "/v1/completions", body, lambda answer: self._completion(answer, sampling, requests[position])
-                )
-            except RequestError as problem:
-                return Failure(requests[position].where, str(problem))
+                drawn = list(pool.map(lambda group: self._draw(group, sampling, seed, number), open_groups))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interruption waits for no request not yet made
+            results |= {group.place: part for group, (part, _) in zip(open_groups, drawn, strict=True)}
+            restarted = self._restarted()
+            if not restarted:
+                break
+            lost = [server is None or server in restarted for _, server in drawn]
+            open_groups = list(compress(open_groups, lost))
+            urls = ", ".join(server.url for server in restarted)
+            tqdm.write(f"{urls}: started anew; gets the policy again, and {len(open_groups)} prompts are drawn again")
+            self._send(restarted)
+        else:
+            raise UsageError(f"{urls}: started anew {RESTARTS} times within {len(requests)} completions; see its log")
+        return self._judged([result for place in sorted(results) for result in results[place]])
 
-        pool = ThreadPoolExecutor(self.concurrency)
+    def _draw(self, group: Group, sampling: Sampling, seed: int, number: int) -> Drawn:
+        first, count = group.requests[0], len(group.requests)
+        draw = random.Random(f"{seed}, batch {number}, completion {group.place}").getrandbits(31)
+
+        def read(answer: Any, server: Server) -> Drawn:
+            return [self._completion(c, sampling, first) for c in self._choices(answer, count)], server
+
         try:
-            results = list(pool.map(complete, range(len(requests))))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for requests not yet made
+            body = self._body(first, sampling, draw, count)
+            return request_any(self.servers, "/v1/completions", body, read)
+        except RequestError as problem:
+            return [Failure(request.where, str(problem)) for request in group.requests], None
+
+    def _restarted(self) -> list[Server]:
+        """The servers that do not serve the policy any more."""
+        if self.way is None or not self.saved:
+            return []
+        try:
+            return [server for server in self.servers if not self.way.is_served(server, self.saved)]
+        except RequestError:
+            check_servers(self.servers)
+            raise
+
+    def _judged(self, results: list[Completion | Failure]) -> list[Completion | Failure]:
         failed = all(isinstance(result, Failure) for result in results)
         if results and failed and not self.has_worked:
+            urls = ", ".join(server.url for server in self.servers)
             raise UsageError(
-                f"server_url: {self.server.url} gave no completion for any of {len(results)} prompts. The first, "
+                f"vllm_server_base_url: {urls} gave no completion for any of {len(results)} prompts. The first, "
                 f"{results[0].where}: {results[0].reason}. Check that it serves {self.model_name!r} (server_model), "
                 f"and whether it takes prompts as {self.prompts} (server_prompts)"
             )
         if results and failed:  # these prompts may all be bad ones: of a group, they are even the same
-            self.check()
+            check_servers(self.servers)
         self.has_worked = self.has_worked or not failed
         return results
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        """Has the server's next completions come from `model`, unless sync_mode is "none"."""
+        """Has the servers' next completions come from `model`, unless they are not led."""
         self.tokenizer = tokenizer
-        if self.sync_mode == "none":
+        if self.way is None:
             return
         # A new name each time: a server keeps what it once loaded under a name, also over our restarts.
         saved = folder.resolve() / f"policy-{uuid.uuid4().hex}"
-        save_model(model, tokenizer, saved)
-        if self.sync_mode == "folder":
-            self.model_name = str(saved)
-        else:
-            try:
-                self.server.request("/update_weights_from_disk", {"model_path": str(saved)}, updated)
-            except RequestError as problem:
-                raise UsageError(
-                    f"server_sync: reload: {self.server.url}/update_weights_from_disk did not load {saved}: {problem}"
-                ) from problem
-        for old in folder.glob("policy-*"):  # that of the last sync, and what a killed run left
-            if old.resolve() != saved:
-                shutil.rmtree(old)
+        self.way.save(model, tokenizer, saved)
+        self.load(str(saved))
+        for other in folder.glob("policy-*"):  # that of the last sync, and what a killed run left
+            if other.resolve() != saved:
+                shutil.rmtree(other)
 
-    def _body(self, request: GenerationRequest, sampling: Sampling, draw: int) -> dict[str, Any]:
+    def load(self, saved: str) -> None:
+        """Has the servers' next completions come from the model in a folder that they see."""
+        before, self.saved = self.saved, saved
+        self._send(self.servers)
+        self.model_name = self.way.name(saved, self.model_name)
+        for server in self.servers if before else ():
+            self.way.drop(server, before)
+
+    def _send(self, servers: Sequence[Server]) -> None:
+        try:
+            with ThreadPoolExecutor(len(servers)) as pool:
+                list(pool.map(lambda server: self.way.send(server, self.saved), servers))
+        except RequestError as problem:
+            raise UsageError(
+                f"weight_sync: {', '.join(server.url for server in servers)} did not take the policy in {self.saved}, "
+                f"which must be there under this path, too: {problem}"
+            ) from problem
+
+    def metrics(self) -> dict[str, float]:
+        """How the servers do, since the run began."""
+        return {
+            f"rollouts/server_{number}/{name}": float(value)
+            for number, server in enumerate(self.servers)
+            for name, value in (
+                ("requests", server.requests), ("failures", server.failures),
+                ("mean_seconds", server.seconds / max(1, server.requests)),
+            )
+        }  # fmt: skip
+
+    def _body(self, request: GenerationRequest, sampling: Sampling, draw: int, count: int) -> dict[str, Any]:
         """The body of the POST. It names all that shapes the distribution: servers fill gaps from their own."""
         body = {
             "model": self.model_name, "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
@@ -135,7 +180,7 @@ class ServerSampler:
         if self.prompts == "ids":
             return body | {
                 "prompt": request.ids, "top_k": sampling.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0,
-                "stop_token_ids": self.ends, "return_token_ids": True,
+                "stop_token_ids": self.ends, "return_token_ids": True, "n": count,
             }  # fmt: skip
         settings = {
             "do_sample": sampling.temperature > 0, "top_k": sampling.top_k, "repetition_penalty": 1.0,
@@ -153,13 +198,17 @@ class ServerSampler:
             retryable=False,
         )
 
-    def _completion(self, answer: Any, sampling: Sampling, request: GenerationRequest) -> Completion:
-        """The completion in an answer, which may be anything."""
+    def _choices(self, answer: Any, count: int) -> list[dict[str, Any]]:
+        """The choices in an answer, which may be anything, in their order."""
         choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            count = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:EXCERPT]!r}"
-            raise RequestError(f"expected an answer with one choice, got {count}")
-        choice = choices[0]
+        if not isinstance(choices, list) or len(choices) != count or not all(isinstance(c, dict) for c in choices):
+            got = f"{len(choices)} choices" if isinstance(choices, list) else f"{str(answer)[:EXCERPT]!r}"
+            noun = "one choice" if count == 1 else f"{count} choices"
+            raise RequestError(f"expected an answer with {noun}, got {got}")
+        ordered = [next((choice for choice in choices if choice.get("index") == i), None) for i in range(count)]
+        return choices if None in ordered else ordered
+
+    def _completion(self, choice: dict[str, Any], sampling: Sampling, request: GenerationRequest) -> Completion:
         if choice.get("finish_reason") not in ("stop", "length"):  # an aborted one is no completion of the policy's
             raise RequestError(
                 f"expected finish_reason stop or length, got {repr(choice.get('finish_reason'))[:EXCERPT]}"
@@ -202,6 +251,20 @@ class ServerSampler:
         return done._replace(logprobs=numbers(choice, len(ids), len(done.ids)))
 
 
+def check_servers(servers: Sequence[Server], patience_s: float = 0.0) -> list[Any]:
+    """The names of their models; UsageError where no OpenAI-compatible server answers within patience_s."""
+    for server in servers:
+        once = Server(server.url, min(server.timeout_s, 30.0), 0, patience_s=patience_s)
+        try:
+            names = once.request("/v1/models", None, names_in)
+        except RequestError as problem:
+            raise UsageError(
+                f"vllm_server_base_url: no OpenAI-compatible server answers at {server.url}/v1/models: {problem}. "
+                "Start it (rlhf serve-vllm), or leave use_vllm out to generate in this process"
+            ) from problem
+    return names
+
+
 def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None:
     """The first `kept` of a choice's log-probs if there is one for each of its `count` tokens, else None."""
     logprobs = choice.get("logprobs")
@@ -214,14 +277,3 @@ def numbers(choice: dict[str, Any], count: int, kept: int) -> list[float] | None
     except OverflowError as error:
         raise RequestError("expected log-probs, got a number too large for a float") from error
     return [float(value) for value in values[:kept]]
-
-
-def listed_models(answer: Any) -> list[Any]:
-    if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
-        raise RequestError(f"expected a list of models, got {str(answer)[:EXCERPT]!r}")
-    return answer["data"]
-
-
-def updated(answer: Any) -> None:
-    if not isinstance(answer, dict) or answer.get("success") is not True:
-        raise RequestError(f"expected success, got {str(answer)[:EXCERPT]!r}")

@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
+from rlhf_trainer.rollouts.http_json import Server
 from rlhf_trainer.rollouts.sampler import GenerationRequest
 from rlhf_trainer.rollouts.server import ServerSampler
 from tests.trainer.conftest import VOCABULARY
@@ -38,7 +39,8 @@ def sampler(scripted, tokenizer):
     with scripted.running() as url:
 
         def make(**options):
-            small = {"ends": [END], "vocabulary": VOCABULARY, "retries": 3, "first_delay_s": 0.01, "timeout_s": 10.0}
-            return ServerSampler(url, "policy", tokenizer, **(small | options))
+            connection = {"retries": 3, "first_delay_s": 0.01, "timeout_s": 10.0}
+            server = Server(url, **{name: options.pop(name, default) for name, default in connection.items()})
+            return ServerSampler([server], "policy", tokenizer, ends=[END], vocabulary=VOCABULARY, **options)
 
         yield make

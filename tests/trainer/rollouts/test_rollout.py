@@ -87,9 +87,14 @@ def test_without_tokens_there_is_no_mismatch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server_url": "localhost:8000"}, "must start with http"),
-        ({"server_sync": "reload"}, "pass server_url"),
-        ({"server_model": "m"}, "pass server_url"),
+        ({"use_vllm": True, "vllm_server_base_url": "localhost:8000"}, "must start with http"),
+        ({"use_vllm": True, "vllm_server_urls": ["http://a", "b"]}, "must start with http"),
+        ({"use_vllm": True, "vllm_server_base_url": "http://a", "vllm_server_urls": ["http://b"]}, "pass one of them"),
+        ({"use_vllm": True, "vllm_mode": "colocate"}, "Start it beside, as rlhf serve-vllm"),
+        ({"vllm_server_base_url": "http://a"}, "vllm_server_base_url is for a server: pass use_vllm"),
+        ({"weight_sync": "folder"}, "weight_sync is for a server: pass use_vllm"),
+        ({"server_model": "m"}, "pass use_vllm"),
+        ({"vllm_server_timeout": math.nan}, "at least 0"),
         ({"server_timeout": 0.0}, "positive number of seconds"),
         ({"server_timeout": math.nan}, "positive number of seconds"),
         ({"server_retries": -1}, "at least 0"),

@@ -8,17 +8,17 @@ import time
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from rlhf_trainer.data.encoding import Codec, encode_prompt, prompt_text
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts import http_json
 from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Completion, Sampling, completion_text
-from rlhf_trainer.rollouts.http_json import RequestError
+from rlhf_trainer.rollouts.http_json import RequestError, Server
 from rlhf_trainer.rollouts.loading import make_sampler
 from rlhf_trainer.rollouts.sampler import Failure, GenerationRequest
-from rlhf_trainer.rollouts.server import ServerSampler
+from rlhf_trainer.rollouts.server import ServerSampler, check_servers
 from tests.trainer.conftest import VOCABULARY
 from tests.trainer.rollouts.scripted_server import Scripted, choice
 
@@ -220,10 +220,8 @@ def test_an_answer_that_drips_in_forever_ends_with_the_timeout(requests, tokeniz
     thread = threading.Thread(target=drip)
     thread.start()
     try:
-        sampler = ServerSampler(
-            f"http://127.0.0.1:{listening.getsockname()[1]}", "policy", tokenizer, ends=[END], vocabulary=VOCABULARY,
-            timeout_s=0.5, retries=0,
-        )  # fmt: skip
+        server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", 0.5, 0)
+        sampler = ServerSampler([server], "policy", tokenizer, ends=[END], vocabulary=VOCABULARY)
         with pytest.raises(UsageError, match=r"row 1: no answer within 0\.5 seconds"):
             generate(sampler, requests[:1])
     finally:
@@ -271,6 +269,7 @@ def test_a_batch_of_bad_prompts_alone_does_not_stop_a_run_that_worked(scripted, 
 def test_delays_between_tries_double(scripted, sampler, requests, monkeypatch):
     delays = []
     monkeypatch.setattr(time, "sleep", delays.append)
+    monkeypatch.setattr(http_json, "JITTER", 0.0)
     scripted.answer = lambda path, body: (500, b"")
     with pytest.raises(UsageError):
         generate(sampler(retries=8, first_delay_s=1.0), requests[:1])
@@ -303,47 +302,17 @@ def test_no_more_requests_are_under_way_than_allowed(scripted, sampler, requests
 def test_what_is_no_such_server_is_reported_at_the_start(scripted, sampler, answer, message):
     scripted.answer = lambda path, body: answer
     with pytest.raises(UsageError, match=rf"no OpenAI-compatible server answers at .*/v1/models: .*{message}"):
-        sampler().check()
+        check_servers(sampler().servers)
     assert len(scripted.requests) == 1
 
 
 def test_a_server_that_is_not_there_is_reported_at_the_start(make_model, tokenizer):
     with socket.socket() as free:  # bound, but not listening
         free.bind(("127.0.0.1", 0))
-        config = ServerConfig(output_dir="out", server_url=f"http://127.0.0.1:{free.getsockname()[1]}/v1/")
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1/"
+        config = ServerConfig(output_dir="out", use_vllm=True, vllm_server_base_url=url, vllm_server_timeout=0.0)
         with pytest.raises(UsageError, match="ConnectionRefusedError"):
             make_sampler(config, make_model("llama"), tokenizer)
-
-
-def test_reload_has_the_server_load_what_was_saved(scripted, sampler, make_model, tokenizer, tmp_path):
-    loaded = []
-
-    def answer(path, body):
-        model = AutoModelForCausalLM.from_pretrained(body["model_path"])
-        loaded.append(model.lm_head.weight[3, 0].item())
-        return 200, {"success": True, "message": ""}
-
-    scripted.answer = answer
-    make = sampler(sync_mode="reload")
-    models = [make_model("llama", seed=seed) for seed in (3, 4)]
-    for model in models:
-        make.sync(model, tokenizer, tmp_path / "policy")
-        assert len(list((tmp_path / "policy").iterdir())) == 1
-    assert loaded == [model.lm_head.weight[3, 0].item() for model in models]
-    assert [path for path, _ in scripted.requests] == ["/update_weights_from_disk"] * 2
-    assert make.model_name == "policy"
-
-
-@pytest.mark.parametrize("answer", [(400, b"no such folder"), (200, {"success": False, "message": "shapes"})], ids=str)
-def test_a_reload_that_fails_stops_the_run(scripted, sampler, make_model, tokenizer, tmp_path, answer):
-    scripted.answer = lambda path, body: answer
-    with pytest.raises(UsageError, match=r"server_sync: reload: .*(no such folder|shapes)"):
-        sampler(sync_mode="reload", retries=1).sync(make_model("llama"), tokenizer, tmp_path)
-
-
-def test_no_sync_leaves_the_server_and_the_folder_alone(scripted, sampler, make_model, tokenizer, tmp_path):
-    sampler().sync(make_model("llama"), tokenizer, tmp_path / "policy")
-    assert not (tmp_path / "policy").exists() and not scripted.requests
 
 
 def test_text_is_encoded_in_its_place(scripted, sampler):
@@ -368,9 +337,10 @@ def test_a_server_says_when_to_try_again(header, waits, monkeypatch):
     """In seconds or by a date; never earlier than without, and at most ten minutes later."""
     slept = []
     monkeypatch.setattr(http_json.time, "sleep", slept.append)
+    monkeypatch.setattr(http_json, "JITTER", 0.0)
     answers = iter([RequestError("HTTP 429: busy", status=429, delay_s=http_json.wish_of(header)), "done"])
 
-    def exchange(path, body):
+    def exchange(path, body, is_json):
         answer = next(answers)
         if isinstance(answer, RequestError):
             raise answer
@@ -384,6 +354,7 @@ def test_a_server_says_when_to_try_again(header, waits, monkeypatch):
 def test_the_header_of_a_busy_server_is_read(monkeypatch):
     slept, scripted, busy = [], Scripted(), [b"HTTP/1.0 503 Busy\r\nRetry-After: 42\r\n\r\nlater"]
     monkeypatch.setattr(http_json.time, "sleep", slept.append)
+    monkeypatch.setattr(http_json, "JITTER", 0.0)
     scripted.answer = lambda path, body: busy.pop() if busy else (200, {"ready": True})
     with scripted.running() as url:
         assert http_json.Server(url, 5.0, retries=1).request("/", {}, lambda answer: answer) == {"ready": True}

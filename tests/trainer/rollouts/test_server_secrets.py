@@ -5,9 +5,8 @@ import pytest
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.rollouts.config import ServerConfig
 from rlhf_trainer.rollouts.generation import Sampling
-from rlhf_trainer.rollouts.http_json import KEY_VARIABLE
-from rlhf_trainer.rollouts.server import ServerSampler
-from tests.trainer.conftest import VOCABULARY
+from rlhf_trainer.rollouts.http_json import KEY_VARIABLE, Server
+from rlhf_trainer.rollouts.server import check_servers
 from tests.trainer.rollouts.scripted_server import Scripted, choice
 
 pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
@@ -68,7 +67,7 @@ def test_a_redirect_is_not_followed(status, scripted, sampler, requests, monkeyp
         with pytest.raises(UsageError, match=f"HTTP {status}: Moved. Redirects are not followed"):
             generate(sampler(), requests[:1])
         with pytest.raises(UsageError, match="Redirects are not followed"):
-            sampler().check()
+            check_servers(sampler().servers)
     assert other.requests == [] and len(scripted.requests) == 2
 
 
@@ -81,17 +80,17 @@ URLS = [
 
 @pytest.mark.parametrize("url", URLS)
 def test_an_address_that_is_none_or_holds_a_secret_is_refused(url):
-    with pytest.raises(UsageError, match="server_url must start with http://") as error:
-        ServerConfig(output_dir="out", server_url=url)
+    with pytest.raises(UsageError, match="vllm_server_base_url must start with http://") as error:
+        ServerConfig(output_dir="out", use_vllm=True, vllm_server_base_url=url)
     assert "password@" not in str(error.value) and "=password" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["http://[::1]:8000/v1", "https://host", "http://127.0.0.1:80/", "http://host/proxy"])
 def test_addresses_that_are_taken(url):
-    assert ServerConfig(output_dir="out", server_url=url).server_url == url
+    assert ServerConfig(output_dir="out", use_vllm=True, vllm_server_base_url=url).server_urls == [url]
 
 
 def test_a_host_whose_name_cannot_be_one_is_reported(tokenizer):
-    sampler = ServerSampler(f"http://{'a' * 70}", "policy", tokenizer, ends=[1], vocabulary=VOCABULARY, retries=0)
+    server = Server(f"http://{'a' * 70}", retries=0)
     with pytest.raises(UsageError, match=r"UnicodeError|gaierror"):
-        sampler.check()
+        check_servers([server])

@@ -80,7 +80,13 @@ def served(make_model, tokenizer, tmp_path_factory):
 def over_http(served, model, tokenizer, **options):
     url, folder = served
     config = ServerConfig(
-        output_dir="out", server_url=url, server_model=folder, server_prompts="text", server_timeout=60.0, **options
+        output_dir="out",
+        use_vllm=True,
+        vllm_server_base_url=url,
+        server_model=folder,
+        server_prompts="text",
+        server_timeout=60.0,
+        **options,
     )
     return make_sampler(config, model, tokenizer)
 
@@ -109,7 +115,7 @@ def test_transformers_serve_draws_as_requested(served, make_model, tokenizer, re
 
 def test_sync_by_folder_changes_what_transformers_serve_writes(served, make_model, tokenizer, requests, tmp_path):
     model = writes_words(make_model, tokenizer, seed=0)
-    sampler = over_http(served, model, tokenizer, server_sync="folder")
+    sampler = over_http(served, model, tokenizer, weight_sync="folder")
     before = sampler.generate(requests, GREEDY, seed=0, number=0)
     for seed in (1, 2):
         changed = writes_words(make_model, tokenizer, seed=seed)
@@ -132,7 +138,7 @@ def test_rlhf_sample_has_the_same_written_by_transformers_serve(served, write_js
         )  # fmt: skip
         return (sample(config) / COMPLETIONS_FILE).read_bytes()
 
-    assert written("there", server_url=url, server_prompts="text") == written("here")
+    assert written("there", use_vllm=True, vllm_server_base_url=url, server_prompts="text") == written("here")
 
 
 def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl, prompts, tmp_path):
@@ -142,8 +148,8 @@ def test_grpo_learns_from_completions_of_transformers_serve(served, write_jsonl,
     trained = train_grpo(
         GRPOConfig(
             output_dir=str(tmp_path / "out"), model_name_or_path=folder, dataset_name=data,
-            reward_funcs=["regex:cat|mat|sat"], server_url=url, server_prompts="text",
-            server_sync="folder", server_timeout=60.0, max_prompt_length=48,
+            reward_funcs=["regex:cat|mat|sat"], use_vllm=True, vllm_server_base_url=url, server_prompts="text",
+            weight_sync="folder", server_timeout=60.0, max_prompt_length=48,
             max_completion_length=6, batch_size=32, num_generations=8, max_steps=5, learning_rate=1e-2,
         )
     )  # fmt: skip
