@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests of the compiled part fail, rather than skip, where it is missing.
 export RLHF_KERNELS_REQUIRE_NATIVE := 1
 
-.PHONY: install demo demo-real test real integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
+.PHONY: install demo demo-real test real vllm integrations bench bench-guard peers hosts format lint lint-ruff lint-format lint-types lint-cpp check-torch-min \
 	triton-interpreted triton-check cuda-on-host cuda-check gpu-bundle clean distclean
 
 install: $(STAMP)
@@ -90,8 +90,15 @@ $(REAL_MODELS): tests/real/fetch.py | $(STAMP)
 # Real models through the command line: trained, sampled from and compared with what transformers alone makes of them.
 real: $(STAMP)
 	$(MAKE) -j2 $(REAL_MODELS)
+	$(MAKE) vllm
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup tests/real -m real $(TEST_ARGS)
+		$(BIN)/python -m pytest -rs -n 2 --dist loadgroup tests/real -m real $(TEST_ARGS)
+
+# vLLM's CPU build in a venv of its own, or the reason why it is not there: 2 GB, some minutes, once.
+vllm: build/vllm/.tried
+build/vllm/.tried: | $(STAMP)
+	$(BIN)/python tests/real/vllm_server.py build/vllm $(BIN)/python
+	touch $@
 
 # DPO of SmolLM2 on 64 shipped pairs, before and after.
 demo-real: build/real/models/smollm2-135m-instruct

@@ -69,6 +69,9 @@ COMMANDS = {
     "evaluate": Command(
         "evaluation.config:EvaluateConfig", "evaluation.evaluate:evaluate", "win rate, reward, KL, length on prompts"
     ),
+    "serve-vllm": Command(
+        "rollouts.config:ServeVLLMConfig", "rollouts.serve_vllm:serve_vllm", "serve a model by vLLM for grpo and ppo"
+    ),
     "merge": Command("models.config:MergeConfig", "models.merge:merge", "write an adapter's whole weights"),
     "recipe": Command(
         "recipes.config:RecipeConfig", "recipes.run:run_recipe", "the stages of a YAML file in order, to one report"

@@ -119,3 +119,20 @@ class SampleConfig(GenerationConfig, ServerConfig):
             raise UsageError("models: name at least one model that writes")
         if self.server_model is not None and len(self.models) > 1:
             raise UsageError("server_model is the name of one model on the server, and models has several")
+
+
+@dataclass(kw_only=True)
+class ServeVLLMConfig:
+    """Options of `rlhf serve-vllm`."""
+
+    model_name_or_path: str = MODEL.required("The model that is trained: a local folder or a hub id.")
+    vllm: str = SERVER.option("vllm", "The program, if it is not on PATH: that of another environment, say.")
+    host: str = SERVER.option("127.0.0.1", "Where to listen. Only of loopback are whole weights taken.")
+    port: int = SERVER.option(8000, "The port to listen at.")
+    max_lora_rank: int = SERVER.option(64, "The largest lora_r of adapters; 0: none are taken.")
+    vllm_server_timeout: float = SERVER.option(600.0, "Seconds to wait until it serves.")
+    vllm_args: str = SERVER.option("", "More arguments of vllm serve, in one text: '--tensor-parallel-size 2'.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "max_lora_rank", "vllm_server_timeout")
+        at_least(self, 1, "port")
