@@ -41,6 +41,7 @@ from .collect import (
 )
 from .episodes import score_episodes
 from .metrics import length_metrics, means_of_updates, reward_metrics, rollout_metrics
+from .server_check import check_server
 from .setup import Setup, data_checksum
 
 SAMPLES_FILE = "samples.jsonl"
@@ -71,6 +72,8 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 "moves; sampling/kl tells how far"
             )
         sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+        if isinstance(sampler, ServerSampler):
+            run.log.write(check_server(setup, sampler))
         if setup.held_out and not run.done:
             with unsharded(run.model):
                 run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))

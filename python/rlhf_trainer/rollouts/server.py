@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import UsageError
+from ..errors import UNREADABLE, UsageError
 from ..models.checks import pad_id_of
 from .generation import Completion, Sampling, up_to_end
 from .http_json import EXCERPT, RequestError, Server, request_any
@@ -40,6 +40,15 @@ class Group(NamedTuple):
 
     place: int
     requests: list[GenerationRequest]
+
+
+class Probe(NamedTuple):
+    """A server's own view of a prompt: its tokens, the log-probs of all but the first, and whether the log-probs of
+    what it draws are of the distribution that it draws from."""
+
+    ids: list[int]
+    logprobs: list[float]
+    is_processed: bool
 
 
 class ServerSampler:
@@ -159,6 +168,24 @@ class ServerSampler:
                 f"weight_sync: {', '.join(server.url for server in servers)} did not take the policy in {self.saved}, "
                 f"which must be there under this path, too: {problem}"
             ) from problem
+
+    def probe(self, request: GenerationRequest) -> Probe:
+        """What a server makes of a prompt's text; RequestError where it does not say."""
+        if self.prompts == "text":
+            raise RequestError("it takes text alone")
+        one = self._body(request, Sampling(1, top_k=1), 0, 1)
+
+        def read(answer: Any) -> Probe:
+            choice = self._choices(answer, 1)[0]
+            ids, rows, drawn = choice.get("prompt_token_ids"), choice.get("prompt_logprobs"), numbers(choice, 1, 1)
+            try:
+                logprobs = [float(row[str(id)]["logprob"]) for id, row in zip(ids[1:], rows[1:], strict=True)]
+            except UNREADABLE as error:
+                raise RequestError("it scores no prompts", retryable=False) from error
+            return Probe(ids, logprobs, drawn is not None and drawn[0] > -1e-4)  # of all that top_k leaves, 1 is drawn
+
+        body = one | {"prompt": self._text(request), "prompt_logprobs": 0}
+        return self.servers[0].request("/v1/completions", body, read)
 
     def metrics(self) -> dict[str, float]:
         """How the servers do, since the run began."""
