@@ -16,7 +16,9 @@ TRAINER = sorted((ROOT / "python" / "rlhf_trainer").rglob("*.py"))
 CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
 PUBLIC_INTEGRATIONS = ("rlhf_kernels.integrations.lm_head", "rlhf_kernels.integrations.transformers")
 MAX_LINES = 450
-LEAN = {"rlhf_kernels": 10_000, "python": 13_000, "benchmarks": 3_700}  # lines of Python: features come by libraries
+# Lines of Python: features come by libraries. Studies are programs that use the trainer, and count by themselves.
+STUDIES = "python/rlhf_trainer/studies"
+LEAN = {"rlhf_kernels": 10_000, "python": 13_000, STUDIES: 1_800, "benchmarks": 3_800}
 
 # The trainer's rooms from the ground up; those of one row do not know each other.
 ROOMS = (
@@ -195,5 +197,7 @@ def test_files_stay_short():
 
 @pytest.mark.parametrize("folder", LEAN)
 def test_lean_is_a_promise(folder):
-    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py"))
-    assert lines < LEAN[folder]
+    paths = [
+        path for path in (ROOT / folder).rglob("*.py") if folder == STUDIES or (ROOT / STUDIES) not in path.parents
+    ]
+    assert sum(len(path.read_text().splitlines()) for path in paths) < LEAN[folder]

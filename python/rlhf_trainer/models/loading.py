@@ -27,7 +27,7 @@ from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
 from ..data.encoding import Codec
 from ..errors import UNREADABLE, UsageError
-from ..training.fsdp import sharding
+from ..training.fsdp import sharding, state_within
 from .checks import check_vocabulary, largest_id
 from .lora import TRAINED, adapter_of, base_of, load_adapter, merged
 
@@ -230,7 +230,12 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a folder that Auto... classes load: whole weights, an adapter merged into a copy of them."""
-    merged(copy.deepcopy(model) if adapter_of(model) else model).save_pretrained(folder)
+    if adapter_of(model) is None:
+        model.save_pretrained(folder, state_dict=state_within(model))
+    elif state_within(model) is None:
+        merged(copy.deepcopy(model)).save_pretrained(folder)
+    else:
+        raise UsageError("weight_sync: under FSDP an adapter travels as one: lora")
     tokenizer.save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import UsageError
 from ..models.loading import save_model
 from ..models.lora import TRAINED, adapter_of, base_of
+from ..training.fsdp import state_within
 from .config import Kind
 from .http_json import EXCERPT, RequestError, Server
 
@@ -63,7 +64,8 @@ class Adapter(WeightSync):
         self.names: dict[str, str] = {}  # each new, as what a server has computed with an adapter goes by its name
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Path) -> None:
-        adapter_of(model).model.save_pretrained(saved, selected_adapters=[TRAINED])
+        adapted = adapter_of(model).model
+        adapted.save_pretrained(saved, selected_adapters=[TRAINED], state_dict=state_within(adapted))
 
     def load(self, server: Server, saved: str) -> None:
         server.request(self.path, {"lora_name": self.name(saved, ""), "lora_path": saved, "load_inplace": True})

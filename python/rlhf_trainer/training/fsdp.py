@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.modeling import get_non_persistent_buffers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -85,6 +86,16 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(sharding().reshard_after_forward, recurse=False)
         for part in (root, *others):
             part.reshard()
+
+
+def state_within(module: nn.Module) -> dict[str, Tensor] | None:
+    """Whole weights and buffers by name, within `unsharded`, where `state_dict` would cut them again; None of a module
+    that isn't sharded, whose `state_dict` will do."""
+    if not any(isinstance(part, FSDPModule) for part in module.modules()):
+        return None
+    left_out = get_non_persistent_buffers(module, recurse=True, fqns=True)
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in tensors if name not in left_out}
 
 
 def gather(module: nn.Module, accelerator: Accelerator) -> None:
