@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.harness.peers import ROOT
 from benchmarks.scaling.cost_model import op_table, parallel_table
 from benchmarks.scaling.growth import draw, evidence_tables, growth_tables
+from benchmarks.scaling.plans import plan_table
 
 RESULTS, PAGE, PICTURE = ROOT / "benchmarks/results", ROOT / "docs/scaling.md", ROOT / "docs/images/growth.svg"
 
@@ -32,7 +33,7 @@ def written(text: str, files: dict[str, dict]) -> str:
     """docs/scaling.md as the results say it."""
     evidence = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("evidence-*.json"))]
     tables = {"growth": growth_tables(files), "evidence": evidence_tables(evidence)}
-    tables |= {"ops": op_table(), "parallel": parallel_table()}
+    tables |= {"ops": op_table(), "parallel": parallel_table(), "plans": plan_table()}
     for name, lines in tables.items():
         text = replaced(text, name, lines)
     return text

@@ -25,8 +25,7 @@ class Sizes:
 
 def make_model(folder: Path, sizes: Sizes) -> None:
     """A random Llama and a tokenizer of as many words as its vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     heads = max(1, sizes.hidden // 64)
@@ -37,7 +36,14 @@ def make_model(folder: Path, sizes: Sizes) -> None:
         initializer_range=0.05,  # wider than usual: logits spread over several nats
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({END: 0} | {f"w{i}": i for i in range(1, sizes.vocab)}, unk_token=END))
+    make_tokenizer(folder, sizes.vocab)
+
+
+def make_tokenizer(folder: Path, vocab: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({END: 0} | {f"w{i}": i for i in range(1, vocab)}, unk_token=END))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=END, pad_token=END).save_pretrained(folder)
 

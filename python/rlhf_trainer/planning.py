@@ -1,7 +1,7 @@
 """`--dry_run`: what a training run will take, from shapes alone. Data and tokenizer are read, no weights are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from .data.examples import Group, TokenSequence
 from .errors import UsageError
 from .inspection import read
 from .models.loading import loading_of, meta_model, turn_dropout_off
-from .models.lora import train_adapter
+from .models.lora import leave_inputs, train_adapter
 from .offline.config import RewardConfig
 from .training.batch_plan import plan_batches, step_plan
+from .training.fsdp import blocks_of
 
 STATE_BYTES = {  # of an optimizer, a trained weight
     "adamw_torch_fused": 8, "adamw_torch": 8, "adamw_torch_8bit": 2, "adamw_bnb_8bit": 2, "rmsprop": 4, "muon": 4,
@@ -42,7 +43,8 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Bytes that one process holds, where all hold whole models."""
+    """Bytes: what is cut over the processes (weights, gradients, optimizer; one process holds whole models), and what
+    each of them holds."""
 
     weights: int
     gradients: int
@@ -54,12 +56,19 @@ class Plan(NamedTuple):
     scratch: int  # of the losses, at most
     logits: int  # and their gradients, which are not made
     accumulates: bool  # gradients of one micro-batch wait for those of the next
+    processes: int = 1
+    whole: int = 0  # of weights that are cut, what a process has whole while it computes with it
 
     def total(self, checkpoints: bool) -> int:
         """The most at a time: where backward begins, with all activations, or where it ends, with all gradients."""
         kept = self.with_checkpoints if checkpoints else self.activations
-        begin = kept + self.scratch + self.head + self.gradients * self.accumulates
-        return self.weights + self.optimizer + max(begin, self.gradients + self.tied)
+        gradients = self.part(self.gradients)
+        begin = kept + self.scratch + self.head + gradients * self.accumulates
+        return self.part(self.weights + self.optimizer) + self.whole + max(begin, gradients + self.tied)
+
+    def part(self, size: int) -> int:
+        """What one process holds of what is cut."""
+        return -(-size // self.processes)
 
 
 def dry_run(name: str, config: TrainConfig) -> None:
@@ -94,9 +103,22 @@ def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedMod
         with_checkpoints=between_layers + activations - layers + layers // text.num_hidden_layers,
         scratch=min(budget, logits, kept + SCRATCH),
         logits=logits,
-        accumulates=shape.micro_batches > 1,
+        accumulates=shape.micro_batches > config.dry_run_processes,
+        processes=config.dry_run_processes,
+        whole=0 if config.dry_run_processes == 1 else whole_of(model, 2 if config.bf16 else None),
     )
     return model, shape, plan
+
+
+def whole_of(model: PreTrainedModel, itemsize: int | None) -> int:
+    """Bytes of weights that are whole at a time, as `place` cuts them: those outside the blocks from forward to
+    backward, the block that computes, and the next one on its way."""
+
+    def size(weights: Iterable[torch.Tensor]) -> int:
+        return sum(weight.numel() * (itemsize or weight.itemsize) for weight in weights)
+
+    blocks = [size(block.parameters()) for block in blocks_of(model, None)]
+    return size(model.parameters()) - sum(blocks) + 2 * max(blocks)
 
 
 def device_type() -> str:
@@ -133,6 +155,8 @@ def model_of(config: TrainConfig) -> PreTrainedModel:
     )  # fmt: skip
     if config.use_peft:
         train_adapter(model, config, task)
+    if config.bf16:
+        leave_inputs(model)
     return turn_dropout_off(model)
 
 
@@ -188,9 +212,10 @@ def text_of(name: str, config: TrainConfig, model: PreTrainedModel, shape: Shape
     kept, instead = plan.activations, plan.with_checkpoints
     kept, instead = (instead, kept) if checkpoints else (kept, instead)
     lines = [
-        ("weights", plan.weights, f"{model.dtype}".removeprefix("torch.")),
-        ("gradients", plan.gradients, "of what trains"),
-        ("optimizer", plan.optimizer, config.optim),
+        ("weights", plan.part(plan.weights), f"{model.dtype}".removeprefix("torch.")),
+        *([("whole at a time", plan.whole, "of weights, while they compute")] if plan.processes > 1 else []),
+        ("gradients", plan.part(plan.gradients), "of what trains"),
+        ("optimizer", plan.part(plan.optimizer), config.optim),
         ("activations", kept, f"{other}: {mib(instead)}"),
         ("losses' scratch", plan.scratch, f"at most; logits and their gradients, {mib(plan.logits)}, are not made"),
         (
@@ -203,6 +228,7 @@ def text_of(name: str, config: TrainConfig, model: PreTrainedModel, shape: Shape
         f"rlhf {name}: {type(model).__name__}, {count:,} parameters, of which {trained:,} train",
         f"{shape.steps:,} steps of at most {shape.tokens_a_step:,} tokens; the largest micro-batch has "
         f"{shape.rows} x {shape.width} tokens",
+        *([f"of {plan.processes} processes, among which weights are cut, each holds"] if plan.processes > 1 else []),
         *(f"  {label:<18}{mib(size):>14}  {note}" for label, size, note in lines),
         "Other models (a reference of its own, rewards, values), the cache of generation and what a device takes "
         "come on top.",

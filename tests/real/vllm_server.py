@@ -18,11 +18,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "vllm"
 PROGRAM, REASON = FOLDER / "bin" / "vllm", FOLDER / "reason.txt"
 VERSION = "0.32.0"
-UNWANTED = (
-    "torchvision",
-    "torchaudio",
-    "torchcodec",
-)  # that come as CUDA builds, which do not load beside a CPU's torch
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds, which do not load beside a CPU's torch
 # A small cache, and one thread: several that wait for each other crawl where the machine has other work.
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",

@@ -9,7 +9,7 @@ from rlhf_trainer import planning
 from rlhf_trainer.cli import main
 from rlhf_trainer.data.examples import TokenSequence
 from rlhf_trainer.models.loading import load_causal_lm, loading_of
-from rlhf_trainer.models.lora import train_adapter
+from rlhf_trainer.models.lora import leave_inputs, train_adapter
 from rlhf_trainer.offline.config import DPOConfig, RewardConfig, SFTConfig
 from rlhf_trainer.training.optimizers import make_optimizer
 
@@ -28,6 +28,8 @@ def trained_model(config):
     model = load_causal_lm(config.model_name_or_path, key="model", **loading_of(config, trains=True))
     if config.use_peft:
         train_adapter(model, config, "CAUSAL_LM")
+    if config.bf16:
+        leave_inputs(model)
     return model
 
 
@@ -65,6 +67,21 @@ def test_checkpoints_keep_what_is_between_layers(model_folder, make_model, examp
     always = plan.weights + plan.optimizer
     assert plan.total(False) == always + max(begin + plan.activations, plan.gradients)
     assert plan.total(True) == always + max(begin + plan.with_checkpoints, plan.gradients)
+
+
+def test_each_of_several_processes_holds_its_part(model_folder, examples):
+    """And, whole, what is outside the blocks, and two of these."""
+    options = OPTIONS | {"model_name_or_path": str(model_folder("llama"))}
+    _, _, one = planning.plan_of(SFTConfig(**options), examples)
+    model, _, four = planning.plan_of(SFTConfig(**options, dry_run_processes=4, bf16=True), examples)
+    layer = sum(weight.numel() for weight in model.model.layers[0].parameters())
+    outside = sum(weight.numel() for weight in model.parameters()) - model.config.num_hidden_layers * layer
+    assert four.whole == 2 * (outside + 2 * layer) and one.whole == 0
+    assert four.part(four.weights) == one.weights // 4 and one.part(one.weights) == one.weights
+    begin = four.scratch + four.head + four.activations  # two micro-batches are no more than processes
+    assert not four.accumulates
+    cut = (four.weights + four.optimizer) // 4
+    assert four.total(False) == cut + four.whole + max(begin, four.gradients // 4 + four.tied)
 
 
 @pytest.mark.parametrize(("config", "logits"), [(DPOConfig, 2 * 4 * 397), (RewardConfig, 0)])

@@ -149,6 +149,9 @@ class TrainConfig(AdapterConfig, DataConfig):
     tokenizer_name_or_path: str | None = MODEL.option(None, "The tokenizer; default: the model's.", names_input=True)
     chat_template_path: str | None = DATA.option(None, "chatml, or a Jinja file; default: the tokenizer's own.")
     dry_run: bool = OUTPUT.option(False, "Print what the run will take, from shapes alone, and stop.", may_change=True)
+    dry_run_processes: int = OUTPUT.option(
+        1, "With dry_run: plan for so many processes, over which FSDP2 cuts weights.", may_change=True
+    )
     inspect_rows: int = DATA.option(2, "Print so many rows as they will be trained before training; 0: none.")
     gradient_checkpointing: bool = MODEL.option(False, "Recompute activations in the backward pass to save memory.")
 
@@ -184,6 +187,15 @@ class TrainConfig(AdapterConfig, DataConfig):
         None, "Scratch memory of the losses; enough for the logits twice saves time."
     )
 
+    load_best_model_at_end: bool = OUTPUT.option(False, "Save the weights of the best evaluation, not the last.")
+    metric_for_best_model: str | None = OUTPUT.option(None, "Of evaluations; default: loss, or reward where none is.")
+    greater_is_better: bool | None = OUTPUT.option(None, "Of that metric; default: unless its name ends with loss.")
+    early_stopping_patience: int | None = OUTPUT.option(
+        None, "Stop after so many evaluations that are no better than the best."
+    )
+    push_to_hub: bool = OUTPUT.option(False, "Upload the result to the Hugging Face hub.", may_change=True)
+    hub_model_id: str | None = OUTPUT.option(None, "Its name there; default: that of output_dir.", may_change=True)
+    hub_private_repo: bool | None = OUTPUT.option(None, "Whether it is private there.", may_change=True)
     save_only_model: bool = OUTPUT.option(
         False, "Keep no optimizer state in output_dir: twice the weights, to train on from there.", may_change=True
     )
@@ -207,8 +219,13 @@ class TrainConfig(AdapterConfig, DataConfig):
             )
         if self.eval_steps is not None and self.eval_dataset is None:
             raise UsageError("eval_steps: there is nothing to evaluate on, so pass eval_dataset")
+        judged = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience")
+        wanted = [name for name in judged if getattr(self, name) not in (None, False)]
+        if wanted and self.eval_dataset is None:
+            raise UsageError(f"{wanted[0]}: evaluations are compared, so pass eval_dataset, and eval_steps")
+        at_least(self, 1, "early_stopping_patience")
         at_least(self, 1, "num_train_epochs", "max_steps", "batch_size", "micro_batch_size", "eval_steps")
-        at_least(self, 1, "save_steps", "logging_steps")
+        at_least(self, 1, "save_steps", "logging_steps", "dry_run_processes")
         at_least(self, 8, "workspace_mib")
 
     @property

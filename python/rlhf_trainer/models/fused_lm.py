@@ -17,7 +17,7 @@ from ..data.batches import Batch
 from ..data.encoding import Codec
 from ..errors import UsageError
 from .loading import adapt_to, checkpoint_gradients, load_causal_lm, loading_of
-from .lora import train_adapter
+from .lora import leave_inputs, train_adapter
 
 Result = TypeVar("Result")
 
@@ -44,9 +44,8 @@ class FusedLM(nn.Module):
         self.aux_loss: Tensor | None = None
         with _for_users():
             self.logit_scale, self.logit_softcap = logit_options_of(model)
-        for layer in model.modules() if bf16 else ():
-            if hasattr(layer, "cast_input_dtype_enabled"):  # an adapter's: to fp32, which autocast takes back
-                layer.cast_input_dtype_enabled = any(layer.use_dora.values())  # DoRA's norms do without autocast
+        if bf16:
+            leave_inputs(model)
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
         """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""

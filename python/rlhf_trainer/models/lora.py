@@ -121,6 +121,14 @@ def train_adapter(model: PreTrainedModel, config: AdapterConfig, task_type: str)
         raise UsageError(f"lora_modules_to_save: the model, or its adapter, has no {', '.join(absent)} to train")
 
 
+def leave_inputs(model: nn.Module) -> None:
+    """Under autocast, adapters need not cast their inputs to fp32, which it would take back for each product. DoRA's
+    norms do without autocast."""
+    for layer in model.modules():
+        if hasattr(layer, "cast_input_dtype_enabled"):
+            layer.cast_input_dtype_enabled = any(layer.use_dora.values())
+
+
 class Reference:
     """A policy as it was before its adapter learned, to be called as the policy is: the same weights, without the
     adapter or, where training goes on with one, with a second one: what it was."""

@@ -78,6 +78,8 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
             with unsharded(run.model):
                 run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
         for step in range(run.done + 1, total + 1):
+            if run.best.is_over:
+                break
             started = time.perf_counter()
             with unsharded(run.model):
                 sync_policy(setup, sampler, run.work / POLICY_FOLDER)
@@ -90,7 +92,9 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                     sync_policy(setup, sampler, run.work / POLICY_FOLDER)
                     metrics |= evaluate(setup, sampler, run.work, step)
             run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
+            run.judge(step, metrics)
             run.save_checkpoint(step, beta=beta)
+        run.restore_best()
 
     def save(_module: nn.Module, folder: Path) -> None:
         shutil.rmtree(folder / POLICY_FOLDER, ignore_errors=True)

@@ -63,6 +63,24 @@ def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.op
     processes.wait_for_everyone()
 
 
+def save_weights(folder: Path, model: nn.Module) -> None:
+    """Writes what a run has changed of a model, in the place of what is there. Called in all processes."""
+    processes = PartialState()
+    if processes.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    processes.wait_for_everyone()
+    if processes.is_main_process or sharding():
+        pass_tensors(dcp.save, {"model": tensors_of(model)}, beside(folder))
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        beside(folder).rename(folder)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Puts them back, in place."""
+    pass_tensors(dcp.load, {"model": tensors_of(model)}, folder)
+
+
 def pass_tensors(way: Callable[..., Any], states: dict[str, Any], folder: Path) -> None:
     """Saves or loads, in place, by torch.distributed.checkpoint."""
     with warnings.catch_warnings():
@@ -110,6 +128,8 @@ def whole_state(folder: Path) -> dict[str, Any] | None:
 def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts weights and optimizer back, in place."""
     states = states_of(model, optimizer)
+    if not (checkpoint.folder / ".metadata").is_file():
+        raise UsageError(f"{checkpoint.folder} is of an earlier version: begin anew with --overwrite_output_dir")
     saved = dcp.FileSystemReader(checkpoint.folder).read_metadata().state_dict_metadata
     sizes = {name: saved[f"model.{name}"].size for name in states["model"] if f"model.{name}" in saved}
     if sizes != {name: tensor.shape for name, tensor in states["model"].items()}:

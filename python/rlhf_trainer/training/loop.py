@@ -11,10 +11,12 @@ import hashlib
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,20 +30,24 @@ from ..config.base import TrainConfig
 from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
-from .checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
+from .best import Best
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint, save_weights
 from .fsdp import gather, local, place, sharding, whole
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .optimizers import learning_rate_at, make_optimizer
 from .output_folder import commit_output, keep_checkpoints, open_output, partial_folder
+from .publishing import check_hub, push, write_card
 from .task import Metrics, Task, Totals, with_aux_loss
 
+BEST = "best"  # the folder of the best evaluation's weights
 BAD_BATCH = "bad_batch.json"
 LOWER_RATE = "Lower learning_rate or max_grad_norm, or lengthen warmup_steps."
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Devices and processes, as the launcher set them up, with the run's seed and workspace budget."""
+    check_hub(config)
     accelerator = make_accelerator(config.report_to, partial_folder(config.output_dir))
     rk.set_workspace_budget(config.workspace_mib)
     torch.manual_seed(config.seed)  # training itself draws nothing from it; a model's own code may
@@ -93,6 +99,7 @@ class Run:
             check_same_data(checkpoint, self.data)
             load_checkpoint(checkpoint, self.unwrapped, self.optimizer)
         self.done, self.state = (checkpoint.step, checkpoint.state) if checkpoint else (0, {"metrics_bytes": 0})
+        self.best = Best(config, self.state.get("best"))
         settings = dataclasses.asdict(config)
         kept_bytes = self.state["metrics_bytes"]
         self.log = MetricsLog(self.work, accelerator, total, config.project, settings, self.done, kept_bytes)
@@ -161,10 +168,26 @@ class Run:
             torch.manual_seed(random.Random(seed).getrandbits(63))
             self.drawn_for = step
 
-    def save_checkpoint(self, step: int, **state: float) -> None:
+    def judge(self, step: int, metrics: Metrics) -> None:
+        """Keeps the weights of the best evaluation, if they are wanted. Call it before the step's checkpoint."""
+        if self.best.takes(step, metrics) and self.config.load_best_model_at_end:
+            save_weights(self.work / BEST, self.unwrapped)
+
+    def restore_best(self) -> bool:
+        """Goes back to the weights of the best evaluation, if they are wanted and others than the last."""
+        if self.best.is_over:
+            self.log.write(f"stopped early: nothing has been better than step {self.best.step}")
+        wanted = self.config.load_best_model_at_end and self.best.step is not None
+        if wanted:
+            self.log.write(f"the result is that of step {self.best.step}, whose evaluation is the best")
+            load_weights(self.work / BEST, self.unwrapped)
+        return wanted
+
+    def save_checkpoint(self, step: int, **state: Any) -> None:
         """Saves a checkpoint, with `state` in it, every save_steps steps, and unless save_only_model after the last."""
         if step % self.config.save_steps == 0 if step < self.total else not self.config.save_only_model:
             state |= {"metrics_bytes": self.log.bytes_written(), "data": self.data, "total": self.total}
+            state["best"] = self.best.state
             save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state)
 
     def finish(self, save: Callable[[nn.Module, Path], None]) -> Path:
@@ -178,9 +201,13 @@ class Run:
         gather(self.model, self.accelerator)
         if self.accelerator.is_main_process:
             save(self.unwrapped, self.work)
-            commit_output(self.config)
+            write_card(self.config, self.work)
+            shutil.rmtree(self.work / BEST, ignore_errors=True)
+            folder = commit_output(self.config)
             keep_checkpoints(self.config)  # last: until then the run can be resumed
             print(f"saved to {self.config.output_dir}")
+            if self.config.push_to_hub:
+                print(push(self.config, folder))
         self.accelerator.wait_for_everyone()
         return Path(self.config.output_dir)
 
@@ -202,6 +229,8 @@ def train(
             if not run.done:
                 run.log.log(0, 0.0, metrics)
         for step, index in enumerate(steps[run.done :], start=run.done + 1):
+            if run.best.is_over:
+                break
             started = time.perf_counter()
             metrics, tokens = run.update(task, task.plan[index], step)
             shown = (*list(metrics)[:2], "learning_rate", "tokens_per_second")
@@ -209,7 +238,10 @@ def train(
             if held_out is not None and (step == len(steps) or step % (config.eval_steps or len(steps)) == 0):
                 metrics |= evaluate(held_out, run.model, accelerator)
             run.log.log(step, step / len(task.plan), metrics, shown)
+            run.judge(step, metrics)
             run.save_checkpoint(step)
+        if run.restore_best() and held_out is not None:
+            evaluate(held_out, run.model, accelerator)  # `save` may report it
     return run.finish(save)
 
 
