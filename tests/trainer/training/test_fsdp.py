@@ -1,5 +1,6 @@
 """FSDP2 on 2 and 4 gloo processes: the weights of DDP and of one process, whole folders, killed and resumed."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_sharded_policy_is_saved_for_a_server_amid_its_training(python, model_
     done = python(*launch, script, model_folder("llama"), "saved", ACCELERATE_USE_CPU="true", **FSDP)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "all weights equal" in done.stdout
+
+
+def test_no_process_holds_an_fp32_copy(python, make_model, tokenizer, tmp_path):
+    """Of a model of 100 MB in bf16; half of it in fp32 is what each keeps."""
+    model = make_model("llama", vocab_size=32768, hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    script = str(Path(__file__).with_name("sharded_loading.py"))
+    done = python(*launch, script, str(tmp_path / "model"), ACCELERATE_USE_CPU="true", **FSDP)
+    assert done.returncode == 0, done.stderr[-6000:]
+    shares = re.findall(r"of its own ([\d.]+) kept ([\d.]+)", done.stdout)
+    assert len(shares) == 2
+    for own, kept in shares:
+        assert float(kept) == 0.5 and float(own) < 0.9, done.stdout
 
 
 @pytest.fixture
