@@ -10,7 +10,7 @@ from benchmarks.harness.heads import bf16_is_fast, cpu_case
 from benchmarks.harness.linear_logprobs import LinearLogprobs
 from benchmarks.harness.measuring import LEAST_TURNS
 from benchmarks.harness.real import MODELS, OwnHidden, folder_of, head_sizes, real_pairs
-from benchmarks.steps.track import LORA_TARGETS, TARGETS, WARM_UP, Track, check
+from benchmarks.steps.track import LORA_TARGETS, REAL_TARGETS, WARM_UP, Track, check
 
 DTYPE = "bfloat16" if bf16_is_fast() else "float32"
 
@@ -33,9 +33,10 @@ def test_steps(benchmark, keep, tmp_path, model, lora):
     """Pairs of some 150 tokens against 400."""
     pairs = real_pairs()[: WARM_UP + LEAST_TURNS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    trained, targets = ("LoRA", LORA_TARGETS) if lora else ("all weights", REAL_TARGETS)
     track = Track(
         tmp_path, dtype=DTYPE, trainers=("rlhf", "TRL", "TRL, fused"), model=folder_of(model), lora=lora,
-        case=f"DPO steps of {model}, {'LoRA' if lora else 'all weights'}", targets=LORA_TARGETS if lora else TARGETS,
+        case=f"DPO steps of {model}, {trained}", targets=targets,
     )  # fmt: skip
     rows = benchmark.pedantic(track.run, rounds=1)
     for row in rows:

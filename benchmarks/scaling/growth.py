@@ -65,8 +65,11 @@ def growth_tables(files: dict[str, dict]) -> list[str]:
     for results in files.values():
         device = results["device"]
         machine = f"{device['device']}, {device['threads']} threads, {device['cpu_isa']}"
-        lines += [f"### {machine}", "", f"Commit {results['commit']}, {results['measured']}.", ""]
-        for axis, tables in sweeps_of(results["rows"]):
+        sweeps = sweeps_of(results["rows"])
+        commits = {row.get("commit", results["commit"]) for _, tables in sweeps for table in tables for row in table}
+        when = f", {results['measured']}" if commits == {results["commit"]} else ""  # rows of before keep their commit
+        lines += [f"### {machine}", "", f"Commit {', '.join(sorted(commits))}{when}.", ""]
+        for axis, tables in sweeps:
             lines += sweep_table(axis, tables)
     return lines or ["No file of results has swept rows yet: `make bench` writes them."]
 
