@@ -93,7 +93,7 @@ def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
     killed(lambda: run("grpo", "broken", dataset_name=data), (loop, "sample_completions", at_call(5)))
     tasks.write_rows(tmp_path / "rows.jsonl", [row | {"answer": "x"} for row in rows])
     with pytest.raises(
-        UsageError, match="is not the one that the run began with, so --resume_from_checkpoint cannot go on with it"
+        UsageError, match="is not that which the run began with, so --resume_from_checkpoint cannot go on with it"
     ):
         run("grpo", "broken", dataset_name=data, resume_from_checkpoint=True)
 
