@@ -35,7 +35,7 @@ def draw_curves(metrics_file: Path, hidden_rewards: dict[str, list[int]], path: 
     for axes, level, label in levels:
         axes.axhline(level, color=GREY, linestyle=":", linewidth=1, label=label)
     loss.set(title="Loss (nats)", xlabel="step")
-    rewards.set(title=r"Implicit reward of held-out reviews, $\beta\,\log(\pi/\pi_{ref})$", xlabel="step")
+    rewards.set(title="Implicit reward of held-out reviews, beta log(pi / pi_ref)", xlabel="step")
     accuracy.set(title="Pairs whose chosen review has the larger implicit reward", xlabel="step", ylim=(0.4, 1))
     values = [value for of_model in hidden_rewards.values() for value in of_model]
     hidden.hist(
