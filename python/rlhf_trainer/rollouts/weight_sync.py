@@ -4,6 +4,7 @@ Servers read what the trainer has saved, so they must see it under the same path
 """
 
 import uuid
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .config import Kind
 from .http_json import EXCERPT, RequestError, Server
 
 
-class WeightSync:
+class WeightSync(ABC):
     """One way for weights to come to a server, whole unless a subclass says otherwise. `saved`: the copy's folder.
 
     `path`: what a server that can be led this way takes POSTs to; `flags`: with which it was started.
@@ -34,12 +35,13 @@ class WeightSync:
         save_model(model, tokenizer, saved)
 
     def send(self, server: Server, saved: str) -> None:
-        """Has the server serve the copy; RequestError where it does not take it."""
+        """Loads the copy, and remembers that the server has it."""
         self.load(server, saved)
         self.lost[server.url] = server.lost_connections
 
+    @abstractmethod
     def load(self, server: Server, saved: str) -> None:
-        raise NotImplementedError
+        """Has the server load the copy; RequestError where it does not."""
 
     def name(self, saved: str, served: str) -> str:
         """The model to request of a server that, before, served `served`."""
