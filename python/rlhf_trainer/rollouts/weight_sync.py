@@ -51,7 +51,7 @@ class WeightSync(ABC):
         """Whether the server still has what was sent: one that was started anew has not."""
         return server.lost_connections == self.lost[server.url]
 
-    def drop(self, server: Server, saved: str) -> None:
+    def drop(self, server: Server, saved: str) -> None:  # noqa: B027 (most keep nothing)
         """Has the server forget a copy that nothing requests any more."""
 
 
