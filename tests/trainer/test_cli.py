@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_trainer.cli import main
+from rlhf_trainer.cli import PRESETS, main
 from rlhf_trainer.commands import COMMANDS, Command
 from rlhf_trainer.errors import TrainingError
 
@@ -103,3 +104,32 @@ def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(Command, "load_config", interrupted)
     assert main(["grpo"]) == 130
     assert "rlhf grpo: interrupted; the same command with --resume_from_checkpoint goes on" in capsys.readouterr().err
+
+
+def test_several_processes_are_launched_by_accelerate(monkeypatch, capsys, tmp_path):
+    calls = []
+    monkeypatch.setattr("os.execv", lambda program, words: calls.append(words[1:]))
+    monkeypatch.setattr("rlhf_trainer.cli.run", lambda *_: None)  # an exec does not come back
+    own = tmp_path / "own.yaml"
+    own.write_text("distributed_type: MULTI_GPU\n")
+    assert main(["dpo", "--accelerate_config", "fsdp2", "--config", "x.yaml", "--num_processes", "8"]) == 0
+    assert main(["sft", "--accelerate_config", str(own)]) == 0
+    launch = ["-m", "accelerate.commands.launch", "--config_file"]
+    preset = str(PRESETS / "fsdp2.yaml")
+    assert calls == [
+        [*launch, preset, "--num_processes", "8", "-m", "rlhf_trainer", "dpo", "--config", "x.yaml"],
+        [*launch, str(own), "-m", "rlhf_trainer", "sft"],
+    ]
+    assert main(["dpo", "--accelerate_config", "zero3"]) == 2
+    assert "expected a file, or one of ddp, fsdp2, fsdp2-offload; got 'zero3'" in capsys.readouterr().err
+    assert main(["dpo", "--accelerate_config"]) == 2
+    assert "--accelerate_config: expected a value after it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in PRESETS.glob("*.yaml")))
+def test_presets_are_what_accelerate_reads(preset):
+    config = load_config_from_file(str(PRESETS / preset))
+    assert str(config.distributed_type).rpartition(".")[2] == ("MULTI_GPU" if preset == "ddp.yaml" else "FSDP")
+    if preset != "ddp.yaml":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert config.fsdp_config["fsdp_offload_params"] is (preset == "fsdp2-offload.yaml")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,15 @@ from ..data.batches import Batch
 from ..errors import TrainingError, UsageError
 from .batch_plan import MicroBatch, plan_batches, step_plan
 from .best import Best
-from .checkpoint import Checkpoint, load_checkpoint, load_weights, newest_checkpoint, save_checkpoint, save_weights
+from .checkpoint import (
+    FOLDER,
+    Checkpoint,
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from .fsdp import gather, local, place, sharding, whole
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
@@ -40,7 +47,7 @@ from .output_folder import commit_output, keep_checkpoints, open_output, partial
 from .publishing import check_hub, push, write_card
 from .task import Metrics, Task, Totals, with_aux_loss
 
-BEST = "best"  # the folder of the best evaluation's weights
+BEST = f"{FOLDER}/best"  # of the best evaluation's weights; kept as checkpoints are, for a run that is made longer
 BAD_BATCH = "bad_batch.json"
 LOWER_RATE = "Lower learning_rate or max_grad_norm, or lengthen warmup_steps."
 
@@ -202,7 +209,6 @@ class Run:
         if self.accelerator.is_main_process:
             save(self.unwrapped, self.work)
             write_card(self.config, self.work)
-            shutil.rmtree(self.work / BEST, ignore_errors=True)
             folder = commit_output(self.config)
             keep_checkpoints(self.config)  # last: until then the run can be resumed
             print(f"saved to {self.config.output_dir}")

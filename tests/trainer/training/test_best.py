@@ -63,7 +63,7 @@ def fit(model_folder, rows, write_jsonl, tmp_path, monkeypatch):
     data = write_jsonl(rows(10))
     evaluate = loop.evaluate
 
-    def run(name, **options):
+    def run(name, steps=10, **options):
         calls = iter([9.0, *LOSSES, 9.0])  # before training, and of the weights that were restored
         if options.get("resume_from_checkpoint"):
             calls = iter([*LOSSES[2:], 9.0])
@@ -71,8 +71,8 @@ def fit(model_folder, rows, write_jsonl, tmp_path, monkeypatch):
         return train_sft(
             SFTConfig(
                 model_name_or_path=model_folder("llama"), dataset_name=data, eval_dataset=data, eval_steps=2,
-                output_dir=str(tmp_path / name), batch_size=2, micro_batch_size=2, max_length=96, max_steps=10,
-                num_train_epochs=2, save_steps=4, learning_rate=1e-2, **options,
+                output_dir=str(tmp_path / name), batch_size=2, micro_batch_size=2, max_length=96, max_steps=steps,
+                num_train_epochs=3, save_steps=4, learning_rate=1e-2, **options,
             )
         )  # fmt: skip
 
@@ -93,7 +93,8 @@ def test_a_run_that_stops_early_leaves_its_best_weights(fit, monkeypatch, capsys
     assert steps_of(best) == list(range(9))
     printed = capsys.readouterr().out
     assert "stopped early: nothing has been better than step 4" in printed and "is that of step 4" in printed
-    assert not (best / loop.BEST).exists()
+    assert (best / loop.BEST).is_dir()
+    assert not (fit("alone", save_only_model=True, **options) / loop.BEST).exists()
 
     kept = {}
     save = loop.save_checkpoint
@@ -108,6 +109,15 @@ def test_a_run_that_stops_early_leaves_its_best_weights(fit, monkeypatch, capsys
     result = weights(best)
     assert all(torch.equal(result[name], kept[4][name]) for name in result)
     assert not all(torch.equal(result[name], kept[8][name]) for name in result)
+
+
+def test_a_longer_run_still_has_the_best_of_before(fit):
+    folder = fit("longer", load_best_model_at_end=True, greater_is_better=True)  # step 2 is the best
+    before = weights(folder)
+    resumed = fit("longer", load_best_model_at_end=True, greater_is_better=True, resume_from_checkpoint=True, steps=12)
+    assert steps_of(resumed) == list(range(13))
+    after = weights(resumed)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_killed_run_remembers_its_best(fit, tmp_path, monkeypatch):
