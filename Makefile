@@ -61,9 +61,9 @@ BENCH_TESTS := $(addprefix tests/kernels/test_,linear_logprobs.py linear_logprob
 	linear_dpo.py dpo.py bradley_terry.py kl_penalty.py) tests/trainer/offline/test_dpo.py
 
 # Packages that cannot lie beside the others: a second TRL, verl and OpenRLHF, which ask for an older transformers;
-# DeepSpeed, which transformers would load wherever it is found. PEERS are compared with, HOSTS integrated into.
+# DeepSpeed, bitsandbytes and torchao, which transformers and peft load wherever they find them. PEERS are compared with, HOSTS integrated into.
 PEERS := verl-0.9.1
-HOSTS := $(PEERS) trl-1.13.0 openrlhf-0.11.2 deepspeed-0.19.8
+HOSTS := $(PEERS) trl-1.13.0 openrlhf-0.11.2 deepspeed-0.19.8 bitsandbytes-0.50.2 torchao-0.18.0
 peers: $(PEERS:%=build/peers/%/.installed)
 hosts: $(HOSTS:%=build/peers/%/.installed)
 
@@ -88,7 +88,7 @@ $(REAL_MODELS): tests/real/fetch.py | $(STAMP)
 	touch $@
 
 # Real models through the command line: trained, sampled from and compared with what transformers alone makes of them.
-real: $(STAMP)
+real: $(STAMP) build/peers/bitsandbytes-0.50.2/.installed
 	$(MAKE) -j2 $(REAL_MODELS)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup tests/real --ignore tests/real/test_vllm.py -m real $(TEST_ARGS)

@@ -94,7 +94,7 @@ def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedMod
     budget = (config.workspace_mib or rk.build_info()["workspace_budget_mib"][device_type()]) << 20
     kept = min(logits, budget) // 2 if of_head else 0  # logits, for backward; a frozen head needs none
     plan = Plan(
-        weights=sum(weight.nbytes for weight in model.parameters()),
+        weights=sum(weight.nbytes for weight in model.parameters()) - saved_by_four_bits(model, config),
         gradients=sum(weight.nbytes for weight in trained),
         head=of_head,
         tied=of_head if head is model.get_input_embeddings().weight else 0,
@@ -108,6 +108,18 @@ def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedMod
         whole=0 if config.dry_run_processes == 1 else whole_of(model, 2 if config.bf16 else None),
     )
     return model, shape, plan
+
+
+def saved_by_four_bits(model: PreTrainedModel, config: TrainConfig) -> int:
+    """Bytes by which load_in_4bit makes weights smaller: of frozen linear layers but the head, whose blocks of 64 then
+    have a scale each, in fp32 or, nested, in eight bits with one in fp32 for 256 of them."""
+    if not config.load_in_4bit:
+        return 0
+    scale = 1 + 4 / 256 if config.use_bnb_nested_quant else 4
+    head = model.get_output_embeddings()
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part is not head]
+    weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    return sum(weight.nbytes - int(weight.numel() * (0.5 + scale / 64)) for weight in weights)
 
 
 def whole_of(model: PreTrainedModel, itemsize: int | None) -> int:

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from rlhf_trainer.cli import main
 from tests.real.real_models import GEMMA3, PROMPTS, metrics_of, rows_of
 
 pytestmark = pytest.mark.real
+ROOT = Path(__file__).resolve().parents[2]
 
 TURNS = (  # of tokens that Gemma has
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -20,23 +25,37 @@ TURNS = (  # of tokens that Gemma has
 )
 
 
-@pytest.fixture(scope="module")
-def adapter(model, tmp_path_factory):
-    """The output folder of three steps on one pair."""
-    work = tmp_path_factory.mktemp("lora")
+def words_of(model, work, flags=""):
+    """Those of three steps on one pair; results are in `work`/out."""
     (work / "turns.jinja").write_text(TURNS)
     (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of("dpo")[:1]))
-    flags = f"--dataset_name {work}/pairs.jsonl --ref_cache_dir {work}/cache "
+    flags += f"--dataset_name {work}/pairs.jsonl --ref_cache_dir {work}/cache "
     flags += "--use_peft --lora_target_modules all-linear --optim adamw_torch --learning_rate 1e-4 --warmup_steps 0 "
     flags += f"--batch_size 1 --micro_batch_size 1 --max_steps 3 --output_dir {work}/out --save_only_model"
     template = ["--chat_template_path", str(work / "turns.jinja")] if model is GEMMA3 else []
-    words = ["dpo", "--model_name_or_path", str(model.path), *template, *flags.split()]
-    assert main(words) == 0
+    return ["dpo", "--model_name_or_path", str(model.path), *template, *flags.split()]
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory):
+    work = tmp_path_factory.mktemp("lora")
+    assert main(words_of(model, work)) == 0
     return work / "out"
 
 
 def test_it_learns_from_its_own_base(adapter):
     first, *_, last = metrics_of(adapter)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert last["loss"] < 0.9 * first["loss"]
+
+
+def test_it_learns_on_a_base_of_four_bits(model, tmp_path):
+    package = ROOT / "build/peers/bitsandbytes-0.50.2"
+    assert package.is_dir(), "make hosts"
+    words = words_of(model, tmp_path, "--load_in_4bit --use_bnb_nested_quant ")
+    environment = os.environ | {"PYTHONPATH": str(package)}
+    subprocess.run([sys.executable, "-m", "rlhf_trainer", *words], check=True, env=environment, timeout=900)
+    first, *_, last = metrics_of(tmp_path / "out")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert last["loss"] < 0.9 * first["loss"]
 

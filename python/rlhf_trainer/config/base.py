@@ -128,17 +128,34 @@ class AdapterConfig(OutputConfig):
     use_rslora: bool = ADAPTER.option(False, "Count it lora_alpha / sqrt(lora_r) times (rank-stabilised LoRA).")
     use_dora: bool = ADAPTER.option(False, "Train the magnitudes of the weights, too (DoRA).")
     merge_adapter: bool = ADAPTER.option(False, "Save whole weights, the adapter merged into them.")
+    load_in_4bit: bool = ADAPTER.option(False, "Quantize the frozen base to four bits, by bitsandbytes (QLoRA).")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = ADAPTER.option("nf4", "The four-bit numbers of load_in_4bit.")
+    use_bnb_nested_quant: bool = ADAPTER.option(False, "With load_in_4bit, quantize the scales, too.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        names = ("lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora", "merge_adapter")
+        names = (
+            "lora_target_modules",
+            "lora_modules_to_save",
+            "use_rslora",
+            "use_dora",
+            "merge_adapter",
+            "load_in_4bit",
+        )
         if not self.use_peft and any(getattr(self, name) for name in names):
             raise UsageError(f"{next(name for name in names if getattr(self, name))} is for an adapter: pass use_peft")
         if self.lora_modules_to_save and self.use_peft and not self.bf16 and self.dtype != "float32":
             raise UsageError("lora_modules_to_save: layers trained in fp32 want bf16, or a base of dtype float32")
+        if self.load_in_4bit and self.merge_adapter:
+            raise UsageError(
+                "merge_adapter: four-bit weights cannot take an adapter. Leave it out, and have `rlhf merge` put the "
+                "result into the weights as they were saved"
+            )
+        if self.use_bnb_nested_quant and not self.load_in_4bit:
+            raise UsageError("use_bnb_nested_quant is for load_in_4bit")
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -46,6 +47,10 @@ def load_pretrained(
     trust_remote_code = options.get("trust_remote_code", False)
     if (base := base_of(name, key)) is not None:
         key_of_base = f"{key}: the base of the adapter {name!r}"
+        if merges and "quantization_config" in options:
+            raise UsageError(
+                f"{key}: load_in_4bit: an adapter is not merged into four bits; `rlhf merge` {name!r} first"
+            )
         model = load_pretrained(auto, base, noun, key=key_of_base, new=(*new, *HEADS), hint=hint, **options)
         make_room(model, load_tokenizer(name, key=key, trust_remote_code=trust_remote_code))
         load_adapter(model, name, key, "CAUSAL_LM" if auto is AutoModelForCausalLM else "SEQ_CLS", merges)
@@ -64,6 +69,9 @@ def load_pretrained(
         some = ", ".join(missing[:5])
         raise UsageError(f"{key}: {name!r} lacks weights, which would start at random: {some}{hint}")
     model._saved_dtype = facts.dtype or facts.get_text_config().dtype or torch.float32
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):  # bitsandbytes packs weights of eval mode, and loses gradients
+            part.support_avx512bf16_for_cpu = False
     return turn_dropout_off(model)
 
 
@@ -74,7 +82,23 @@ def loading_of(config: Any, *, trains: bool = False) -> dict[str, Any]:
     if trains and sharding() and dtype == "float32":
         dtype = "auto"
     options = {"attn_implementation": config.attn_implementation, "trust_remote_code": config.trust_remote_code}
+    if adapts and config.load_in_4bit:
+        options["quantization_config"] = four_bits(config)
     return options | {"dtype": dtype, "merges": trains and not adapts}
+
+
+def four_bits(config: AdapterConfig) -> BitsAndBytesConfig:
+    """The frozen base below an adapter in four bits, multiplied in bf16 unless `dtype` names another."""
+    if sharding():
+        raise UsageError(
+            "load_in_4bit: FSDP does not cut four-bit weights, which each process holds whole. Leave it out: LoRA "
+            "under FSDP holds a part of the weights in bfloat16; or run it with --accelerate_config ddp"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype="bfloat16" if config.dtype == "auto" else config.trained_dtype,
+    )  # fmt: skip
 
 
 def load_causal_lm(name: str, *, key: str, **loading: Any) -> PreTrainedModel:
@@ -230,6 +254,8 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a folder that Auto... classes load: whole weights, an adapter merged into a copy of them."""
+    if getattr(model, "is_quantized", False):
+        raise UsageError("weight_sync: four-bit weights (load_in_4bit) do not travel, but their adapter does: lora")
     if adapter_of(model) is None:
         model.save_pretrained(folder, state_dict=state_within(model))
     elif state_within(model) is None:

@@ -262,6 +262,9 @@ def test_wrong_layers_are_named(model_folder):
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"use_peft": False, "use_dora": True}, "use_dora is for an adapter: pass use_peft"),
         ({"use_peft": False, "merge_adapter": True}, "merge_adapter is for an adapter: pass use_peft"),
+        ({"use_peft": False, "load_in_4bit": True}, "load_in_4bit is for an adapter: pass use_peft"),
+        ({"load_in_4bit": True, "merge_adapter": True}, "merge_adapter: four-bit weights cannot take an adapter"),
+        ({"use_bnb_nested_quant": True}, "use_bnb_nested_quant is for load_in_4bit"),
         ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: layers trained in fp32 want bf16, or a base"),
     ],
 )
