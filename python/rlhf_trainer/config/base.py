@@ -218,6 +218,9 @@ class TrainConfig(AdapterConfig, DataConfig):
     )
     logging_steps: int = OUTPUT.option(1, "Where there is no terminal, print every so many steps.", may_change=True)
     save_steps: int = OUTPUT.option(100, "Save a checkpoint every so many steps.", may_change=True)
+    async_save: bool = OUTPUT.option(
+        False, "Write checkpoints while training goes on, from a copy in the host's memory.", may_change=True
+    )
     report_to: list[str] = OUTPUT.several("Trackers of accelerate: tensorboard, wandb, trackio, ...", may_change=True)
     project: str = OUTPUT.option("rlhf", "The project's name in the trackers.", may_change=True)
 

@@ -8,11 +8,14 @@ torch.distributed.checkpoint: of a sharded run each process writes and reads its
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -36,31 +39,79 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save_checkpoint(work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+class Background:
+    """Writes a checkpoint while training goes on, from a copy in the host's memory. Made in all processes."""
+
+    def __init__(self) -> None:
+        # The threads' messages are not to meet those of training.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread = ThreadPoolExecutor(1)
+        self.under_way: Future[None] | None = None
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist means
+
+    def save(self, states: dict[str, Any], checkpoint_id: Path, no_dist: bool) -> Future:
+        return dcp.async_save(states, checkpoint_id=checkpoint_id, process_group=self.group, no_dist=no_dist)
+
+    def wait(self) -> None:
+        """Until what is under way has come to its end, well or not."""
+        if self.under_way is not None:
+            self.under_way.result()
+
+
+def save_checkpoint(
+    work: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict,
+    background: Background | None = None,
+) -> None:  # fmt: skip
     """Writes `work`/checkpoints/step-...; `state`: the rest that a resumed run needs, as JSON. Called in all processes,
     of which those write that have a part: all where the model is sharded, else the main one."""
-    folder, processes = work / FOLDER / name_of(step), PartialState()
-    try:
+    folder, processes, moved = work / FOLDER / name_of(step), PartialState(), ExitStack()
+    with in_words(folder):
+        if background is not None:
+            background.wait()
         if processes.is_main_process:
-            with whole_folder(folder, flush=True) as new:
-                processes.wait_for_everyone()
-                pass_tensors(dcp.save, states_of(model, optimizer), new)
-                processes.wait_for_everyone()
-                sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
-                facts = {"step": step, "checksums": sums, **state}
-                facts["checksum"] = checksum(json.dumps(facts).encode())
-                (new / STATE).write_text(json.dumps(facts), encoding="utf-8")
-                if folder.exists():  # damaged, or the run would have been resumed from it
-                    shutil.rmtree(folder)
-            remove_earlier(folder)
-        else:
-            processes.wait_for_everyone()
-            if sharding():
-                pass_tensors(dcp.save, states_of(model, optimizer), beside(folder))
-            processes.wait_for_everyone()
-    except (OSError, RuntimeError, CheckpointException) as error:  # where the disk is full, any of them
-        raise UsageError(f"the checkpoint of step {step} cannot be saved in {folder.parent}: {error}") from error
+            moved.enter_context(whole_folder(folder, flush=True))
+        processes.wait_for_everyone()
+        written = None
+        if processes.is_main_process or sharding():
+            way = dcp.save if background is None else background.save
+            written = pass_tensors(way, states_of(model, optimizer), beside(folder))
+        if background is not None:
+            work_left = (commit, moved, written, folder, state) if processes.is_main_process else (wait_for, written)
+            background.under_way = background.thread.submit(*work_left)
+            return
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            commit(moved, None, folder, state)
     processes.wait_for_everyone()
+
+
+def commit(moved: ExitStack, written: Future | None, folder: Path, state: dict[str, Any]) -> None:
+    """Moves a checkpoint into its place, where `moved` ends, with its facts, once all processes have written."""
+    with in_words(folder), moved:
+        wait_for(written)
+        new = beside(folder)
+        sums = {path.name: checksum(path) for path in sorted(new.iterdir())}
+        facts = {"step": step_of(folder), "checksums": sums, **state}
+        facts["checksum"] = checksum(json.dumps(facts).encode())
+        (new / STATE).write_text(json.dumps(facts), encoding="utf-8")
+        if folder.exists():  # damaged, or the run would have been resumed from it
+            shutil.rmtree(folder)
+    remove_earlier(folder)
+
+
+def wait_for(written: Future | None) -> None:
+    if written is not None:
+        written.result()
+
+
+@contextmanager
+def in_words(folder: Path) -> Iterator[None]:
+    """A UsageError for what goes wrong where the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        step = step_of(folder)
+        raise UsageError(f"the checkpoint of step {step} cannot be saved in {folder.parent}: {error}") from error
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
@@ -81,11 +132,11 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     pass_tensors(dcp.load, {"model": tensors_of(model)}, folder)
 
 
-def pass_tensors(way: Callable[..., Any], states: dict[str, Any], folder: Path) -> None:
+def pass_tensors(way: Callable[..., Any], states: dict[str, Any], folder: Path) -> Any:
     """Saves or loads, in place, by torch.distributed.checkpoint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist means
-        way(states, checkpoint_id=folder, no_dist=sharding() is None)
+        return way(states, checkpoint_id=folder, no_dist=sharding() is None)
 
 
 def states_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -148,6 +199,10 @@ def remove_checkpoints(folder: Path, *, but_newest: bool) -> None:
 
 def name_of(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def saved_checkpoints(work: Path) -> list[Path]:

@@ -32,6 +32,7 @@ from .batch_plan import MicroBatch, plan_batches, step_plan
 from .best import Best
 from .checkpoint import (
     FOLDER,
+    Background,
     Checkpoint,
     load_checkpoint,
     load_weights,
@@ -107,6 +108,7 @@ class Run:
             load_checkpoint(checkpoint, self.unwrapped, self.optimizer)
         self.done, self.state = (checkpoint.step, checkpoint.state) if checkpoint else (0, {"metrics_bytes": 0})
         self.best = Best(config, self.state.get("best"))
+        self.background = Background() if config.async_save else None
         settings = dataclasses.asdict(config)
         kept_bytes = self.state["metrics_bytes"]
         self.log = MetricsLog(self.work, accelerator, total, config.project, settings, self.done, kept_bytes)
@@ -130,6 +132,8 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.background is not None and kind is None:
+            self.background.wait()
         self.log.close()
 
     def keep_shape(self, _model: nn.Module, inputs: tuple[Batch, ...]) -> None:
@@ -195,7 +199,7 @@ class Run:
         if step % self.config.save_steps == 0 if step < self.total else not self.config.save_only_model:
             state |= {"metrics_bytes": self.log.bytes_written(), "data": self.data, "total": self.total}
             state["best"] = self.best.state
-            save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state)
+            save_checkpoint(self.work, step, self.unwrapped, self.optimizer, state, self.background)
 
     def finish(self, save: Callable[[nn.Module, Path], None]) -> Path:
         """`save(module, folder)` writes the result. Returns output_dir, whole once it is there."""

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from ..config.base import FolderConfig, names_with
 from ..config.parse import dump_yaml
 from ..errors import UNREADABLE, UsageError
-from .checkpoint import remove_checkpoints, saved_checkpoints
+from .checkpoint import remove_checkpoints, saved_checkpoints, step_of
 from .files import whole_folder, write_whole
 
 # Every run writes its configuration under this name first, so that a run's folder can be recognised.
@@ -72,7 +72,7 @@ def open_output(config: FolderConfig, steps: int = 0) -> Path:
     output_dir, partial = Path(config.output_dir).absolute(), partial_folder(config.output_dir)
     longer = goes_on(config)
     checkpoints = saved_checkpoints(output_dir if longer else partial) if config.resume_from_checkpoint else []
-    done = max((int(path.name.removeprefix("step-")) for path in checkpoints), default=0)
+    done = max(map(step_of, checkpoints), default=0)
     if steps < done:
         raise UsageError(f"{output_dir} has trained for {done} steps already: raise num_train_epochs or max_steps")
     if longer:

@@ -40,8 +40,8 @@ STAGES = {
     "sft": (train_sft, SFTConfig, OFFLINE),
     "sft-lora": (train_sft, SFTConfig, OFFLINE | LORA),
     "dpo": (train_dpo, DPOConfig, PAIRS | CACHE),
-    "dpo-lora": (train_dpo, DPOConfig, PAIRS | CACHE | LORA),
-    "reward": (train_reward, RewardConfig, PAIRS),
+    "dpo-lora": (train_dpo, DPOConfig, PAIRS | CACHE | LORA | {"async_save": True}),
+    "reward": (train_reward, RewardConfig, PAIRS | {"async_save": True}),
     "reward-lora": (train_reward, RewardConfig, PAIRS | LORA),
     "grpo": (train_grpo, GRPOConfig, ONLINE | {"num_generations": 4}),
     "grpo-lora": (train_grpo, GRPOConfig, ONLINE | LORA | {"num_generations": 4}),
@@ -63,6 +63,9 @@ def stop_behind(step):
     def save_and_stop(work, done, *rest):
         save(work, done, *rest)
         if done == step:
+            background = rest[-1]
+            if background is not None:
+                background.wait()
             raise Killed
 
     loop.save_checkpoint = save_and_stop

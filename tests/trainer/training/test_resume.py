@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,51 @@ def test_a_killed_run_goes_on(point, stage, tmp_path):
     assert_same(run("broken", resume_from_checkpoint=True), whole)
     assert not partial_folder(tmp_path / "broken").exists()
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.parametrize("point", ["after a checkpoint", "two steps on", "half the second checkpoint"])
+def test_a_run_that_saves_in_the_background_goes_on(point, stage, tmp_path):
+    """From a checkpoint, or from the start where none was there yet."""
+    run = stage("sft")
+    whole = run("whole")
+    killed(lambda: run("broken", async_save=True), KILLS[point])
+    assert_same(run("broken", resume_from_checkpoint=True, async_save=True), whole)
+    assert len(checkpoint.saved_checkpoints(tmp_path / "broken")) == 1
+
+
+def test_what_is_saved_in_the_background_is_of_its_step(tmp_path, monkeypatch):
+    """Training changes weights and optimizer while they are written, and waits for that before it saves again."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    may_write, background, write = threading.Event(), checkpoint.Background(), dcp.FileSystemWriter.write_data
+
+    def write_later(*arguments):
+        assert may_write.wait(60)
+        return write(*arguments)
+
+    def update():
+        optimizer.zero_grad()
+        model(torch.ones(3)).square().sum().backward()
+        optimizer.step()
+
+    update()
+    then = [weight.detach().clone() for weight in model.parameters()]
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", write_later)
+    checkpoint.save_checkpoint(tmp_path, 1, model, optimizer, {}, background)
+    update()
+    assert checkpoint.newest_checkpoint(tmp_path) is None
+    may_write.set()
+    checkpoint.save_checkpoint(tmp_path, 2, model, optimizer, {}, background)
+    background.wait()
+    assert [step.name for step in checkpoint.saved_checkpoints(tmp_path)] == ["step-000000001", "step-000000002"]
+    last = [weight.detach().clone() for weight in model.parameters()]
+
+    shutil.rmtree(tmp_path / checkpoint.FOLDER / "step-000000002")
+    checkpoint.load_checkpoint(checkpoint.newest_checkpoint(tmp_path), model, optimizer)
+    assert all(map(torch.equal, model.parameters(), then))
+    update()  # from the optimizer's state of then
+    assert all(map(torch.equal, model.parameters(), last))
 
 
 @pytest.mark.parametrize("name", ["reward", "dpo"])
@@ -299,10 +345,17 @@ def test_lost_metrics_are_reported(stage, tmp_path):
     assert [record["step"] for record in records] == [3, 4, 5, 6]
 
 
-def test_a_full_disk_is_reported(stage, monkeypatch):
-    monkeypatch.setattr(dcp, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
-    with pytest.raises(UsageError, match=r"the checkpoint of step 2 cannot be saved .*: No space left"):
-        stage("sft")("out")
+@pytest.mark.parametrize("options", [{}, {"async_save": True}, {"async_save": True, "max_steps": 3, "save_only_model": True}])
+def test_a_full_disk_is_reported(options, stage, monkeypatch, tmp_path):
+    """In the background at the next checkpoint, or at the end."""
+
+    def fill(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fill)
+    with pytest.raises(UsageError, match=r"(?s)the checkpoint of step 2 cannot be saved .*No space left"):
+        stage("sft")("out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_model_behind_the_same_name_is_reported(stage, model_folder, make_model, tokenizer, tmp_path):
