@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.cli import main
-from tests.real.real_models import GEMMA3, PROMPTS, metrics_of, rows_of
+from tests.real.real_models import GEMMA3, PROMPTS, assistant, metrics_of, rows_of, user
 
 pytestmark = pytest.mark.real
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +89,24 @@ def test_a_template_of_new_tokens_is_refused(model, tmp_path, capsys):
     words = f"dpo --model_name_or_path {model.path} --chat_template_path chatml --dataset_name {tmp_path}/pairs.jsonl "
     assert main([*words.split(), "--use_peft", "--output_dir", str(tmp_path / "out")]) == 2
     assert "the chat template brings tokens that the model does not embed" in capsys.readouterr().err
+
+
+def test_processes_that_share_sequences_learn_as_one(model, tmp_path):
+    """As many as its heads let; longer than Gemma's sliding windows of 512 tokens."""
+    processes = 2 if model is GEMMA3 else 3
+    row = {"messages": [user("Count."), assistant(" ".join(str(number) for number in range(200)))]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    flags = f"--dataset_name {tmp_path}/rows.jsonl --max_steps 2 --batch_size 1 --max_length 900 --use_peft "
+    flags += "--dtype float32 --lora_dropout 0 --lr_scheduler_type constant --learning_rate 1e-2 "
+    flags += "--adam_epsilon 1e-3"  # so that an update follows its gradient, not the sign of noise
+    template = ["--chat_template_path", str(tmp_path / "turns.jinja")] if model is GEMMA3 else []
+    (tmp_path / "turns.jinja").write_text(TURNS)
+    words = ["sft", "--model_name_or_path", str(model.path), *template, *flags.split()]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "rlhf_trainer"]
+    shared = ["--sp_size", str(processes), "--output_dir", str(tmp_path / "shared")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launch, *words, *shared], check=True, env=environment, timeout=900)
+    assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    for one, other in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "shared"), strict=True):
+        for name in ("loss", "grad_norm", "entropy", "mean_token_accuracy"):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name

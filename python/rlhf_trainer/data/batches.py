@@ -4,6 +4,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .examples import TokenSequence
@@ -33,6 +34,11 @@ def labels_of(sequence: TokenSequence) -> list[int]:
     """The learned ids, IGNORED elsewhere and at the first token, which nothing predicts."""
     labels = [i if counted else IGNORED for i, counted in zip(sequence.ids, sequence.counted, strict=True)]
     return [IGNORED, *labels[1:]]
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """[S, T] -> [S, T]: what each position predicts, which is the next one's label."""
+    return pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def pad_sequences(sequences: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:

@@ -18,6 +18,7 @@ from ..data.encoding import Codec
 from ..errors import UsageError
 from .loading import adapt_to, checkpoint_gradients, load_causal_lm, loading_of
 from .lora import leave_inputs, train_adapter
+from .sequence_parallel import SequenceParallel, share_sequences
 
 Result = TypeVar("Result")
 
@@ -42,14 +43,18 @@ class FusedLM(nn.Module):
         # A mixture of experts whose config asks for it makes a balancing loss in each call: `with_aux_loss` adds it.
         self.aux_coefficient = aux_coefficient_of(model)
         self.aux_loss: Tensor | None = None
+        self.sequence: SequenceParallel | None = None
         with _for_users():
             self.logit_scale, self.logit_softcap = logit_options_of(model)
         if bf16:
             leave_inputs(model)
 
     def forward(self, batch: Batch, use: Callable[[Tensor, LMHead], Result]) -> Result:
-        """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model."""
+        """batch of [S, T] -> use(hidden [S, T, D], head), with gradients to the whole model; hidden states are those of
+        this process's positions where processes share sequences."""
         options = LogitOptions(self.logit_scale, self.logit_softcap)
+        if self.sequence is not None:
+            batch = part_of(batch, self.sequence)
         inputs = inputs_of(batch) | {"use_cache": False}
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self.bf16))
@@ -64,6 +69,13 @@ class FusedLM(nn.Module):
             result, output = run_in_head(self.model, use, options, inputs)
         self.aux_loss = getattr(output, "aux_loss", None)
         return result
+
+
+def part_of(batch: Batch, sequence: SequenceParallel) -> Batch:
+    """This process's positions. Padding, on the right, is nothing that causal attention would have to leave out."""
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
+    ids, positions = sequence.part(batch.input_ids), sequence.part(positions)
+    return Batch(ids, None, sequence.targets(batch.labels), positions)
 
 
 def aux_coefficient_of(model: PreTrainedModel) -> float:
@@ -95,6 +107,17 @@ def load_policy(config: TrainConfig, codec: Codec, largest: int) -> FusedLM:
     if config.gradient_checkpointing:
         checkpoint_gradients(model)
     return FusedLM(model, bf16=config.bf16)
+
+
+def share_positions(fused: FusedLM, sequence: SequenceParallel | None, key: str) -> None:
+    """Has the processes of the group, if there is one, each compute a part of every sequence."""
+    if sequence is None:
+        return
+    if fused.aux_coefficient:
+        raise UsageError(f"sp_size: the balancing loss of {key} is that of whole sequences; leave sp_size at 1")
+    with torch.autocast(fused.model.device.type, torch.bfloat16, enabled=fused.bf16):
+        share_sequences(fused.model, sequence, key)
+    fused.sequence = sequence
 
 
 def check_same_vocabulary(policy: FusedLM, reference: FusedLM, key: str) -> None:

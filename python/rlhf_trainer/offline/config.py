@@ -13,7 +13,21 @@ LossType = Literal[
 
 
 @dataclass(kw_only=True)
-class SFTConfig(TrainConfig):
+class SequenceConfig(TrainConfig):
+    """Options of commands in which processes can share sequences."""
+
+    sp_size: int = OPTIMIZATION.option(1, "So many processes hold each a part of every sequence's positions.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "sp_size")
+        for name in ("packing", "share_prefix"):
+            if self.sp_size > 1 and getattr(self, name, False):
+                raise UsageError(f"{name}: rows that hold more than one sequence are not shared: leave sp_size at 1")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(SequenceConfig):
     """Options of `rlhf sft`. Batches of 256, as InstructGPT's and Tulu 3's are of that order."""
 
     assistant_only_loss: bool = DATA.option(True, "Learn the assistant's messages only; false: the whole conversation.")
@@ -75,7 +89,7 @@ class RewardConfig(PairConfig):
 
 
 @dataclass(kw_only=True)
-class DPOConfig(PairConfig):
+class DPOConfig(SequenceConfig, PairConfig):
     """Options of `rlhf dpo`. The algorithm's defaults are those of the DPO paper, appendix B, but for its warm-up of
     150 steps, which only runs as long as its own can have."""
 

@@ -8,6 +8,7 @@ from hidden states. The reference does not change, so its log-probs are computed
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +20,10 @@ from ..data.encoding import Codec
 from ..data.examples import Group
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy
+from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy, share_positions
 from ..models.loading import load_codec_for, make_room, save_result
 from ..models.lora import Reference
+from ..models.sequence_parallel import SequenceParallel, kernels_for, start_sequence_parallel
 from ..training.batch_plan import MicroBatch
 from ..training.fsdp import place
 from ..training.loop import start_accelerator, train
@@ -47,6 +49,7 @@ def train_dpo(config: DPOConfig) -> Path:
 
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
+    sequence = start_sequence_parallel(accelerator, config.sp_size)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
     policy = load_policy(config, codec, largest)
     check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
@@ -56,6 +59,9 @@ def train_dpo(config: DPOConfig) -> Path:
         check_sharing(policy, "model_name_or_path")
         for data in tasks:
             data.sharing_attention = attention_of(policy.model)
+    share_positions(policy, sequence, "model_name_or_path")
+    for data in tasks:
+        data.sequence = sequence
     if config.loss_type not in REFERENCE_FREE:
         add_reference_logprobs(config, policy, tasks, codec, accelerator)
     return train(
@@ -83,9 +89,11 @@ class DPOTask(GroupTask):
 
     `train_dpo` sets, as the model and the configuration want it: `ref_logps`, log pi_ref of each group's responses,
     [K] fp32 in nats, None where the loss has no reference; `sharing_attention`, the model's attention implementation
-    where all responses to a prompt stand in one row, None where each has a row of its own.
+    where all responses to a prompt stand in one row, None where each has a row of its own; `sequence`, with whom this
+    process shares sequences.
     """
 
+    sequence: SequenceParallel | None = None
     ref_logps: list[Tensor] | None = None
     sharing_attention: str | None = None
 
@@ -98,26 +106,32 @@ class DPOTask(GroupTask):
     def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
         pairs = self.batch(indices)
         ref_logps = None if self.ref_logps is None else torch.cat([self.ref_logps[i] for i in indices])
-        result = pair_loss(model, pairs, ref_logps, self.config)
-        tokens = torch.tensor(tokens_of(self.examples(indices)), device=self.device)
-        return LossOutput(result.loss, pair_metrics(result, pairs), tokens)
+        result = pair_loss(model, pairs, ref_logps, self.config, self.sequence)
+        tokens = torch.tensor(tokens_of(self.examples(indices)) / self.together, device=self.device)
+        metrics = {name: value / self.together for name, value in pair_metrics(result, pairs).items()}
+        return LossOutput(result.loss, metrics, tokens)
 
     def depends_on(self) -> bytes:
         return b"" if self.ref_logps is None else torch.cat(self.ref_logps).cpu().numpy().tobytes()
 
 
-def pair_loss(policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, config: DPOConfig) -> rk.LinearDPOLoss:
+def pair_loss(
+    policy: nn.Module, pairs: PairBatch, ref_logps: Tensor | None, config: DPOConfig,
+    sequence: SequenceParallel | None = None,
+) -> rk.LinearDPOLoss:  # fmt: skip
     """The mean loss over the pairs of one micro-batch; `policy` is a FusedLM, wrapped or not.
 
-    ref_logps: [S] fp32 in nats, in the order of the batch's responses.
+    ref_logps: [S] fp32 in nats, in the order of the batch's responses. `sequence`: as of the policy.
     """
+    options: dict[str, Any] = {
+        "chosen_idxs": pairs.chosen_idxs, "rejected_idxs": pairs.rejected_idxs, "beta": config.beta,
+        "loss_type": config.loss_type, "label_smoothing": config.label_smoothing, "gamma": config.gamma_beta_ratio,
+    }  # fmt: skip
 
     def loss_in_head(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
-        return rk.linear_dpo_loss(
-            pairs.hidden_of(hidden), head.weight, pairs.labels, ref_logps, **head.options(),
-            chosen_idxs=pairs.chosen_idxs, rejected_idxs=pairs.rejected_idxs, beta=config.beta,
-            loss_type=config.loss_type, label_smoothing=config.label_smoothing, gamma=config.gamma_beta_ratio,
-        )  # fmt: skip
+        kernels, labels, shared = kernels_for(sequence, pairs.labels)
+        hidden = pairs.hidden_of(hidden)
+        return kernels.linear_dpo_loss(hidden, head.weight, labels, ref_logps, **head.options(), **options, **shared)
 
     return policy(pairs.batch, loss_in_head)
 
@@ -149,6 +163,7 @@ def add_reference_logprobs(
     if config.ref_model_name_or_path is not None:
         reference = load_fused(config, config.ref_model_name_or_path, "ref_model_name_or_path")
         make_room(reference.model, codec.tokenizer)
+        share_positions(reference, policy.sequence, "ref_model_name_or_path")
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
@@ -159,7 +174,9 @@ def add_reference_logprobs(
     place(reference, accelerator, bf16=config.bf16, dtype=dtype)
     cache_dir = Path(config.ref_cache_dir) if config.ref_cache_dir else default_cache_dir()
     for task, key in zip(tasks, keys, strict=True):
-        task.ref_logps = reference_logprobs(frozen, task.groups, task.plan, task.batch, accelerator, cache_dir, key)
+        task.ref_logps = reference_logprobs(
+            frozen, task.groups, task.plan, task.batch, accelerator, cache_dir, key, task.sequence
+        )
 
 
 def check_sharing(fused: FusedLM, key: str) -> None:

@@ -68,8 +68,9 @@ class GroupTask(Task):
         self, config: PairConfig, groups: list[Group], pad_id: int, accelerator: Accelerator, shuffled: bool
     ) -> None:
         sizes = [len(group.pairs) for group in groups]
-        plan = plan_training(config, [group.length for group in groups], accelerator, shuffled=shuffled, sizes=sizes)
-        super().__init__(plan, sizes, accelerator.device)
+        lengths, together = [group.length for group in groups], getattr(config, "sp_size", 1)
+        plan = plan_training(config, lengths, accelerator, shuffled=shuffled, sizes=sizes, together=together)
+        super().__init__(plan, sizes, accelerator.device, together)
         self.config, self.groups, self.pad_id = config, groups, pad_id
 
     def examples(self, indices: MicroBatch) -> list[Group]:

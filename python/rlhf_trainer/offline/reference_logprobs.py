@@ -20,6 +20,7 @@ import rlhf_kernels as rk
 
 from ..data.examples import Group
 from ..models.fused_lm import FusedLM, LMHead
+from ..models.sequence_parallel import SequenceParallel, kernels_for
 from ..training.batch_plan import MicroBatch, share_of_process
 from ..training.files import checksum, write_whole
 from .pair_batches import PairBatch
@@ -35,10 +36,11 @@ def reference_logprobs(
     accelerator: Accelerator,
     cache_dir: Path,
     key: str,
+    sequence: SequenceParallel | None = None,
 ) -> list[Tensor]:
     """log pi_ref of each group's responses, [K] fp32 in nats each, from the cache or by one pass over the plan.
 
-    `reference` is a FusedLM, wrapped or not, or a `Reference`.
+    `reference` is a FusedLM, wrapped or not, or a `Reference`; `sequence`: as of it.
     """
     path = cache_dir / f"{key}.safetensors"
     sizes = [len(group.responses) for group in groups]
@@ -52,12 +54,14 @@ def reference_logprobs(
         return list(accelerator.reduce(totals, "sum").split(sizes))
 
     parts = totals.split(sizes)  # views
-    rank, world = accelerator.process_index, accelerator.num_processes
+    together = 1 if sequence is None else sequence.size
+    rank, world = accelerator.process_index // together, accelerator.num_processes // together
     shares = [share for batch in plan for share in share_of_process(batch, rank, world)]
     disable = None if accelerator.is_main_process else True  # None: where there is no terminal
     for share in tqdm(shares, desc="reference", unit="batch", leave=False, disable=disable):
-        logps = sequence_logprobs(reference, batch_of(share.indices))
-        if share.weight > 0:  # a repeated micro-batch must not count twice in the sum below
+        logps = sequence_logprobs(reference, batch_of(share.indices), sequence)
+        # A repeated micro-batch, and one that several processes have, must not count twice in the sum below.
+        if share.weight > 0 and (sequence is None or sequence.rank == 0):
             for i, part in zip(share.indices, logps.split([sizes[i] for i in share.indices]), strict=True):
                 parts[i].copy_(part)
     totals = accelerator.reduce(totals, "sum")
@@ -70,11 +74,13 @@ def reference_logprobs(
 
 
 @torch.no_grad()
-def sequence_logprobs(model: Callable[..., Any], pairs: PairBatch) -> Tensor:
+def sequence_logprobs(model: Callable[..., Any], pairs: PairBatch, sequence: SequenceParallel | None = None) -> Tensor:
     """log pi(response | prompt) of each response, [S] in nats; `model` is a FusedLM, wrapped or not."""
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
-        return rk.sequence_logprobs(pairs.hidden_of(hidden), head.weight, pairs.labels, **head.options()).logprobs
+        kernels, labels, shared = kernels_for(sequence, pairs.labels)
+        hidden = pairs.hidden_of(hidden)
+        return kernels.sequence_logprobs(hidden, head.weight, labels, **head.options(), **shared).logprobs
 
     return model(pairs.batch, use)
 
@@ -89,7 +95,8 @@ def content_key(
     attention = getattr(model.model.config, "_attn_implementation", None)
     versions = [LAYOUT, rk.__version__, torch.__version__, transformers.__version__]
     head = [model.logit_scale, model.logit_softcap]
-    passes = [device, model.bf16, attention, pad_id, plan, share_prefix]
+    together = 1 if model.sequence is None else model.sequence.size
+    passes = [device, model.bf16, attention, pad_id, plan, share_prefix, *([together] if together > 1 else [])]
     setting = [versions, passes, head, type(model.model).__name__, config]
     digest.update(json.dumps(setting, sort_keys=True, default=str).encode())
     digest.update(json.dumps([[group.prompt, group.responses] for group in groups]).encode())

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import rlhf_kernels as rk
 
-from ..data.batches import IGNORED, Batch, collate_sequences
+from ..data.batches import IGNORED, Batch, collate_sequences, next_tokens
 from ..data.encoding import Codec
 from ..data.examples import Loaded, TokenSequence, load_conversations, reading_of
 from ..errors import UsageError
 from ..models.checks import pad_id_of
-from ..models.fused_lm import LMHead, load_policy
+from ..models.fused_lm import LMHead, load_policy, share_positions
 from ..models.loading import load_codec_for, save_result
+from ..models.sequence_parallel import SequenceParallel, start_sequence_parallel
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training, start_accelerator, train
 from ..training.output_folder import begin
@@ -39,6 +40,7 @@ def train_sft(config: SFTConfig) -> Path:
 
     # Everything that can be wrong with the input shows here, before any training.
     codec, largest = load_codec_for(config)
+    sequence = start_sequence_parallel(accelerator, config.sp_size)
     task, held_out = load_tasks(load_task, config, codec, accelerator)
     policy = load_policy(config, codec, largest)
     check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
@@ -47,6 +49,10 @@ def train_sft(config: SFTConfig) -> Path:
             f"packing: in {type(policy.model).__name__} with attention {policy.model.config._attn_implementation!r} "
             "conversations that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
         )
+    share_positions(policy, sequence, "model_name_or_path")
+    for data in (task, held_out):
+        if data is not None:
+            data.sequence = sequence
     return train(
         config, policy, task, held_out, accelerator,
         save=lambda trained, folder: save_result(trained.model, codec.tokenizer, folder, config),
@@ -75,7 +81,10 @@ def read_conversations(config: SFTConfig, codec: Codec, source: str, split: str)
 
 
 class SFTTask(Task):
-    """Rows of one conversation each, or of several with packing, and their loss; means are over learned tokens."""
+    """Rows of one conversation each, or of several with packing, and their loss; means are over learned tokens.
+    `train_sft` sets `sequence`: with whom this process shares sequences."""
+
+    sequence: SequenceParallel | None = None
 
     def __init__(
         self, config: SFTConfig, sequences: list[TokenSequence], pad_id: int, accelerator: Accelerator, shuffled: bool
@@ -85,9 +94,9 @@ class SFTTask(Task):
         self.rows_of_sequences = [[sequences[i] for i in row] for row in packed]
         widths = [sum(lengths[i] for i in row) for row in packed]
         sizes = [len(row) for row in packed]
-        plan = plan_training(config, widths, accelerator, shuffled=shuffled, sizes=sizes)
+        plan = plan_training(config, widths, accelerator, shuffled=shuffled, sizes=sizes, together=config.sp_size)
         counts = [sum(sum(sequence.counted[1:]) for sequence in row) for row in self.rows_of_sequences]
-        super().__init__(plan, counts, accelerator.device)
+        super().__init__(plan, counts, accelerator.device, config.sp_size)
         self.packing, self.pad_id = config.packing, pad_id
         self.noun = "rows of packed conversations" if config.packing else "conversations"
 
@@ -102,19 +111,22 @@ class SFTTask(Task):
 
     def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
         batch = self.batch(indices)
-        loss, metrics = model(batch, lambda hidden, head: token_loss(hidden, head, batch.labels))
-        tokens = sum(len(sequence.ids) for sequence in self.examples(indices))
+        targets = next_tokens(batch.labels)
+        count = (targets != IGNORED).sum()
+        if self.sequence is not None:
+            targets = self.sequence.part(targets, IGNORED)
+        loss, metrics = model(batch, lambda hidden, head: token_loss(hidden, head, targets, count))
+        tokens = sum(len(sequence.ids) for sequence in self.examples(indices)) / self.together
         return LossOutput(loss, metrics, torch.tensor(float(tokens), device=self.device))
 
 
-def token_loss(hidden: Tensor, head: LMHead, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(hidden: Tensor, head: LMHead, targets: Tensor, count: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean of -log p over the learned tokens, in nats, and the metrics, means over the same tokens.
 
-    hidden: [S, T, D]; labels: [S, T] int64, IGNORED at tokens that are not learned; position t predicts label t + 1.
+    hidden: [S, T, D]; targets: [S, T] int64, what each position predicts, IGNORED where nothing is learned; count: how
+    many are learned, also by other processes that have another part of these sequences.
     """
-    targets = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     outputs = rk.linear_logprobs(hidden, head.weight, targets, **head.options(), outputs=("entropy", "is_top1"))
-    count = (targets != IGNORED).sum()
     loss = -outputs.logprobs.sum() / count
     return loss, {
         "loss": loss.detach(),

@@ -88,6 +88,13 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
+def reshard(module: nn.Module) -> None:
+    """Cuts again what a forward pass has left whole for a backward pass that does not come."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def state_within(module: nn.Module) -> dict[str, Tensor] | None:
     """Whole weights and buffers by name, within `unsharded`, where `state_dict` would cut them again; None of a module
     that isn't sharded, whose `state_dict` will do."""

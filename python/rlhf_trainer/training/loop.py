@@ -40,7 +40,7 @@ from .checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from .fsdp import gather, local, place, sharding, whole
+from .fsdp import gather, local, place, reshard, sharding, whole
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .optimizers import learning_rate_at, make_optimizer
@@ -69,9 +69,11 @@ def plan_training(
     *,
     shuffled: bool,
     sizes: Sequence[int] | None = None,
+    together: int = 1,
 ) -> list[list[MicroBatch]]:
-    """The run's batches; micro-batches are smaller where processes would otherwise have nothing to do."""
-    micro = min(config.micro_batch_size, math.ceil(config.batch_size / accelerator.num_processes))
+    """The run's batches; micro-batches, each of `together` processes, are smaller where processes would otherwise have
+    nothing to do."""
+    micro = min(config.micro_batch_size, math.ceil(config.batch_size * together / accelerator.num_processes))
     return plan_batches(lengths, config.batch_size, micro, config.seed if shuffled else None, sizes)
 
 
@@ -256,7 +258,9 @@ def train(
 
 
 def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> Metrics:
-    return {f"eval/{name}": value for name, value in task.evaluate(model, accelerator).items()}
+    metrics = task.evaluate(model, accelerator)
+    reshard(model)
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def fingerprint(task: Task) -> str:

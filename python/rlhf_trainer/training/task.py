@@ -38,12 +38,15 @@ def with_aux_loss(output: LossOutput, balanced: Sequence[nn.Module]) -> LossOutp
 
 class Task(ABC):
     """Examples, and their loss. `plan`: batches of micro-batches; `counts` [N]: each example's weight in the means of
-    loss and metrics, such as its pairs or its tokens."""
+    loss and metrics, such as its pairs or its tokens; `together`: so many neighbouring processes run a micro-batch,
+    each a part of its sequences, and metrics and tokens are shares of these that sum to the whole."""
 
     noun = "prompts with pairs"  # the examples, for messages
 
-    def __init__(self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device) -> None:
-        self.plan, self.counts, self.device = plan, counts, device
+    def __init__(
+        self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device, together: int = 1
+    ) -> None:
+        self.plan, self.counts, self.device, self.together = plan, counts, device, together
 
     @abstractmethod
     def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
@@ -59,7 +62,8 @@ class Task(ABC):
 
     def shares(self, batch: list[MicroBatch], accelerator: Accelerator) -> list[Share]:
         """The micro-batches of a batch that this process runs, and their weights in the batch's means."""
-        return share_of_process(batch, accelerator.process_index, accelerator.num_processes, self.counts)
+        rank, world = accelerator.process_index // self.together, accelerator.num_processes // self.together
+        return share_of_process(batch, rank, world, self.counts)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator) -> Metrics:

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from rlhf_trainer.data.batches import IGNORED, Batch, collate_sequences
+from rlhf_trainer.data.batches import IGNORED, Batch, collate_sequences, next_tokens
 from rlhf_trainer.data.examples import Group, TokenSequence
 from rlhf_trainer.models.fused_lm import FusedLM
 from rlhf_trainer.offline.config import DPOConfig, SFTConfig
@@ -56,7 +56,9 @@ def test_loss_and_gradient_are_those_of_transformers_with_labels(make_experts):
     """On a padded batch: padding is not routed evenly, and must not count."""
     batch, model, theirs = collate_sequences(sequences(5, 19, 11), pad_id=1), make_experts(), make_experts()
     fused = FusedLM(model)
-    loss, metrics = fused(batch, lambda hidden, head: token_loss(hidden, head, batch.labels))
+    targets = next_tokens(batch.labels)
+    count = (targets != IGNORED).sum()
+    loss, metrics = fused(batch, lambda hidden, head: token_loss(hidden, head, targets, count))
     output = with_aux_loss(LossOutput(loss, metrics, torch.tensor(35.0)), [fused])
     output.loss.backward()
     expected = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)

@@ -3,6 +3,7 @@
 Each run stops behind the step BEHIND, as killed, if there is one; the same call with a later one goes on from there.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ LORA = {
     "use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "down_proj"],
     "dtype": "float32",
 }  # fmt: skip
+SHARED = {"sp_size": 2 if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1}
 CACHE = {"ref_cache_dir": str(folder / "cache")}
 STAGES = {
     "sft": (train_sft, SFTConfig, OFFLINE),
@@ -46,6 +48,8 @@ STAGES = {
     "grpo": (train_grpo, GRPOConfig, ONLINE | {"num_generations": 4}),
     "grpo-lora": (train_grpo, GRPOConfig, ONLINE | LORA | {"num_generations": 4}),
     "ppo": (train_ppo, PPOConfig, ONLINE),
+    "sft-sp": (train_sft, SFTConfig, OFFLINE | SHARED | {"gradient_checkpointing": True}),
+    "dpo-sp": (train_dpo, DPOConfig, PAIRS | CACHE | SHARED | {"eval_dataset": data}),
 }
 
 

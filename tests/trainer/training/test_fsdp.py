@@ -1,5 +1,6 @@
 """FSDP2 on 2 and 4 gloo processes: the weights of DDP and of one process, whole folders, killed and resumed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rlhf_trainer.training import fsdp
 
 SCRIPT = str(Path(__file__).with_name("sharded_stages.py"))
 ALL = ("sft", "sft-lora", "dpo", "dpo-lora", "reward", "reward-lora", "grpo", "grpo-lora", "ppo")
+SHARED = ("sft-sp", "dpo-sp")
 RESUMED = ("sft", "dpo-lora", "reward", "grpo")
 LAST = 5
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -65,6 +67,25 @@ def test_sharded_runs_are_those_of_one_process(run_stages, base, tmp_path):
     for stage, auto in (("dpo", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
         model = auto.from_pretrained(tmp_path / "four" / stage)
         assert model.config.architectures == [type(model).__name__]  # not what sharding made of the class
+
+
+def metrics_of(folder):
+    """Without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in record.items() if name != "tokens_per_second"} for record in records]
+
+
+def test_processes_that_share_sequences_train_as_one(run_stages, base, tmp_path):
+    """Two with each half of every sequence; four, of which two do, and two have other sequences."""
+    run_stages(1, "one", SHARED)
+    run_stages(2, "ddp", SHARED)
+    run_stages(4, "four", SHARED, **FSDP)
+    for stage in SHARED:
+        for run in ("ddp", "four"):
+            weights = [weights_of(tmp_path / name / stage) for name in ("one", run)]
+            assert difference(*weights, base) < ROUNDING, (stage, run)
+            for one, other in zip(*(metrics_of(tmp_path / name / stage) for name in ("one", run)), strict=True):
+                assert other == pytest.approx(one, rel=1e-4, abs=1e-5), (stage, run)
 
 
 def test_a_killed_run_goes_on_in_another_number_of_processes(run_stages, base, tmp_path):

@@ -345,7 +345,9 @@ def test_lost_metrics_are_reported(stage, tmp_path):
     assert [record["step"] for record in records] == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("options", [{}, {"async_save": True}, {"async_save": True, "max_steps": 3, "save_only_model": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"async_save": True}, {"async_save": True, "max_steps": 3, "save_only_model": True}]
+)
 def test_a_full_disk_is_reported(options, stage, monkeypatch, tmp_path):
     """In the background at the next checkpoint, or at the end."""
 
