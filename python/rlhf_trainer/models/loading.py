@@ -28,7 +28,7 @@ from ..config.base import AdapterConfig, OutputConfig, TrainConfig
 from ..data.chat import set_chat_template
 from ..data.encoding import Codec
 from ..errors import UNREADABLE, UsageError
-from ..training.fsdp import sharding, state_within
+from ..training.fsdp import saved_dtype, sharding, state_within
 from .checks import check_vocabulary, largest_id
 from .lora import TRAINED, adapter_of, base_of, load_adapter, merged
 
@@ -274,5 +274,5 @@ def save_result(model: PreTrainedModel, tokenizer: Any, folder: Path, config: Ad
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return
-    dtype = model._saved_dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+    dtype = saved_dtype(model, config)
     save_model(merged(model).to(dtype), tokenizer, folder)

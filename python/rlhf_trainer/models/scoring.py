@@ -82,7 +82,8 @@ def score_sequences(
     matter. Equal sequences are scored once: in different batches they would differ in the last bit. `run` runs each
     batch; that of a `Journal` keeps the results.
     """
-    model = model.to(device)
+    if model.device.type != device.type:  # `to` cuts again what `unsharded` has made whole
+        model.to(device)
     head = value_head_of(model)
     distinct = list(dict.fromkeys(map(tuple, sequences)))
     rewards: dict[tuple[int, ...], float] = {}

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, Sampling, completion_text
 from ..rollouts.sampler import Failure, Sampler, request_of
 from ..training.batch_plan import MicroBatch, plan_batches
+from ..training.fsdp import unsharded
 from ..training.journal import batches_of_like_length, whole_lines, write_jsonl
 from ..training.memory import lack_of_memory
 from ..training.processes import over_processes
@@ -103,9 +105,12 @@ def compute_rewards(setup: Setup, prompts: Sequence[Prompt], completions: Sequen
         len(texts) / setup.config.num_generations / setup.accelerator.num_processes
     )
     parts = [range(k, min(k + size, len(texts))) for k in range(0, len(texts), size)]
-    scores = over_processes(
-        parts, lambda part: setup.rewards([prompts[i] for i in part], [texts[i] for i in part]), setup.accelerator
-    )
+    with ExitStack() as whole:  # processes may have different numbers of batches
+        for reward in setup.rewards.models:
+            whole.enter_context(unsharded(reward.model))
+        scores = over_processes(
+            parts, lambda part: setup.rewards([prompts[i] for i in part], [texts[i] for i in part]), setup.accelerator
+        )
     return Scores(torch.cat([part.total for part in scores]), torch.cat([part.parts for part in scores]))
 
 

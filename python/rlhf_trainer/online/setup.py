@@ -54,6 +54,8 @@ def prepare(config: OnlineConfig) -> Setup | None:
     codec, largest = load_codec_for(config)
     tokenizer = codec.tokenizer
     rewards = load_rewards(config, accelerator.device, batch_size=config.per_device_generation_batch_size)
+    for reward in rewards.models:
+        place(reward.model, accelerator, bf16=False)  # whole while it rewards
     prompts = prompts_of(config, config.dataset_name, config.dataset_train_split, codec, rewards, accelerator)
     held_out = []
     if config.eval_dataset is not None:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from ..errors import UsageError
 from .files import beside, checksum, whole_folder
-from .fsdp import sharding
+from .fsdp import reshard, sharding
 
 FOLDER = "checkpoints"
 STATE = "trainer_state.json"
@@ -212,5 +212,6 @@ def saved_checkpoints(work: Path) -> list[Path]:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """What a run changes: parameters that train, and buffers, by name; tied ones once."""
+    reshard(model)
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     return {name: tensor.detach() for name, tensor in [*trained, *model.named_buffers()]}

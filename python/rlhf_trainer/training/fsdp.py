@@ -6,6 +6,7 @@ block; what trains in fp32 is cast when it is cut. A block is whole only while i
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,7 @@ def place(module: nn.Module, accelerator: Accelerator, *, bf16: bool, dtype: str
     plugin, device = sharding(), accelerator.device.type
     if plugin is None or isinstance(module, FSDPModule):
         return module.to(accelerator.device)
+    warnings.filterwarnings("ignore", r".* returned a view tensor\. An in-place op")  # of which there is none
     options: dict[str, Any] = {"mesh": init_device_mesh(device, (accelerator.num_processes,))}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -105,16 +107,24 @@ def state_within(module: nn.Module) -> dict[str, Tensor] | None:
     return {name: tensor.detach() for name, tensor in tensors if name not in left_out}
 
 
-def gather(module: nn.Module, accelerator: Accelerator) -> None:
-    """Puts whole weights in the place of the shards, weight by weight, on the main process's CPU, and nothing in the
-    others: the end of training."""
+def saved_dtype(module: nn.Module, config: Any) -> torch.dtype | None:
+    """That in which a run's result is saved: the configuration's, or that in which the model was saved before."""
+    if config.dtype not in (None, "auto"):
+        return getattr(torch, config.dtype)
+    return next((part._saved_dtype for part in module.modules() if hasattr(part, "_saved_dtype")), None)
+
+
+def gather(module: nn.Module, accelerator: Accelerator, dtype: torch.dtype | None) -> None:
+    """Puts whole weights in the place of the shards, weight by weight, in `dtype` or as they are, on the main process's
+    CPU, and nothing in the others: the end of training."""
+    reshard(module)
     gathered: dict[DTensor, nn.Parameter] = {}  # tied ones once
     for part in module.modules():
         for name, weight in part._parameters.items():
             if isinstance(weight, DTensor):
                 if weight not in gathered:
                     full = whole(weight.detach())
-                    kept = full.cpu() if accelerator.is_main_process else full.new_empty(0)
+                    kept = full.to("cpu", dtype) if accelerator.is_main_process else full.new_empty(0)
                     gathered[weight] = nn.Parameter(kept, weight.requires_grad)
                 part._parameters[name] = gathered[weight]
     for part in module.modules():

@@ -40,7 +40,7 @@ from .checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from .fsdp import gather, local, place, reshard, sharding, whole
+from .fsdp import gather, local, place, saved_dtype, sharding, whole
 from .memory import give_back_freed_memory, lack_of_memory
 from .metrics import MetricsLog, make_accelerator
 from .optimizers import learning_rate_at, make_optimizer
@@ -211,7 +211,7 @@ class Run:
             raise TrainingError(
                 f"step {self.total}: the last update left weights that are not finite: {broken[0]}, ... {LOWER_RATE}"
             )
-        gather(self.model, self.accelerator)
+        gather(self.model, self.accelerator, None if self.config.use_peft else saved_dtype(self.model, self.config))
         if self.accelerator.is_main_process:
             save(self.unwrapped, self.work)
             write_card(self.config, self.work)
@@ -258,9 +258,7 @@ def train(
 
 
 def evaluate(task: Task, model: nn.Module, accelerator: Accelerator) -> Metrics:
-    metrics = task.evaluate(model, accelerator)
-    reshard(model)
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    return {f"eval/{name}": value for name, value in task.evaluate(model, accelerator).items()}
 
 
 def fingerprint(task: Task) -> str:

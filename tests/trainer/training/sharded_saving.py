@@ -14,7 +14,7 @@ from rlhf_trainer.models.fused_lm import load_policy
 from rlhf_trainer.models.loading import load_codec_for, save_model
 from rlhf_trainer.offline.config import DPOConfig
 from rlhf_trainer.rollouts.weight_sync import Adapter
-from rlhf_trainer.training.fsdp import place, unsharded
+from rlhf_trainer.training.fsdp import gather, place, saved_dtype, unsharded
 from rlhf_trainer.training.metrics import make_accelerator
 from rlhf_trainer.training.processes import leave_processes
 
@@ -49,5 +49,18 @@ for use_peft in (False, True):
             assert all(weight.equal(expected[name]) for name, weight in own.items())
         accelerator.wait_for_everyone()
         policy(batch, lambda hidden, head: (hidden @ head.weight.float().T.to(hidden.dtype)).sum()).backward()
+
+dtype = torch.bfloat16
+config = DPOConfig(model_name_or_path=model, dataset_name="d", output_dir=str(folder), dtype="bfloat16")
+policy = load_policy(config, *load_codec_for(config))
+expected = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+place(policy, accelerator, bf16=False, dtype="float32")
+assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+gather(policy, accelerator, saved_dtype(policy, config))  # cast one by one: no fp32 copy of all is ever whole
+gathered = dict(policy.named_parameters())
+if accelerator.is_main_process:
+    assert gathered.keys() == expected.keys() and all(gathered[n].equal(expected[n]) for n in expected)
+else:
+    assert not any(weight.numel() for weight in gathered.values())
 accelerator.print("all weights equal")
 leave_processes()

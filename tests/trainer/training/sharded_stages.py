@@ -1,4 +1,4 @@
-"""Five steps of commands in as many processes as run this: `sharded_stages.py MODEL DATA FOLDER BEHIND STAGE...`.
+"""Five steps of commands in as many processes as run this: `sharded_stages.py MODEL JUDGE DATA FOLDER BEHIND STAGE...`.
 
 Each run stops behind the step BEHIND, as killed, if there is one; the same call with a later one goes on from there.
 """
@@ -19,7 +19,7 @@ from rlhf_trainer.online.ppo import train_ppo
 from rlhf_trainer.training import loop
 from rlhf_trainer.training.processes import leave_processes
 
-model, data, folder, behind, *stages = sys.argv[1:]
+model, judge, data, folder, behind, *stages = sys.argv[1:]
 folder = Path(folder)
 COMMON = {
     "model_name_or_path": model, "dataset_name": data, "micro_batch_size": 2, "learning_rate": 3e-3, "max_steps": 5,
@@ -46,7 +46,7 @@ STAGES = {
     "reward": (train_reward, RewardConfig, PAIRS | {"async_save": True}),
     "reward-lora": (train_reward, RewardConfig, PAIRS | LORA),
     "grpo": (train_grpo, GRPOConfig, ONLINE | {"num_generations": 4}),
-    "grpo-lora": (train_grpo, GRPOConfig, ONLINE | LORA | {"num_generations": 4}),
+    "grpo-lora": (train_grpo, GRPOConfig, ONLINE | LORA | {"num_generations": 4, "reward_model_name_or_path": judge}),
     "ppo": (train_ppo, PPOConfig, ONLINE),
     "sft-sp": (train_sft, SFTConfig, OFFLINE | SHARED | {"gradient_checkpointing": True}),
     "dpo-sp": (train_dpo, DPOConfig, PAIRS | CACHE | SHARED | {"eval_dataset": data}),

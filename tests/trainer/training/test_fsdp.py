@@ -22,13 +22,16 @@ ROUNDING = 1e-5  # of an update: gradients are sums over processes, in another o
 
 
 @pytest.fixture
-def run_stages(python, model_folder, rows, write_jsonl):
+def run_stages(python, model_folder, tokenizer, rows, write_jsonl, tmp_path):
     """(processes, folder, stages, behind) -> these are trained into `folder`, to their end or behind a step."""
-    model, data = model_folder("llama"), write_jsonl(rows(10))
+    model, judge, data = model_folder("llama"), str(tmp_path / "judge"), write_jsonl(rows(10))
+    torch.manual_seed(3)
+    AutoModelForSequenceClassification.from_pretrained(model, num_labels=1).save_pretrained(judge)
+    tokenizer.save_pretrained(judge)
 
     def run(processes, folder, stages, behind=LAST + 1, **environment):
         launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-        words = (SCRIPT, model, data, folder, str(behind), *stages)
+        words = (SCRIPT, model, judge, data, folder, str(behind), *stages)
         done = python(*(launch if processes > 1 else ()), *words, ACCELERATE_USE_CPU="true", **environment)
         assert done.returncode == 0, done.stderr[-6000:]
 
