@@ -169,7 +169,10 @@ def model_of(config: TrainConfig) -> PreTrainedModel:
         train_adapter(model, config, task)
     if config.bf16:
         leave_inputs(model)
-    return turn_dropout_off(model)
+    turn_dropout_off(model)
+    for part in model.modules():
+        part.training = getattr(part, "drops_in_updates", False)
+    return model
 
 
 def activations_of(model: PreTrainedModel, shape: Shape, bf16: bool) -> tuple[int, int]:

@@ -21,7 +21,7 @@ class SequenceConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "sp_size")
-        for name in ("packing", "share_prefix"):
+        for name in ("packing", "share_prefix", "padding_free"):
             if self.sp_size > 1 and getattr(self, name, False):
                 raise UsageError(f"{name}: rows that hold more than one sequence are not shared: leave sp_size at 1")
 
@@ -106,6 +106,9 @@ class DPOConfig(SequenceConfig, PairConfig):
     share_prefix: bool = OPTIMIZATION.option(
         False, "Run a prompt once for all its responses, where the model's attention can."
     )
+    padding_free: bool = OPTIMIZATION.option(
+        False, "Run a micro-batch's responses in one row without padding, where the model's attention can."
+    )
     optim: Optimizer = OPTIMIZATION.option("rmsprop", "The optimizer.")
     learning_rate: float = OPTIMIZATION.option(1e-6, "The learning rate after the warm-up.")
     warmup_steps: float = OPTIMIZATION.option(
@@ -117,3 +120,5 @@ class DPOConfig(SequenceConfig, PairConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "beta")
+        if self.padding_free and self.share_prefix:
+            raise UsageError("padding_free and share_prefix lay a batch out each in its own way: leave one of them off")

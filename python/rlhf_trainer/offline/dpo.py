@@ -30,7 +30,8 @@ from ..training.loop import start_accelerator, train
 from ..training.output_folder import begin
 from ..training.task import LossOutput
 from .config import DPOConfig
-from .pair_batches import GroupTask, PairBatch, collate_groups, read_groups
+from .packing import check_packing
+from .pair_batches import GroupTask, PairBatch, collate_flat, collate_groups, read_groups
 from .reference_logprobs import content_key, default_cache_dir, reference_logprobs
 from .shared_prefix import attention_of, can_share, collate_shared
 from .tasks import check_examples_fit, load_tasks
@@ -59,6 +60,8 @@ def train_dpo(config: DPOConfig) -> Path:
         check_sharing(policy, "model_name_or_path")
         for data in tasks:
             data.sharing_attention = attention_of(policy.model)
+    if config.padding_free:
+        check_packing(policy.model, "padding_free")
     share_positions(policy, sequence, "model_name_or_path")
     for data in tasks:
         data.sequence = sequence
@@ -101,7 +104,8 @@ class DPOTask(GroupTask):
         groups = self.examples(indices)
         if self.sharing_attention is not None:
             return collate_shared(groups, self.pad_id, self.sharing_attention).to(self.device)
-        return collate_groups(groups, self.pad_id).to(self.device)
+        collate = collate_flat if self.config.padding_free else collate_groups
+        return collate(groups, self.pad_id).to(self.device)
 
     def compute_loss(self, model: nn.Module, indices: MicroBatch) -> LossOutput:
         pairs = self.batch(indices)
@@ -131,7 +135,9 @@ def pair_loss(
     def loss_in_head(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
         kernels, labels, shared = kernels_for(sequence, pairs.labels)
         hidden = pairs.hidden_of(hidden)
-        return kernels.linear_dpo_loss(hidden, head.weight, labels, ref_logps, **head.options(), **options, **shared)
+        return kernels.linear_dpo_loss(
+            hidden, head.weight, labels, ref_logps, cu_seqlens=pairs.cu_seqlens, **head.options(), **options, **shared
+        )
 
     return policy(pairs.batch, loss_in_head)
 
@@ -167,8 +173,11 @@ def add_reference_logprobs(
         check_same_vocabulary(policy, reference, "ref_model_name_or_path")
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
+        if config.padding_free:
+            check_packing(reference.model, "padding_free")
     device = accelerator.device.type
-    keys = [content_key(reference, t.groups, t.plan, t.pad_id, device, config.share_prefix) for t in tasks]
+    layout = "flat" if config.padding_free else config.share_prefix
+    keys = [content_key(reference, t.groups, t.plan, t.pad_id, device, layout) for t in tasks]
     dtype = config.trained_dtype if reference is policy else None
     frozen = Reference(policy) if config.use_peft and reference is policy else reference
     place(reference, accelerator, bf16=config.bf16, dtype=dtype)

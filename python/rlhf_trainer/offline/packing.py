@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data.batches import IGNORED, Batch, labels_of
 from ..data.examples import TokenSequence
+from ..errors import UsageError
 
 LARGEST_LEAK = 0.03  # of a visible neighbour's effect; rounding makes 1e-5 of it in fp32, 1e-2 in bf16
 
@@ -61,6 +62,15 @@ def collate_packed(rows: list[list[TokenSequence]], pad_id: int) -> Batch:
         position_ids[r, start:] = torch.arange(width - start)
     real = torch.tensor([[int(t < sum(s.length for s in row)) for t in range(width)] for row in rows])
     return Batch(input_ids, None, labels, position_ids, real)
+
+
+def check_packing(model: PreTrainedModel, option: str) -> None:
+    """UsageError where sequences in one row would not be kept apart."""
+    if leaks(model):
+        raise UsageError(
+            f"{option}: in {type(model).__name__} with attention {model.config._attn_implementation!r} sequences that "
+            f"share a row see each other. Leave {option} off, or try attn_implementation: sdpa"
+        )
 
 
 @torch.no_grad()

@@ -10,28 +10,32 @@ from torch import Tensor
 
 from ..data.batches import Batch, pad_sequences
 from ..data.encoding import Codec
-from ..data.examples import Group, Loaded, load_groups, reading_of
+from ..data.examples import Group, Loaded, TokenSequence, load_groups, reading_of
 from ..training.batch_plan import MicroBatch
 from ..training.loop import plan_training
 from ..training.task import Task
 from .config import PairConfig
+from .packing import collate_packed
 
 
 class PairBatch(NamedTuple):
     """G groups: their S responses as sequences, and the P pairs among all of them."""
 
     batch: Batch
-    labels: Tensor  # [S, T'] int64, as `hidden_of` lays hidden states out
+    labels: Tensor  # [S, T'] int64, or [T] with cu_seqlens, as `hidden_of` lays hidden states out
     chosen_idxs: Tensor  # [P] int64 into [0, S)
     rejected_idxs: Tensor  # [P]
     margins: Tensor  # [P] fp32
     gather: Tensor | None = None  # [S, T'] positions in the flattened batch, where rows hold more than one sequence
+    cu_seqlens: Tensor | None = None  # [S + 1] where sequences begin in the only row, and the last one ends
 
     def to(self, device: torch.device) -> PairBatch:
         return PairBatch(*(part if part is None else part.to(device) for part in self))
 
     def hidden_of(self, hidden: Tensor) -> Tensor:
-        """The model's hidden states of the batch -> [S, T', D], a row for each response."""
+        """The model's hidden states of the batch -> [S, T', D], a row for each response, or [T, D] with cu_seqlens."""
+        if self.cu_seqlens is not None:
+            return hidden.flatten(0, 1)
         return hidden if self.gather is None else hidden.flatten(0, 1)[self.gather]
 
 
@@ -39,6 +43,18 @@ def collate_groups(groups: list[Group], pad_id: int) -> PairBatch:
     """A row for each response: its prompt, then itself."""
     batch = pad_sequences([(group.prompt, response) for group in groups for response in group.responses], pad_id)
     return PairBatch(batch, batch.labels, *pairs_of(groups))
+
+
+def collate_flat(groups: list[Group], pad_id: int) -> PairBatch:
+    """All responses, each behind its prompt, in one row without padding."""
+    sequences = [
+        TokenSequence(group.row, group.prompt + response, [False] * len(group.prompt) + [True] * len(response))
+        for group in groups
+        for response in group.responses
+    ]
+    batch = collate_packed([sequences], pad_id)
+    ends = torch.tensor([0, *(len(sequence.ids) for sequence in sequences)]).cumsum(0)
+    return PairBatch(batch, batch.labels[0], *pairs_of(groups), cu_seqlens=ends)
 
 
 def pairs_of(groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:

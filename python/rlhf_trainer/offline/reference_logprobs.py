@@ -80,15 +80,19 @@ def sequence_logprobs(model: Callable[..., Any], pairs: PairBatch, sequence: Seq
     def use(hidden: Tensor, head: LMHead) -> Tensor:
         kernels, labels, shared = kernels_for(sequence, pairs.labels)
         hidden = pairs.hidden_of(hidden)
-        return kernels.sequence_logprobs(hidden, head.weight, labels, **head.options(), **shared).logprobs
+        options = head.options() | shared | {"cu_seqlens": pairs.cu_seqlens}
+        return kernels.sequence_logprobs(hidden, head.weight, labels, **options).logprobs
 
     return model(pairs.batch, use)
 
 
 def content_key(
-    model: FusedLM, groups: list[Group], plan: list[list[MicroBatch]], pad_id: int, device: str, share_prefix: bool
+    model: FusedLM, groups: list[Group], plan: list[list[MicroBatch]], pad_id: int, device: str, layout: bool | str
 ) -> str:
-    """A digest of all that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code."""
+    """A digest of all that reference log-probs depend on, to the bit: weights, tokens, padding, precision, code.
+
+    layout: whether prompts are shared, or "flat".
+    """
     digest = hashlib.blake2b(digest_size=20)
     names = ("_name_or_path", "transformers_version")  # a model's place does not change its output
     config = {key: value for key, value in model.model.config.to_dict().items() if key not in names}
@@ -96,7 +100,7 @@ def content_key(
     versions = [LAYOUT, rk.__version__, torch.__version__, transformers.__version__]
     head = [model.logit_scale, model.logit_softcap]
     together = 1 if model.sequence is None else model.sequence.size
-    passes = [device, model.bf16, attention, pad_id, plan, share_prefix, *([together] if together > 1 else [])]
+    passes = [device, model.bf16, attention, pad_id, plan, layout, *([together] if together > 1 else [])]
     setting = [versions, passes, head, type(model.model).__name__, config]
     digest.update(json.dumps(setting, sort_keys=True, default=str).encode())
     digest.update(json.dumps([[group.prompt, group.responses] for group in groups]).encode())

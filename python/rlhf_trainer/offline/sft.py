@@ -18,7 +18,6 @@ import rlhf_kernels as rk
 from ..data.batches import IGNORED, Batch, collate_sequences, next_tokens
 from ..data.encoding import Codec
 from ..data.examples import Loaded, TokenSequence, load_conversations, reading_of
-from ..errors import UsageError
 from ..models.checks import pad_id_of
 from ..models.fused_lm import LMHead, load_policy, share_positions
 from ..models.loading import load_codec_for, save_result
@@ -28,7 +27,7 @@ from ..training.loop import plan_training, start_accelerator, train
 from ..training.output_folder import begin
 from ..training.task import LossOutput, Task
 from .config import SFTConfig
-from .packing import collate_packed, leaks, plan_packing
+from .packing import check_packing, collate_packed, plan_packing
 from .tasks import check_examples_fit, load_tasks
 
 
@@ -44,11 +43,8 @@ def train_sft(config: SFTConfig) -> Path:
     task, held_out = load_tasks(load_task, config, codec, accelerator)
     policy = load_policy(config, codec, largest)
     check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
-    if config.packing and leaks(policy.model):
-        raise UsageError(
-            f"packing: in {type(policy.model).__name__} with attention {policy.model.config._attn_implementation!r} "
-            "conversations that share a row see each other. Leave packing off, or try attn_implementation: sdpa"
-        )
+    if config.packing:
+        check_packing(policy.model, "packing")
     share_positions(policy, sequence, "model_name_or_path")
     for data in (task, held_out):
         if data is not None:

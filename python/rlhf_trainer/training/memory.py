@@ -54,4 +54,5 @@ def lack_of_memory(config: Any, describe: Callable[[], str]) -> Iterator[None]:
         raise TrainingError(
             f"out of memory {'of the GPU' if cuda else 'of the machine'}: {describe()}. {remedies}"
             + (f", or pass {', '.join(flags)}" if flags else "")
+            + (". With --dry_run it says what each part takes" if hasattr(config, "dry_run") else "")
         ) from error

@@ -1,12 +1,13 @@
-"""One pass over a prompt for all its responses gives what a pass for each gives."""
+"""One pass over a prompt for all its responses, and rows without padding, give what a padded row for each gives."""
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
 from rlhf_trainer.data.examples import Group
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.fused_lm import FusedLM
-from rlhf_trainer.offline.pair_batches import collate_groups
+from rlhf_trainer.offline.pair_batches import collate_flat, collate_groups
 from rlhf_trainer.offline.reference_logprobs import sequence_logprobs
 from rlhf_trainer.offline.shared_prefix import can_share, collate_shared
 
@@ -53,6 +54,28 @@ def test_log_probs_are_those_of_a_row_for_each(family, attention, make_model):
     torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere"])
+@torch.no_grad()
+def test_log_probs_without_padding_are_those_of_padded_rows(family, make_model):
+    """Also longer than Gemma 2's window of 16 tokens."""
+    groups = [*GROUPS, Group(3, list(range(30, 50)), [list(range(50, 75)), [9]], [(0, 1)], [0.0])]
+    fused = FusedLM(make_model(family))
+    flat = collate_flat(groups, 1)
+    assert flat.batch.input_ids.shape == (1, sum(len(g.prompt) + len(r) for g in groups for r in g.responses))
+    plain = sequence_logprobs(fused, collate_groups(groups, 1))
+    assert plain.std() > 1
+    torch.testing.assert_close(sequence_logprobs(fused, flat), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_whose_rows_leak_is_refused(tokenizer, rows, write_jsonl, train, tmp_path):
+    """Bloom knows no positions."""
+    config = BloomConfig(vocab_size=397, hidden_size=32, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UsageError, match=r"padding_free: in BloomForCausalLM .* Leave padding_free off"):
+        train(model_name_or_path=str(tmp_path / "bloom"), dataset_name=write_jsonl(rows(4)), padding_free=True)
+
+
 def test_a_model_that_cannot_is_refused(make_model, model_folder, rows, write_jsonl, train):
     """Gemma 2's window of 16 tokens is lost to a mask of one's own."""
     assert not can_share(make_model("gemma2"))
@@ -62,9 +85,10 @@ def test_a_model_that_cannot_is_refused(make_model, model_folder, rows, write_js
 
 def test_training_is_the_same(model_folder, rows, write_jsonl, train):
     common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(8)), "num_train_epochs": 4}
-    plain, shared = (train(**common, share_prefix=share)[1] for share in (False, True))
+    layouts = ({}, {"share_prefix": True}, {"padding_free": True})
+    plain, shared, flat = (train(**common, **layout)[1] for layout in layouts)
     assert plain[3]["loss"] < plain[0]["loss"] - 0.05
-    for a, b in zip(plain, shared, strict=True):
+    for a, b in (*zip(plain, shared, strict=True), *zip(plain, flat, strict=True)):
         for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
 
