@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted((ROOT / "rlhf_kernels").rglob("*.py"))
 TRAINER = sorted((ROOT / "python" / "rlhf_trainer").rglob("*.py"))
 CSRC = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh"))
-PUBLIC_INTEGRATIONS = ("rlhf_kernels.integrations.lm_head", "rlhf_kernels.integrations.transformers")
+PUBLIC_ROOMS = (
+    "rlhf_kernels.integrations.lm_head", "rlhf_kernels.integrations.transformers", "rlhf_kernels.parallel",
+)  # fmt: skip
 MAX_LINES = 450
 # Lines of Python: features come by libraries. Studies are programs that use the trainer, and count by themselves.
 STUDIES = "python/rlhf_trainer/studies"
@@ -108,7 +110,8 @@ def test_kernels_import_only_torch(path):
 
 def all_of(module):
     """`__all__` of a module that cannot be imported wherever these tests run."""
-    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    path = ROOT / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     (found,) = (node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets) == "__all__")
     return set(ast.literal_eval(found.value))
 
@@ -116,7 +119,7 @@ def all_of(module):
 @pytest.mark.parametrize("path", TRAINER, ids=name_of)
 def test_trainer_sees_only_public_names(path):
     public = {*rlhf_kernels.__all__, "__version__"}
-    rooms = {"rlhf_kernels": public} | {room: all_of(room) for room in PUBLIC_INTEGRATIONS}
+    rooms = {"rlhf_kernels": public} | {room: all_of(room) for room in PUBLIC_ROOMS}
     tree = ast.parse(path.read_text())
     aliases = set()
     for node in ast.walk(tree):

@@ -6,7 +6,7 @@ transformer goes token by token.
 """
 
 import functools
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +19,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 import rlhf_kernels as rk
-import rlhf_kernels.parallel
+from rlhf_kernels.parallel import linear_dpo_loss, sequence_logprobs
 
 from ..data.batches import IGNORED, next_tokens
 from ..errors import UsageError
 
 ATTENTION = "sequence_parallel"  # its name among transformers' attention functions
+OVER_GROUP = {rk.linear_dpo_loss: linear_dpo_loss, rk.sequence_logprobs: sequence_logprobs}
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # to torch's scaled_dot_product_attention
 
 
@@ -88,11 +89,13 @@ def share_sequences(model: PreTrainedModel, sequence: SequenceParallel, key: str
         )
 
 
-def kernels_for(sequence: SequenceParallel | None, labels: Tensor) -> tuple[ModuleType, Tensor, dict[str, Any]]:
-    """The module that has the losses of sequences, whole or shared, with the labels and options that these take."""
+def over_group(
+    function: Callable[..., Any], sequence: SequenceParallel | None, labels: Tensor
+) -> tuple[Callable[..., Any], Tensor, dict[str, Any]]:
+    """The function of rlhf_kernels, or that of its name for shared sequences, with the labels and options for it."""
     if sequence is None:
-        return rk, labels, {}
-    return rk.parallel, sequence.targets(labels), {"shift": False, "sequence_group": sequence.group}
+        return function, labels, {}
+    return OVER_GROUP[function], sequence.targets(labels), {"shift": False, "sequence_group": sequence.group}
 
 
 def attend(

@@ -23,7 +23,7 @@ from ..models.checks import pad_id_of
 from ..models.fused_lm import FusedLM, LMHead, check_same_vocabulary, load_fused, load_policy, share_positions
 from ..models.loading import load_codec_for, make_room, save_result
 from ..models.lora import Reference
-from ..models.sequence_parallel import SequenceParallel, kernels_for, start_sequence_parallel
+from ..models.sequence_parallel import SequenceParallel, over_group, start_sequence_parallel
 from ..training.batch_plan import MicroBatch
 from ..training.fsdp import place
 from ..training.loop import start_accelerator, train
@@ -133,9 +133,9 @@ def pair_loss(
     }  # fmt: skip
 
     def loss_in_head(hidden: Tensor, head: LMHead) -> rk.LinearDPOLoss:
-        kernels, labels, shared = kernels_for(sequence, pairs.labels)
+        loss, labels, shared = over_group(rk.linear_dpo_loss, sequence, pairs.labels)
         hidden = pairs.hidden_of(hidden)
-        return kernels.linear_dpo_loss(
+        return loss(
             hidden, head.weight, labels, ref_logps, cu_seqlens=pairs.cu_seqlens, **head.options(), **options, **shared
         )
 

@@ -20,7 +20,7 @@ import rlhf_kernels as rk
 
 from ..data.examples import Group
 from ..models.fused_lm import FusedLM, LMHead
-from ..models.sequence_parallel import SequenceParallel, kernels_for
+from ..models.sequence_parallel import SequenceParallel, over_group
 from ..training.batch_plan import MicroBatch, share_of_process
 from ..training.files import checksum, write_whole
 from .pair_batches import PairBatch
@@ -78,10 +78,10 @@ def sequence_logprobs(model: Callable[..., Any], pairs: PairBatch, sequence: Seq
     """log pi(response | prompt) of each response, [S] in nats; `model` is a FusedLM, wrapped or not."""
 
     def use(hidden: Tensor, head: LMHead) -> Tensor:
-        kernels, labels, shared = kernels_for(sequence, pairs.labels)
+        sums, labels, shared = over_group(rk.sequence_logprobs, sequence, pairs.labels)
         hidden = pairs.hidden_of(hidden)
         options = head.options() | shared | {"cu_seqlens": pairs.cu_seqlens}
-        return kernels.sequence_logprobs(hidden, head.weight, labels, **options).logprobs
+        return sums(hidden, head.weight, labels, **options).logprobs
 
     return model(pairs.batch, use)
 

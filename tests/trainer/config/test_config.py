@@ -239,7 +239,7 @@ def test_options_that_a_resumed_run_may_change():
     assert set(names_with(DPOConfig, "may_change")) == {
         "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "report_to", "project", "logging_steps",
         "save_only_model", "num_train_epochs", "max_steps", "dry_run", "dry_run_processes", "push_to_hub",
-        "hub_model_id", "hub_private_repo",
+        "hub_model_id", "hub_private_repo", "async_save",
     }  # fmt: skip
     assert set(names_with(RewardConfig, "may_change")) == {*names_with(DPOConfig, "may_change"), "compare_with"}
 

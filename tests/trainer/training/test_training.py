@@ -167,7 +167,8 @@ def test_running_out_of_memory_is_one_message(fails, model_folder, rows, write_j
     error = capsys.readouterr().err
     assert re.search(
         r"^rlhf sft: out of memory of the (GPU|machine): step 1, a micro-batch of 4 x \d+ tokens. Lower "
-        r"micro_batch_size \(4\), max_length \(64\), or pass --gradient_checkpointing, --bf16$",
+        r"micro_batch_size \(4\), max_length \(64\), or pass --gradient_checkpointing, --bf16. With "
+        r"--dry_run it says what each part takes$",
         error, re.MULTILINE,
     ), error  # fmt: skip
     assert "Traceback" not in error
