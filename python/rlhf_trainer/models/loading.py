@@ -252,17 +252,31 @@ def checkpoint_gradients(model: PreTrainedModel) -> None:
                     setattr(module, name, 0.0)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a folder that Auto... classes load: whole weights, an adapter merged into a copy of them."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, unties: bool = False
+) -> None:
+    """Writes a folder that Auto... classes load: whole weights, an adapter merged into a copy of them. `unties`: also
+    the head's weight, where it is that of the embeddings."""
     if getattr(model, "is_quantized", False):
         raise UsageError("weight_sync: four-bit weights (load_in_4bit) do not travel, but their adapter does: lora")
-    if adapter_of(model) is None:
-        model.save_pretrained(folder, state_dict=state_within(model))
-    elif state_within(model) is None:
-        merged(copy.deepcopy(model)).save_pretrained(folder)
-    else:
-        raise UsageError("weight_sync: under FSDP an adapter travels as one: lora")
+    state = state_within(model)
+    if adapter_of(model) is not None:
+        if state is not None:
+            raise UsageError("weight_sync: under FSDP an adapter travels as one: lora")
+        model = merged(copy.deepcopy(model))
+    if unties and ties_head(model):
+        head = model.get_output_embeddings()
+        (name,) = (f"{name}.weight" for name, part in model.named_modules() if part is head)
+        state = state or model.state_dict()
+        state |= {name: state[name].clone()}  # shared storage would be written once
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+
+
+def ties_head(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is that of the embeddings."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def save_result(model: PreTrainedModel, tokenizer: Any, folder: Path, config: AdapterConfig) -> None:

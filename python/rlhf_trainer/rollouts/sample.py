@@ -9,6 +9,7 @@ model's turn (weight_sync): the tokenizer is needed here, the weights are not. W
 failures.jsonl, which is a dataset of prompts again.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ..data.encoding import Codec, is_empty
 from ..data.examples import Prompt
 from ..errors import UsageError
 from ..models.checks import check_fit
-from ..models.loading import load_causal_lm, load_codec, loading_of, meta_model, stop_at
+from ..models.loading import load_causal_lm, load_codec, loading_of, meta_model, stop_at, ties_head
 from ..training.journal import Journal, batches_of_like_length, write_jsonl
 from ..training.output_folder import begin, commit_output, open_output
 from ..training.processes import single_process
@@ -31,6 +32,7 @@ from .sampler import Failure, request_of
 from .server import ServerSampler
 
 FAILURES_FILE = "failures.jsonl"
+POLICY_FOLDER = "policy"  # of the copy that a server loads
 
 
 class Part(NamedTuple):
@@ -42,6 +44,7 @@ class Part(NamedTuple):
     batches: list[list[int]]  # positions in `prompts`
     number: int
     server: ServerSampler | None  # None: the model is loaded here, when it is its turn
+    ties: bool  # its head to its embeddings
 
 
 class Written(NamedTuple):
@@ -71,18 +74,21 @@ def sample(config: SampleConfig) -> Path:
         check_fit(model, codec.tokenizer, [prompt.row for prompt in prompts], lengths, config.dataset_name, SHORTER)
         stop_at(model, codec)
         server = make_sampler(config, model, codec.tokenizer, name) if config.use_vllm else None
-        parts.append(Part(name, codec, prompts, batches, sum(len(part.batches) for part in parts), server))
+        parts.append(
+            Part(name, codec, prompts, batches, sum(len(part.batches) for part in parts), server, ties_head(model))
+        )
 
     work = open_output(config)
     total = sum(len(part.batches) for part in parts)
     data = [(part.model, [prompt.ids for prompt in part.prompts]) for part in parts]
     with Journal(work / "progress.jsonl", total, "rlhf sample", data) as progress:
-        lines = [line for part in parts for line in completions_of(config, part, progress, device)]
+        lines = [line for part in parts for line in completions_of(config, part, progress, device, work)]
     rows, failures = [line for line in lines if "reason" not in line], [line for line in lines if "reason" in line]
     write_jsonl(work / COMPLETIONS_FILE, rows)
     if failures:
         write_jsonl(work / FAILURES_FILE, failures)
     progress.remove()
+    shutil.rmtree(work / POLICY_FOLDER, ignore_errors=True)
     folder = commit_output(config)
     print(summary(rows, len({row["prompt_row"] for row in rows})) + f"; saved to {folder / COMPLETIONS_FILE}")
     if failures:
@@ -90,9 +96,11 @@ def sample(config: SampleConfig) -> Path:
     return folder
 
 
-def completions_of(config: SampleConfig, part: Part, progress: Journal, device: torch.device) -> list[dict[str, Any]]:
+def completions_of(
+    config: SampleConfig, part: Part, progress: Journal, device: torch.device, work: Path
+) -> list[dict[str, Any]]:
     """The rows of one model, in the order of its prompts."""
-    draw = drawer_of(config, part, device)
+    draw = drawer_of(config, part, device, work)
     rows: dict[int, dict[str, Any]] = {}
     for number, positions in enumerate(part.batches, start=part.number):
         prompts = [part.prompts[i] for i in positions]
@@ -111,12 +119,15 @@ def completions_of(config: SampleConfig, part: Part, progress: Journal, device: 
 
 
 def drawer_of(
-    config: SampleConfig, part: Part, device: torch.device
+    config: SampleConfig, part: Part, device: torch.device, work: Path
 ) -> Callable[[list[Prompt], int], list[Completion | Failure]]:
     """The function (prompts, batch number) -> completions: by the server, or by the model, loaded here."""
     sampling = sampling_of(config)
     if part.server is not None:
-        if config.weight_sync != "none":
+        if config.weight_sync != "none" and part.server.way.unties and part.ties:
+            model = load_causal_lm(part.model, key="models", **loading_of(config))
+            part.server.sync(model, part.codec.tokenizer, work / POLICY_FOLDER)
+        elif config.weight_sync != "none":
             part.server.load(str(Path(part.model).resolve()) if Path(part.model).exists() else part.model)
         return lambda prompts, number: part.server.generate(
             [request_of(prompt, config.dataset_name) for prompt in prompts], sampling, seed=config.seed, number=number

@@ -26,13 +26,14 @@ class WeightSync(ABC):
     """
 
     path = flags = ""
+    unties = False  # tied heads must be in the copy, too
 
     def __init__(self) -> None:
         self.lost: dict[str, int] = {}  # connections to each server, until weights had been sent
 
     def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, saved: Path) -> None:
         """Writes what travels."""
-        save_model(model, tokenizer, saved)
+        save_model(model, tokenizer, saved, unties=self.unties)
 
     def send(self, server: Server, saved: str) -> None:
         """Loads the copy, and remembers that the server has it."""
@@ -85,10 +86,15 @@ class Adapter(WeightSync):
 
 class Workers(WeightSync):
     """vLLM: its workers read the folder. Requests under way are aborted, and so sent again, as half of their tokens
-    would be of other weights than the rest."""
+    would be of other weights than the rest.
+
+    Of a layer that the folder does not name, a server on a CPU goes on with the copy that it packed when it started
+    (vLLM 0.32), so that a head which shares the embeddings' weight is written out.
+    """
 
     path = "/collective_rpc"
     flags = "VLLM_SERVER_DEV_MODE=1 vllm serve ..."
+    unties = True
 
     def load(self, server: Server, saved: str) -> None:
         server.request("/pause?mode=abort", {})

@@ -4,15 +4,17 @@ import json
 import random
 
 import pytest
+from safetensors.torch import load_file
 
 from rlhf_trainer.data.completions import COMPLETIONS_FILE
 from rlhf_trainer.errors import UsageError
+from rlhf_trainer.models.loading import load_causal_lm
 from rlhf_trainer.rollouts import http_json as json_server
 from rlhf_trainer.rollouts import sample as sampling
 from rlhf_trainer.rollouts.config import SampleConfig
 from rlhf_trainer.rollouts.sample import FAILURES_FILE, sample
 from rlhf_trainer.training.output_folder import CONFIG_FILE, partial_folder
-from tests.trainer.rollouts.scripted_server import Scripted, choices
+from tests.trainer.rollouts.scripted_server import VLLM, Led, Scripted, choices
 
 PROMPTS = ["the cat", "dogs ran far", "a mat on the green hills"]
 
@@ -67,6 +69,30 @@ def test_a_server_writes_in_the_models_place(server, run, model_folder):
     assert len({line["completion"] for line in lines}) > 6 and all(line["finished"] for line in lines)
     assert {body["model"] for path, body in server.requests if path == "/v1/completions"} == {"tiny"}
     assert sorted(path.name for path in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
+
+
+def test_a_server_gets_a_head_that_is_the_embeddings_as_well(run, model_folder, monkeypatch):
+    """The folder as it is has it once, and is sent as it is where it has all."""
+    monkeypatch.setattr(sampling, "load_causal_lm", load_causal_lm)
+    for family in ("llama", "qwen3"):
+        server, sent = Led(*VLLM), []
+
+        def answer(path, body, server=server, sent=sent):
+            if path == "/collective_rpc" and body:
+                sent.append(
+                    (
+                        body["kwargs"]["weights_path"],
+                        "lm_head.weight" in load_file(f"{body['kwargs']['weights_path']}/model.safetensors"),
+                    )
+                )
+            return server.reply(path, body)
+
+        server.answer = answer
+        with server.running() as url:
+            folder = run(url, family, models=[model_folder(family)], weight_sync="folder")
+        ((path, has_head),) = sent
+        assert has_head and (path == model_folder(family)) == (family == "llama")
+        assert sorted(path.name for path in folder.iterdir()) == [COMPLETIONS_FILE, CONFIG_FILE]
 
 
 def test_what_fails_at_every_try_is_kept_apart_and_can_be_sampled_again(server, run, tokenizer, capsys):

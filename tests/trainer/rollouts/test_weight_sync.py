@@ -4,6 +4,7 @@ import re
 
 import pytest
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf_trainer.errors import UsageError
@@ -80,6 +81,24 @@ def test_workers_read_a_folder_while_nothing_is_drawn(led, make_model, tokenizer
     saved = AutoModelForCausalLM.from_pretrained(folder)
     assert saved.lm_head.weight[3, 0].item() == model.lm_head.weight[3, 0].item()
     assert drawn(sampler, requests) == [[11]] * 4 and sampler.model_name == "base"
+
+
+def test_workers_read_a_head_that_is_the_embeddings_as_well(make_model, tokenizer, tmp_path):
+    """A server that packed a copy of it when it started would keep that."""
+    model = make_model("qwen3", seed=4)
+    put_adapter(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    for way, names in (
+        (Workers(), {"lm_head.weight", "model.embed_tokens.weight"}),
+        (Reload(), {"model.embed_tokens.weight"}),
+    ):
+        for number, kept in enumerate((make_model("qwen3", seed=4), model)):
+            folder = tmp_path / f"{type(way).__name__}{number}"
+            way.save(kept, tokenizer, folder)
+            weights = load_file(folder / "model.safetensors")
+            assert {name for name in weights if len(weights[name]) == VOCABULARY} == names
+            assert all(weights[name].equal(model.lm_head.weight) for name in names)
+            loaded = AutoModelForCausalLM.from_pretrained(folder)
+            assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_sglang_loads_from_disk_and_transformers_by_name(led, make_model, tokenizer, tmp_path):

@@ -105,10 +105,11 @@ def test_a_killed_run_goes_on_in_another_number_of_processes(run_stages, base, t
         assert difference(whole, fewer, base) < ROUNDING, stage
 
 
-def test_a_sharded_policy_is_saved_for_a_server_amid_its_training(python, model_folder):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # the second one's embeddings are its head, too
+def test_a_sharded_policy_is_saved_for_a_server_amid_its_training(python, model_folder, family):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     script = str(Path(__file__).with_name("sharded_saving.py"))
-    done = python(*launch, script, model_folder("llama"), "saved", ACCELERATE_USE_CPU="true", **FSDP)
+    done = python(*launch, script, model_folder(family), "saved", ACCELERATE_USE_CPU="true", **FSDP)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "all weights equal" in done.stdout
 
