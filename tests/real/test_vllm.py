@@ -54,12 +54,20 @@ def setup_of(server, work):
     def make(**options):
         config = GRPOConfig(
             model_name_or_path=str(SMOLLM2.path), dataset_name=str(work / "questions.jsonl"),
-            reward_funcs=["tests.real.vllm_grpo:brevity"], output_dir=str(work / "out"), inspect_rows=0, use_vllm=True,
-            vllm_server_base_url=server.url, **options,
+            reward_funcs=["tests.real.vllm_grpo:brevity"], inspect_rows=0, use_vllm=True,
+            vllm_server_base_url=server.url, **{"output_dir": str(work / "out")} | options,
         )  # fmt: skip
         return prepare(config)
 
     return make
+
+
+@pytest.fixture
+def own_weights(setup_of, work):
+    """The server has its own weights again when the test is done."""
+    yield
+    setup = setup_of(weight_sync="folder", output_dir=str(work / "own"))
+    sampler_of(setup).sync(setup.policy.model, setup.tokenizer, work / "own")
 
 
 def sampler_of(setup):
@@ -113,42 +121,61 @@ def test_logprobs_are_of_the_distribution_that_is_drawn_from(setup_of):
 
 def test_the_server_is_compared_with_the_policy(setup_of):
     setup = setup_of(weight_sync="none", temperature=0.9)
-    message = check_server(setup, sampler_of(setup))
+    message = check_server(setup, sampler_of(setup), None)
     assert "has the policy's tokens and weights" in message
     with torch.no_grad():  # as one of the training before this one might be
         for layer in setup.policy.model.model.layers[:4]:
             layer.mlp.down_proj.weight.mul_(0.7)
     with pytest.raises(UsageError, match=r"other weights than the policy: its log-probs of 4 prompts differ"):
-        check_server(setup, sampler_of(setup))
+        check_server(setup, sampler_of(setup), None)
 
 
-@pytest.mark.parametrize("way", ["lora", "folder"])
-def test_weights_arrive(setup_of, way, work):
+@torch.no_grad()
+def change(model, parts):
+    """Noise in the weights whose names have one of `parts`."""
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if any(part in name for part in parts):
+            size = weight.std() / (8 if "embed_tokens" in name else 2)
+            weight.add_(torch.randn_like(weight) * (size if size > 0 else 0.04))  # lora_B begins at zero
+
+
+@pytest.mark.usefixtures("own_weights")
+@pytest.mark.parametrize(
+    ("way", "parts"), [("lora", ["lora_B"]), ("folder", ["down_proj"]), ("folder", ["embed_tokens", "k_proj", "norm"])]
+)
+def test_weights_arrive(setup_of, way, parts, work):
     """What is drawn has the log-probs of the policy that was sent last, and not of the one before."""
-    options = (
-        {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 8, "dtype": "float32"}
-        if way == "lora"
-        else {}
-    )
-    setup = setup_of(weight_sync=way, **options)
+    adapts = {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 8, "dtype": "float32"}
+    setup = setup_of(weight_sync=way, **(adapts if way == "lora" else {}))
     sampler, requests = sampler_of(setup), requests_of(setup)
-    sampler.sync(setup.policy.model, setup.tokenizer, work / "policy")
+
+    def send():
+        sampler.sync(setup.policy.model, setup.tokenizer, work / "policy")
+
+    send()
+    assert "has the policy's tokens and weights" in check_server(setup, sampler, send)
     before = sampler.generate(requests, Sampling(8), seed=1, number=0)
     assert gap(setup.policy.model, requests, before) < BF16_NATS
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in setup.policy.model.named_parameters():
-            if "lora_B" in name or (way == "folder" and "down_proj" in name):
-                weight.add_(torch.randn_like(weight) * (0.02 if way == "lora" else weight.std() / 2))
+    change(setup.policy.model, parts)
     assert gap(setup.policy.model, requests, before) > 3 * BF16_NATS
-    sampler.sync(setup.policy.model, setup.tokenizer, work / "policy")
+    send()
     after = sampler.generate(requests, Sampling(8), seed=1, number=0)
     assert gap(setup.policy.model, requests, after) < 2 * BF16_NATS
-    assert "has the policy's tokens and weights" in check_server(setup, sampler)
-    if way == "folder":  # as it was, for the other tests
-        sampler.load(str(SMOLLM2.path))
 
 
+@pytest.mark.usefixtures("own_weights")
+def test_a_head_that_does_not_arrive_is_noticed(setup_of, work):
+    """vLLM's CPU build keeps the head that it packed when the folder does not name it, as transformers saves a tied
+    one; where this fails it has been mended, and `Workers.unties` may go."""
+    setup = setup_of(weight_sync="folder")
+    sampler = sampler_of(setup)
+    sampler.way.unties = False
+    with pytest.raises(UsageError, match=r"does not take all weights that are sent to it: .* differ by \d\S* nats"):
+        check_server(setup, sampler, lambda: sampler.sync(setup.policy.model, setup.tokenizer, work / "policy"))
+
+
+@pytest.mark.usefixtures("own_weights")
 @pytest.mark.parametrize("way", ["lora", "folder"])
 def test_the_reward_rises(server, way, work):
     rows = vllm_grpo.train(SMOLLM2.path, server.url, way, work / "out", "--max_steps", str(STEPS))

@@ -71,9 +71,14 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 "note: weight_sync is none: completions stay those of the server's own model, however far the policy "
                 "moves; sampling/kl tells how far"
             )
-        sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+
+        def send() -> None:
+            with unsharded(run.model):
+                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+
+        send()
         if isinstance(sampler, ServerSampler):
-            run.log.write(check_server(setup, sampler))
+            run.log.write(check_server(setup, sampler, send))
         if setup.held_out and not run.done:
             with unsharded(run.model):
                 run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
@@ -81,15 +86,14 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
             if run.best.is_over:
                 break
             started = time.perf_counter()
-            with unsharded(run.model):
-                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
+            send()
             metrics, beta = run_iteration(setup, run, sampler, algorithm, step, beta)
             metrics["seconds"] = time.perf_counter() - started
             if isinstance(sampler, ServerSampler):
                 metrics |= sampler.metrics()
             if setup.held_out and (step == total or step % (config.eval_steps or total) == 0):
+                send()
                 with unsharded(run.model):
-                    sync_policy(setup, sampler, run.work / POLICY_FOLDER)
                     metrics |= evaluate(setup, sampler, run.work, step)
             run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
             run.judge(step, metrics)

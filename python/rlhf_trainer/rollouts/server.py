@@ -169,8 +169,8 @@ class ServerSampler:
                 f"which must be there under this path, too: {problem}"
             ) from problem
 
-    def probe(self, request: GenerationRequest) -> Probe:
-        """What a server makes of a prompt's text; RequestError where it does not say."""
+    def probe(self, request: GenerationRequest, server: Server) -> Probe:
+        """What the server makes of a prompt's text; RequestError where it does not say."""
         if self.prompts == "text":
             raise RequestError("it takes text alone")
         one = self._body(request, Sampling(1, top_k=1), 0, 1)
@@ -185,7 +185,7 @@ class ServerSampler:
             return Probe(ids, logprobs, drawn is not None and drawn[0] > -1e-4)  # of all that top_k leaves, 1 is drawn
 
         body = one | {"prompt": self._text(request), "prompt_logprobs": 0}
-        return self.servers[0].request("/v1/completions", body, read)
+        return server.request("/v1/completions", body, read)
 
     def metrics(self) -> dict[str, float]:
         """How the servers do, since the run began."""

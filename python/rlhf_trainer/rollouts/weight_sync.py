@@ -27,6 +27,7 @@ class WeightSync(ABC):
 
     path = flags = ""
     unties = False  # tied heads must be in the copy, too
+    replaces = False  # weights in place, of which a server may keep some
 
     def __init__(self) -> None:
         self.lost: dict[str, int] = {}  # connections to each server, until weights had been sent
@@ -94,7 +95,7 @@ class Workers(WeightSync):
 
     path = "/collective_rpc"
     flags = "VLLM_SERVER_DEV_MODE=1 vllm serve ..."
-    unties = True
+    unties = replaces = True
 
     def load(self, server: Server, saved: str) -> None:
         server.request("/pause?mode=abort", {})
@@ -109,6 +110,7 @@ class Reload(WeightSync):
     """SGLang's update_weights_from_disk."""
 
     path, flags = "/update_weights_from_disk", "python -m sglang.launch_server ..."
+    replaces = True
 
     def load(self, server: Server, saved: str) -> None:
         server.request(self.path, {"model_path": saved}, succeeded)

@@ -91,7 +91,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Cuts again what a forward pass has left whole for a backward pass that does not come."""
+    """Leaves each process its part of every weight; a forward pass without a backward one leaves some whole."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -1,56 +1,91 @@
 """A server is compared with the policy before a run draws from it: a wrong one is refused in words."""
 
+from contextlib import ExitStack
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.online.config import GRPOConfig
-from rlhf_trainer.online.server_check import check_server, prompt_logprobs
+from rlhf_trainer.online.grpo import train_grpo
+from rlhf_trainer.online.server_check import check_server, score
 from rlhf_trainer.online.setup import prepare
 from rlhf_trainer.rollouts.loading import make_sampler
-from tests.trainer.rollouts.scripted_server import Scripted, choice
+from tests.trainer.rollouts.scripted_server import VLLM, Scripted, choices
 
 pytestmark = pytest.mark.usefixtures("loopback_without_proxy")
 
 
 class Scoring(Scripted):
-    """Scores prompts as a model does, and returns of what it draws the log-prob `drawn`."""
+    """Scores prompts as a model does, and returns of what it draws the log-prob `drawn`. It takes the weights that are
+    in a folder, all but those whose names start with `keeps`; the head has a copy of its own, as vLLM's CPU build has
+    it."""
 
     def __init__(self, folder):
         super().__init__()
         self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        self.drawn, self.scores, self.answer = 0.0, True, self.reply
+        self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+        self.drawn, self.scores, self.keeps, self.answer = 0.0, True, "nothing", self.reply
 
     @torch.no_grad()
     def reply(self, path, body):
         if path == "/v1/models":
             return 200, {"data": [{"id": "policy"}]}
-        ids = self.tokenizer(body["prompt"]).input_ids
+        if body is None:
+            return (405 if path in VLLM else 404), b""
+        if path != "/v1/completions":
+            if "kwargs" in body:
+                self.load(body["kwargs"]["weights_path"])
+            return 200, {"success": True}
+        ids = self.tokenizer(body["prompt"]).input_ids if isinstance(body["prompt"], str) else body["prompt"]
         logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         rows = [None] + [{str(id): {"logprob": logprobs[i, id].item()}} for i, id in enumerate(ids[1:])]
-        return choice(
-            token_ids=[7], prompt_token_ids=ids, prompt_logprobs=rows if self.scores else None,
-            logprobs={"tokens": ["?"], "token_logprobs": [self.drawn]},
-        )  # fmt: skip
+        drawn = {"prompt_logprobs": rows if self.scores else None, "logprobs": {"token_logprobs": [self.drawn]}}
+        return choices({"token_ids": [5 + i], "prompt_token_ids": ids} | drawn for i in range(body["n"]))
+
+    def load(self, folder):
+        sent = load_file(Path(folder) / "model.safetensors")
+        self.model.load_state_dict({k: v for k, v in sent.items() if not k.startswith(self.keeps)}, strict=False)
 
 
 @pytest.fixture
-def compared(task, tmp_path):
+def running(task, tmp_path):
+    """(change of the server, options) -> the server, what a run with it starts with, and its comparison."""
+    contexts = ExitStack()
+
+    def start(change=lambda server: None, **options):
+        server = Scoring(task["model_name_or_path"])
+        change(server)
+        led = {
+            "use_vllm": True,
+            "vllm_server_base_url": contexts.enter_context(server.running()),
+            "server_model": "policy",
+        }
+        small = {"output_dir": str(tmp_path / "out"), "num_generations": 4, "weight_sync": "none"}
+        setup = prepare(GRPOConfig(**task | led | small | options))
+        sampler = make_sampler(setup.config, setup.policy.model, setup.tokenizer)
+
+        def send():
+            sampler.sync(setup.policy.model, setup.tokenizer, tmp_path / "policy")
+
+        return server, setup, lambda: check_server(setup, sampler, send)
+
+    with contexts:
+        yield start
+
+
+@pytest.fixture
+def compared(running):
     """(change of the server, options) -> the message."""
 
     def compare(change=lambda server: None, **options):
-        server = Scoring(task["model_name_or_path"])
-        change(server)
-        with server.running() as url:
-            config = GRPOConfig(
-                **task | {"output_dir": str(tmp_path / "out")}, num_generations=4, use_vllm=True, weight_sync="none",
-                vllm_server_base_url=url, server_model="policy", **options,
-            )  # fmt: skip
-            setup = prepare(config)
-            own, rounded = prompt_logprobs(setup, setup.prompts[0].ids)
-            assert 0 < (rounded - own).abs().max() < 0.1 and not setup.policy.bf16
-            return check_server(setup, make_sampler(config, setup.policy.model, setup.tokenizer))
+        _, setup, check = running(change, **options)
+        own, rounded = score(setup)
+        assert 0 < (rounded - own).abs().max() < 0.1 and not setup.policy.bf16
+        return check()
 
     return compare
 
@@ -103,3 +138,28 @@ def test_a_server_that_scores_no_prompts_is_not_compared(compared):
 
     assert "was not compared with the policy: HTTP 400: no such field" in compared(refuses)
     assert "it takes text" in compared(server_prompts="text")
+
+
+def test_a_server_that_takes_all_weights_has_the_policys_afterwards(running):
+    server, setup, check = running(weight_sync="folder")
+    before = {name: weight.clone() for name, weight in setup.policy.model.state_dict().items()}
+    assert "has the policy's tokens and weights" in check()
+    assert [path for path, body in server.requests if path == "/collective_rpc" and body] == ["/collective_rpc"] * 2
+    for model in (setup.policy.model, server.model):
+        assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["lm_head", "transformer.ln_f", ""])
+def test_a_server_that_keeps_some_of_its_weights_is_refused(running, part):
+    """And the policy is as it was."""
+    _, setup, check = running(lambda server: setattr(server, "keeps", part), weight_sync="folder")
+    before = {name: weight.clone() for name, weight in setup.policy.model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"does not take all weights .* differ by \d\S* nats .* weight_sync lora"):
+        check()
+    assert all(weight.equal(before[name]) for name, weight in setup.policy.model.state_dict().items())
+
+
+def test_a_run_does_not_begin_with_it(running):
+    _, setup, _ = running(lambda server: setattr(server, "keeps", "lm_head"), weight_sync="folder")
+    with pytest.raises(UsageError, match=r"weight_sync folder: .* does not take all weights"):
+        train_grpo(setup.config)

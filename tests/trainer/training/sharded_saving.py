@@ -13,6 +13,7 @@ from rlhf_trainer.data.batches import pad_sequences
 from rlhf_trainer.models.fused_lm import load_policy
 from rlhf_trainer.models.loading import load_codec_for
 from rlhf_trainer.offline.config import DPOConfig
+from rlhf_trainer.online.server_check import halved
 from rlhf_trainer.rollouts.weight_sync import Adapter, Workers
 from rlhf_trainer.training.fsdp import gather, place, saved_dtype, unsharded
 from rlhf_trainer.training.metrics import make_accelerator
@@ -46,7 +47,16 @@ for use_peft in (False, True):
             assert own.keys() == wanted, own.keys() ^ wanted
             assert all(weight.equal(expected[name]) for name, weight in own.items())
         accelerator.wait_for_everyone()
-        policy(batch, lambda hidden, head: (hidden @ head.weight.float().T.to(hidden.dtype)).sum()).backward()
+
+        def logits(hidden, head):
+            return (hidden @ head.weight.float().T.to(hidden.dtype)).sum()
+
+        with torch.no_grad():
+            once = policy(batch, logits)  # leaves some weights whole
+            with halved(policy):
+                assert policy(batch, logits) != once
+            assert policy(batch, logits) == once
+        policy(batch, logits).backward()
 
 dtype = torch.bfloat16
 config = DPOConfig(model_name_or_path=model, dataset_name="d", output_dir=str(folder), dtype="bfloat16")
