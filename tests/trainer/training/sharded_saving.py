@@ -58,7 +58,6 @@ for use_peft in (False, True):
             assert policy(batch, logits) == once
         policy(batch, logits).backward()
 
-dtype = torch.bfloat16
 config = DPOConfig(model_name_or_path=model, dataset_name="d", output_dir=str(folder), dtype="bfloat16")
 policy = load_policy(config, *load_codec_for(config))
 expected = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
