@@ -1,6 +1,6 @@
 """`python -m tests.real.grpo_beside_trl`: GRPO by LoRA on the real models, by `rlhf grpo` and by TRL's GRPOTrainer.
 
-The same prompts, adapters, optimizer and reward, and the first 24 tokens of what would be long answers; each run in
+The same prompts, adapters, optimizer and reward, and the first 8 tokens of what would be long answers; each run in
 a process of its own, in turns. Prints a row a model: seconds of a step (generation, rewards, update; the median without
 the first) and the peak beside what Python and its packages take. `--output` names a file for them.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.real.real_models import GEMMA3, SMOLLM2, user
 
 QUESTIONS = tuple(f"Write a long story about {it}." for it in ("a fox", "the sea", "two old friends", "a train"))
-TOKENS, STEPS, GROUP, BATCH = 24, 4, 4, 8
+TOKENS, STEPS, GROUP, BATCH = 8, 3, 4, 8
 
 
 def vowels(completions, **_):
@@ -100,7 +100,7 @@ def compare(model, turns: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--one", nargs=4)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.one:
