@@ -35,8 +35,8 @@ def test_steps(benchmark, keep, tmp_path, model, lora):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     trained, targets = ("LoRA", LORA_TARGETS) if lora else ("all weights", REAL_TARGETS)
     track = Track(
-        tmp_path, dtype=DTYPE, trainers=("rlhf", "TRL", "TRL, fused"), model=folder_of(model), lora=lora,
-        case=f"DPO steps of {model}, {trained}", targets=targets,
+        tmp_path, dtype=DTYPE, trainers=("rlhf", "rlhf, padding_free", "TRL", "TRL, fused"), model=folder_of(model),
+        lora=lora, case=f"DPO steps of {model}, {trained}", targets=targets,
     )  # fmt: skip
     rows = benchmark.pedantic(track.run, rounds=1)
     for row in rows:

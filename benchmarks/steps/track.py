@@ -28,7 +28,7 @@ NOTE = (
     "A whole step, and its part up to the gradients: the policy's forward, its backward and clipping. The reference's "
     "log-probs were computed before. Extra MiB are those above weights, optimizer state and gradients."
 )
-OURS = ("rlhf", "rlhf, share_prefix")
+OURS = ("rlhf", "rlhf, share_prefix", "rlhf, padding_free")
 # Of the gradients of rlhf over those of TRL, in bf16; the first loss is log 2 whatever the dtype.
 TARGETS = {"gradients": {label_of("TRL"): 0.6, label_of("TRL, fused"): 1.0}, "memory": 0.25, "first_loss_error": 1e-6}
 REAL_TARGETS, LORA_TARGETS = TARGETS | {"memory": 1.0}, TARGETS | {"memory": 0.5}  # activations are most of it

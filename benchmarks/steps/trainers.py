@@ -33,7 +33,7 @@ class Run:
 Trainer = Callable[[Run], list[float]]
 
 
-def rlhf_trainer(share_prefix: bool = False) -> Trainer:
+def rlhf_trainer(**layout: bool) -> Trainer:
     from rlhf_trainer.offline.config import DPOConfig
     from rlhf_trainer.offline.dpo import train_dpo
 
@@ -45,7 +45,7 @@ def rlhf_trainer(share_prefix: bool = False) -> Trainer:
                 beta=run.beta, batch_size=run.batch, micro_batch_size=run.batch, optim="adamw_torch_fused",
                 learning_rate=run.learning_rate, warmup_steps=0, max_grad_norm=run.max_grad_norm,
                 max_prompt_length=run.max_length - 1, max_length=run.max_length, seed=run.seed,
-                bf16=run.dtype == "bfloat16", share_prefix=share_prefix,
+                bf16=run.dtype == "bfloat16", **layout,
                 use_peft=run.lora, lora_target_modules=["all-linear"] if run.lora else [], lora_dropout=0.0,
             )
         )  # fmt: skip
@@ -96,6 +96,7 @@ def trl_trainer(fuse: bool = False) -> Trainer:
 TRAINERS: dict[str, Callable[[], Trainer]] = {
     "rlhf": rlhf_trainer,
     "rlhf, share_prefix": partial(rlhf_trainer, share_prefix=True),
+    "rlhf, padding_free": partial(rlhf_trainer, padding_free=True),
     "TRL": trl_trainer,
     "TRL, fused": partial(trl_trainer, fuse=True),
 }

@@ -25,7 +25,8 @@ def test_losses_agree_and_every_trainer_has_a_row(tmp_path, monkeypatch):
     rows = Track(tmp_path, TINY).run()
     check(rows)
     trl = f"TRL {importlib.metadata.version('trl')}"
-    assert [row["trainer"] for row in rows] == ["rlhf", "rlhf, share_prefix", trl, f"{trl}, fused"]
+    ours = ["rlhf", "rlhf, share_prefix", "rlhf, padding_free"]
+    assert [row["trainer"] for row in rows] == [*ours, trl, f"{trl}, fused"]
     for row in rows:
         assert row["status"] == "measured", row
         assert row["rounds"] == TINY.steps - WARM_UP and len(row["losses"]) == TINY.steps

@@ -61,7 +61,7 @@ def train_dpo(config: DPOConfig) -> Path:
         for data in tasks:
             data.sharing_attention = attention_of(policy.model)
     if config.padding_free:
-        check_packing(policy.model, "padding_free")
+        check_packing(policy, "padding_free")
     share_positions(policy, sequence, "model_name_or_path")
     for data in tasks:
         data.sequence = sequence
@@ -174,7 +174,7 @@ def add_reference_logprobs(
         if config.share_prefix:
             check_sharing(reference, "ref_model_name_or_path")
         if config.padding_free:
-            check_packing(reference.model, "padding_free")
+            check_packing(reference, "padding_free")
     device = accelerator.device.type
     layout = "flat" if config.padding_free else config.share_prefix
     keys = [content_key(reference, t.groups, t.plan, t.pad_id, device, layout) for t in tasks]

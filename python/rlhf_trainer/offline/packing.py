@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..data.batches import IGNORED, Batch, labels_of
 from ..data.examples import TokenSequence
 from ..errors import UsageError
+from ..models.fused_lm import FusedLM
 
 LARGEST_LEAK = 0.03  # of a visible neighbour's effect; rounding makes 1e-5 of it in fp32, 1e-2 in bf16
 
@@ -64,9 +65,12 @@ def collate_packed(rows: list[list[TokenSequence]], pad_id: int) -> Batch:
     return Batch(input_ids, None, labels, position_ids, real)
 
 
-def check_packing(model: PreTrainedModel, option: str) -> None:
-    """UsageError where sequences in one row would not be kept apart."""
-    if leaks(model):
+def check_packing(fused: FusedLM, option: str) -> None:
+    """UsageError where sequences in one row would not be kept apart, computed as they will be."""
+    model = fused.model
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fused.bf16):
+        leak = leaks(model)
+    if leak:
         raise UsageError(
             f"{option}: in {type(model).__name__} with attention {model.config._attn_implementation!r} sequences that "
             f"share a row see each other. Leave {option} off, or try attn_implementation: sdpa"

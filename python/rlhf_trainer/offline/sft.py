@@ -44,7 +44,7 @@ def train_sft(config: SFTConfig) -> Path:
     policy = load_policy(config, codec, largest)
     check_examples_fit(config, (task, held_out), policy.model, codec.tokenizer)
     if config.packing:
-        check_packing(policy.model, "packing")
+        check_packing(policy, "packing")
     share_positions(policy, sequence, "model_name_or_path")
     for data in (task, held_out):
         if data is not None:

@@ -67,6 +67,14 @@ def test_log_probs_without_padding_are_those_of_padded_rows(family, make_model):
     torch.testing.assert_close(sequence_logprobs(fused, flat), plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_trains_without_padding(dtype, model_folder, rows, write_jsonl, train):
+    """Under autocast, in which an adapter leaves its inputs as they are: the model is tried as it will be run."""
+    common = {"model_name_or_path": model_folder("llama"), "dataset_name": write_jsonl(rows(4)), "use_peft": True}
+    metrics = train(**common, bf16=True, dtype=dtype, padding_free=True, num_train_epochs=1)[1]
+    assert metrics[0]["loss"] == pytest.approx(0.6931, abs=2e-2)
+
+
 def test_a_model_whose_rows_leak_is_refused(tokenizer, rows, write_jsonl, train, tmp_path):
     """Bloom knows no positions."""
     config = BloomConfig(vocab_size=397, hidden_size=32, n_layer=1, n_head=2)
