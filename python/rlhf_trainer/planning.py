@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     """The largest micro-batch, and the run's extent."""
 
     rows: int
-    width: int
+    width: int  # what a process has of it
     micro_batches: int  # of a step, at most, over all processes
     tokens_a_step: int  # at most, over all processes
     steps: int
@@ -103,7 +103,7 @@ def plan_of(config: TrainConfig, examples: Sequence[Any]) -> tuple[PreTrainedMod
         with_checkpoints=between_layers + activations - layers + layers // text.num_hidden_layers,
         scratch=min(budget, logits, kept + SCRATCH),
         logits=logits,
-        accumulates=shape.micro_batches > config.dry_run_processes,
+        accumulates=shape.micro_batches * together(config) > config.dry_run_processes,
         processes=config.dry_run_processes,
         whole=0 if config.dry_run_processes == 1 else whole_of(model, 2 if config.bf16 else None),
     )
@@ -133,6 +133,11 @@ def whole_of(model: PreTrainedModel, itemsize: int | None) -> int:
     return size(model.parameters()) - sum(blocks) + 2 * max(blocks)
 
 
+def together(config: TrainConfig) -> int:
+    """The number of processes that share a sequence."""
+    return getattr(config, "sp_size", 1)
+
+
 def device_type() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -154,6 +159,7 @@ def shape_of(config: TrainConfig, examples: Sequence[Any]) -> Shape:
         shapes = [[(config.micro_batch_size, config.max_length)] * -(-config.batch_size // config.micro_batch_size)]
         steps = math.ceil(sum(lengths) / (config.batch_size * config.max_length)) * config.num_train_epochs
     rows, width = max((shape for batch in shapes for shape in batch), key=math.prod)
+    width = -(-width // together(config))
     return Shape(rows, width, max(map(len, shapes)), max(sum(map(math.prod, batch)) for batch in shapes), steps)
 
 

@@ -7,7 +7,6 @@ the first) and the peak beside what Python and its packages take. `--output` nam
 
 import argparse
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -16,6 +15,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from rlhf_trainer.studies.machine import environment
 from tests.real.real_models import GEMMA3, SMOLLM2, user
 
 QUESTIONS = tuple(f"Write a long story about {it}." for it in ("a fox", "the sea", "two old friends", "a train"))
@@ -108,13 +108,13 @@ def main() -> None:
         one(trainer, model, *map(Path, paths))
         return
     rows = [compare(model, arguments.turns) for model in (SMOLLM2, GEMMA3)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
-    facts |= {"commit": commit, "machine": platform.processor() or platform.machine(), "turns": arguments.turns}
+    facts = environment()
+    facts["versions"] |= {name: version(name) for name in ("trl", "peft")}
     for row in rows:
         print(row)
     if arguments.output:
-        arguments.output.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        content = facts | {"turns": arguments.turns, "rows": rows}
+        arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,16 @@ def test_each_of_several_processes_holds_its_part(model_folder, examples):
     assert four.total(False) == cut + four.whole + max(begin, four.gradients // 4 + four.tied)
 
 
+def test_processes_that_share_sequences_hold_a_part_of_the_activations(model_folder, examples):
+    options = OPTIONS | {"model_name_or_path": str(model_folder("llama"))}
+    _, whole, one = planning.plan_of(SFTConfig(**options), examples)
+    _, shape, two = planning.plan_of(SFTConfig(**options, dry_run_processes=2, sp_size=2), examples)
+    assert (shape.rows, shape.width, shape.tokens_a_step) == (2, 16, whole.tokens_a_step)
+    assert two.logits == one.logits * 16 // 31
+    assert 0.4 < two.activations / one.activations < 0.6
+    assert one.accumulates and two.accumulates
+
+
 @pytest.mark.parametrize(("config", "logits"), [(DPOConfig, 2 * 4 * 397), (RewardConfig, 0)])
 def test_pairs_go_through_the_model_together(model_folder, write_jsonl, config, logits):
     row = {"prompt": "the cat", "chosen": " sat on a mat", "rejected": " ran"}

@@ -137,14 +137,8 @@ class AdapterConfig(OutputConfig):
         at_least(self, 1, "lora_r", "lora_alpha")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        names = (
-            "lora_target_modules",
-            "lora_modules_to_save",
-            "use_rslora",
-            "use_dora",
-            "merge_adapter",
-            "load_in_4bit",
-        )
+        names = ("lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora")
+        names += ("merge_adapter", "load_in_4bit")
         if not self.use_peft and any(getattr(self, name) for name in names):
             raise UsageError(f"{next(name for name in names if getattr(self, name))} is for an adapter: pass use_peft")
         if self.lora_modules_to_save and self.use_peft and not self.bf16 and self.dtype != "float32":

@@ -72,10 +72,11 @@ class FusedLM(nn.Module):
 
 
 def part_of(batch: Batch, sequence: SequenceParallel) -> Batch:
-    """This process's positions. Padding, on the right, is nothing that causal attention would have to leave out."""
+    """The inputs of this process's positions; labels are the loss's to part. Padding, on the right, is nothing that
+    causal attention would have to leave out."""
     positions = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device).expand_as(batch.input_ids)
     ids, positions = sequence.part(batch.input_ids), sequence.part(positions)
-    return Batch(ids, None, sequence.targets(batch.labels), positions)
+    return batch._replace(input_ids=ids, attention_mask=None, position_ids=positions)
 
 
 def aux_coefficient_of(model: PreTrainedModel) -> float:

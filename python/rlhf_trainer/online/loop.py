@@ -21,6 +21,7 @@ from ..rollouts.generation import Completion, completion_text
 from ..rollouts.loading import make_sampler
 from ..rollouts.sampler import Failure, Sampler
 from ..rollouts.server import ServerSampler
+from ..rollouts.weight_sync import POLICY_FOLDER
 from ..training.batch_plan import epoch_order
 from ..training.fsdp import unsharded
 from ..training.journal import write_jsonl
@@ -47,7 +48,6 @@ from .setup import Setup, data_checksum
 SAMPLES_FILE = "samples.jsonl"
 SAMPLES = 8  # completions of an evaluation that are kept for a person to read
 WATCHED = ("reward", "objective/kl", "completions/mean_length", "seconds")
-POLICY_FOLDER = "policy"  # of the policy that a server loads
 
 
 def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:

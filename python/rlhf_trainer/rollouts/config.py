@@ -127,6 +127,7 @@ class ServeVLLMConfig:
 
     model_name_or_path: str = MODEL.required("The model that is trained: a local folder or a hub id.")
     vllm: str = SERVER.option("vllm", "The program, if it is not on PATH: that of another environment, say.")
+    dtype: Literal["bfloat16", "float16", "float32"] = SERVER.option("bfloat16", "The dtype of the server's weights.")
     host: str = SERVER.option("127.0.0.1", "Where to listen. Only of loopback are whole weights taken.")
     port: int = SERVER.option(8000, "The port to listen at.")
     max_lora_rank: int = SERVER.option(64, "The largest lora_r of adapters; 0: none are taken.")

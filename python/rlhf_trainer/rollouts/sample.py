@@ -30,9 +30,9 @@ from .generation import Completion, completion_text, generate_batch
 from .loading import SHORTER, make_sampler, prompts_of, sampling_of
 from .sampler import Failure, request_of
 from .server import ServerSampler
+from .weight_sync import POLICY_FOLDER
 
 FAILURES_FILE = "failures.jsonl"
-POLICY_FOLDER = "policy"  # of the copy that a server loads
 
 
 class Part(NamedTuple):

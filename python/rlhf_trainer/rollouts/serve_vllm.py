@@ -50,7 +50,7 @@ def command(program: str, config: ServeVLLMConfig) -> list[str]:
     """Log-probs are those of the distribution that is drawn from; the model's own generation_config does not count."""
     words = [
         program, "serve", config.model_name_or_path, "--host", config.host, "--port", str(config.port), "--dtype",
-        "bfloat16", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+        config.dtype, "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
     ]  # fmt: skip
     if config.max_lora_rank:
         words += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank), "--max-loras", "2"]  # new and old

@@ -18,6 +18,8 @@ from ..training.fsdp import state_within
 from .config import Kind
 from .http_json import EXCERPT, RequestError, Server
 
+POLICY_FOLDER = "policy"  # of the copy that servers load, in the folder of a run
+
 
 class WeightSync(ABC):
     """One way for weights to come to a server, whole unless a subclass says otherwise. `saved`: the copy's folder.

@@ -134,9 +134,11 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.background is not None and kind is None:
-            self.background.wait()
-        self.log.close()
+        try:
+            if self.background is not None and kind is None:
+                self.background.wait()
+        finally:
+            self.log.close()
 
     def keep_shape(self, _model: nn.Module, inputs: tuple[Batch, ...]) -> None:
         """For the message where memory is lacking."""
