@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, Sampling, completion_text
 from ..rollouts.sampler import Failure, Sampler, request_of
+from ..rollouts.server import ServerSampler
 from ..training.batch_plan import MicroBatch, plan_batches
 from ..training.fsdp import unsharded
 from ..training.journal import batches_of_like_length, whole_lines, write_jsonl
@@ -42,18 +43,34 @@ def prompts_of_step(setup: Setup, step: int) -> list[Prompt]:
     return chosen
 
 
+def sampling_of(config: OnlineConfig) -> Sampling:
+    return Sampling(config.max_completion_length, config.temperature)
+
+
+def seed_of(config: OnlineConfig, step: int) -> int:
+    """The seed of an iteration's draws."""
+    return random.Random(f"{config.seed}, iteration {step}").getrandbits(48)
+
+
+def draw_from_server(
+    setup: Setup, sampler: ServerSampler, prompts: Sequence[Prompt], seed: int, source: str
+) -> list[Completion | Failure]:
+    """As `sample_completions`, known to this process alone."""
+    requests = [request_of(prompt, source) for prompt in prompts]
+    return sampler.generate(requests, sampling_of(setup.config), seed=seed, number=0)
+
+
 def sample_completions(
     setup: Setup, sampler: Sampler, prompts: Sequence[Prompt], seed: int, source: str
 ) -> list[Completion | Failure]:
     """A completion of each of the prompts, which are from `source`, known to every process; only the main one sends
     requests to a server."""
     config = setup.config
-    requests = [request_of(prompt, source) for prompt in prompts]
-    sampling = Sampling(config.max_completion_length, config.temperature)
-    if config.use_vllm:
+    if isinstance(sampler, ServerSampler):
         is_main = setup.accelerator.is_main_process
-        samples = sampler.generate(requests, sampling, seed=seed, number=0) if is_main else None
+        samples = draw_from_server(setup, sampler, prompts, seed, source) if is_main else None
         return broadcast_object_list([samples])[0]
+    requests, sampling = [request_of(prompt, source) for prompt in prompts], sampling_of(config)
     batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
 
     def generate(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:

@@ -31,6 +31,9 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
     )
     num_generations: int = GENERATION.option(1, "Completions of each prompt.")
     weight_sync: Kind = SERVER.option("auto", WEIGHT_SYNC_HELP)
+    max_off_policy_steps: int = SERVER.option(
+        0, "So many iterations ahead of training may servers draw; 0: all completions are the present policy's."
+    )
     per_device_generation_batch_size: int = GENERATION.option(32, "Completions generated, or scored, at once.")
     batch_size: int = OPTIMIZATION.option(
         64, "Completions of an iteration, over all processes and micro-batches together."
@@ -65,7 +68,9 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
         super().__post_init__()
         at_least(self, 1, "max_prompt_length", "max_completion_length", "num_generations", "num_mini_batches")
         at_least(self, 1, "per_device_generation_batch_size")
-        at_least(self, 0, "beta", "kl_gain", "missing_eos_penalty")
+        at_least(self, 0, "beta", "kl_gain", "missing_eos_penalty", "max_off_policy_steps")
+        if self.max_off_policy_steps and not self.use_vllm:
+            raise UsageError("max_off_policy_steps: in this process nothing is drawn while it trains: pass use_vllm")
         for name in ("temperature", "reward_clip", "target_kl"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from torch import nn
@@ -19,11 +20,10 @@ from ..models.loading import save_result
 from ..rewards.rewards import Scores
 from ..rollouts.generation import Completion, completion_text
 from ..rollouts.loading import make_sampler
-from ..rollouts.sampler import Failure, Sampler
+from ..rollouts.sampler import Failure
 from ..rollouts.server import ServerSampler
 from ..rollouts.weight_sync import POLICY_FOLDER
 from ..training.batch_plan import epoch_order
-from ..training.fsdp import unsharded
 from ..training.journal import write_jsonl
 from ..training.loop import Run
 from ..training.optimizers import check_warmup
@@ -38,10 +38,11 @@ from .collect import (
     plan_mini_batches,
     prompts_of_step,
     report_failures,
-    sample_completions,
+    seed_of,
 )
 from .episodes import score_episodes
 from .metrics import length_metrics, means_of_updates, reward_metrics, rollout_metrics
+from .rollout_queue import Rollouts, make_rollouts
 from .server_check import check_server
 from .setup import Setup, data_checksum
 
@@ -57,7 +58,10 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
     total = config.max_steps or math.ceil(len(setup.prompts) * config.num_train_epochs / prompts_each)
     check_warmup(config, total)
     sampler = make_sampler(config, policy.model, setup.tokenizer)  # before output_dir is made: a server may be down
-    with Run(config, module, accelerator, total, lambda: data_checksum(setup)) as run:
+    with (
+        Run(config, module, accelerator, total, lambda: data_checksum(setup)) as run,
+        closing(make_rollouts(setup, run, sampler)) as rollouts,
+    ):
         beta = run.state.get("beta", config.beta)
         if accelerator.is_main_process:
             forget_failures(run.work, run.done)
@@ -72,29 +76,24 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
                 "moves; sampling/kl tells how far"
             )
 
-        def send() -> None:
-            with unsharded(run.model):
-                sync_policy(setup, sampler, run.work / POLICY_FOLDER)
-
-        send()
         if isinstance(sampler, ServerSampler):
-            run.log.write(check_server(setup, sampler, send))
+            rollouts.send()
+            run.log.write(check_server(setup, sampler, rollouts.send))
+        rollouts.follow(run.done)
         if setup.held_out and not run.done:
-            with unsharded(run.model):
-                run.log.log(0, 0.0, evaluate(setup, sampler, run.work, step=0))
+            run.log.log(0, 0.0, evaluate(setup, run, rollouts, step=0))
         for step in range(run.done + 1, total + 1):
             if run.best.is_over:
                 break
             started = time.perf_counter()
-            send()
-            metrics, beta = run_iteration(setup, run, sampler, algorithm, step, beta)
+            rollouts.follow(step - 1)
+            metrics, beta = run_iteration(setup, run, rollouts, algorithm, step, beta)
             metrics["seconds"] = time.perf_counter() - started
             if isinstance(sampler, ServerSampler):
                 metrics |= sampler.metrics()
             if setup.held_out and (step == total or step % (config.eval_steps or total) == 0):
-                send()
-                with unsharded(run.model):
-                    metrics |= evaluate(setup, sampler, run.work, step)
+                rollouts.follow(step)
+                metrics |= evaluate(setup, run, rollouts, step)
             run.log.log(step, step * prompts_each / len(setup.prompts), metrics, WATCHED)
             run.judge(step, metrics)
             run.save_checkpoint(step, beta=beta)
@@ -108,21 +107,20 @@ def train_online(setup: Setup, module: nn.Module, algorithm: Algorithm) -> Path:
 
 
 def run_iteration(
-    setup: Setup, run: Run, sampler: Sampler, algorithm: Algorithm, step: int, beta: float
+    setup: Setup, run: Run, rollouts: Rollouts, algorithm: Algorithm, step: int, beta: float
 ) -> tuple[Metrics, float]:
     """One iteration; returns its metrics and the next iteration's beta, the strength of the KL penalty."""
     config = setup.config
-    seed = random.Random(f"{config.seed}, iteration {step}").getrandbits(48)
+    seed = seed_of(config, step)
 
     # Sample num_generations completions of each of the iteration's prompts.
     prompts = prompts_of_step(setup, step)
-    with unsharded(run.model):
-        samples = sample_completions(setup, sampler, prompts, seed, config.dataset_name)
+    samples, drawn = rollouts.take(step)
     report_failures(setup, samples, run.work, step)
     prompts, completions = complete_groups(config, prompts, samples)
-    failed = {"rollouts/failed": float(len(samples) - len(completions))}
+    drawn["rollouts/failed"] = float(len(samples) - len(completions))
     if not completions:  # each prompt lacks one: nothing to compare, and nothing to learn in this iteration
-        return failed, beta
+        return drawn, beta
 
     # Reward them.
     scores = compute_rewards(setup, prompts, completions)
@@ -152,28 +150,21 @@ def run_iteration(
             updates.append(update_metrics)
 
     metrics = rollout_metrics(task.episodes, scores, setup.rewards.names, config, beta) | advantage_metrics
-    metrics |= means_of_updates(updates) | task.mismatch() | failed
+    metrics |= means_of_updates(updates) | task.mismatch() | drawn
     if config.target_kl is not None:
         beta = adapted_beta(beta, metrics["objective/kl"], config.target_kl, config.kl_gain)
     return metrics, beta
 
 
-def sync_policy(setup: Setup, sampler: Sampler, folder: Path) -> None:
-    """Has the sampler's next completions come from the policy as it is now."""
-    if setup.accelerator.is_main_process:
-        sampler.sync(setup.policy.model, setup.tokenizer, folder)
-    setup.accelerator.wait_for_everyone()
-
-
-def evaluate(setup: Setup, sampler: Sampler, work: Path, step: int) -> Metrics:
+def evaluate(setup: Setup, run: Run, rollouts: Rollouts, step: int) -> Metrics:
     """Rewards and lengths of a completion of each held-out prompt, the same draws every time; some are kept."""
     seed = random.Random(f"{setup.config.seed}, evaluation").getrandbits(48)
-    samples = sample_completions(setup, sampler, setup.held_out, seed, str(setup.config.eval_dataset))
-    report_failures(setup, samples, work, step)
+    samples = rollouts.sample(setup.held_out, seed, str(setup.config.eval_dataset))
+    report_failures(setup, samples, run.work, step)
     done = [k for k, sample in enumerate(samples) if not isinstance(sample, Failure)]
     prompts, completions = [setup.held_out[k] for k in done], [samples[k] for k in done]
     scores = compute_rewards(setup, prompts, completions)
-    save_samples(setup, prompts, completions, scores, work)
+    save_samples(setup, prompts, completions, scores, run.work)
     metrics = reward_metrics(scores, setup.rewards.names) | length_metrics(make_episodes(prompts, completions, scores))
     metrics["rollouts/failed"] = float(len(samples) - len(done))
     return {f"eval/{name}": value for name, value in metrics.items()}

@@ -16,7 +16,7 @@ import random
 import shutil
 import uuid
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import compress, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -69,7 +69,8 @@ class ServerSampler:
         self.model_name, self.tokenizer, self.ends, self.vocabulary = model_name, tokenizer, ends, vocabulary
         self.prompts, self.concurrency, self.way = prompts, concurrency, way
         self.saved = ""  # the copy of the policy that they serve
-        self.has_worked = False
+        self.copies: list[Path] = []  # that were saved, and that one
+        self.has_worked = self.is_stopped = False
 
     def generate(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, *, seed: int, number: int
@@ -101,7 +102,13 @@ class ServerSampler:
             raise UsageError(f"{urls}: started anew {RESTARTS} times within {len(requests)} completions; see its log")
         return self._judged([result for place in sorted(results) for result in results[place]])
 
+    def stop(self) -> None:
+        """Ends a `generate` of another thread at the next request: it raises CancelledError."""
+        self.is_stopped = True
+
     def _draw(self, group: Group, sampling: Sampling, seed: int, number: int) -> Drawn:
+        if self.is_stopped:
+            raise CancelledError
         first, count = group.requests[0], len(group.requests)
         draw = random.Random(f"{seed}, batch {number}, completion {group.place}").getrandbits(31)
 
@@ -140,24 +147,33 @@ class ServerSampler:
 
     def sync(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """Has the servers' next completions come from `model`, unless they are not led."""
+        self.load(self.save(model, tokenizer, folder))
+
+    def save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+        """Writes a copy of `model` to be loaded later, maybe by another thread, into `folder`, which is this method's;
+        returns its name, "" where servers are not led."""
         self.tokenizer = tokenizer
         if self.way is None:
-            return
+            return ""
+        if not self.copies:  # what a killed run left
+            shutil.rmtree(folder, ignore_errors=True)
         # A new name each time: a server keeps what it once loaded under a name, also over our restarts.
         saved = folder.resolve() / f"policy-{uuid.uuid4().hex}"
         self.way.save(model, tokenizer, saved)
-        self.load(str(saved))
-        for other in folder.glob("policy-*"):  # that of the last sync, and what a killed run left
-            if other.resolve() != saved:
-                shutil.rmtree(other)
+        self.copies.append(saved)
+        return str(saved)
 
     def load(self, saved: str) -> None:
-        """Has the servers' next completions come from the model in a folder that they see."""
+        """Has the servers' next completions come from the model in a folder that they see; earlier copies go."""
+        if self.way is None:
+            return
         before, self.saved = self.saved, saved
         self._send(self.servers)
         self.model_name = self.way.name(saved, self.model_name)
         for server in self.servers if before else ():
             self.way.drop(server, before)
+        while Path(saved) in self.copies[1:]:
+            shutil.rmtree(self.copies.pop(0))
 
     def _send(self, servers: Sequence[Server]) -> None:
         try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_trainer.errors import UsageError
-from rlhf_trainer.online import loop
+from rlhf_trainer.online import loop, rollout_queue
 from rlhf_trainer.online.config import GRPOConfig, PPOConfig
 from rlhf_trainer.online.grpo import train_grpo
 from rlhf_trainer.online.ppo import train_ppo
@@ -53,7 +53,7 @@ def run(options, tmp_path):
 
 
 KILLS = {
-    "before any checkpoint": (loop, "sample_completions", at_call(3)),  # the first call is the evaluation's
+    "before any checkpoint": (rollout_queue, "sample_completions", at_call(3)),  # the first call is the evaluation's
     "half a checkpoint": (torch, "save", at_call(1)),
     "after a checkpoint": (training, "save_checkpoint", at_call(1, after=True)),
     "between an iteration's updates": (training, "learning_rate_at", at_call(10)),
@@ -90,7 +90,7 @@ def test_a_run_does_not_go_on_with_other_answers(run, options, tmp_path):
     """Rewards go by the columns of the rows, so these are part of what a run began with."""
     rows = [json.loads(line) for line in Path(options["dataset_name"]).read_text().splitlines()]
     data = tasks.write_rows(tmp_path / "rows.jsonl", rows)
-    killed(lambda: run("grpo", "broken", dataset_name=data), (loop, "sample_completions", at_call(5)))
+    killed(lambda: run("grpo", "broken", dataset_name=data), (rollout_queue, "sample_completions", at_call(5)))
     tasks.write_rows(tmp_path / "rows.jsonl", [row | {"answer": "x"} for row in rows])
     with pytest.raises(
         UsageError, match="is not that which the run began with, so --resume_from_checkpoint cannot go on with it"
@@ -110,7 +110,7 @@ def test_failures_of_repeated_iterations_are_reported_once(run, monkeypatch):
     make = loop.make_sampler
     monkeypatch.setattr(loop, "make_sampler", lambda *args: Failing((s := make(*args)).model, s.tokenizer, s.bf16))
     whole = (run("grpo", "whole") / "failures.jsonl").read_text()
-    killed(lambda: run("grpo", "broken"), (loop, "sample_completions", at_call(5)))
+    killed(lambda: run("grpo", "broken"), (rollout_queue, "sample_completions", at_call(5)))
     assert (run("grpo", "broken", resume_from_checkpoint=True) / "failures.jsonl").read_text() == whole
     assert whole
 
