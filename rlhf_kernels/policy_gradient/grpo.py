@@ -16,10 +16,12 @@ from .tokens import check_tokens, clipped_objective, log_clip_range, only_where
 
 class Variant(NamedTuple):
     ratio: str = "token"  # of what: "token"; "mean" of the log-ratios of a sequence's tokens; their "sum"
-    weighs: str = "ratio"  # A times the clipped "ratio"; or A log pi, weighed by the "clipped" ratio or by "one"
+    weighs: str = "ratio"  # A times the clipped "ratio", or a "soft" one; or A log pi, by the "clipped" ratio or "one"
     row: str = "mean"  # a sequence's tokens: their "mean", their "sum", or their sum over "max_length"
     mean_over: str = "sequences"  # or "tokens": all of the call alike, then `row` does not matter
 
+
+SATURATED = 80.0  # log r from which on sapo's gate is 1 in fp32 and fp64, and e^(log r) still finite
 
 VARIANTS = {
     "grpo": Variant(),
@@ -29,6 +31,7 @@ VARIANTS = {
     "cispo": Variant(weighs="clipped", mean_over="tokens"),
     "rloo": Variant(ratio="sum", row="sum"),
     "reinforce": Variant(weighs="one", row="sum"),
+    "sapo": Variant(weighs="soft"),
 }
 
 
@@ -47,6 +50,9 @@ def grpo_loss(
     sampler_logprobs: Tensor | None = None,
     is_cap: float | None = None,
     max_length: int | None = None,
+    weights: Tensor | None = None,
+    dual_clip: float | None = None,
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05),
 ) -> Tensor:
     r"""Policy gradient with one advantage a sequence. The variants differ in the ratio and in what the mean is over.
 
@@ -61,6 +67,7 @@ def grpo_loss(
         rloo       mean over sequences of P(s), s = exp(sum_t log r_t), the ratio of the sequences' probabilities
         reinforce  mean over sequences of -sum_t A log pi_t: no ratio, no clipping; old_logprobs matter to the sampler's
                    weights only
+        sapo       mean over sequences of 1/n sum_t -A sigmoid(tau (r_t - 1)) 4/tau, tau of the advantage's sign
 
     The KL is added as beta times the same mean of its tokens: 1/n sum_t for grpo and gspo, 1/max_length sum_t for
     dr_grpo, over all tokens for dapo and cispo, sum_t (the KL of the sequence) for rloo and reinforce.
@@ -73,6 +80,7 @@ def grpo_loss(
     the policy's term is multiplied by sg(min(exp(old_logprobs - sampler_logprobs), is_cap)): a token's term by the
     token's weight, and a sequence's term (gspo, rloo) by the sequence's, of the same mean or sum as its ratio. The KL
     is not: its weight would vanish just where the policy has left its samples behind, and with it what pulls back.
+    `weights`, of `importance_weights` say, multiply it likewise; a sequence's term (gspo, rloo) takes their mean.
 
     Args:
         logprobs: [B, T] log-probabilities of the sampled tokens in nats; the gradient goes to these.
@@ -91,6 +99,9 @@ def grpo_loss(
         sampler_logprobs: [B, T] as the sampler itself reports them, or None. No gradient.
         is_cap: > 0, the largest weight; needed with sampler_logprobs, infinity does not truncate.
         max_length: >= 1, the most tokens a sequence may have; dr_grpo needs it and no other reads it.
+        weights: [B, T], >= 0, of the policy's term, or None. No gradient.
+        dual_clip: as for `ppo_loss`; not with cispo, reinforce and sapo, whose gradients are bounded without.
+        sapo_temperatures: > 0 each, tau where A > 0 and where A <= 0.
 
     Returns:
         A scalar, fp32 (fp64 for fp64 log-probabilities), in the units of the advantages; its value means little for
@@ -106,16 +117,22 @@ def grpo_loss(
     "Understanding R1-Zero-Like Training", arXiv:2503.20783; dapo: Yu et al. (2025), arXiv:2503.14476, eq. 8; gspo:
     Zheng et al. (2025), arXiv:2507.18071, eq. 5 and 7; cispo: MiniMax (2025), "MiniMax-M1", arXiv:2506.13585, eq. 4
     and 5; rloo: Ahmadian et al. (2024), "Back to Basics", arXiv:2402.14740; reinforce: Williams (1992); the sampler's
-    weights: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
+    weights: Yao et al. (2025), "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; sapo: Gao et
+    al. (2025), "Soft Adaptive Policy Optimization", arXiv:2511.20347.
     """
     check_choice("variant", variant, VARIANTS)
     kind = VARIANTS[variant]
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs)
-    check_tokens(mask, logprobs=logprobs, ref_logprobs=ref_logprobs, kl=kl, sampler_logprobs=sampler_logprobs)
+    others = {"ref_logprobs": ref_logprobs, "kl": kl, "sampler_logprobs": sampler_logprobs, "weights": weights}
+    check_tokens(mask, logprobs=logprobs, **others)
     check_vectors(mask.shape[0], advantages=advantages)
     check_same_device(logprobs=logprobs, advantages=advantages)
     log_low, log_high = log_clip_range(clip_low, clip_high)
     _check_options(variant, ref_logprobs, kl, beta, sampler_logprobs, is_cap, max_length)
+    if dual_clip is not None and not (dual_clip > 1 and kind.weighs == "ratio"):
+        raise ValueError(f"dual_clip must be > 1, and not with variant={variant!r}; got {dual_clip}")
+    if not min(sapo_temperatures) > 0:
+        raise ValueError(f"sapo_temperatures must be > 0, got {sapo_temperatures}")
 
     logprobs, old = only_where(mask, logprobs, dtype), only_where(mask, old_logprobs.detach(), dtype)
     lengths = mask.sum(-1).clamp(min=1)  # [B]
@@ -128,9 +145,25 @@ def grpo_loss(
         log_ratios, log_weights = (_of_sequences(logs, mask, kind) for logs in (log_ratios, log_weights))
     log_weights = log_weights.clamp(max=math.inf if is_cap is None else math.log(is_cap))
     advantages = advantages.expand_as(counted)
+    if weights is not None:
+        weights = only_where(mask, weights.detach(), dtype)
+        if kind.ratio != "token":
+            weights = weights.sum(-1, keepdim=True) / lengths[:, None]
+        counted = counted & (weights != 0)  # 0 leaves nothing of any ratio
+        log_weights = log_weights + torch.where(counted, weights, 1.0).log()
 
     if kind.weighs == "ratio":
-        terms = clipped_objective(log_ratios, advantages, counted, log_low, log_high, log_weights=log_weights)
+        log_most = math.inf if dual_clip is None else math.log(dual_clip)
+        terms = clipped_objective(
+            log_ratios, advantages, counted, log_low, log_high, log_most=log_most, log_weights=log_weights
+        )
+    elif kind.weighs == "soft":
+        counted = counted & (advantages != 0)
+        ratios = only_where(counted, log_ratios, dtype).clamp(max=SATURATED).exp()
+        positive, negative = sapo_temperatures
+        temperatures = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+        gates = torch.sigmoid(temperatures * (ratios - 1)) * 4 / temperatures
+        terms = -only_where(counted, advantages * log_weights.exp(), dtype) * gates
     else:
         if kind.weighs == "clipped":
             log_weights = log_weights + log_ratios.detach().clamp(log_low, log_high)
@@ -187,7 +220,8 @@ def grpo_clip_fraction(
 ) -> ClipFraction:
     r"""How much of what `grpo_loss` clips is clipped: `clip_fraction` of the variant's own ratios.
 
-    They are of tokens, for gspo and rloo of sequences. cispo clips whatever the advantage's sign; reinforce nothing.
+    They are of tokens, for gspo and rloo of sequences. cispo clips whatever the advantage's sign; reinforce and sapo
+    nothing.
 
     Args:
         logprobs, old_logprobs: [B, T] in nats. advantages: [B]. mask: [B, T] bool. variant, clip_low, clip_high: as for
@@ -208,7 +242,7 @@ def grpo_clip_fraction(
     log_ratios = only_where(mask, logprobs.detach().to(dtype) - old_logprobs.detach().to(dtype), dtype)
     if kind.ratio != "token":
         log_ratios, mask = _of_sequences(log_ratios, mask, kind), mask.any(-1, keepdim=True)
-    if kind.weighs == "one":
+    if kind.weighs in ("one", "soft"):
         mask = torch.zeros_like(mask)
     against = torch.zeros_like(log_ratios)
     if kind.weighs == "clipped":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import check_floating, check_same_device
@@ -27,6 +28,7 @@ def ppo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     r"""Raises the probability of tokens that were better than expected, up to a bound, and lowers that of the others.
 
@@ -45,6 +47,7 @@ def ppo_loss(
         mask: [B, T] bool, True where the token counts. What stands elsewhere, NaN included, is not looked at.
         clip_low, clip_high: epsilon on either side; clip_low in [0, 1], clip_high >= 0. 1 and infinity do not clip.
         dual_clip: > 1, the most that a ratio counts for where A < 0, or None.
+        weights: [B, T], >= 0, that multiply the loss, such as `importance_weights`, or None. No gradient.
 
     Returns:
         [B, T] per token, fp32 (fp64 for fp64 inputs), 0 where masked; average it over the tokens that count. In the
@@ -60,12 +63,17 @@ def ppo_loss(
     with Deep Reinforcement Learning", arXiv:1912.09729.
     """
     dtype = check_tokens(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    check_tokens(mask, logprobs=logprobs, weights=weights)
     log_low, log_high = log_clip_range(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be > 1, got {dual_clip}")
+    log_weights = None
+    if weights is not None:
+        mask = mask & (weights != 0)
+        log_weights = torch.where(mask, weights.detach().to(dtype), 1.0).log()
     return clipped_objective(
         logprobs.to(dtype) - old_logprobs.detach().to(dtype), advantages.detach().to(dtype), mask, log_low, log_high,
-        log_most=math.inf if dual_clip is None else math.log(dual_clip),
+        log_most=math.inf if dual_clip is None else math.log(dual_clip), log_weights=log_weights,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from tests.kernels.covering import every_pair
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
+VARIANTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "sapo"]
+BOUNDED = ("grpo", "dr_grpo", "dapo", "gspo", "rloo")  # by the ratio's clipping
 EXTRAS = ["", "k3", "kl", "weights", "k3 and weights"]
 OF_TOKENS = ["dapo", "cispo"]  # the mean is over tokens
 CAP, MAX_LENGTH = 1.25, 20
@@ -38,6 +39,10 @@ def paper(variant, new, old, advantages, mask, *, low=0.2, high=0.2, kl=None, be
         off = torch.zeros_like(pi_old) if sampler is None else pi_old - sampler[b][mask[b]]
         if variant in ("grpo", "dr_grpo", "dapo"):
             terms = sum(clipped((p - q).exp(), a) * weight(o) for p, q, o in zip(pi, pi_old, off, strict=True))
+        elif variant == "sapo":
+            tau = 1.0 if a > 0 else 1.05
+            gates = [torch.sigmoid(tau * ((p - q).exp() - 1)) * 4 / tau for p, q in zip(pi, pi_old, strict=True)]
+            terms = sum(-gate * a * weight(o) for gate, o in zip(gates, off, strict=True))
         elif variant == "cispo":
             ratios = (pi - pi_old).exp().clamp(1 - low, 1 + high).detach()
             terms = sum(-r * a * p * weight(o) for r, p, o in zip(ratios, pi, off, strict=True))
@@ -51,7 +56,9 @@ def paper(variant, new, old, advantages, mask, *, low=0.2, high=0.2, kl=None, be
         rows.append(terms + beta * penalty)
     if variant in OF_TOKENS:
         return sum(rows) / max(sum(lengths), 1)
-    divisors = {"grpo": lengths, "gspo": lengths, "dr_grpo": [MAX_LENGTH] * len(rows)}.get(variant, [1] * len(rows))
+    divisors = {"grpo": lengths, "sapo": lengths, "gspo": lengths, "dr_grpo": [MAX_LENGTH] * len(rows)}.get(
+        variant, [1] * len(rows)
+    )
     return sum(row / max(n, 1) for row, n in zip(rows, divisors, strict=True)) / len(rows)
 
 
@@ -101,12 +108,12 @@ def test_values_and_gradients(device, variant, extras, clips, dtype):
         assert (grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "cispo", "sapo", "delta", "sequence"])
 def test_trl_computes_the_same(device, loss_type):
     """TRL 1.16's `_compute_loss` written down again, with its names: epsilon_high of cispo is the bound itself, and
     importance_sampling_level="sequence" with loss_type="grpo" is GSPO."""
     new, old, sampler, ref, advantages, mask = make(dtype=torch.float64, device=device)
-    beta, epsilon_low, epsilon_high, cap = 0.04, 0.2, 0.28, 2.0
+    beta, epsilon_low, epsilon_high, cap, delta = 0.04, 0.2, 0.28, 2.0, 1.5
     (leaf,) = T.leaves_of((new,))
     counts, adv = mask.sum(-1).clamp(min=1), advantages[:, None]
     log_weights = leaf - old
@@ -115,6 +122,12 @@ def test_trl_computes_the_same(device, loss_type):
     coef_1 = log_weights.exp()
     if loss_type == "cispo":
         per_token = -coef_1.clamp(max=1 + epsilon_high).detach() * adv * leaf
+    elif loss_type == "sapo":
+        temperatures = torch.where(adv > 0, 1.0, torch.tensor(1.05, dtype=torch.float64))
+        per_token = -torch.sigmoid(temperatures * (coef_1 - 1)) * 4 / temperatures * adv
+    elif loss_type == "delta":
+        bounded = coef_1.clamp(max=delta)
+        per_token = -torch.min(bounded * adv, coef_1.clamp(1 - epsilon_low, 1 + epsilon_high) * adv)
     else:
         per_token = -torch.min(coef_1 * adv, coef_1.clamp(1 - epsilon_low, 1 + epsilon_high) * adv)
     weighed = loss_type != "sequence"  # there TRL weighs a sequence by the mean of its tokens' weights
@@ -127,7 +140,8 @@ def test_trl_computes_the_same(device, loss_type):
         "cispo": per_token.sum() / mask.sum(),
     }.get(loss_type, (per_token.sum(-1) / counts).mean())
     got = rk.grpo_loss(
-        leaf, old, advantages, mask, variant="gspo" if loss_type == "sequence" else loss_type, ref_logprobs=ref,
+        leaf, old, advantages, mask, variant={"sequence": "gspo", "delta": "grpo"}.get(loss_type, loss_type),
+        ref_logprobs=ref, dual_clip=delta if loss_type == "delta" else None,
         beta=beta, clip_low=1.0 if loss_type == "cispo" else epsilon_low, clip_high=epsilon_high,
         sampler_logprobs=sampler if weighed else None, is_cap=cap if weighed else None, max_length=MAX_LENGTH,
     )  # fmt: skip
@@ -142,7 +156,7 @@ def test_on_policy_every_variant_has_the_policy_gradient(device, variant):
     leaf = new.requires_grad_()
     got = gradient(rk.grpo_loss(leaf, leaf, advantages, mask, variant=variant, max_length=MAX_LENGTH), leaf)
     lengths, size = mask.sum(-1, keepdim=True), len(mask)
-    shares = {"grpo": 1 / (size * lengths), "gspo": 1 / (size * lengths), "dr_grpo": 1 / (size * MAX_LENGTH)}
+    shares = dict.fromkeys(("grpo", "gspo", "sapo"), 1 / (size * lengths)) | {"dr_grpo": 1 / (size * MAX_LENGTH)}
     share = 1 / mask.sum() if variant in OF_TOKENS else shares.get(variant, 1 / size)
     torch.testing.assert_close(got, torch.where(mask, -advantages[:, None] * share, 0.0), rtol=1e-6, atol=0)
 
@@ -280,7 +294,7 @@ EXTREMES = [
 ]
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("cispo", "reinforce")])
+@pytest.mark.parametrize("variant", BOUNDED)
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "slope"), EXTREMES)
 def test_extreme_ratios(device, variant, ratio, advantage, loss, slope):
     x = torch.tensor([[ratio]], device=device, requires_grad=True)

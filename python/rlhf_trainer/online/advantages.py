@@ -40,11 +40,11 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
 def group_advantages(rewards: Tensor, loss_type: str) -> Tensor:
     """rewards [G, K] of K completions of each of G prompts -> advantages [G, K], constants.
 
-    grpo, dapo, gspo, cispo: (r - mean) / (std + 1e-4) over the group (Shao et al., 2024, arXiv:2402.03300, sec. 4.1.2,
-                             where nothing is added to std)
-    dr_grpo:                 r - mean over the group (Liu et al., 2025, arXiv:2503.20783)
-    rloo:                    r - mean of the group's others (Ahmadian et al., 2024, arXiv:2402.14740)
-    reinforce:               r - mean over all
+    dr_grpo:      r - mean over the group (Liu et al., 2025, arXiv:2503.20783)
+    rloo:         r - mean of the group's others (Ahmadian et al., 2024, arXiv:2402.14740)
+    reinforce:    r - mean over all
+    all others:   (r - mean) / (std + 1e-4) over the group (Shao et al., 2024, arXiv:2402.03300, sec. 4.1.2, where
+                  nothing is added to std)
     """
     if loss_type == "reinforce":
         return rewards - rewards.mean()

@@ -61,6 +61,31 @@ class Algorithm(ABC):
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's mean loss, with gradient, and its metrics."""
 
+    def sampler_weights(self, batch: EpisodeBatch, advantages: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The weights [S, T - 1] of the tokens that a server drew, None where none did, and their metrics. A completion
+        whose log-probs it does not tell has weight 1."""
+        config, output = self.config, batch.output
+        if not config.use_vllm:
+            return None, {}
+        unknown = (torch.full((len(one.ids),), torch.nan) for one in batch.episodes)
+        rows = [
+            nans if one.sampler_logprobs is None else one.sampler_logprobs
+            for nans, one in zip(unknown, batch.episodes, strict=True)
+        ]
+        sampler, mask = pad(rows, output.mask), output.mask
+        weights, (low, high) = mask.float(), config.weight_bounds
+        if config.vllm_importance_sampling_correction:
+            mode = config.vllm_importance_sampling_mode
+            weights = rk.importance_weights(batch.old_logprobs, sampler, mask, mode, clip_min=low, clip_max=high)
+        if config.off_policy_mask_threshold is not None:
+            weights = weights * rk.off_policy_mask(
+                output.logprobs, sampler, advantages, mask, config.off_policy_mask_threshold
+            )
+        return weights, {
+            "sampling/weight/mean": weights.sum() / mask.sum(),
+            "sampling/weight/zeros": (mask & (weights == 0)).sum() / mask.sum(),
+        }
+
     def needs_scores(self, beta: float) -> bool:
         """True if the completions' log-probs, values or KL must be known before the first update: for advantages, or
         because a later update compares its policy with the one before the first."""

@@ -9,7 +9,8 @@ from ..errors import UsageError
 from ..rewards.config import RewardsConfig
 from ..rollouts.config import WEIGHT_SYNC_HELP, Kind, ServerConfig
 
-GRPOLossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce"]
+GRPOLossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "sapo"]
+WeighingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 KL_ERROR_BOUND = 0.2  # of the relative error that adapts beta: Ziegler et al. (2019), sec. 2.2
 
@@ -56,6 +57,18 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
     )
     target_kl: float | None = LOSS.option(None, "Adapts beta so that completions come to this KL, in nats.")
     kl_gain: float = LOSS.option(0.1, "How fast beta adapts: by at most a fifth of this an iteration.")
+    vllm_importance_sampling_correction: bool = LOSS.option(
+        True, "With use_vllm, weigh what servers drew by its probability now over that at which they drew it."
+    )
+    vllm_importance_sampling_mode: WeighingMode = LOSS.option(
+        "sequence_mask", "Weights of tokens or of sequences; beyond the bounds they are truncated, or 0."
+    )
+    vllm_importance_sampling_clip_max: float | None = LOSS.option(3.0, "The largest weight; null: none is.")
+    vllm_importance_sampling_clip_min: float | None = LOSS.option(None, "The smallest weight.")
+    off_policy_mask_threshold: float | None = LOSS.option(
+        None, "Do not learn from what was worse than expected, where the sampler is so many nats a token off; 0.5, say."
+    )
+    delta: float | None = LOSS.option(None, "Where an advantage is below 0, the ratio counts for at most this: 4, say.")
     missing_eos_penalty: float = REWARDS.option(
         0.0, "Subtracted from the reward of a completion that did not end in time."
     )
@@ -88,8 +101,23 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
             raise UsageError(f"kl_gain must be below {1 / KL_ERROR_BOUND:g}, or beta would reach 0; got {self.kl_gain}")
         if self.beta and self.kl_in == "loss" and self.kl_estimator == "k1":
             raise UsageError("kl_in loss with kl_estimator k1: its expected gradient is zero. Take k2, k3 or exact")
+        if self.off_policy_mask_threshold is not None and not self.off_policy_mask_threshold > 0:
+            raise UsageError(f"off_policy_mask_threshold must be above 0, got {self.off_policy_mask_threshold}")
+        if not 0 <= self.weight_bounds[0] < self.weight_bounds[1]:
+            raise UsageError(
+                "vllm_importance_sampling_clip_min must be at least 0, and vllm_importance_sampling_clip_max above it, "
+                f"got {self.weight_bounds[0]:g} and {self.weight_bounds[1]:g}"
+            )
+        if self.delta is not None and not self.delta > 1:
+            raise UsageError(f"delta must be above 1, got {self.delta}")
         if self.target_kl is not None and not self.beta:
             raise UsageError("target_kl adapts beta, which must start above 0")
+
+    @property
+    def weight_bounds(self) -> tuple[float, float]:
+        """Of the weights of what servers drew."""
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        return 0.0 if low is None else low, math.inf if high is None else high
 
     def score_of(self, reward: float, finished: bool) -> float:
         """The reward, clipped, and less where the completion did not end."""
@@ -161,9 +189,8 @@ class GRPOConfig(OnlineConfig):
         0.2, "The ratio to the policy that drew the completions is clipped below 1 minus this."
     )
     epsilon_high: float | None = LOSS.option(None, "It is clipped above 1 plus this; default: epsilon.")
-    importance_sampling_cap: float | None = LOSS.option(
-        None, "Corrects for a sampler that differs from the trainer by importance weights, truncated here; 2 is usual."
-    )
+    sapo_temperature_pos: float = LOSS.option(1.0, "sapo: how fast the gate closes where the advantage is above 0.")
+    sapo_temperature_neg: float = LOSS.option(1.05, "sapo: and where it is not.")
     beta: float = LOSS.option(
         0.0, "How strongly KL(policy || reference) holds the policy back; 0: no reference is needed."
     )
@@ -184,8 +211,10 @@ class GRPOConfig(OnlineConfig):
             raise UsageError(
                 f"loss_type {self.loss_type} compares completions of a prompt: num_generations must be >= 2"
             )
-        if self.importance_sampling_cap is not None and not self.importance_sampling_cap > 0:
-            raise UsageError(f"importance_sampling_cap must be above 0, got {self.importance_sampling_cap}")
+        if not min(self.sapo_temperature_pos, self.sapo_temperature_neg) > 0:
+            raise UsageError("sapo_temperature_pos and sapo_temperature_neg must be above 0")
+        if self.delta is not None and self.loss_type in ("cispo", "reinforce", "sapo"):
+            raise UsageError(f"delta: loss_type {self.loss_type} has no ratio that it would bound; drop it")
         if self.beta and self.kl_in == "reward" and self.kl_estimator == "exact":
             raise UsageError(
                 "kl_in reward with kl_estimator exact: tokens of a completion share an advantage, in which an exact "

@@ -9,11 +9,10 @@ from torch import Tensor
 
 import rlhf_kernels as rk
 
-from ..errors import UsageError
 from .advantages import equal_groups, group_advantages
 from .algorithm import Advantages, Algorithm, EpisodeBatch
 from .config import GRPOConfig, clip_range
-from .episodes import Episode, pad
+from .episodes import Episode
 from .loop import train_online
 from .metrics import kl_of_tokens
 from .setup import prepare
@@ -35,13 +34,6 @@ class GRPO(Algorithm):
         return self.config.num_iterations
 
     def compute_advantages(self, episodes: list[Episode], beta: float) -> Advantages:
-        if self.config.importance_sampling_cap is not None and not any(
-            episode.sampler_logprobs is not None for episode in episodes
-        ):
-            raise UsageError(
-                "importance_sampling_cap: the sampler returns no log-probs of its tokens; use a server that does, or "
-                "leave importance_sampling_cap out"
-            )
         scores = torch.tensor([self.score_of(episode, beta) for episode in episodes])
         groups = scores.view(-1, self.config.num_generations)
         advantages = group_advantages(groups, self.config.loss_type).flatten()
@@ -68,10 +60,11 @@ class GRPO(Algorithm):
         low, high = clip_range(config.epsilon, config.epsilon_high)
         advantages = torch.stack([episode.advantages for episode in batch.episodes]).to(output.mask.device)
         ratios = (output.logprobs, batch.old_logprobs, advantages, output.mask)
+        weights, weighing = self.sampler_weights(batch, advantages)
         loss = rk.grpo_loss(
             *ratios, variant=config.loss_type, kl=batch.kl, beta=0.0 if batch.kl is None else batch.beta, clip_low=low,
-            clip_high=high, sampler_logprobs=self.sampler_logprobs(batch), is_cap=config.importance_sampling_cap,
-            max_length=config.max_completion_length,
+            clip_high=high, max_length=config.max_completion_length, weights=weights, dual_clip=config.delta,
+            sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
         )  # fmt: skip
         clipped = rk.grpo_clip_fraction(*ratios, config.loss_type, low, high)
         metrics = {
@@ -80,19 +73,8 @@ class GRPO(Algorithm):
             "clip_ratio/low_mean": clipped.low,
             "clip_ratio/high_mean": clipped.high,
             "clip_ratio/region_mean": clipped.low + clipped.high,
-        }
+        } | weighing
         return loss, metrics if batch.kl is None else metrics | {"kl": self.mean(batch.kl, output.mask)}
-
-    def sampler_logprobs(self, batch: EpisodeBatch) -> Tensor | None:
-        """The sampler's log-probs, where the loss corrects for it; a completion without them gets weight 1."""
-        if self.config.importance_sampling_cap is None:
-            return None
-        rows = [
-            torch.full((len(episode.ids),), torch.nan) if episode.sampler_logprobs is None else episode.sampler_logprobs
-            for episode in batch.episodes
-        ]
-        padded = pad(rows, batch.output.mask)
-        return torch.where(padded.isnan(), batch.old_logprobs, padded)
 
     def mean(self, terms: Tensor, mask: Tensor) -> Tensor:
         """[S, T - 1] -> scalar: each completion's mean, weighted by its weight in the loss."""

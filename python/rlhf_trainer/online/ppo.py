@@ -77,7 +77,8 @@ class PPO(Algorithm):
         def mean(terms: Tensor) -> Tensor:
             return terms.sum() / mask.sum()
 
-        policy_loss = mean(rk.ppo_loss(*ratios, clip_low=low, clip_high=high))
+        weights, weighing = self.sampler_weights(batch, ratios[2])
+        policy_loss = mean(rk.ppo_loss(*ratios, clip_low=low, clip_high=high, dual_clip=config.delta, weights=weights))
         value_terms = rk.value_loss(*values, clip=config.cliprange_value)
         value_loss, entropy = mean(value_terms), mean(output.entropy)
         loss = policy_loss + config.vf_coef * value_loss - config.entropy_coef * entropy
@@ -95,7 +96,7 @@ class PPO(Algorithm):
             "policy/clipfrac_avg": clipped.low + clipped.high,
             "val/clipfrac_avg": mean(value_terms > rk.value_loss(*values, clip=None)),
             "val/ratio": mean(log_ratio.exp() * mask),
-        }
+        } | weighing
         return loss, metrics if batch.kl is None else metrics | {"loss/kl_avg": mean(batch.kl)}
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from accelerate.utils import broadcast_object_list
 
 from ..data.examples import Prompt
+from ..errors import UsageError
 from ..rollouts.generation import Completion
 from ..rollouts.sampler import Failure, Sampler
 from ..rollouts.server import ServerSampler
@@ -100,6 +101,11 @@ class RolloutQueue(Rollouts):
         started, results = time.perf_counter(), [None, None]
         if self.setup.accelerator.is_main_process:
             one = self.drawn.pop(step).result()
+            if self.setup.config.vllm_importance_sampling_correction and not any(map(has_logprobs, one.samples)):
+                raise UsageError(
+                    "max_off_policy_steps: the servers return no log-probs of what they draw, by which an older "
+                    "policy's completions are weighed. Take a server that does, or leave max_off_policy_steps out"
+                )
             metrics = {
                 "off_policy_steps": float(step - 1 - one.version), "draw_seconds": one.seconds,
                 "idle_seconds": one.idle_seconds, "wait_seconds": time.perf_counter() - started,
@@ -136,6 +142,10 @@ class RolloutQueue(Rollouts):
     def close(self) -> None:
         self.sampler.stop()
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+
+def has_logprobs(sample: Completion | Failure) -> bool:
+    return isinstance(sample, Failure) or sample.logprobs is not None
 
 
 def make_rollouts(setup: Setup, run: Run, sampler: Sampler) -> Rollouts:

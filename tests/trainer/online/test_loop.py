@@ -5,6 +5,7 @@ import math
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ class Failing(LocalSampler):
 
 
 def with_sampler(monkeypatch, change):
-    make = loop.make_sampler
-    monkeypatch.setattr(loop, "make_sampler", lambda *arguments: change(make(*arguments)))
+    make, local = loop.make_sampler, SimpleNamespace(use_vllm=False, bf16=False)
+    monkeypatch.setattr(loop, "make_sampler", lambda _, *arguments: change(make(local, *arguments)))
 
 
 def test_prompts_that_fail_are_reported_and_the_others_learned_from(run, monkeypatch):
@@ -120,20 +121,44 @@ def test_a_sampler_that_differs_is_measured_and_corrected_for(run, monkeypatch):
     assert off["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25, abs=1e-5)
     assert off["sampling/importance_sampling_ratio/mean"] == pytest.approx(math.exp(0.25), rel=1e-4)
     assert off["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
-    corrected = run("grpo", max_steps=1, importance_sampling_cap=2.0, max_grad_norm=0)[1][0]
-    assert corrected["grad_norm"] == pytest.approx(math.exp(0.25) * plain["grad_norm"], rel=1e-4)
-    capped = run("grpo", max_steps=1, importance_sampling_cap=1.1, max_grad_norm=0)[1][0]
-    assert capped["grad_norm"] == pytest.approx(1.1 * plain["grad_norm"], rel=1e-4)
+    mode = {"vllm_importance_sampling_mode": "token_truncate", "max_grad_norm": 0, "max_steps": 1}
+    for options, weight in (
+        ({"use_vllm": False}, 1.0),  # nothing is corrected that this process drew
+        ({}, math.exp(0.25)),
+        ({"vllm_importance_sampling_clip_max": 1.1}, 1.1),
+        ({"vllm_importance_sampling_clip_min": 2.0}, 2.0),
+        ({"vllm_importance_sampling_correction": False}, 1.0),
+        ({"off_policy_mask_threshold": 0.1}, math.exp(0.25)),  # the policy is the likelier, by 0.25 nats
+    ):
+        line = run("grpo", use_vllm=True, **mode | options)[1][0] if "use_vllm" not in options else off
+        assert line["grad_norm"] == pytest.approx(weight * plain["grad_norm"], rel=1e-4), options
+        assert line["sampling/importance_sampling_ratio/mean"] == pytest.approx(math.exp(0.25), rel=1e-4)
+        assert line.get("sampling/weight/mean", 1.0) == pytest.approx(weight, rel=1e-4)
 
 
-def test_correcting_for_a_sampler_takes_its_log_probs(run, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_what_is_too_far_from_the_policy_teaches_nothing(run, monkeypatch, algorithm):
+    """The sampler's tokens are likelier there than here: nothing is left of them by the weights of sequences, and by
+    the threshold nothing of what was worse than expected."""
+    with_sampler(monkeypatch, lambda sampler: Shifted(sampler.model, sampler.tokenizer, sampler.bf16))
+    monkeypatch.setattr(Shifted, "shift", 0.0)
+    plain = run(algorithm, use_vllm=True, max_steps=1)[1][0]
+    assert plain["sampling/weight/mean"] == pytest.approx(1, abs=1e-5) and plain["sampling/weight/zeros"] == 0
+    monkeypatch.setattr(Shifted, "shift", -0.6)
+    kept = run(algorithm, use_vllm=True, max_steps=1, vllm_importance_sampling_clip_min=0.9)[1][0]
+    assert kept["sampling/weight/zeros"] == 1.0
+    assert algorithm == "ppo" or kept["grad_norm"] == 0
+    options = {"off_policy_mask_threshold": 0.5, "vllm_importance_sampling_correction": False}
+    half = run(algorithm, use_vllm=True, max_steps=1, **options)[1][0]
+    assert 0.1 < half["sampling/weight/zeros"] < 0.9
+
+
+def test_a_sampler_without_log_probs_is_not_corrected_for(run, monkeypatch):
     Shifted.shift = None
     with_sampler(monkeypatch, lambda sampler: Shifted(sampler.model, sampler.tokenizer, sampler.bf16))
     assert "sampling/kl" not in run("grpo", max_steps=1)[1][0]
-    with pytest.raises(
-        UsageError, match="importance_sampling_cap: the sampler returns no log-probs of its tokens; use a server"
-    ):
-        run("grpo", importance_sampling_cap=2.0)
+    line = run("grpo", max_steps=1, use_vllm=True)[1][0]
+    assert line["sampling/weight/mean"] == 1.0  # and a run that draws ahead, which needs it, is refused
 
 
 # --- options and bad input
@@ -187,7 +212,11 @@ def test_held_out_prompts_are_answered_alike_every_time(run, task):
         ("grpo", {"beta": 0.1, "kl_estimator": "k1"}, "its expected gradient is zero. Take k2, k3 or exact"),
         ("grpo", {"beta": 0.1, "kl_estimator": "exact", "kl_in": "reward"}, "Take k1, or kl_in loss"),
         ("ppo", {"kl_estimator": "exact", "whiten_rewards": True}, "pass whiten_advantages or kl_in loss instead"),
-        ("grpo", {"importance_sampling_cap": 0.0}, "importance_sampling_cap must be above 0"),
+        ("grpo", {"vllm_importance_sampling_clip_max": 0.0}, "vllm_importance_sampling_clip_max above it, got 0 and 0"),
+        ("ppo", {"off_policy_mask_threshold": 0.0}, "off_policy_mask_threshold must be above 0"),
+        ("ppo", {"delta": 1.0}, "delta must be above 1"),
+        ("grpo", {"delta": 2.0, "loss_type": "sapo"}, "delta: loss_type sapo has no ratio"),
+        ("grpo", {"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be above 0"),
         ("ppo", {"temperature": 0.0}, "temperature must be finite and above 0"),
         ("ppo", {"lam": 1.5}, r"lam must be in \[0, 1\]"),
         ("ppo", {"target_kl": 1.0, "beta": 0.0}, "target_kl adapts beta, which must start above 0"),
