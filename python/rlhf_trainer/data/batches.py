@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 def collate_sequences(sequences: list[TokenSequence], pad_id: int) -> Batch:
     """S conversations -> Batch of [S, T], padded on the right."""
-    return _pad([(sequence.ids, labels_of(sequence)) for sequence in sequences], pad_id)
+    return pad_rows([(sequence.ids, labels_of(sequence)) for sequence in sequences], pad_id)
 
 
 def labels_of(sequence: TokenSequence) -> list[int]:
@@ -43,10 +43,10 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 def pad_sequences(sequences: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     """S (prompt, response) -> Batch of [S, T]; the responses are the labels."""
-    return _pad([(prompt + response, [IGNORED] * len(prompt) + response) for prompt, response in sequences], pad_id)
+    return pad_rows([(prompt + response, [IGNORED] * len(prompt) + response) for prompt, response in sequences], pad_id)
 
 
-def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
+def pad_rows(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Batch:
     """S (ids, labels) -> Batch of [S, T], padded on the right, where no real token of a causal model sees it."""
     ids, labels = ([torch.tensor(part, dtype=torch.int64) for part in parts] for parts in zip(*rows, strict=True))
     attention_mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)

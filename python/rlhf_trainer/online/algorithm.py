@@ -67,7 +67,7 @@ class Algorithm(ABC):
         config, output = self.config, batch.output
         if not config.use_vllm:
             return None, {}
-        unknown = (torch.full((len(one.ids),), torch.nan) for one in batch.episodes)
+        unknown = (torch.full((one.tokens,), torch.nan) for one in batch.episodes)
         rows = [
             nans if one.sampler_logprobs is None else one.sampler_logprobs
             for nans, one in zip(unknown, batch.episodes, strict=True)
@@ -133,7 +133,7 @@ class EpisodeTask(Task):
         old = pad([episode.logprobs for episode in episodes], output.mask)
         if old is None:
             old = output.logprobs.detach()
-            rows = unpad(old, output.mask, [len(episode.ids) for episode in episodes])
+            rows = unpad(old, output.mask, [episode.tokens for episode in episodes])
             for i, episode, logprobs in zip(indices, episodes, rows, strict=True):
                 self.episodes[i] = episode._replace(logprobs=logprobs)
         return old

@@ -5,7 +5,9 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -56,8 +58,14 @@ def draw_from_server(
     setup: Setup, sampler: ServerSampler, prompts: Sequence[Prompt], seed: int, source: str
 ) -> list[Completion | Failure]:
     """As `sample_completions`, known to this process alone."""
-    requests = [request_of(prompt, source) for prompt in prompts]
-    return sampler.generate(requests, sampling_of(setup.config), seed=seed, number=0)
+
+    def draw(prompts: Sequence[Prompt], seed: int, sampling: Sampling) -> list[Completion | Failure]:
+        requests = [request_of(prompt, source) for prompt in prompts]
+        return sampler.generate(requests, sampling, seed=seed, number=0)
+
+    if setup.environment is None:
+        return draw(prompts, seed, sampling_of(setup.config))
+    return setup.environment.play(prompts, seed, sampling_of(setup.config), draw, lambda own: own, is_main=True)
 
 
 def sample_completions(
@@ -65,12 +73,24 @@ def sample_completions(
 ) -> list[Completion | Failure]:
     """A completion of each of the prompts, which are from `source`, known to every process; only the main one sends
     requests to a server."""
-    config = setup.config
+    is_main, sampling = setup.accelerator.is_main_process, sampling_of(setup.config)
+
+    def share(own: Any) -> Any:
+        return broadcast_object_list([own])[0]
+
     if isinstance(sampler, ServerSampler):
-        is_main = setup.accelerator.is_main_process
-        samples = draw_from_server(setup, sampler, prompts, seed, source) if is_main else None
-        return broadcast_object_list([samples])[0]
-    requests, sampling = [request_of(prompt, source) for prompt in prompts], sampling_of(config)
+        return share(draw_from_server(setup, sampler, prompts, seed, source) if is_main else None)
+    draw = partial(draw_here, setup, sampler, source)
+    if setup.environment is None:
+        return draw(prompts, seed, sampling)
+    return setup.environment.play(prompts, seed, sampling, draw, share, is_main=is_main)
+
+
+def draw_here(
+    setup: Setup, sampler: Sampler, source: str, prompts: Sequence[Prompt], seed: int, sampling: Sampling
+) -> list[Completion | Failure]:
+    """A completion of each prompt, by all processes together."""
+    config, requests = setup.config, [request_of(prompt, source) for prompt in prompts]
     batches = batches_of_like_length([prompt.length for prompt in prompts], config.per_device_generation_batch_size)
 
     def generate(part: tuple[int, MicroBatch]) -> list[Completion | Failure]:
@@ -128,7 +148,11 @@ def compute_rewards(setup: Setup, prompts: Sequence[Prompt], completions: Sequen
         scores = over_processes(
             parts, lambda part: setup.rewards([prompts[i] for i in part], [texts[i] for i in part]), setup.accelerator
         )
-    return Scores(torch.cat([part.total for part in scores]), torch.cat([part.parts for part in scores]))
+    total, parts = torch.cat([part.total for part in scores]), torch.cat([part.parts for part in scores])
+    if setup.environment is None:
+        return Scores(total, parts)
+    own = torch.tensor([completion.reward for completion in completions])
+    return Scores(total + own, torch.cat([parts, own[:, None]], dim=1))
 
 
 def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], scores: Scores) -> list[Episode]:
@@ -136,7 +160,8 @@ def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], 
     return [
         Episode(
             prompt.row, prompt.ids, completion.ids, completion.finished, reward,
-            None if completion.logprobs is None else torch.tensor(completion.logprobs),
+            None if completion.logprobs is None else torch.tensor(completion.own(completion.logprobs)),
+            learned=completion.learned,
         )
         for prompt, completion, reward in zip(prompts, completions, scores.total.tolist(), strict=True)
     ]  # fmt: skip

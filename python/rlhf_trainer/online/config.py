@@ -30,6 +30,9 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
     temperature: float = GENERATION.option(
         1.0, "Divides the logits, when tokens are drawn and when their log-probs are taken."
     )
+    environment: str | None = GENERATION.option(
+        None, "module:Class, with reset(row) and step(messages): it answers the model's turns, and rewards them."
+    )
     num_generations: int = GENERATION.option(1, "Completions of each prompt.")
     weight_sync: Kind = SERVER.option("auto", WEIGHT_SYNC_HELP)
     max_off_policy_steps: int = SERVER.option(
@@ -77,8 +80,14 @@ class OnlineConfig(RewardsConfig, ServerConfig, TrainConfig):
         False, "Do not learn from completions that did not end in time; means are over the others."
     )
 
+    @property
+    def needs_rewards(self) -> bool:
+        return self.environment is None
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.environment is not None and self.use_vllm and self.server_prompts == "text":
+            raise UsageError("environment: turns are kept as the tokens that were drawn: pass server_prompts ids")
         at_least(self, 1, "max_prompt_length", "max_completion_length", "num_generations", "num_mini_batches")
         at_least(self, 1, "per_device_generation_batch_size")
         at_least(self, 0, "beta", "kl_gain", "missing_eos_penalty", "max_off_policy_steps")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rlhf_kernels as rk
 
-from ..data.batches import IGNORED, Batch, pad_sequences
+from ..data.batches import IGNORED, Batch, pad_rows
 from ..models.fused_lm import LMHead
 from ..models.kl import States, kl_per_token
 from ..training.batch_plan import MicroBatch
@@ -20,7 +20,7 @@ from .setup import Setup
 
 
 class Episode(NamedTuple):
-    """A completion and its scores; tensors are fp32 on the CPU, [T] for its T tokens, None where not needed.
+    """A completion and its scores; tensors are fp32 on the CPU, [T] for the model's T tokens, None where not needed.
 
     All log-probs are at the sampling temperature, in nats.
     """
@@ -37,6 +37,18 @@ class Episode(NamedTuple):
     values: Tensor | None = None  # of the state before each token
     advantages: Tensor | None = None  # [T], or scalar where all tokens share it
     returns: Tensor | None = None
+    learned: list[bool] | None = None  # which of ids are the model's, and are counted by T; None: all
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens that the model drew."""
+        return len(self.ids) if self.learned is None else sum(self.learned)
+
+    @property
+    def labels(self) -> list[int]:
+        if self.learned is None:
+            return self.ids
+        return [id if learned else IGNORED for id, learned in zip(self.ids, self.learned, strict=True)]
 
     @property
     def length(self) -> int:
@@ -122,7 +134,7 @@ def score_episodes(
         rows = {
             "logprobs": output.logprobs, "kl": output.kl, "values": output.values, "ref_logprobs": ref_logprobs
         }  # fmt: skip
-        sizes = [len(episode.ids) for episode in part]
+        sizes = [episode.tokens for episode in part]
         split = {name: unpad(tensor, output.mask, sizes) for name, tensor in rows.items() if tensor is not None}
         return [{name: tensors[k] for name, tensors in split.items()} for k in range(len(part))]
 
@@ -135,8 +147,8 @@ def score_episodes(
 
 
 def batch_of(episodes: Sequence[Episode], pad_id: int) -> Batch:
-    """The episodes as a batch [S, T]; the completions are the labels."""
-    return pad_sequences([(episode.prompt, episode.ids) for episode in episodes], pad_id)
+    """The episodes as a batch [S, T]; what the model drew are the labels."""
+    return pad_rows([(one.prompt + one.ids, [IGNORED] * len(one.prompt) + one.labels) for one in episodes], pad_id)
 
 
 def pad(tensors: Sequence[Tensor | None], mask: Tensor) -> Tensor | None:

@@ -51,7 +51,7 @@ class GRPO(Algorithm):
         return score
 
     def weights(self, episodes: Sequence[Episode]) -> list[float]:
-        sizes = [len(episode.ids) for episode in episodes]
+        sizes = [episode.tokens for episode in episodes]
         mask = torch.arange(max(sizes, default=0)) < torch.tensor(sizes)[:, None]
         return rk.grpo_loss_weights(mask, self.config.loss_type).tolist()
 

@@ -149,7 +149,7 @@ def run_iteration(
             update_metrics, _ = run.update(task, plan[index], step)
             updates.append(update_metrics)
 
-    metrics = rollout_metrics(task.episodes, scores, setup.rewards.names, config, beta) | advantage_metrics
+    metrics = rollout_metrics(task.episodes, scores, setup.reward_names, config, beta) | advantage_metrics
     metrics |= means_of_updates(updates) | task.mismatch() | drawn
     if config.target_kl is not None:
         beta = adapted_beta(beta, metrics["objective/kl"], config.target_kl, config.kl_gain)
@@ -165,7 +165,7 @@ def evaluate(setup: Setup, run: Run, rollouts: Rollouts, step: int) -> Metrics:
     prompts, completions = [setup.held_out[k] for k in done], [samples[k] for k in done]
     scores = compute_rewards(setup, prompts, completions)
     save_samples(setup, prompts, completions, scores, run.work)
-    metrics = reward_metrics(scores, setup.rewards.names) | length_metrics(make_episodes(prompts, completions, scores))
+    metrics = reward_metrics(scores, setup.reward_names) | length_metrics(make_episodes(prompts, completions, scores))
     metrics["rollouts/failed"] = float(len(samples) - len(done))
     return {f"eval/{name}": value for name, value in metrics.items()}
 

@@ -60,13 +60,13 @@ class PPO(Algorithm):
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
         episodes = [
-            episode._replace(advantages=advantages[i, : len(episode.ids)], returns=returns[i, : len(episode.ids)])
+            episode._replace(advantages=advantages[i, : episode.tokens], returns=returns[i, : episode.tokens])
             for i, episode in enumerate(episodes)
         ]
         return Advantages(episodes, metrics)
 
     def weights(self, episodes: Sequence[Episode]) -> list[float]:
-        return [len(episode.ids) for episode in episodes]
+        return [episode.tokens for episode in episodes]
 
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
         config, output, mask = self.config, batch.output, batch.output.mask
@@ -102,9 +102,9 @@ class PPO(Algorithm):
 
 def token_rewards(episodes: Sequence[Episode], config: PPOConfig, beta: float) -> Tensor:
     """[B, T]: -beta KL at every token, where the KL is in the reward, and at the last one the completion's score."""
-    rewards = torch.zeros(len(episodes), max(len(episode.ids) for episode in episodes))
+    rewards = torch.zeros(len(episodes), max(episode.tokens for episode in episodes))
     for row, episode in zip(rewards, episodes, strict=True):
-        count = len(episode.ids)
+        count = episode.tokens
         if beta and config.kl_in == "reward":
             row[:count] -= beta * kl_of_tokens(episode, config)
         row[count - 1] += config.score_of(episode.reward, episode.finished)
@@ -114,16 +114,16 @@ def token_rewards(episodes: Sequence[Episode], config: PPOConfig, beta: float) -
 def kl_baseline(episodes: Sequence[Episode], config: PPOConfig, beta: float) -> Tensor:
     """[B, T]: what a token's advantage loses beside its rewards: beta (k1 - KL) where the exact KL is in the reward,
     else nothing. Its mean over the tokens that might have been drawn is 0, its gradient that of the KL."""
-    penalties = torch.zeros(len(episodes), max(len(episode.ids) for episode in episodes))
+    penalties = torch.zeros(len(episodes), max(episode.tokens for episode in episodes))
     if beta and config.kl_in == "reward" and config.kl_estimator == "exact":
         for row, episode in zip(penalties, episodes, strict=True):
             k1 = rk.kl_penalty(episode.logprobs, episode.ref_logprobs, "k1")
-            row[: len(episode.ids)] = beta * (k1 - episode.kl)
+            row[: episode.tokens] = beta * (k1 - episode.kl)
     return penalties
 
 
 def padded_values(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
     """(values, mask), both [B, T], aligned with `token_rewards`."""
     values = nn.utils.rnn.pad_sequence([episode.values for episode in episodes], batch_first=True)
-    lengths = torch.tensor([len(episode.ids) for episode in episodes])
+    lengths = torch.tensor([episode.tokens for episode in episodes])
     return values, torch.arange(values.shape[1]) < lengths[:, None]

@@ -20,6 +20,7 @@ from ..training.fsdp import place
 from ..training.loop import start_accelerator
 from ..training.output_folder import begin
 from .config import OnlineConfig
+from .environment import Environment
 
 SHORTER = "max_prompt_length and max_completion_length together may be at most {positions}"
 
@@ -35,6 +36,11 @@ class Setup(NamedTuple):
     policy: FusedLM
     reference: FusedLM | Reference | None
     rewards: Rewards
+    environment: Environment | None = None
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        return self.rewards.names if self.environment is None else (*self.rewards.names, "environment")
 
     def sources(self) -> list[tuple[str, list[Prompt]]]:
         """The data sets, by name, and what was read from them."""
@@ -62,10 +68,13 @@ def prepare(config: OnlineConfig) -> Setup | None:
         held_out = prompts_of(config, config.eval_dataset, config.dataset_test_split, codec, rewards, accelerator)
     if config.inspect_rows:
         accelerator.print(first_rows(prompts, tokenizer, config.inspect_rows, has_colours()))
+    environment = None if config.environment is None else Environment(config.environment, codec)
     policy = load_policy(config, codec, largest)
     for source, part in ((config.dataset_name, prompts), (config.eval_dataset, held_out)):
         if part:
             lengths = [prompt.length + config.max_completion_length for prompt in part]
+            if environment is not None:
+                environment.check(part, str(source))
             check_fit(policy.model, tokenizer, [prompt.row for prompt in part], lengths, str(source), SHORTER)
     reference = None
     if config.beta and config.use_peft and config.ref_model_name_or_path is None:
@@ -78,7 +87,7 @@ def prepare(config: OnlineConfig) -> Setup | None:
         place(reference, accelerator, bf16=config.bf16)
     elif config.ref_model_name_or_path is not None:
         raise UsageError("ref_model_name_or_path: with beta 0 nothing is compared with it; set beta, or drop it")
-    return Setup(config, accelerator, tokenizer, prompts, held_out, policy, reference, rewards)
+    return Setup(config, accelerator, tokenizer, prompts, held_out, policy, reference, rewards, environment)
 
 
 def prompts_of(

@@ -22,10 +22,15 @@ class RewardsConfig(OutputConfig):
         "Their weights in the reward, the reward model's first; default: 1 each."
     )
 
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether nothing else rewards the completions."""
+        return True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         count = len(self.reward_funcs) + (self.reward_model_name_or_path is not None)
-        if count == 0:
+        if count == 0 and self.needs_rewards:
             raise UsageError("nothing rewards the completions: pass reward_model_name_or_path or reward_funcs")
         if self.reward_weights and len(self.reward_weights) != count:
             raise UsageError(f"reward_weights: expected {count}, one for each reward, got {len(self.reward_weights)}")

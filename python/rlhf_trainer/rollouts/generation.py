@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from itertools import compress
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..models.checks import pad_id_of
 from ..training.journal import RunBatch, batches_of_like_length, compute_only
 
 NAMED = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+T = TypeVar("T")
 TAIL = 16  # tokens of a prompt that a completion is decoded behind: more than a character has, or a run of bytes
 
 
@@ -44,6 +46,12 @@ class Completion(NamedTuple):
     ids: list[int]
     finished: bool
     logprobs: list[float] | None = None
+    learned: list[bool] | None = None  # which of ids the model drew, where an environment's are between them
+    reward: float | None = None  # the environment's
+
+    def own(self, values: list[T]) -> list[T]:
+        """Of one value for each of ids those of what the model drew."""
+        return values if self.learned is None else list(compress(values, self.learned))
 
 
 def generate(
