@@ -185,14 +185,19 @@ def exact_server(server, tmp_path):
     server.start()
 
 
-@pytest.mark.parametrize("way", ["lora", "folder"])
+@pytest.mark.parametrize("way", ["lora", "ahead", "folder"])
 def test_the_reward_rises(request, way, work):
-    server = request.getfixturevalue("server" if way == "lora" else "exact_server")
+    server = request.getfixturevalue("exact_server" if way == "folder" else "server")
     rows = vllm_grpo.train(SMOLLM2.path, server.url, way, work / "out", "--max_steps", str(STEPS))
     assert len(rows) == STEPS and all(row["rollouts/failed"] == 0 for row in rows)
     rewards = [row["reward"] for row in rows]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.05
-    assert all(row["sampling/sampling_logp_difference/mean"] < BF16_NATS for row in rows)
+    if way == "ahead":  # what is compared are two policies, one update apart
+        assert [row["rollouts/off_policy_steps"] for row in rows] == [0, *[1] * (STEPS - 1)]
+        assert rows[0]["sampling/sampling_logp_difference/mean"] < BF16_NATS
+        assert all(row["sampling/weight/mean"] > 0.2 for row in rows)
+    else:
+        assert all(row["sampling/sampling_logp_difference/mean"] < BF16_NATS for row in rows)
 
 
 def test_a_server_that_dies_within_a_run_costs_nothing(server, work):

@@ -1,6 +1,7 @@
-"""GRPO of SmolLM2-135M-Instruct through a real vLLM, which follows the policy by adapters, or by folders.
+"""GRPO of SmolLM2-135M-Instruct through a real vLLM, which follows the policy by adapters, or by folders, or draws
+ahead of training.
 
-python -m tests.real.vllm_grpo MODEL FOLDER [RESULTS]: both, 20 iterations each, and a table of what became of the
+python -m tests.real.vllm_grpo MODEL FOLDER [RESULTS]: all, 20 iterations each, and a table of what became of the
 reward; RESULTS: a JSON file for the curves.
 
 The task is to be brief. A model of 135M learns no facts in 20 iterations, but when to stop is one decision that it can
@@ -33,9 +34,10 @@ WAYS = {  # of weights to the server
     "lora": "--weight_sync lora --learning_rate 1e-3 --use_peft --lora_r 8 --lora_target_modules all-linear",
     "folder": "--weight_sync folder --learning_rate 3e-5",
 }
+WAYS["ahead"] = f"{WAYS['lora']} --max_off_policy_steps 1"  # the same, drawn while the iteration before trains
 SHOWN = (
     "reward", "completions/mean_length", "completions/clipped_ratio", "sampling/sampling_logp_difference/mean",
-    "sampling/kl", "seconds",
+    "sampling/kl", "seconds", "rollouts/off_policy_steps", "rollouts/wait_seconds", "rollouts/idle_seconds",
 )  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def table(metrics: dict[str, list[dict[str, float]]]) -> str:
     lines = [f"{'sync':<8}{'step':>5}" + "".join(f"{name.rpartition('/')[2][:15]:>16}" for name in SHOWN)]
     for way, rows in metrics.items():
         for row in (rows[0], *rows[4::5]):
-            lines.append(f"{way:<8}{int(row['step']):>5}" + "".join(f"{row[name]:>16.4g}" for name in SHOWN))
+            lines.append(f"{way:<8}{int(row['step']):>5}" + "".join(f"{row.get(name, 0.0):>16.4g}" for name in SHOWN))
     return "\n".join(lines)
 
 
@@ -85,7 +87,7 @@ def main(model: Path, folder: Path, results: Path | None = None) -> None:
         curves = {
             way: {
                 "command": f"rlhf grpo {FLAGS} {WAYS[way]} --max_steps 20",
-                "curves": {name: [row[name] for row in rows] for name in SHOWN},
+                "curves": {name: [row[name] for row in rows] for name in SHOWN if name in rows[0]},
                 "failed": sum(row["rollouts/failed"] for row in rows),
             }
             for way, rows in metrics.items()
