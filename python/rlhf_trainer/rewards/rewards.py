@@ -6,16 +6,20 @@ A user's function has TRL's signature, `f(prompts, completions, **columns) -> li
 all prompts and completions, text or messages as in the data, and the other columns of their rows, each a list with
 None where a row lacks it. Of these it gets what its parameters ask for; `**kwargs` asks for everything. None in place
 of a number abstains: that completion's reward is the sum of the other functions', of which one must have a value.
+Functions that are `async def` are all awaited together, while the others run.
 """
 
+import asyncio
 import inspect
 import math
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from itertools import repeat
 from numbers import Real
+from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -77,10 +81,25 @@ class Rewards:
         """Rewards of texts [N], each the completion of the prompt at its place; `run` runs each batch of the work."""
         if len(prompts) != len(texts):
             raise ValueError(f"expected a text for each prompt, got {len(texts)} for {len(prompts)}")
-        columns = []
-        for name, function in zip(self.names, self.functions, strict=True):
-            values = checked(name, function(prompts, texts, run) if prompts else [], prompts)
-            columns.append([math.nan if value is None else value for value in values])
+        columns: list[list[float]] = [[] for _ in self.functions]
+        left = [function for function in self.functions if isinstance(function, UserReward) and function.is_async]
+
+        def run_beside(compute: Callable[[], Any]) -> Any:
+            def start_and_compute() -> Any:  # only what is not kept: then the async functions without a result begin
+                for function in left:
+                    function.start(prompts, texts)
+                return compute()
+
+            return run(start_and_compute)
+
+        try:
+            for k in sorted(range(len(columns)), key=lambda k: self.functions[k] in left):  # async functions last
+                values = self.functions[k](prompts, texts, run_beside) if prompts else []
+                columns[k] = [math.nan if v is None else v for v in checked(self.names[k], values, prompts)]
+                left = [function for function in left if function is not self.functions[k]]
+        finally:
+            for function in left:
+                function.stop()
         parts = torch.tensor(columns, dtype=torch.float32).reshape(len(columns), len(prompts)).T.contiguous()
         silent = parts.isnan().all(dim=1).nonzero().flatten().tolist()
         if silent and columns:
@@ -136,10 +155,13 @@ class RowReward:
 
 
 class UserReward:
-    """A function of the user's. Where it raises, it is called again, prompt by prompt, to tell with which one."""
+    """A function of the user's. Where it raises, it is called again, prompt by prompt, to tell with which one.
+    An async one may be started before it is called."""
 
     def __init__(self, spec: str, function: Callable[..., Any]) -> None:
         self.spec, self.function = spec, function
+        self.is_async = any(map(inspect.iscoroutinefunction, (function, getattr(function, "__call__", None))))  # noqa: B004
+        self.started: Future[Any] | None = None
         self.name = spec.partition(":")[2]
         try:
             parameters = inspect.signature(function).parameters.values()
@@ -172,7 +194,7 @@ class UserReward:
 
     def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         try:
-            return self.call(prompts, texts)
+            return self.wait(prompts, texts) if self.is_async else self.call(prompts, texts)
         except (Exception, SystemExit) as error:
             if len(prompts) > 1:
                 for prompt, text in zip(prompts, texts, strict=True):
@@ -184,6 +206,28 @@ class UserReward:
                 f"{frame.filename}:{frame.lineno}, in {frame.name})"
             ) from error
 
+    def start(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
+        async def values() -> Any:
+            try:
+                return await self.call(prompts, texts)
+            except SystemExit as error:  # as itself it would end the loop, and all others would wait forever
+                raise RuntimeError(f"SystemExit: {error}") from error
+
+        if self.started is None:
+            self.started = asyncio.run_coroutine_threadsafe(values(), event_loop())
+
+    def stop(self) -> None:
+        if self.started is not None:
+            self.started.cancel()
+        self.started = None
+
+    def wait(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
+        self.start(prompts, texts)
+        try:
+            return self.started.result()
+        finally:
+            self.stop()
+
     def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         names = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns), *self.needed]
         arguments = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
@@ -191,6 +235,14 @@ class UserReward:
         arguments["completions"] = list(map(like_prompt, arguments["prompts"], map(Prompt.opened, prompts, texts)))
         takes = [name for name in arguments if self.takes_all or name in self.parameters]
         return self.function(**{name: arguments[name] for name in takes})
+
+
+@cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """Of all async functions, for the life of the process: they may keep a client, whose connections belong to it."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="async reward functions", daemon=True).start()
+    return loop
 
 
 def checked(name: str, values: Any, prompts: Sequence[Prompt]) -> list[float | None]:
