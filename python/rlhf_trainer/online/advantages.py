@@ -46,10 +46,10 @@ def group_advantages(rewards: Tensor, loss_type: str) -> Tensor:
     all others:   (r - mean) / (std + 1e-4) over the group (Shao et al., 2024, arXiv:2402.03300, sec. 4.1.2, where
                   nothing is added to std)
     """
-    if loss_type == "reinforce":
-        return rewards - rewards.mean()
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if loss_type == "dr_grpo":
+    groups = rewards.reshape(1, -1) if loss_type == "reinforce" else rewards
+    centred = groups - groups.mean(1, keepdim=True)
+    centred = centred.masked_fill(equal_groups(groups)[:, None], 0.0).view_as(rewards)  # however the mean is rounded
+    if loss_type in ("reinforce", "dr_grpo"):
         return centred
     size = rewards.shape[1]
     if loss_type == "rloo":

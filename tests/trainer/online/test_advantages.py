@@ -79,6 +79,14 @@ def test_groups_that_teach_nothing_are_known():
     assert equal_groups(REWARDS).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "sapo"])
+def test_equal_rewards_have_no_advantage_however_their_mean_is_rounded(loss_type):
+    """Otherwise the optimizer, which takes out a gradient's scale, would make a whole step of the rounding."""
+    rewards = torch.full((1, 8), 0.7)
+    assert rewards.mean() != rewards[0, 0]
+    assert not group_advantages(rewards, loss_type).any()
+
+
 def test_beta_follows_the_kl():
     assert adapted_beta(0.1, 6.0, 6.0, 0.1) == 0.1
     assert adapted_beta(0.1, 6.6, 6.0, 0.1) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
