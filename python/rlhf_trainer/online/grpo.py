@@ -43,6 +43,11 @@ class GRPO(Algorithm):
             metrics if self.config.num_generations > 1 else {},
         )
 
+    def teach(self, episodes: Sequence[Episode], beta: float) -> list[bool]:
+        if beta != 0:  # the KL has a gradient, or a part in the advantages that is not known before it is computed
+            return [True] * len(episodes)
+        return [bool(one.advantages) for one in self.compute_advantages(list(episodes), beta).episodes]
+
     def score_of(self, episode: Episode, beta: float) -> float:
         """The score that the group compares, less beta times the completion's KL where that is in the reward."""
         score = self.config.score_of(episode.reward, episode.finished)

@@ -16,7 +16,7 @@ class Share(NamedTuple):
 
 
 def plan_batches(
-    lengths: Sequence[int],
+    lengths: Sequence[int | tuple[bool, int]],
     batch_size: int,
     micro_batch_size: int,
     seed: int | None,
@@ -24,6 +24,7 @@ def plan_batches(
 ) -> list[list[MicroBatch]]:
     """lengths [N] -> batches of micro-batches that partition range(N); shuffled by `seed`, or in order for None.
 
+    A length may have in front of it what examples of a micro-batch are to have in common, too.
     What is in a batch depends on the seed and batch_size only. Within a batch, examples of like length share a
     micro-batch: that spares padding and leaves the batch's mean what it is. sizes [N]: what each counts for in
     batch_size and micro_batch_size, as a prompt with several pairs does; 1 by default.

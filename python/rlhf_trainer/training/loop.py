@@ -156,11 +156,16 @@ class Run:
         self.turn_dropout(True, step)
         for i, share in enumerate(shares):
             # Gradients travel between processes once a step, with the last micro-batch.
-            syncs = contextlib.nullcontext() if i == len(shares) - 1 else accelerator.no_sync(self.model)
+            is_last = i == len(shares) - 1
+            syncs = contextlib.nullcontext() if is_last else accelerator.no_sync(self.model)
+            # Where there is no gradient, there is no backward pass; but for the last, as all weights need one, be it 0.
+            teaches = is_last or bool(self.balanced or sharding()) or task.teaches(share.indices)
             with syncs, lack_of_memory(self.config, lambda: f"step {step}, {self.shape}"):
-                output = with_aux_loss(task.compute_loss(self.model, share.indices), self.balanced)
-                # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
-                accelerator.backward(output.loss * (share.weight * accelerator.num_processes))
+                with torch.set_grad_enabled(teaches):
+                    output = with_aux_loss(task.compute_loss(self.model, share.indices), self.balanced)
+                if teaches:
+                    # The weights of all shares sum to 1, and DDP takes the mean over processes: undo its division.
+                    accelerator.backward(output.loss * (share.weight * accelerator.num_processes))
             totals.add(output, share.weight)
         self.turn_dropout(False, step)
 

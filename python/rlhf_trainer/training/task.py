@@ -56,6 +56,10 @@ class Task(ABC):
     def examples(self, indices: MicroBatch) -> list[Any]:
         """NamedTuples with `row`, for a person who looks for a mistake in them."""
 
+    def teaches(self, indices: MicroBatch) -> bool:
+        """False if the loss of these examples has no gradient."""
+        return True
+
     def depends_on(self) -> bytes:
         """Bytes of all that determines the loss beside the examples and the model."""
         return b""
