@@ -1,10 +1,14 @@
 """Completions drawn while earlier iterations train: by which policy, of which prompts, and what a stop leaves."""
 
+import json
+import random
 import threading
 from concurrent.futures import CancelledError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlhf_trainer.errors import UsageError
 from rlhf_trainer.models.loading import load_causal_lm
@@ -16,6 +20,10 @@ from rlhf_trainer.rollouts.sampler import GenerationRequest, LocalSampler
 from rlhf_trainer.rollouts.server import ServerSampler
 from rlhf_trainer.rollouts.weight_sync import WeightSync
 from rlhf_trainer.training.loop import Run
+from tests.trainer.online import known_tasks as tasks
+from tests.trainer.online.calculator import TEMPLATE
+from tests.trainer.rollouts.scripted_server import Scripted, choices
+from tests.trainer.training.test_distributed import LAUNCH
 
 SECONDS = 60  # to wait for what comes at once where nothing is broken
 
@@ -202,3 +210,52 @@ def test_a_sampler_that_is_stopped_sends_no_request(task):
     sampler.stop()
     with pytest.raises(CancelledError):
         sampler.generate([GenerationRequest([1], "a", "row 1")], Sampling(2), seed=0, number=0)
+
+
+def test_two_processes_train_as_one(task, tmp_path, python):
+    """The main one's servers draw ahead; the main one has the environments, and all draw for them."""
+    tokenizer = tasks.character_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    model = tasks.save(tmp_path / "model", tasks.small_gpt2(tokenizer, width=16, layers=1), tokenizer)
+    rows = [{"prompt": [{"role": "user", "content": f"{a}+{b}"}]} for a in range(4) for b in range(4)]
+    talks = {
+        "model_name_or_path": model, "dataset_name": tasks.write_rows(tmp_path / "sums.jsonl", rows),
+        "reward_funcs": ["regex:[0-9]"], "environment": "tests.trainer.online.calculator:Calculator",
+        "max_completion_length": 12,
+    }  # fmt: skip
+    script, server = str(Path(__file__).with_name("online_stages.py")), Scripted()
+
+    def answer(path, body):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "policy"}]}
+        rng = random.Random(f"{body['prompt']} {body['seed']}")
+        ids = [[rng.randrange(12, 16), rng.randrange(12, 16), 17] for _ in range(body.get("n", 1))]
+        return choices([{"token_ids": one, "logprobs": {"token_logprobs": [-1.0] * 3}} for one in ids])
+
+    server.answer = answer
+    with server.running() as url:
+        served = {
+            "use_vllm": True, "vllm_server_base_url": url, "server_model": "policy", "weight_sync": "none",
+            "max_off_policy_steps": 1,
+        }  # fmt: skip
+        stages = {
+            name: task | {"num_generations": 4, "max_steps": 3, "beta": 0.05} | more
+            for name, more in (("grpo, ahead", served), ("grpo, talks", talks))
+        }
+        (tmp_path / "options.json").write_text(json.dumps(stages))
+        for name, launch in (("one", ()), ("two", LAUNCH)):
+            done = python(*launch, script, "options.json", name, ACCELERATE_USE_CPU="true", no_proxy="127.0.0.1")
+            assert done.returncode == 0, done.stderr
+    for stage in stages:
+        one, two = (
+            [json.loads(line) for line in (tmp_path / name / stage / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")
+        )
+        assert len(one) == len(two) == 3
+        assert ("rollouts/off_policy_steps" in two[-1]) == (stage == "grpo, ahead")
+        assert ("rewards/environment/mean" in two[-1]) == (stage == "grpo, talks")
+        for a, b in zip(one, two, strict=True):
+            assert {key: value for key, value in a.items() if "seconds" not in key} == {
+                key: pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in b.items() if "seconds" not in key
+            }

@@ -84,7 +84,7 @@ def test_a_completion_ends_with_its_end(tokenizer):
     model.generation_config.eos_token_id = [7, 1]
     completions = generate(model, tokenizer, PROMPTS * 8, Sampling(max_new_tokens=6), batch_size=16, seed=0)
     assert {completion.ids[-1] for completion in completions if completion.finished} == {1, 7}
-    for ids, finished, _ in completions:
+    for ids, finished, *_ in completions:
         assert set(ids[:-1]) <= {10} and len(ids) <= 6
         assert finished == (ids[-1] in (1, 7)) and (finished or len(ids) == 6)
     assert 0 < sum(not completion.finished for completion in completions) < len(completions)
