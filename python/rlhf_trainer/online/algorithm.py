@@ -57,9 +57,9 @@ class Algorithm(ABC):
     def weights(self, episodes: Sequence[Episode]) -> list[float]:
         """Each episode's weight in the means of loss and metrics: 1, or its tokens."""
 
-    def teach(self, episodes: Sequence[Episode], beta: float) -> list[bool]:
-        """False of each of the rewarded episodes that has no part in the gradient."""
-        return [True] * len(episodes)
+    def idle(self, episodes: list[Episode], beta: float) -> set[int]:
+        """Places of rewarded episodes that have no part in the gradient."""
+        return set()
 
     @abstractmethod
     def loss(self, batch: EpisodeBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,10 +108,7 @@ class EpisodeTask(Task):
         super().__init__(plan, algorithm.weights(episodes), setup.accelerator.device)
         self.setup, self.config, self.algorithm = setup, setup.config, algorithm
         self.episodes, self.beta = list(episodes), beta
-        self.teach = algorithm.teach(episodes, beta)
-
-    def teaches(self, indices: MicroBatch) -> bool:
-        return any(self.teach[i] for i in indices)
+        self.idle = algorithm.idle(episodes, beta)
 
     def examples(self, indices: MicroBatch) -> list[Any]:
         return [self.episodes[i].record() for i in indices]

@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -168,14 +168,14 @@ def make_episodes(prompts: Sequence[Prompt], completions: Sequence[Completion], 
 
 
 def plan_mini_batches(
-    setup: Setup, episodes: Sequence[Episode], chosen: Sequence[int], seed: int, teach: Sequence[bool]
+    setup: Setup, episodes: Sequence[Episode], chosen: Sequence[int], seed: int, idle: Set[int]
 ) -> list[list[MicroBatch]]:
     """Mini-batches of micro-batches of the episodes at the places `chosen`; each mini-batch is an optimizer step.
-    Those that teach nothing come first in it, so that they share micro-batches."""
+    Those that are idle come first in it, so that they share micro-batches."""
     config = setup.config
     if not chosen:
         return []
     mini = math.ceil(len(chosen) / config.num_mini_batches)
     micro = min(config.micro_batch_size, math.ceil(mini / setup.accelerator.num_processes))
-    plan = plan_batches([(teach[i], episodes[i].length) for i in chosen], mini, micro, seed)
+    plan = plan_batches([(i not in idle, episodes[i].length) for i in chosen], mini, micro, seed)
     return [[[chosen[k] for k in micro_batch] for micro_batch in batch] for batch in plan]

@@ -43,10 +43,10 @@ class GRPO(Algorithm):
             metrics if self.config.num_generations > 1 else {},
         )
 
-    def teach(self, episodes: Sequence[Episode], beta: float) -> list[bool]:
-        if beta != 0:  # the KL has a gradient, or a part in the advantages that is not known before it is computed
-            return [True] * len(episodes)
-        return [bool(one.advantages) for one in self.compute_advantages(list(episodes), beta).episodes]
+    def idle(self, episodes: list[Episode], beta: float) -> set[int]:
+        if beta != 0:  # the KL has a gradient of its own, or a part in the advantages
+            return set()
+        return {i for i, one in enumerate(self.compute_advantages(episodes, beta).episodes) if not one.advantages}
 
     def score_of(self, episode: Episode, beta: float) -> float:
         """The score that the group compares, less beta times the completion's KL where that is in the reward."""

@@ -130,8 +130,8 @@ def run_iteration(
 
     # Score each token with the policy before its update, its reference and its values, in the micro-batches in which
     # the policy will learn from them.
-    teach = algorithm.teach(episodes, beta)
-    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed, teach)
+    idle = algorithm.idle(episodes, beta)
+    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed, idle)
     if algorithm.needs_scores(beta):
         micro_batches = [micro_batch for batch in plan for micro_batch in batch]
         episodes = score_episodes(setup, run.unwrapped, episodes, micro_batches, with_reference=beta != 0)
@@ -140,7 +140,7 @@ def run_iteration(
     episodes, advantage_metrics = algorithm.compute_advantages(episodes, beta)
     if config.mask_truncated_completions:
         finished = [i for i, episode in enumerate(episodes) if episode.finished]
-        plan = plan_mini_batches(setup, episodes, finished, seed, teach)
+        plan = plan_mini_batches(setup, episodes, finished, seed, idle)
 
     # Learn from them: an optimizer step for each mini-batch, in one or several passes.
     task = EpisodeTask(setup, algorithm, episodes, plan, beta)

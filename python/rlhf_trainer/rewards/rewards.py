@@ -16,6 +16,7 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import repeat
 from numbers import Real
@@ -84,13 +85,13 @@ class Rewards:
         columns: list[list[float]] = [[] for _ in self.functions]
         left = [function for function in self.functions if isinstance(function, UserReward) and function.is_async]
 
-        def run_beside(compute: Callable[[], Any]) -> Any:
-            def start_and_compute() -> Any:  # only what is not kept: then the async functions without a result begin
-                for function in left:
-                    function.start(prompts, texts)
-                return compute()
+        def beside_those_left(compute: Callable[[], Any]) -> Any:
+            for function in left:
+                function.start(prompts, texts)
+            return compute()
 
-            return run(start_and_compute)
+        def run_beside(compute: Callable[[], Any]) -> Any:
+            return run(lambda: beside_those_left(compute))  # a result that was kept starts none
 
         try:
             for k in sorted(range(len(columns)), key=lambda k: self.functions[k] in left):  # async functions last
@@ -194,7 +195,11 @@ class UserReward:
 
     def values(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         try:
-            return self.wait(prompts, texts) if self.is_async else self.call(prompts, texts)
+            if not self.is_async:
+                return self.call(prompts, texts)
+            self.start(prompts, texts)
+            started, self.started = self.started, None
+            return started.result()
         except (Exception, SystemExit) as error:
             if len(prompts) > 1:
                 for prompt, text in zip(prompts, texts, strict=True):
@@ -207,26 +212,13 @@ class UserReward:
             ) from error
 
     def start(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
-        async def values() -> Any:
-            try:
-                return await self.call(prompts, texts)
-            except SystemExit as error:  # as itself it would end the loop, and all others would wait forever
-                raise RuntimeError(f"SystemExit: {error}") from error
-
         if self.started is None:
-            self.started = asyncio.run_coroutine_threadsafe(values(), event_loop())
+            self.started = asyncio.run_coroutine_threadsafe(self.call(prompts, texts), event_loop())
 
     def stop(self) -> None:
         if self.started is not None:
             self.started.cancel()
-        self.started = None
-
-    def wait(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
-        self.start(prompts, texts)
-        try:
-            return self.started.result()
-        finally:
-            self.stop()
+            self.started = None
 
     def call(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
         names = [*dict.fromkeys(name for prompt in prompts for name in prompt.columns), *self.needed]
@@ -241,7 +233,13 @@ class UserReward:
 def event_loop() -> asyncio.AbstractEventLoop:
     """Of all async functions, for the life of the process: they may keep a client, whose connections belong to it."""
     loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, name="async reward functions", daemon=True).start()
+
+    def run() -> None:
+        while True:
+            with suppress(SystemExit):  # of a function; its caller has it, too
+                loop.run_forever()
+
+    Thread(target=run, name="async reward functions", daemon=True).start()
     return loop
 
 

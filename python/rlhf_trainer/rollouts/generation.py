@@ -9,19 +9,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..models.checks import pad_id_of
 from ..training.journal import RunBatch, batches_of_like_length, compute_only
@@ -96,94 +87,73 @@ def generate_batch(
     bf16: bool = False,
     with_logprobs: bool = False,
 ) -> list[Completion]:
-    """One completion for each prompt, all at once; draws depend on (seed, number) and leave torch's own state alone."""
+    """One completion for each prompt, all at once; draws depend on (seed, number) and leave torch's own state alone.
+
+    As far as the model's cache has rows, a prompt that is there several times goes through the model once; when half
+    of the completions have ended, `generate` is called anew for the others.
+    """
     width = max(len(prompt) for prompt in prompts)
     pad_id, ends, device = pad_id_of(tokenizer), end_ids(model, tokenizer), model.device
     # Padded on the left, so that each prompt's last token is where generation begins.
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    devices = [device] if device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices),
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        without_own_settings(model),
-        without_checkpointing(model),
-    ):
-        torch.manual_seed(random.Random(f"{seed}, batch {number}").getrandbits(63))
-        drawn, logprobs = draw(model, ids, mask, sampling, pad_id, ends, with_logprobs=with_logprobs)
-    completions = [up_to_end(row, ends) for row in drawn.tolist()]
-    if not with_logprobs:
-        return completions
-    return [d._replace(logprobs=row[: len(d.ids)]) for d, row in zip(completions, logprobs.tolist(), strict=True)]
-
-
-def draw(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, sampling: Sampling, pad_id: int, ends: list[int], *,
-    with_logprobs: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """ids, mask [B, T] of prompts -> the tokens drawn behind them and, if wanted, their log-probs, [B, max_new_tokens]
-    each; behind a row's end, padding and 0.
-
-    A prompt that is there several times goes through the model once, and when half of the rows have ended, `generate`
-    is called anew for the others, with their keys and values: as far as the model's cache has rows.
-    """
+    distinct, places = torch.unique(torch.stack([ids, mask], dim=1), dim=0, return_inverse=True)
     # The distribution is made here: in a config, top_k would be 50 by default, and warpers would come after `keeper`.
     draws = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
-    drawn = ids.new_full((len(ids), sampling.max_new_tokens), pad_id)
-    logprobs = torch.zeros(drawn.shape, device=ids.device)
-    rows, steps, end_tokens = torch.arange(len(ids), device=ids.device), 0, ids.new_tensor(ends)
+    draws |= {"pad_token_id": pad_id, "eos_token_id": ends or None}
     options = {"synced_gpus": False}  # where weights are sharded, they are whole now: `unsharded`
+    rows, end_tokens = list(range(len(prompts))), ids.new_tensor(ends)
+    drawn, logprobs = [[] for _ in rows], [[] for _ in rows]  # of each row, maybe with padding behind its end
 
     def half_ended(input_ids: Tensor, _scores: Tensor, **_: object) -> Tensor:  # stops all rows, or none
         ended = torch.isin(input_ids[:, ids.shape[1] :], end_tokens).any(1)
         return (2 * ended.sum() >= len(ended)).expand(len(ended))
 
-    if (cache := cache_of_rows(model)) is not None:
-        prefill(model, cache, ids, mask, pad_id)
-        options |= {"past_key_values": cache, "stopping_criteria": StoppingCriteriaList([half_ended])}
-    while True:
-        settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens - steps, pad_token_id=pad_id, eos_token_id=ends or None, **draws
-        )
-        keeper = DrawnLogprobs()
-        processors = LogitsProcessorList([*warpers(sampling), *([keeper] if with_logprobs else [])])
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=processors, **options
-        )
-        new = out[:, ids.shape[1] :]
-        done = steps + new.shape[1]
-        drawn[rows, steps:done] = new
-        if with_logprobs:
-            logprobs[rows, steps:done] = keeper.of(new)
-        going = (~torch.isin(new, end_tokens).any(1)).nonzero()[:, 0]
-        if done == sampling.max_new_tokens or not len(going):
-            return drawn, logprobs
-        mask = torch.cat([mask[going], torch.ones_like(new[going])], dim=1)
-        rows, ids, steps = rows[going], out[going], done
-        cache.batch_select_indices(going)
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        without_own_settings(model),
+        without_checkpointing(model),
+    ):
+        torch.manual_seed(random.Random(f"{seed}, batch {number}").getrandbits(63))
+        if (cache := cache_of_rows(model)) is not None:
+            options |= {"past_key_values": cache, "stopping_criteria": StoppingCriteriaList([half_ended])}
+        if cache is not None and len(distinct) < len(prompts) and min(map(len, prompts)) > 1:
+            first = GenerationConfig(max_new_tokens=1, pad_token_id=pad_id)  # a token that is thrown away
+            model.generate(distinct[:, 0, :-1], attention_mask=distinct[:, 1, :-1], generation_config=first, **options)
+            cache.batch_select_indices(places)
+        while rows:
+            settings = GenerationConfig(max_new_tokens=sampling.max_new_tokens - len(drawn[rows[0]]), **draws)
+            keeper = DrawnLogprobs()
+            processors = LogitsProcessorList([*warpers(sampling), *([keeper] if with_logprobs else [])])
+            out = model.generate(
+                ids, attention_mask=mask, generation_config=settings, logits_processor=processors, **options
+            )
+            new = out[:, ids.shape[1] :]
+            kept = keeper.of(new).tolist() if with_logprobs else [[]] * len(rows)
+            for row, tokens, values in zip(rows, new.tolist(), kept, strict=True):
+                drawn[row] += tokens
+                logprobs[row] += values
+            if len(drawn[rows[0]]) == sampling.max_new_tokens:
+                break
+            going = [k for k, row in enumerate(rows) if not up_to_end(drawn[row], ends).finished]
+            rows, ids = [rows[k] for k in going], out[going]
+            mask = torch.cat([mask[going], torch.ones_like(new[going])], dim=1)
+            if cache is not None:
+                cache.batch_select_indices(going)
+    completions = [up_to_end(row, ends) for row in drawn]
+    if not with_logprobs:
+        return completions
+    return [done._replace(logprobs=row[: len(done.ids)]) for done, row in zip(completions, logprobs, strict=True)]
 
 
 def cache_of_rows(model: PreTrainedModel) -> DynamicCache | None:
     """An empty cache of the model's whose rows can be selected and repeated; None where it has states of other kinds
     beside keys and values (state space models, hybrids), which a cache does not select."""
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return None
     cache = DynamicCache(config=model.config)
     known = (DynamicLayer, DynamicSlidingWindowLayer)  # and not what inherits from them, as hybrids' layers do
-    return cache if cache.layers and all(type(layer) in known for layer in cache.layers) else None
-
-
-def prefill(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, pad_id: int) -> None:
-    """Fills the cache with all of the prompts [B, T] but the last token; each of several equal ones is computed once.
-    Leaves it empty where there are none, or no such tokens."""
-    distinct, places = torch.unique(torch.stack([mask, ids], dim=1), dim=0, return_inverse=True)
-    if len(distinct) == len(ids) or mask.sum(1).min() < 2:
-        return
-    mask, ids = distinct[:, :, :-1].unbind(1)
-    settings = GenerationConfig(max_new_tokens=1, pad_token_id=pad_id)  # the token is thrown away
-    known = {"past_key_values": cache, "generation_config": settings, "synced_gpus": False}
-    model.generate(input_ids=ids, attention_mask=mask, **known)
-    cache.batch_select_indices(places)
+    takes_it = "past_key_values" in inspect.signature(model.forward).parameters
+    return cache if takes_it and cache.layers and all(type(layer) in known for layer in cache.layers) else None
 
 
 def warpers(sampling: Sampling) -> list[LogitsProcessor]:

@@ -159,7 +159,7 @@ class Run:
             is_last = i == len(shares) - 1
             syncs = contextlib.nullcontext() if is_last else accelerator.no_sync(self.model)
             # Where there is no gradient, there is no backward pass; but for the last, as all weights need one, be it 0.
-            teaches = is_last or bool(self.balanced or sharding()) or task.teaches(share.indices)
+            teaches = is_last or bool(self.balanced or sharding()) or not task.idle.issuperset(share.indices)
             with syncs, lack_of_memory(self.config, lambda: f"step {step}, {self.shape}"):
                 with torch.set_grad_enabled(teaches):
                     output = with_aux_loss(task.compute_loss(self.model, share.indices), self.balanced)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Task(ABC):
     each a part of its sequences, and metrics and tokens are shares of these that sum to the whole."""
 
     noun = "prompts with pairs"  # the examples, for messages
+    idle: Set[int] = frozenset()  # examples whose loss has no gradient
 
     def __init__(
         self, plan: list[list[MicroBatch]], counts: Sequence[float], device: torch.device, together: int = 1
@@ -55,10 +56,6 @@ class Task(ABC):
     @abstractmethod
     def examples(self, indices: MicroBatch) -> list[Any]:
         """NamedTuples with `row`, for a person who looks for a mistake in them."""
-
-    def teaches(self, indices: MicroBatch) -> bool:
-        """False if the loss of these examples has no gradient."""
-        return True
 
     def depends_on(self) -> bytes:
         """Bytes of all that determines the loss beside the examples and the model."""

@@ -31,8 +31,8 @@ def first_batch(config, algorithm):
     sampler = LocalSampler(setup.policy.model, setup.tokenizer, False)
     completions = sample_completions(setup, sampler, prompts, seed=1, source="rows")
     episodes = make_episodes(prompts, completions, compute_rewards(setup, prompts, completions))
-    teach = algorithm.teach(episodes, config.beta)
-    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed=1, teach=teach)
+    idle = algorithm.idle(episodes, config.beta)
+    plan = plan_mini_batches(setup, episodes, range(len(episodes)), seed=1, idle=idle)
     micro_batches = [micro_batch for batch in plan for micro_batch in batch]
     episodes = score_episodes(setup, module, episodes, micro_batches, with_reference=True)
     episodes = algorithm.compute_advantages(episodes, config.beta).episodes

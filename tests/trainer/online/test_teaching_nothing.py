@@ -42,11 +42,11 @@ def counted(run, monkeypatch):
 
 
 def without_skipping(monkeypatch):
-    monkeypatch.setattr(EpisodeTask, "teaches", lambda self, indices: True)
+    monkeypatch.setattr(EpisodeTask, "idle", property(lambda self: frozenset(), lambda self, idle: None), raising=False)
 
 
 def without_sorting(monkeypatch):
-    monkeypatch.setattr(GRPO, "teach", lambda self, episodes, beta: [True] * len(episodes))
+    monkeypatch.setattr(GRPO, "idle", lambda self, episodes, beta: set())
 
 
 @pytest.mark.parametrize("options", [

@@ -146,7 +146,7 @@ def test_all_calls_share_a_loop_so_that_a_client_may_stay_open():
     [
         ("raises", r"'waiting:raises' raised KeyError: 'no such key' \(for row 2, prompt 'bad'; .*waiting.py:\d+, in"),
         ("raises_on_many", r"raised RuntimeError: too many \(for all prompts together; .*, in raises_on_many\)"),
-        ("leaves", r"'waiting:leaves' raised RuntimeError: SystemExit: enough \(for row 1, prompt 'a'"),
+        ("leaves", r"'waiting:leaves' raised SystemExit: enough \(for row 1, prompt 'a'"),
         ("gives_up", r"'waiting:gives_up' raised CancelledError"),
         ("short", r"'waiting:short' gave 1 values for 3 completions"),
         ("nan", r"'waiting:nan' gave float nan, expected a finite number \(for row 2, prompt 'bad'\)"),
