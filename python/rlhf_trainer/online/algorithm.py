@@ -71,20 +71,17 @@ class Algorithm(ABC):
         config, output = self.config, batch.output
         if not config.use_vllm:
             return None, {}
-        unknown = (torch.full((one.tokens,), torch.nan) for one in batch.episodes)
         rows = [
-            nans if one.sampler_logprobs is None else one.sampler_logprobs
-            for nans, one in zip(unknown, batch.episodes, strict=True)
+            torch.full((one.tokens,), torch.nan) if one.sampler_logprobs is None else one.sampler_logprobs
+            for one in batch.episodes
         ]
         sampler, mask = pad(rows, output.mask), output.mask
         weights, (low, high) = mask.float(), config.weight_bounds
         if config.vllm_importance_sampling_correction:
             mode = config.vllm_importance_sampling_mode
             weights = rk.importance_weights(batch.old_logprobs, sampler, mask, mode, clip_min=low, clip_max=high)
-        if config.off_policy_mask_threshold is not None:
-            weights = weights * rk.off_policy_mask(
-                output.logprobs, sampler, advantages, mask, config.off_policy_mask_threshold
-            )
+        if (threshold := config.off_policy_mask_threshold) is not None:
+            weights = weights * rk.off_policy_mask(output.logprobs, sampler, advantages, mask, threshold)
         return weights, {
             "sampling/weight/mean": weights.sum() / mask.sum(),
             "sampling/weight/zeros": (mask & (weights == 0)).sum() / mask.sum(),

@@ -1,13 +1,8 @@
 """Completions of several turns: the model speaks, an environment answers, and so on until it is done.
 
-An environment is a class of the user's, one object an episode:
-
-    class Environment:
-        def reset(self, row): ...                 # the prompt's row, before its first turn
-        def step(self, messages): ...             # the conversation so far -> (answers, reward, done)
-
-`answers` are messages, of the role "tool" or "user" say; rewards of all steps are summed up. Tokens are kept as they
-were drawn, never encoded again: the answers' are what the chat template writes of them behind a turn of the assistant.
+An environment is an object of a class of the user's: `reset(row)` begins an episode, `step(messages)` takes the
+conversation so far and returns (answers, reward, done), the answers as messages. Rewards are summed up. Tokens are kept
+as they were drawn, never encoded again: those of answers are what the chat template writes of them behind a turn.
 """
 
 import math
