@@ -26,7 +26,7 @@ SHOWN = (  # what the tool is, and how it is used
 FLAGS = (
     "--environment tests.real.calculator:Calculator --num_generations 8 --batch_size 32 --micro_batch_size 16 "
     "--max_completion_length 64 --learning_rate 1e-3 --lr_scheduler_type constant --use_peft --lora_r 8 "
-    "--lora_target_modules all-linear --dtype float32 --save_only_model --inspect_rows 0"
+    "--lora_target_modules all-linear --lora_dropout 0 --dtype float32 --save_only_model --inspect_rows 0"
 )
 
 
