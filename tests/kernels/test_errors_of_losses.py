@@ -11,7 +11,7 @@ ZEROS, TRUE = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
 INDEX, LOGPS, META = torch.tensor, torch.zeros(4), torch.zeros(4, device="meta")
 PAIRS = {"chosen_idxs": INDEX([0, 1]), "rejected_idxs": INDEX([2, 3])}
 UNPAIRED = {"policy_logps": LOGPS, "ref_logps": LOGPS, "desirable": LOGPS.bool()}
-VARIANTS = "grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce"
+VARIANTS = "grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce, sapo"
 
 BETA = [
     ({"beta": -0.1}, ValueError, "beta must be finite and >= 0, got -0.1"),
