@@ -88,6 +88,8 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             part.set_reshard_after_forward(sharding().reshard_after_forward, recurse=False)
         for part in (root, *others):
             part.reshard()
+        # A backward pass fetches ahead what ran before: calls that this process alone has made must not count.
+        root._get_fsdp_state()._comm_ctx.post_forward_order.clear()
 
 
 def reshard(module: nn.Module) -> None:

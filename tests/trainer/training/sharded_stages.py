@@ -46,6 +46,11 @@ STAGES = {
     "reward": (train_reward, RewardConfig, PAIRS | {"async_save": True}),
     "reward-lora": (train_reward, RewardConfig, PAIRS | LORA),
     "grpo": (train_grpo, GRPOConfig, ONLINE | {"num_generations": 4}),
+    "grpo-idle": (
+        train_grpo,
+        GRPOConfig,
+        ONLINE | {"num_generations": 2, "batch_size": 16, "beta": 0.0, "reward_funcs": ["__main__:parity"]},
+    ),
     "grpo-lora": (train_grpo, GRPOConfig, ONLINE | LORA | {"num_generations": 4, "reward_model_name_or_path": judge}),
     "ppo": (train_ppo, PPOConfig, ONLINE),
     "sft-sp": (train_sft, SFTConfig, OFFLINE | SHARED | {"gradient_checkpointing": True}),
@@ -55,6 +60,11 @@ STAGES = {
 
 def shortness(completions, **_):
     return [-float(len(completion)) for completion in completions]
+
+
+def parity(completions, **_):
+    """Often the same for both completions of a prompt, which then teach nothing."""
+    return [float(len(completion) % 2) for completion in completions]
 
 
 class Killed(Exception):

@@ -13,7 +13,7 @@ from rlhf_trainer.errors import UsageError
 from rlhf_trainer.training import fsdp
 
 SCRIPT = str(Path(__file__).with_name("sharded_stages.py"))
-ALL = ("sft", "sft-lora", "dpo", "dpo-lora", "reward", "reward-lora", "grpo", "grpo-lora", "ppo")
+ALL = ("sft", "sft-lora", "dpo", "dpo-lora", "reward", "reward-lora", "grpo", "grpo-idle", "grpo-lora", "ppo")
 SHARED = ("sft-sp", "dpo-sp")
 RESUMED = ("sft", "dpo-lora", "reward", "grpo")
 LAST = 5
@@ -67,6 +67,8 @@ def test_sharded_runs_are_those_of_one_process(run_stages, base, tmp_path):
         weights = {run: weights_of(tmp_path / run / stage) for run in ("one", "ddp", "two", "four")}
         for run in ("ddp", "two", "four"):
             assert difference(weights["one"], weights[run], base) < ROUNDING, (stage, run)
+    shares = [line["frac_reward_zero_std"] for line in metrics_of(tmp_path / "ddp" / "grpo-idle")]
+    assert any(0.25 < share < 1 for share in shares)  # some process had micro-batches of idle completions alone
     for stage, auto in (("dpo", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
         model = auto.from_pretrained(tmp_path / "four" / stage)
         assert model.config.architectures == [type(model).__name__]  # not what sharding made of the class
